@@ -1,0 +1,81 @@
+"""Everything that can go wrong for a user, as one tree of exceptions.
+
+::
+
+    NsdsError                 any expected failure; the command line prints it as one line
+    ├── ModelError            the input model folder: missing, damaged or contradictory files
+    │   ├── UnsupportedError  intact, but a class, rope kind, tokenizer or layout we do not know
+    │   └── TokenizerError    the tokenizer cannot be carried over faithfully
+    ├── RecordError           a scores or plan file that cannot be used (damaged, other model)
+    ├── PlanError             options that contradict each other or a target out of reach
+    │   └── TargetError       the target is below the floor; carries the floor
+    ├── OutputError           the output cannot be written (exists, no folder, disk full, no memory)
+    ├── TextError             evaluation text missing or too short for the context
+    ├── VerifyError           the finished file is not what the plan says, or does not work
+    └── GgmlError             the ggml / llama.cpp library is missing, too old or refuses
+
+A message says what is wrong, in which file or tensor, what was wanted, what was found and what to do,
+in one line. ``assert`` is never used for input.
+"""
+
+from __future__ import annotations
+
+
+class NsdsError(Exception):
+    """Any failure that a user can act on; ``exit_code`` is what the command line returns."""
+
+    exit_code = 1
+
+
+class ModelError(NsdsError):
+    """The input model is missing, damaged or contradicts itself."""
+
+    exit_code = 3
+
+
+class UnsupportedError(ModelError):
+    """The input is intact but of a kind this program does not convert."""
+
+
+class TokenizerError(ModelError):
+    """The tokenizer cannot be carried over faithfully."""
+
+
+class RecordError(NsdsError):
+    """A scores or plan file is damaged or belongs to another model."""
+
+    exit_code = 4
+
+
+class PlanError(NsdsError):
+    """The options for a plan contradict each other."""
+
+    exit_code = 4
+
+
+class TargetError(PlanError):
+    """The target is below what the types can reach."""
+
+
+class OutputError(NsdsError):
+    """The output cannot be written."""
+
+    exit_code = 5
+
+
+class TextError(NsdsError):
+    """The evaluation text is missing or too short."""
+
+    exit_code = 6
+
+
+class VerifyError(NsdsError):
+    """The finished file is not what the plan says or does not work."""
+
+    exit_code = 7
+
+
+class GgmlError(NsdsError):
+    """The ggml or llama.cpp library is missing, too old or refuses."""
+
+    exit_code = 8

@@ -1,0 +1,426 @@
+"""The nouns that stages hand to one another: Model in, Scores and Plan along the way.
+
+All are frozen. ``Scores`` and ``Plan`` round-trip through JSON, so that every stage can run alone and be
+looked at. Tensors carry GGUF names and roles from the read edge inward; names of other formats stay there.
+
+Shapes are written in numpy order, slowest first: a matrix is ``(n_rows, n_cols)`` = ``(out_features, in_features)``,
+stacked experts are ``(n_experts, n_rows, n_cols)``. *bpw* always means bits in the file over weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from gguf import GGUFValueType
+from gguf.gguf_writer import GGUFValue
+from numpy.typing import NDArray
+
+from .errors import RecordError
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+SCORES_FORMAT = "nsds-gguf scores 1"
+PLAN_FORMAT = "nsds-gguf plan 1"
+
+# Progress of a long step: called with (done, total) in whatever unit the step counts.
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """Ignore progress: the default of every long step."""
+
+
+# ggml's constant block alignment of tensor data in a GGUF file (GGUF_DEFAULT_ALIGNMENT).
+ALIGNMENT_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the model under its GGUF name, readable in row slabs.
+
+    Attributes:
+        name: GGUF name, for example ``blk.3.attn_q.weight``.
+        role: the name without layer and ``.weight``: ``attn_q``, ``ffn_down``, ``token_embd``, ``output``,
+            ``attn_norm``; a bias keeps its suffix (``attn_q.bias``).
+        layer: 0-based layer number; ``None`` for tensors outside the layers.
+        shape: numpy order, slowest first.
+        dtype: how the source stores it: ``F32``, ``F16`` or ``BF16``.
+        source: its name in the checkpoint, for messages.
+        read_rows: ``read_rows(start, stop) -> (stop - start, n_cols) float32``, rows in GGUF order (for q and k
+            of the llama architecture the permuted order), leading dimensions flattened; a fresh array that
+            the caller may change. Raises ``ModelError`` when the file has shrunk since it was opened.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    shape: tuple[int, ...]
+    dtype: str
+    source: str
+    read_rows: Callable[[int, int], Float32] = field(repr=False, compare=False)
+
+    @property
+    def n_cols(self) -> int:
+        """Length of a row (the contiguous dimension)."""
+        return self.shape[-1]
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows, leading dimensions flattened; 1 for a vector."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def is_matrix(self) -> bool:
+        """True for what may be quantized: two or more dimensions and a ``.weight``."""
+        return len(self.shape) >= 2 and self.name.endswith(".weight")
+
+    def load(self) -> Float32:
+        """Return the whole tensor, ``shape`` float32."""
+        return self.read_rows(0, self.n_rows).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Hparams:
+    """The numbers of a decoder that the stages after reading need.
+
+    ``rope_dim`` and ``head_dim`` are in channels, ``n_ctx_train`` in tokens.
+    """
+
+    n_layers: int
+    n_embd: int
+    n_ff: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_vocab: int
+    n_ctx_train: int
+    norm_eps: float
+    activation: str = "silu"
+    qk_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model: what it is, its tensors and the GGUF keys that describe it.
+
+    Attributes:
+        path: the folder or file it was opened from.
+        architecture: llama.cpp's name of the architecture (``llama``, ``qwen2``, ``qwen3``).
+        source_class: class named by the checkpoint, ``LlamaForCausalLM``.
+        hparams: the numbers.
+        tensors: in the order in which they are written.
+        metadata: every GGUF key except those that depend on the plan (``general.file_type``,
+            ``general.quantization_version``, ``nsds_gguf.*``).
+        notes: facts that the user must see (in the plan and on the screen), one sentence each.
+        model_id: hex SHA-256 over config, tensor names, types, shapes and the first 4 KiB of every tensor.
+    """
+
+    path: Path
+    architecture: str
+    source_class: str
+    hparams: Hparams
+    tensors: tuple[Tensor, ...]
+    metadata: Mapping[str, GGUFValue]
+    notes: tuple[str, ...]
+    model_id: str
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Tensor]:
+        """Tensors by GGUF name."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all tensors."""
+        return sum(tensor.n_weights for tensor in self.tensors)
+
+    @property
+    def name(self) -> str:
+        """``general.name``, or the file name when there is none."""
+        entry = self.metadata.get("general.name")
+        return str(entry.value) if entry is not None else self.path.name
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """Return the tensors of one layer by role."""
+        return {tensor.role: tensor for tensor in self.tensors if tensor.layer == index}
+
+    def unembedding(self) -> Tensor:
+        """Return the output projection, or the embedding it is tied to: ``(n_vocab, n_embd)``."""
+        return self.by_name.get("output.weight") or self.by_name["token_embd.weight"]
+
+    @property
+    def is_tied(self) -> bool:
+        """True when the embedding also serves as the output projection."""
+        return "output.weight" not in self.by_name
+
+
+def kv(value: Any, vtype: GGUFValueType, sub_type: GGUFValueType | None = None) -> GGUFValue:
+    """Return one typed GGUF metadata value."""
+    return GGUFValue(value=value, type=vtype, sub_type=sub_type)
+
+
+@dataclass(frozen=True)
+class LayerScore:
+    """Sensitivity of one layer; higher = more sensitive.
+
+    ``nv`` and ``se`` hold the raw value per component (``qk``, ``ov``, ``gate``, ``up``, ``down``), ``p_nv`` and
+    ``p_se`` their aggregates in [0, 1]; baselines leave these empty and give ``score`` alone, in their own unit.
+    """
+
+    layer: int
+    score: float
+    nv: Mapping[str, float] = field(default_factory=dict)
+    se: Mapping[str, float] = field(default_factory=dict)
+    p_nv: float | None = None
+    p_se: float | None = None
+
+
+@dataclass(frozen=True)
+class TensorCost:
+    """What quantizing one tensor costs, without data.
+
+    Attributes:
+        name: GGUF name.
+        sensitivity: predicted KL divergence (nats per token) per unit of relative error, in units of the output
+            tensor's; before the layer factor from the scores.
+        errors: by type name, ``sum(w * (x - q)**2) / sum(w * x**2)`` over the sampled rows, ``w`` the column
+            importance (1 where there is none).
+        stderr: standard error of each entry of ``errors`` that comes from sampling rows; 0 when all were taken.
+        n_rows_sampled: rows that were quantized to measure it.
+    """
+
+    name: str
+    sensitivity: float
+    errors: Mapping[str, float]
+    stderr: Mapping[str, float]
+    n_rows_sampled: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Result of scoring, small enough to keep: one score a layer and, when measured, one cost a tensor.
+
+    ``importance`` names the column importance under which ``costs`` was measured; both are empty when only
+    layers were scored. ``settings`` records what else shaped the numbers (``se`` reading).
+    """
+
+    metric: str
+    layers: tuple[LayerScore, ...]
+    model_id: str
+    model_name: str
+    settings: Mapping[str, str] = field(default_factory=dict)
+    importance: str | None = None
+    costs: tuple[TensorCost, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain JSON values."""
+        return {"format": SCORES_FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Any, source: str = "scores") -> Scores:
+        """Build the record from parsed JSON; raises ``RecordError`` naming ``source`` when it does not fit."""
+        fields = _checked(data, SCORES_FORMAT, source)
+        try:
+            fields["layers"] = tuple(LayerScore(**layer) for layer in fields["layers"])
+            fields["costs"] = tuple(TensorCost(**cost) for cost in fields["costs"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise RecordError(f"{source}: not a complete scores file: {error}") from error
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the canonical JSON."""
+        return _digest(self.to_json())
+
+
+@dataclass(frozen=True)
+class Target:
+    """The budget asked for: ``kind`` says whether ``value`` is bpw over all tensors or bytes of the whole file."""
+
+    kind: Literal["bpw", "size", "none"]
+    value: float
+
+    def __str__(self) -> str:
+        """Return the target as the user would write it."""
+        if self.kind == "none":
+            return "none"
+        return f"{self.value:g} bpw" if self.kind == "bpw" else f"{int(self.value)} bytes"
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One line of a plan.
+
+    ``n_bytes`` is without padding. ``error`` is the relative squared error at ``type`` (``None`` when it was not
+    measured), ``sensitivity`` the predicted divergence per unit of it including the layer factor, and ``reason``
+    why it got this type: ``optimum``, ``pinned``, ``fallback …``, ``kept F32: …``.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    shape: tuple[int, ...]
+    type: str
+    n_bytes: int
+    reason: str
+    error: float | None = None
+    error_stderr: float | None = None
+    n_rows_sampled: int | None = None
+    sensitivity: float | None = None
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def padded_bytes(self) -> int:
+        """Bytes it takes in the file, padding to the alignment included."""
+        return -(-self.n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+# Types that hold weights as they are: everything else counts as quantized.
+UNQUANTIZED = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A quantization type for every tensor, and what it adds up to.
+
+    Attributes:
+        allocator: name of the allocator that made it.
+        target: the budget asked for.
+        types: the types that were allowed.
+        importance: name of the column importance handed to the quantizer (``sweep``, ``norm``, ``none``).
+        tensors: one entry per tensor, in the order of the file.
+        header_bytes: bytes before the tensor data: header, metadata, tensor table and padding.
+        gap: proven relative optimality gap of the solver; ``None`` where nothing was solved.
+        notes: what the user must know: ceiling reached, fallbacks, attention window left out, sampling.
+        metric, model_id, model_name, scores_digest, versions: where it comes from.
+    """
+
+    allocator: str
+    target: Target
+    types: tuple[str, ...]
+    importance: str
+    tensors: tuple[PlannedTensor, ...]
+    header_bytes: int
+    model_id: str
+    model_name: str
+    metric: str | None = None
+    gap: float | None = None
+    notes: tuple[str, ...] = ()
+    scores_digest: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all tensors."""
+        return sum(tensor.n_weights for tensor in self.tensors)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors without padding: what llama.cpp counts."""
+        return sum(tensor.n_bytes for tensor in self.tensors)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return self.header_bytes + sum(tensor.padded_bytes for tensor in self.tensors)
+
+    @property
+    def bpw(self) -> float:
+        """Bits of all tensors over weights of all tensors (llama.cpp's definition)."""
+        return self.tensor_bytes * 8 / self.n_weights
+
+    @property
+    def quantized_bpw(self) -> float:
+        """Bits over weights of the quantized tensors alone; 0 when there are none."""
+        quantized = [tensor for tensor in self.tensors if tensor.type not in UNQUANTIZED]
+        n_weights = sum(tensor.n_weights for tensor in quantized)
+        return sum(tensor.n_bytes for tensor in quantized) * 8 / n_weights if n_weights else 0.0
+
+    @property
+    def file_bpw(self) -> float:
+        """Bits of the whole file over weights of all tensors."""
+        return self.file_bytes * 8 / self.n_weights
+
+    @property
+    def unused_bytes(self) -> int:
+        """Bytes of the budget that the plan leaves unused; 0 without a budget."""
+        if self.target.kind == "bpw":
+            return int(self.target.value * self.n_weights / 8) - self.tensor_bytes
+        return int(self.target.value) - self.file_bytes if self.target.kind == "size" else 0
+
+    @property
+    def predicted_divergence(self) -> float | None:
+        """Sum of sensitivity × error over the tensors, in units of the output tensor's; ``None`` if unmeasured."""
+        terms = [t.sensitivity * t.error for t in self.tensors if t.error is not None and t.sensitivity is not None]
+        return sum(terms) if terms else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain JSON values, sums included for readers that are not us."""
+        sums = {
+            "bpw": self.bpw,
+            "quantized_bpw": self.quantized_bpw,
+            "file_bpw": self.file_bpw,
+            "tensor_bytes": self.tensor_bytes,
+            "file_bytes": self.file_bytes,
+            "unused_bytes": self.unused_bytes,
+        }
+        return {"format": PLAN_FORMAT, **asdict(self), "sums": sums}
+
+    @classmethod
+    def from_json(cls, data: Any, source: str = "plan") -> Plan:
+        """Build the record from parsed JSON; raises ``RecordError`` naming ``source`` when it does not fit."""
+        fields = _checked(data, PLAN_FORMAT, source)
+        fields.pop("sums", None)
+        try:
+            fields["tensors"] = tuple(
+                PlannedTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in fields["tensors"]
+            )
+            fields["target"] = Target(**fields["target"])
+            fields["types"] = tuple(fields["types"])
+            fields["notes"] = tuple(fields["notes"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise RecordError(f"{source}: not a complete plan file: {error}") from error
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the canonical JSON."""
+        return _digest(self.to_json())
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file; raises ``RecordError`` when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecordError(f"{path}: cannot be read as JSON: {error}") from error
+
+
+def _checked(data: Any, wanted: str, source: str) -> dict[str, Any]:
+    found = data.get("format") if isinstance(data, dict) else None
+    if found != wanted:
+        raise RecordError(f"{source}: wanted a file of format {wanted!r}, got {found!r}")
+    return {key: value for key, value in data.items() if key != "format"}
+
+
+def _digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

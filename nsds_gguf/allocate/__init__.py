@@ -1,0 +1,311 @@
+"""Stage 3, allocate: scores and costs become a ``Plan``, one quantization type per tensor within the budget.
+
+Allocators are functions in ``ALLOCATORS``; each gets a ``Problem`` and returns one type per tensor.
+
+* ``nsds``: the exact knapsack over sensitivity x measured error (``propagate``, ``measure``, ``knapsack``), with the
+  NSDS score as a factor on the tensors of its layer.
+* ``paper``: whole layers, the most sensitive fraction at 4 bit, the rest at 2 (arXiv 2603.17354).
+* ``uniform``: one type for every matrix; also the plain converter to F32, F16, BF16 and Q8_0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from .. import ggml
+from ..errors import PlanError, RecordError
+from ..records import (
+    UNQUANTIZED,
+    Model,
+    Plan,
+    PlannedTensor,
+    Scores,
+    Target,
+    TensorCost,
+)
+from .candidates import FALLBACKS, LAST_RESORT, Candidate, Pin, budget_bytes, candidates, check_target, check_type
+from .knapsack import Choices, solve
+from .measure import measure
+from .propagate import IMPORTANCES, Propagation, propagate
+
+__all__ = [
+    "ALLOCATORS", "DEFAULT_TYPES", "IMPORTANCES", "Candidate", "Pin", "PlanOptions", "Propagation",
+    "candidates", "check_options", "make_plan", "measure", "open_candidates", "propagate",
+]  # fmt: skip
+
+DEFAULT_TYPES = ggml.K_TYPES
+
+PAPER_TYPES = ("Q2_K", "Q4_K")  # the paper's 2 and 4 bits
+
+# Weight of the NSDS layer score in the exponent of the layer factor (docs/log.md, 2026-11-23).
+NSDS_WEIGHT = 1.0
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the user asked of the allocator; ``uniform`` is the type of the ``uniform`` allocator."""
+
+    target: Target
+    allocator: str = "nsds"
+    types: tuple[str, ...] = DEFAULT_TYPES
+    uniform: str | None = None
+    pins: tuple[Pin, ...] = ()
+    importance: str = "sweep"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an allocator gets: the open types in file order, the bytes allowed (``None``: no budget), the scores."""
+
+    found: tuple[Candidate, ...]
+    budget: int | None
+    padded: bool
+    scores: Scores | None
+    options: PlanOptions
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an allocator returns: a type per tensor, the proven gap where something was solved, notes."""
+
+    types: tuple[str, ...]
+    gap: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def allocate_nsds(problem: Problem) -> Choice:
+    """Minimise predicted divergence within the budget, exactly; without a budget, take the largest types."""
+    costs = _checked_costs(problem)
+    factors = layer_factors(problem.scores)
+    items = [_choices(candidate, costs, factors, problem.padded) for candidate in problem.found]
+    budget = sum(max(item.bytes) for item in items) if problem.budget is None else problem.budget
+    solution = solve(items, budget)
+    types = tuple(c.types[j] for c, j in zip(problem.found, solution.chosen, strict=True))
+    return Choice(types, solution.gap)
+
+
+def _choices(
+    candidate: Candidate, costs: Mapping[str, TensorCost], factors: Mapping[int | None, float], padded: bool
+) -> Choices:
+    sizes = tuple(candidate.cost(name, padded) for name in candidate.types)
+    if not candidate.is_open:
+        return Choices(sizes, (0.0,))
+    cost = costs[candidate.tensor.name]
+    weight = cost.sensitivity * factors.get(candidate.tensor.layer, 1.0)
+    return Choices(sizes, tuple(weight * cost.errors[name] for name in candidate.types))
+
+
+def allocate_paper(problem: Problem) -> Choice:
+    """Give the most sensitive layers 4 bits and the rest 2, as many as the budget holds.
+
+    Embedding and output, which the paper leaves out, get 4 bits too, or 2 when the budget is too small for that.
+    """
+    if problem.scores is None:
+        raise PlanError("allocator paper needs layer scores")
+    order = [layer.layer for layer in sorted(problem.scores.layers, key=lambda layer: (-layer.score, layer.layer))]
+    notes: tuple[str, ...] = ()
+    for outside_at in (1, 0):
+        for n_high in range(len(order), -1, -1):
+            high = set(order[:n_high])
+            types = tuple(_paper_type(c, high, bool(outside_at)) for c in problem.found)
+            used = sum(c.cost(name, problem.padded) for c, name in zip(problem.found, types, strict=True))
+            if problem.budget is None or used <= problem.budget:
+                return Choice(types, None, (*notes, f"{n_high} of {len(order)} layers are at 4 bit."))
+        notes = ("Embedding and output are at 2 bit: at 4 bit they alone leave too little.",)
+    raise PlanError(f"allocator paper cannot meet {problem.options.target}: all layers at 2 bit are larger")
+
+
+def _paper_type(candidate: Candidate, high: set[int], outside_high: bool) -> str:
+    if not candidate.is_open:
+        return candidate.types[0]
+    layer = candidate.tensor.layer
+    is_high = outside_high if layer is None else layer in high
+    return _fitting(PAPER_TYPES[is_high], candidate)
+
+
+def allocate_uniform(problem: Problem) -> Choice:
+    """Give every matrix one type, pins and fallbacks apart; raises ``PlanError`` when that misses the target."""
+    wanted = _allowed_types(problem.options)[0]
+    types = tuple(_fitting(wanted, c) if c.is_open else c.types[0] for c in problem.found)
+    used = sum(c.cost(name, problem.padded) for c, name in zip(problem.found, types, strict=True))
+    if problem.budget is not None and used > problem.budget:
+        raise PlanError(f"--uniform {wanted} takes {used} bytes, the target {problem.options.target} allows less")
+    return Choice(types)
+
+
+def _fitting(wanted: str, candidate: Candidate) -> str:
+    """Return the type, or what takes its place when the rows do not fit it."""
+    n_cols = candidate.tensor.n_cols
+    return next((name for name in (wanted, FALLBACKS.get(wanted, wanted)) if ggml.fits(name, n_cols)), LAST_RESORT)
+
+
+Allocator = Callable[[Problem], Choice]
+ALLOCATORS: dict[str, Allocator] = {"nsds": allocate_nsds, "paper": allocate_paper, "uniform": allocate_uniform}
+
+
+def check_options(options: PlanOptions) -> None:
+    """Raise ``PlanError`` for options that no model could satisfy."""
+    if options.allocator not in ALLOCATORS:
+        raise PlanError(f"allocator {options.allocator!r} is not known; wanted one of {', '.join(ALLOCATORS)}")
+    if options.importance not in IMPORTANCES:
+        raise PlanError(f"importance {options.importance!r} is not known; wanted one of {', '.join(IMPORTANCES)}")
+    for name in _allowed_types(options):
+        check_type(name, "--uniform" if options.allocator == "uniform" else "--types")
+    if options.allocator != "uniform" and options.target.kind == "none":
+        raise PlanError(f"allocator {options.allocator} needs a target: --target-bpw or --target-size")
+    if options.target.kind != "none" and not (math.isfinite(options.target.value) and options.target.value > 0):
+        raise PlanError(f"target {options.target}: wanted a positive number")
+
+
+def _allowed_types(options: PlanOptions) -> tuple[str, ...]:
+    if options.allocator == "paper":
+        return PAPER_TYPES
+    if options.allocator == "uniform":
+        if options.uniform is None:
+            raise PlanError("allocator uniform needs a type: --uniform TYPE")
+        return (options.uniform,)
+    return options.types
+
+
+def open_candidates(model: Model, options: PlanOptions, header_bytes: int) -> list[Candidate]:
+    """Return the types open to each tensor, after checking that the target can be met at all.
+
+    Raises ``PlanError`` for impossible pins and ``TargetError`` for a target below the floor.
+    """
+    check_options(options)
+    found = candidates(model, _allowed_types(options), options.pins)
+    if options.allocator != "uniform":
+        check_target(found, options.target, header_bytes)
+    return found
+
+
+def make_plan(model: Model, scores: Scores | None, options: PlanOptions, header_bytes: int) -> Plan:
+    """Choose a type for every tensor.
+
+    Args:
+        model: the opened model.
+        scores: layer scores, with costs for the ``nsds`` allocator; ``uniform`` needs none.
+        options: the budget and how to spend it.
+        header_bytes: bytes of the file before the tensor data.
+
+    Returns:
+        The plan; its bytes never exceed the target.
+
+    Raises:
+        PlanError: contradicting options; ``TargetError`` when the target is below the floor.
+        RecordError: the scores belong to another model or lack what the allocator needs.
+
+    """
+    found = open_candidates(model, options, header_bytes)
+    if scores is not None and scores.model_id != model.model_id:
+        raise RecordError(f"scores are of another model ({scores.model_name}); score {model.name} again")
+    budget = budget_bytes(options.target, model.n_weights, header_bytes)
+    problem = Problem(tuple(found), budget, options.target.kind == "size", scores, options)
+    choice = ALLOCATORS[options.allocator](problem)
+    costs = {cost.name: cost for cost in scores.costs} if scores else {}
+    factors = layer_factors(scores)
+    plan = Plan(
+        allocator=options.allocator,
+        target=options.target,
+        types=_allowed_types(options),
+        importance=options.importance,
+        tensors=tuple(_planned(c, t, options, costs, factors) for c, t in zip(found, choice.types, strict=True)),
+        header_bytes=header_bytes,
+        model_id=model.model_id,
+        model_name=model.name,
+        metric=scores.metric if scores else None,
+        gap=choice.gap,
+        notes=(*model.notes, *choice.notes),
+        scores_digest=scores.digest if scores else "",
+        versions=dict(scores.versions) if scores else {},
+    )
+    return replace(plan, notes=(*plan.notes, *_plan_notes(plan, found)))
+
+
+def layer_factors(scores: Scores | None) -> dict[int | None, float]:
+    """Return the factor of each layer on its tensors' sensitivity, ``exp(g (S - mean S))``.
+
+    Scores of metrics that are not in [0, 1] are first mapped onto it, smallest to 0 and largest to 1.
+    """
+    if scores is None or not scores.layers:
+        return {}
+    values = [layer.score for layer in scores.layers]
+    if scores.metric != "nsds":
+        low, span = min(values), max(values) - min(values)
+        values = [(value - low) / span if span > 0 else 0.0 for value in values]
+    mean = sum(values) / len(values)
+    return {
+        layer.layer: math.exp(NSDS_WEIGHT * (value - mean)) for layer, value in zip(scores.layers, values, strict=True)
+    }
+
+
+def _checked_costs(problem: Problem) -> dict[str, TensorCost]:
+    """Return the costs by tensor name; raises ``RecordError`` when they do not cover the problem."""
+    scores, asked = problem.scores, problem.options.importance
+    if scores is None or not scores.costs:
+        raise RecordError("the scores hold no tensor costs; score again without --layers-only")
+    if scores.importance != asked:
+        raise RecordError(
+            f"the scores were measured with importance {scores.importance}, the plan asks for {asked}; "
+            f"score again or pass --importance {scores.importance}"
+        )
+    costs = {cost.name: cost for cost in scores.costs}
+    for candidate in problem.found:
+        name = candidate.tensor.name
+        known = costs[name].errors if name in costs else {}
+        lacking = [type_name for type_name in candidate.types if type_name not in known]
+        if candidate.is_open and lacking:
+            raise RecordError(f"the scores hold no error of {name} at {', '.join(lacking)}; score again with --types")
+    return costs
+
+
+def _planned(
+    candidate: Candidate,
+    type_name: str,
+    options: PlanOptions,
+    costs: Mapping[str, TensorCost],
+    factors: Mapping[int | None, float],
+) -> PlannedTensor:
+    tensor = candidate.tensor
+    cost = costs.get(tensor.name)
+    measured = cost is not None and type_name in cost.errors
+    return PlannedTensor(
+        name=tensor.name,
+        role=tensor.role,
+        layer=tensor.layer,
+        shape=tensor.shape,
+        type=type_name,
+        n_bytes=candidate.n_bytes(type_name),
+        reason=candidate.reason or ("optimum" if options.allocator == "nsds" else options.allocator),
+        error=cost.errors[type_name] if cost and measured else None,
+        error_stderr=cost.stderr[type_name] if cost and measured else None,
+        n_rows_sampled=cost.n_rows_sampled if cost and measured else None,
+        sensitivity=cost.sensitivity * factors.get(tensor.layer, 1.0) if cost else None,
+    )
+
+
+def _plan_notes(plan: Plan, found: Sequence[Candidate]) -> list[str]:
+    """Return what the user must see about the plan itself."""
+    notes = []
+    ceiling = sum(c.n_bytes(c.types[-1]) for c in found)
+    if plan.allocator == "nsds" and plan.target.kind != "none" and plan.tensor_bytes == ceiling:
+        largest = max((c.types[-1] for c in found if c.is_open), key=ggml.bits_per_weight, default="F32")
+        notes.append(f"The target {plan.target} is above what the types can use: every tensor is at its largest type"
+                     f" ({largest}); widen --types to use the rest.")  # fmt: skip
+    fallbacks = [t for t in plan.tensors if t.reason.startswith("fallback") and t.type not in UNQUANTIZED]
+    if fallbacks:
+        share = sum(t.n_weights for t in fallbacks) / plan.n_weights
+        notes.append(f"{len(fallbacks)} tensors ({100 * share:.0f} % of the weights) have rows that are no multiple"
+                     " of 256 and use types with blocks of 32.")  # fmt: skip
+    unblocked = [t for t in plan.tensors if t.reason.startswith("fallback") and t.type in UNQUANTIZED]
+    if unblocked:
+        notes.append(f"{len(unblocked)} tensors have rows that no block divides and stay {LAST_RESORT}.")
+    sampled = [t for t in plan.tensors if t.error and t.n_rows_sampled and t.error_stderr]
+    if sampled:
+        worst = max(t.error_stderr / t.error for t in sampled if t.error and t.error_stderr)
+        rows = sum(t.n_rows_sampled or 0 for t in sampled)
+        notes.append(f"Errors of {len(sampled)} large tensors are measured on {rows} sampled rows"
+                     f" (largest standard error {100 * worst:.1f} %).")  # fmt: skip
+    return notes

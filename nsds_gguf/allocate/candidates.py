@@ -1,0 +1,178 @@
+"""Which types each tensor may have, what they cost in bytes, and what the budget can reach.
+
+The rules of llama.cpp that matter here: vectors, norms and routers stay F32; a row must be whole blocks. K-quants have
+blocks of 256 weights; a row that is not a multiple of 256 chooses among the types with blocks of 32.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .. import ggml
+from ..errors import PlanError, TargetError
+from ..records import ALIGNMENT_BYTES, Model, Target, Tensor
+
+ROUTERS = ("ffn_gate_inp",)
+
+# What takes the place of a K-quant where rows are not multiples of 256: the narrow type nearest above it, and
+# IQ4_NL rather than llama.cpp's Q4_0, for the same bytes with a better codebook (tensor_type_fallback).
+FALLBACKS = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+
+LAST_RESORT = "F16"  # rows that no block divides, as llama.cpp does
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One tensor and the types open to it, cheapest first; ``reason`` says why the choice is narrow, if it is."""
+
+    tensor: Tensor
+    types: tuple[str, ...]
+    reason: str = ""
+
+    @property
+    def is_open(self) -> bool:
+        """True when there is something to choose."""
+        return len(self.types) > 1
+
+    def n_bytes(self, type_name: str) -> int:
+        """Bytes of the tensor in a type, without padding."""
+        return self.tensor.n_rows * ggml.row_bytes(type_name, self.tensor.n_cols)
+
+    def cost(self, type_name: str, padded: bool) -> int:
+        """Bytes that count against the budget: with padding when the budget is a file size."""
+        n_bytes = self.n_bytes(type_name)
+        return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES if padded else n_bytes
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A tensor-name pattern (full match) and the type that it fixes."""
+
+    pattern: str
+    type: str
+
+    @classmethod
+    def parse(cls, text: str) -> Pin:
+        """Parse ``REGEX=TYPE``; raises ``PlanError`` for anything else."""
+        pattern, separator, name = text.rpartition("=")
+        if not separator or not pattern:
+            raise PlanError(f"pin {text!r}: wanted REGEX=TYPE, for example 'blk\\.0\\..*=Q6_K'")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise PlanError(f"pin {text!r}: not a regular expression: {error}") from error
+        return cls(pattern, check_type(name, f"pin {text!r}"))
+
+
+def check_type(name: str, where: str) -> str:
+    """Return the type's name in upper case; raises ``PlanError`` when it is not one that is written."""
+    if name.upper() not in ggml.TYPES:
+        raise PlanError(f"{where}: type {name!r} is not known; wanted one of {', '.join(ggml.TYPES)}")
+    return name.upper()
+
+
+def candidates(model: Model, types: Sequence[str], pins: Sequence[Pin] = ()) -> list[Candidate]:
+    """Return the open types of every tensor of the model, in file order.
+
+    Raises:
+        PlanError: a pin matches no tensor, or fixes a type that the tensor's rows cannot have.
+
+    """
+    found = [_candidate(tensor, types, pins) for tensor in model.tensors]
+    for pin in pins:
+        if not any(re.fullmatch(pin.pattern, tensor.name) for tensor in model.tensors):
+            raise PlanError(f"pin '{pin.pattern}={pin.type}' matches no tensor (the whole name must match)")
+    return found
+
+
+def _candidate(tensor: Tensor, types: Sequence[str], pins: Sequence[Pin]) -> Candidate:
+    pin = next((pin for pin in pins if re.fullmatch(pin.pattern, tensor.name)), None)
+    kept = _kept_reason(tensor)
+    if kept:
+        if pin is not None and pin.type != "F32":
+            raise PlanError(f"pin '{pin.pattern}={pin.type}': {tensor.name} stays F32 ({kept}); narrow the pattern")
+        return Candidate(tensor, ("F32",), f"kept F32: {kept}")
+    if pin is not None:
+        if not ggml.fits(pin.type, tensor.n_cols):
+            raise PlanError(
+                f"pin '{pin.pattern}={pin.type}': {tensor.name} has rows of {tensor.n_cols}, "
+                f"no multiple of {ggml.block(pin.type)[0]}"
+            )
+        return Candidate(tensor, (pin.type,), "pinned")
+    return _open_candidate(tensor, types)
+
+
+def _kept_reason(tensor: Tensor) -> str:
+    if not tensor.is_matrix:
+        return "vector"
+    if tensor.role.endswith("_norm"):
+        return "norm"
+    return "router" if tensor.role in ROUTERS else ""
+
+
+def _open_candidate(tensor: Tensor, types: Sequence[str]) -> Candidate:
+    fitting = [name for name in types if ggml.fits(name, tensor.n_cols)]
+    reason = ""
+    if len(fitting) < len(types):
+        fitting += [name for name in ggml.NARROW_TYPES if ggml.fits(name, tensor.n_cols) and name not in fitting]
+        reason = f"fallback: row {tensor.n_cols} is no multiple of 256"
+    if not fitting:
+        return Candidate(tensor, (LAST_RESORT,), f"fallback: row {tensor.n_cols} is no multiple of 32")
+    fitting.sort(key=lambda name: (ggml.bits_per_weight(name), ggml.TYPES.index(name)))
+    return Candidate(tensor, tuple(fitting), reason)
+
+
+def budget_bytes(target: Target, n_weights: int, header_bytes: int) -> int | None:
+    """Return the bytes that tensors may take together; ``None`` without a budget."""
+    if target.kind == "bpw":
+        return math.floor(target.value * n_weights / 8)
+    return int(target.value) - header_bytes if target.kind == "size" else None
+
+
+def check_target(found: Sequence[Candidate], target: Target, header_bytes: int) -> None:
+    """Raise ``TargetError`` when even the smallest types exceed the budget.
+
+    The message says the floor in bpw and bytes, what sets it, and the nearest feasible target.
+    """
+    n_weights = sum(candidate.tensor.n_weights for candidate in found)
+    budget = budget_bytes(target, n_weights, header_bytes)
+    padded = target.kind == "size"
+    floor = sum(candidate.cost(candidate.types[0], padded) for candidate in found)
+    if budget is None or floor <= budget:
+        return
+    floor_bpw = floor * 8 / n_weights
+    if padded:
+        nearest = f"--target-size {floor + header_bytes}"
+        have = f"{floor + header_bytes} bytes for the whole file ({header_bytes} of them header and tokenizer)"
+    else:
+        nearest = f"--target-bpw {math.ceil(floor_bpw * 1000) / 1000:g}"
+        have = f"{floor} bytes for the tensors"
+    raise TargetError(
+        f"target {target} is out of reach: the floor is {floor_bpw:.3f} bpw, {have}, "
+        f"set by {_floor_causes(found, floor)}; nearest feasible: {nearest}"
+    )
+
+
+def _floor_causes(found: Sequence[Candidate], floor: int) -> str:
+    """Say which tensors hold the floor up, largest share first."""
+    groups: dict[str, int] = {}
+    for candidate in found:
+        groups[_cause(candidate)] = groups.get(_cause(candidate), 0) + candidate.n_bytes(candidate.types[0])
+    ranked = sorted(groups.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{cause} ({100 * share / floor:.0f} %)" for cause, share in ranked[:3])
+
+
+def _cause(candidate: Candidate) -> str:
+    cheapest = candidate.types[0]
+    if candidate.reason == "pinned":
+        return "pins"
+    if candidate.reason.startswith("fallback"):
+        return f"rows that are no multiple of 256 at {cheapest}, {ggml.bits_per_weight(cheapest):g} bpw"
+    if candidate.reason:
+        return "vectors kept F32"
+    if candidate.tensor.layer is None:
+        return f"{candidate.tensor.name} at {cheapest}"
+    return f"layers at {cheapest}"

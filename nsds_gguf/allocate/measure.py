@@ -1,0 +1,154 @@
+"""What each type does to each tensor: quantize and dequantize a sample of its rows through ggml.
+
+Small tensors are measured whole. Of large ones a stratified sample of rows is taken, one row from each of equally long
+stretches, drawn from a generator seeded with the tensor's name: the same rows every time. The relative error is a ratio
+of two sums over rows, so its standard error is that of a ratio estimator (Cochran, Sampling Techniques, eq. 6.9).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .. import ggml
+from ..errors import ModelError
+from ..records import Float32, Float64, Progress, Tensor, TensorCost, no_progress
+from .candidates import Candidate
+from .propagate import Propagation
+
+WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
+SAMPLED_FRACTION = 1 / 8  # of the rows of larger ones: five types then cost less than one write
+SAMPLED_ROWS_MIN, SAMPLED_ROWS_MAX = 64, 1024
+
+_SLAB_WEIGHTS = 1 << 20
+_DIGITS = 7  # kept in records, so that the last bits of a BLAS do not change digests
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Per sampled row: the energy, and the squared error in each type."""
+
+    energy: Float64
+    errors: Mapping[str, Float64]
+
+
+def measure(
+    found: Sequence[Candidate],
+    propagation: Propagation,
+    importance: Mapping[str, Float32],
+    n_threads: int,
+    progress: Progress = no_progress,
+) -> tuple[TensorCost, ...]:
+    """Measure every open tensor in every type open to it.
+
+    Args:
+        found: the tensors and their types; those with one type are measured too, for the plan to state their error.
+        propagation: result of the moment sweep.
+        importance: ``(n_cols,)`` column weights by tensor name; absent where columns weigh the same.
+        n_threads: threads; each works on one tensor at a time.
+        progress: called with weights done and weights in all.
+
+    Returns:
+        One cost per matrix, in file order.
+
+    Raises:
+        ModelError: a tensor holds values that are not finite.
+
+    """
+    matrices = [candidate for candidate in found if candidate.tensor.is_matrix and candidate.types != ("F32",)]
+    total = sum(candidate.tensor.n_weights for candidate in matrices)
+    costs, done = [], 0
+    progress(0, total)
+    with ThreadPoolExecutor(n_threads) as pool:
+        jobs = [pool.submit(_measure_one, c, propagation, importance.get(c.tensor.name)) for c in matrices]
+        try:
+            for candidate, job in zip(matrices, jobs, strict=True):
+                costs.append(job.result())
+                done += candidate.tensor.n_weights
+                progress(done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return tuple(costs)
+
+
+def sample_rows(tensor: Tensor) -> NDArray[np.intp]:
+    """Return the row numbers that are measured, ascending."""
+    n_rows = tensor.n_rows
+    n_sampled = n_rows
+    if tensor.n_weights > WHOLE_BELOW_WEIGHTS:
+        wanted = math.ceil(n_rows * SAMPLED_FRACTION)
+        n_sampled = min(n_rows, max(SAMPLED_ROWS_MIN, min(SAMPLED_ROWS_MAX, wanted)))
+    if n_sampled == n_rows:
+        return np.arange(n_rows, dtype=np.intp)
+    edges = np.linspace(0, n_rows, n_sampled + 1).astype(np.intp)
+    generator = np.random.default_rng(zlib.crc32(tensor.name.encode()))
+    return generator.integers(edges[:-1], edges[1:]).astype(np.intp)
+
+
+def _measure_one(candidate: Candidate, propagation: Propagation, importance: Float32 | None) -> TensorCost:
+    tensor = candidate.tensor
+    rows = sample_rows(tensor)
+    sums = _row_sums(tensor, rows, candidate.types, importance)
+    sampled_share = len(rows) / tensor.n_rows
+    errors, stderr = {}, {}
+    for name, row_errors in sums.errors.items():
+        ratio, deviation = ratio_estimate(row_errors, sums.energy, sampled_share)
+        errors[name], stderr[name] = _rounded(ratio), _rounded(deviation)
+    sensitivity = propagation.sensitivity.get(tensor.name, 0.0)
+    return TensorCost(tensor.name, _rounded(sensitivity), errors, stderr, len(rows))
+
+
+def _row_sums(tensor: Tensor, rows: NDArray[np.intp], types: Sequence[str], importance: Float32 | None) -> _Sums:
+    step = max(1, _SLAB_WEIGHTS // tensor.n_cols)
+    parts = [_slab_sums(_gather(tensor, rows[i : i + step]), types, importance) for i in range(0, len(rows), step)]
+    sums = _Sums(
+        np.concatenate([part.energy for part in parts]),
+        {name: np.concatenate([part.errors[name] for part in parts]) for name in types},
+    )
+    if not np.isfinite(sums.energy).all():
+        raise ModelError(f"tensor {tensor.source}: NaN or infinite weights in {np.sum(~np.isfinite(sums.energy))} rows")
+    return sums
+
+
+def _gather(tensor: Tensor, rows: NDArray[np.intp]) -> Float32:
+    if len(rows) == rows[-1] - rows[0] + 1:
+        return tensor.read_rows(int(rows[0]), int(rows[-1]) + 1)
+    return np.concatenate([tensor.read_rows(int(row), int(row) + 1) for row in rows])
+
+
+def _slab_sums(x: Float32, types: Sequence[str], importance: Float32 | None) -> _Sums:
+    weights = np.ones(x.shape[1], dtype=np.float32) if importance is None else importance
+    errors = {}
+    for name in types:
+        delta = ggml.dequantize(ggml.quantize(x, name, importance), name, x.shape[1])
+        delta -= x
+        errors[name] = (np.square(delta, out=delta) @ weights).astype(np.float64)
+    return _Sums((np.square(x) @ weights).astype(np.float64), errors)
+
+
+def ratio_estimate(numerator: Float64, denominator: Float64, sampled_share: float) -> tuple[float, float]:
+    """Return the ratio of sums over a sample of rows and its standard error.
+
+    ``sampled_share`` is the sample over the population: 1 means no sampling error.
+    """
+    total = float(denominator.sum())
+    if total <= 0:
+        return 0.0, 0.0
+    ratio = float(numerator.sum()) / total
+    n = len(numerator)
+    if n < 2 or sampled_share >= 1:
+        return ratio, 0.0
+    residual = numerator - ratio * denominator
+    variance = float((residual**2).sum()) / (n - 1)
+    return ratio, math.sqrt(n * variance * (1 - sampled_share)) / total
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")

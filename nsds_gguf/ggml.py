@@ -1,0 +1,183 @@
+"""ggml, as shipped inside llama-cpp-python: quantize and dequantize rows. The only module that knows ctypes.
+
+Nothing here keeps state but the loaded library. Both directions release the GIL for the whole call, so a thread pool
+over row slabs keeps all cores busy. Rows are quantized independently of one another (ggml-quants.c), so the bytes
+do not depend on how rows are cut into slabs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from .errors import GgmlError
+from .records import Float32
+
+# Types this program writes. Bits per weight follow from gguf's GGML_QUANT_SIZES (block of weights, block bytes).
+FLOAT_TYPES = ("F32", "F16", "BF16")
+K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+NARROW_TYPES = ("Q4_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0")  # blocks of 32, for rows that K-quants cannot cut
+TYPES = (*FLOAT_TYPES, *K_TYPES, *NARROW_TYPES)
+
+_LIBRARY_NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
+_SYMBOLS = ("ggml_quantize_chunk", "ggml_get_type_traits", "ggml_type_name", "ggml_row_size", "ggml_commit")
+
+
+class _TypeTraits(ctypes.Structure):
+    """``struct ggml_type_traits`` of ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+def block(type_name: str) -> tuple[int, int]:
+    """Return ``(weights, bytes)`` of one block of a type."""
+    n_weights, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    return n_weights, n_bytes
+
+
+def bits_per_weight(type_name: str) -> float:
+    """Return the bits that one weight takes in a type, scales included."""
+    n_weights, n_bytes = block(type_name)
+    return n_bytes * 8 / n_weights
+
+
+def fits(type_name: str, n_cols: int) -> bool:
+    """Return whether rows of ``n_cols`` weights can be cut into whole blocks of a type."""
+    return n_cols % block(type_name)[0] == 0
+
+
+def row_bytes(type_name: str, n_cols: int) -> int:
+    """Return the bytes of one row; raises ``GgmlError`` when the row is not whole blocks."""
+    n_weights, n_bytes = block(type_name)
+    if n_cols % n_weights:
+        raise GgmlError(f"{type_name} needs rows of a multiple of {n_weights} weights, got {n_cols}")
+    return n_cols // n_weights * n_bytes
+
+
+def quantize(rows: Float32, type_name: str, importance: Float32 | None = None) -> NDArray[np.uint8]:
+    """Quantize rows with ``ggml_quantize_chunk``, the function that llama-quantize calls.
+
+    Args:
+        rows: ``(n_rows, n_cols)`` float32.
+        type_name: one of ``TYPES``.
+        importance: ``(n_cols,)`` float32, weight of each column's squared error, or ``None``.
+
+    Returns:
+        ``(n_rows, row_bytes)`` uint8.
+
+    Raises:
+        GgmlError: the row length does not fit the type, or ggml wrote another number of bytes.
+
+    """
+    rows = np.ascontiguousarray(rows, dtype=np.float32)
+    n_rows, n_cols = rows.shape
+    out = np.empty((n_rows, row_bytes(type_name, n_cols)), dtype=np.uint8)
+    weights = None
+    if importance is not None:
+        weights = np.ascontiguousarray(importance, dtype=np.float32)
+        if weights.shape != (n_cols,):
+            raise GgmlError(f"importance: wanted {n_cols} columns, got shape {weights.shape}")
+    written = _library().ggml_quantize_chunk(
+        GGMLQuantizationType[type_name], rows.ctypes.data, out.ctypes.data, 0, n_rows, n_cols,
+        None if weights is None else weights.ctypes.data,
+    )  # fmt: skip
+    if written != out.nbytes:
+        raise GgmlError(f"ggml_quantize_chunk({type_name}): wanted {out.nbytes} bytes, got {written}")
+    return out
+
+
+def dequantize(data: NDArray[np.uint8], type_name: str, n_cols: int) -> Float32:
+    """Dequantize rows with ggml's ``to_float``.
+
+    Args:
+        data: ``(n_rows, row_bytes)`` uint8, as ``quantize`` returns it.
+        type_name: one of ``TYPES``.
+        n_cols: weights in a row.
+
+    Returns:
+        ``(n_rows, n_cols)`` float32.
+
+    Raises:
+        GgmlError: the rows are not of the length that the type needs.
+
+    """
+    data = np.ascontiguousarray(data)
+    if data.shape[1] != row_bytes(type_name, n_cols):
+        raise GgmlError(f"{type_name}: wanted rows of {row_bytes(type_name, n_cols)} bytes, got {data.shape[1]}")
+    out: Float32 = np.empty((data.shape[0], n_cols), dtype=np.float32)
+    if type_name == "F32":  # ggml has no converter for what needs none
+        out[:] = data.view(np.float32)
+        return out
+    _traits(type_name).to_float(data.ctypes.data, out.ctypes.data, out.size)
+    return out
+
+
+def version() -> str:
+    """Return ggml's own version and commit, for records and ``--version``."""
+    library = _library()
+    parts = [getattr(library, name)() for name in ("ggml_version", "ggml_commit") if hasattr(library, name)]
+    return "-".join(part.decode() for part in parts)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Load libggml-base and check that its types are the ones that gguf describes."""
+    path = _library_path()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise GgmlError(f"{path}: cannot be loaded: {error}; reinstall llama-cpp-python") from error
+    missing = [name for name in _SYMBOLS if not hasattr(library, name)]
+    if missing:
+        raise GgmlError(f"{path}: has no {', '.join(missing)}; upgrade llama-cpp-python")
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = (
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p,
+    )  # fmt: skip
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    library.ggml_get_type_traits.argtypes = (ctypes.c_int,)
+    for name in ("ggml_version", "ggml_commit"):
+        if hasattr(library, name):
+            getattr(library, name).restype = ctypes.c_char_p
+    _check_types(library, path)
+    return library
+
+
+def _library_path() -> Path:
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise GgmlError("llama-cpp-python is not installed; run: pip install llama-cpp-python")
+    name = _LIBRARY_NAMES.get(sys.platform, "libggml-base.so")
+    path = Path(spec.submodule_search_locations[0]) / "lib" / name
+    if not path.exists():
+        raise GgmlError(f"{path}: not found; this llama-cpp-python ships no ggml of its own, reinstall it")
+    return path
+
+
+def _check_types(library: ctypes.CDLL, path: Path) -> None:
+    for name in TYPES:
+        traits = library.ggml_get_type_traits(GGMLQuantizationType[name]).contents
+        found = (traits.type_name.decode().upper(), traits.blck_size, traits.type_size)
+        if found != (name, *block(name)):
+            raise GgmlError(f"{path}: type {name}: wanted {block(name)} weights and bytes a block, got {found}")
+
+
+@functools.cache
+def _traits(type_name: str) -> _TypeTraits:
+    traits: _TypeTraits = _library().ggml_get_type_traits(GGMLQuantizationType[type_name]).contents
+    return traits

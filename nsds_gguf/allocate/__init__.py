@@ -32,7 +32,7 @@ from .propagate import IMPORTANCES, Propagation, propagate
 
 __all__ = [
     "ALLOCATORS", "DEFAULT_TYPES", "IMPORTANCES", "Candidate", "Pin", "PlanOptions", "Propagation",
-    "candidates", "check_options", "make_plan", "measure", "open_candidates", "propagate",
+    "candidates", "check_options", "check_type", "make_plan", "measure", "open_candidates", "propagate",
 ]  # fmt: skip
 
 DEFAULT_TYPES = ggml.K_TYPES

@@ -1,0 +1,491 @@
+"""The command line: arguments in, tables and exit codes out. The only module that prints.
+
+Results go to standard output, progress and notes to standard error; with ``--json -`` standard output holds JSON alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
+
+from . import allocate, convert, display, ggml, llama
+from .allocate import DEFAULT_TYPES, Pin, PlanOptions
+from .errors import NsdsError, OutputError, PlanError
+from .inspect import inspect_gguf
+from .perplexity import perplexity
+from .records import Plan, Progress, Scores, Target, read_json
+from .score import METRICS, SE_READINGS
+from .version import __version__
+
+USAGE_EXIT, INTERRUPTED_EXIT, TERMINATED_EXIT = 2, 130, 143
+
+EXIT_CODES = """exit codes:
+  0 done   2 wrong usage   3 model   4 plan, target or record   5 output, disk or memory
+  6 text   7 verification failed   8 ggml or llama.cpp   130 interrupted   143 terminated"""
+
+_FILE_WIDTH = 140  # columns of tables that go to a file or a pipe
+
+_SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    signal.signal(signal.SIGTERM, _terminate)
+    arguments = build_parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO if getattr(arguments, "verbose", False) else logging.ERROR)
+    screen = Screen(quiet=arguments.quiet, json_to_stdout=arguments.json == "-", verbose=arguments.verbose)
+    try:
+        arguments.run(arguments, screen)
+    except NsdsError as error:
+        return _fail(" ".join(str(error).split()), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was left behind", INTERRUPTED_EXIT)
+    except MemoryError:
+        return _fail("out of memory; lower --threads or close other programs", OutputError.exit_code)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    sys.exit(TERMINATED_EXIT)  # unwinds, so that temporary files go
+
+
+class Screen:
+    """Draws what happens: bars on a terminal, notes on standard error, results on standard output."""
+
+    def __init__(self, *, quiet: bool, json_to_stdout: bool, verbose: bool) -> None:
+        """Take what the user wants to see."""
+        self.notes = Console(stderr=True, highlight=False, quiet=quiet)
+        self.results = Console(stderr=json_to_stdout, highlight=False, quiet=quiet)
+        if not self.results.is_terminal:
+            self.results.width = _FILE_WIDTH
+        self.verbose = verbose
+        self.draws_bars = self.notes.is_terminal and not quiet
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Progress]:
+        """Show one stage as a bar with the time it takes; off a terminal, as one line when it is done."""
+        start = time.perf_counter()
+        if not self.draws_bars:
+            yield lambda done, total: None
+            if self.verbose:
+                self.notes.print(f"{name}: {time.perf_counter() - start:.1f} s")
+            return
+        columns = (TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+                   TimeRemainingColumn())  # fmt: skip
+        with Bars(*columns, console=self.notes) as bars:
+            task = bars.add_task(name, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+            bars.update(task, completed=1, total=1)
+
+    def say(self, text: str) -> None:
+        """Tell one fact."""
+        self.notes.print(text, markup=False)
+
+    def show(self, view: RenderableType) -> None:
+        """Show a result."""
+        self.results.print(view)
+
+
+def write_json(destination: str | None, data: Any) -> None:
+    """Write JSON to a file, or to standard output for ``-``; raises ``OutputError`` when that fails."""
+    if destination is None:
+        return
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    if destination == "-":
+        sys.stdout.write(text)
+        return
+    write_text(Path(destination), text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file; raises ``OutputError`` when that fails."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror}") from error
+
+
+# --- verbs -----------------------------------------------------------------------------------------------------------
+
+
+def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Convert a model, or with ``--dry-run`` show what would be written."""
+    if arguments.dry_run:
+        run_plan(arguments, screen)
+        return
+    results = convert.convert(
+        arguments.model,
+        [] if arguments.plan else plan_options(arguments),
+        scoring=scoring_options(arguments),
+        verifying=verify_options(arguments),
+        output=convert.Output(arguments.output, arguments.force, arguments.keep),
+        given=given_record(arguments),
+        pre=arguments.pre,
+        n_threads=arguments.threads,
+        report=screen,
+    )
+    for result in results:
+        screen.show(display.plan_view(result.plan))
+        if screen.verbose:
+            screen.show(display.plan_details(result.plan))
+        if result.perplexity is not None:
+            screen.show(display.perplexity_view(result.perplexity, result.path.name, arguments.against))
+        screen.show(f"[bold]{result.path}[/]: {result.path.stat().st_size / 2**20:.2f} MiB")
+    write_json(arguments.json, [
+        {
+            "path": str(result.path),
+            "plan": result.plan.to_json(),
+            "perplexity": result.perplexity.to_json() if result.perplexity else None,
+        }
+        for result in results
+    ])  # fmt: skip
+
+
+def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Plan without writing a model."""
+    plans = convert.plan(
+        arguments.model,
+        plan_options(arguments),
+        scoring=scoring_options(arguments),
+        given=given_record(arguments),
+        pre=arguments.pre,
+        n_threads=arguments.threads,
+        report=screen,
+    )
+    for plan in plans:
+        screen.show(display.plan_view(plan))
+        if screen.verbose:
+            screen.show(display.plan_details(plan))
+    if arguments.tensor_types is not None:
+        if len(plans) > 1:
+            raise PlanError("--tensor-types takes one target")
+        write_text(arguments.tensor_types, convert.tensor_types_file(plans[0]))
+    write_json(arguments.json, plans[0].to_json() if len(plans) == 1 else [plan.to_json() for plan in plans])
+
+
+def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Score layers and measure tensors."""
+    scores = convert.score_model(
+        arguments.model,
+        scoring_options(arguments),
+        types=arguments.types,
+        importance=arguments.importance,
+        pre=arguments.pre,
+        n_threads=arguments.threads,
+        report=screen,
+    )
+    screen.show(display.scores_view(scores))
+    if arguments.plot is not None:
+        from .plot import plot_scores  # matplotlib is an extra, and slow to import
+
+        plot_scores(scores, arguments.plot)
+        screen.say(f"picture: {arguments.plot}")
+    write_json(arguments.json, scores.to_json())
+
+
+def run_perplexity(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Measure perplexity, and with ``--against`` the divergence from another file."""
+    text = convert.evaluation_text(arguments.text)
+    for file in filter(None, (arguments.file, arguments.against)):
+        inspect_gguf(file)
+    with screen.stage("perplexity") as progress:
+        found = perplexity(
+            arguments.file,
+            text,
+            n_ctx=arguments.ctx,
+            n_chunks=arguments.chunks or None,
+            n_threads=arguments.threads,
+            against=arguments.against,
+            progress=progress,
+        )
+    reference = arguments.against.name if arguments.against else None
+    screen.show(display.perplexity_view(found, arguments.file.name, reference))
+    write_json(arguments.json, found.to_json())
+
+
+def run_inspect(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Show what a GGUF holds."""
+    found = inspect_gguf(arguments.file)
+    screen.show(display.inspection_view(found))
+    write_json(arguments.json, found.to_json())
+
+
+# --- arguments to options --------------------------------------------------------------------------------------------
+
+
+def plan_options(arguments: argparse.Namespace) -> list[PlanOptions]:
+    """Return one entry per target; raises ``PlanError`` for contradicting flags."""
+    if arguments.uniform is not None and arguments.allocator not in (None, "uniform"):
+        raise PlanError(f"--uniform and --allocator {arguments.allocator} contradict each other; drop one")
+    if arguments.target_bpw and arguments.target_size is not None:
+        raise PlanError("--target-bpw and --target-size are two budgets; give one")
+    targets = [Target("bpw", value) for value in arguments.target_bpw or ()]
+    if arguments.target_size is not None:
+        targets = [Target("size", arguments.target_size)]
+    return [
+        PlanOptions(
+            target=target,
+            allocator="uniform" if arguments.uniform else arguments.allocator or "nsds",
+            types=arguments.types,
+            uniform=arguments.uniform,
+            pins=tuple(arguments.pin),
+            importance=arguments.importance,
+        )
+        for target in targets or [Target("none", 0)]
+    ]
+
+
+def scoring_options(arguments: argparse.Namespace) -> convert.ScoreOptions:
+    """Return how layers are scored."""
+    return convert.ScoreOptions(arguments.metric, arguments.se, not getattr(arguments, "layers_only", False))
+
+
+def verify_options(arguments: argparse.Namespace) -> convert.VerifyOptions:
+    """Return how the finished file is checked."""
+    return convert.VerifyOptions(
+        text=arguments.text,
+        n_ctx=arguments.ctx,
+        n_chunks=arguments.chunks or None,
+        against=arguments.against,
+        enabled=not arguments.no_verify,
+    )
+
+
+def given_record(arguments: argparse.Namespace) -> Scores | Plan | None:
+    """Return the scores or the plan that the user brings; raises ``PlanError`` for both at once."""
+    if arguments.scores is not None and arguments.plan is not None:
+        raise PlanError("--scores and --plan contradict each other: a plan needs no scores")
+    if arguments.plan is not None:
+        if arguments.target_bpw or arguments.target_size or arguments.uniform or arguments.pin:
+            raise PlanError("--plan fixes every type; drop the target, --uniform and --pin, or plan again")
+        return Plan.from_json(read_json(arguments.plan), str(arguments.plan))
+    if arguments.scores is not None:
+        return Scores.from_json(read_json(arguments.scores), str(arguments.scores))
+    return None
+
+
+def parse_bpw_list(text: str) -> list[float]:
+    """Parse ``2.8,3.2,4``."""
+    values = [float(part) for part in text.split(",")]
+    if not all(0 < value <= 32 for value in values):
+        raise ValueError(text)
+    return values
+
+
+def parse_size(text: str) -> int:
+    """Parse bytes with an optional unit: ``1500000``, ``700M``, ``1.5GiB``."""
+    number = text.rstrip("KMGIBkmgib")
+    unit = text[len(number) :].upper()
+    return int(float(number) * _SIZE_UNITS[unit if unit in _SIZE_UNITS else unit.removesuffix("B")])
+
+
+def parse_types(text: str) -> tuple[str, ...]:
+    """Parse a comma-separated list of types."""
+    return tuple(allocate.check_type(part.strip(), "--types") for part in text.split(","))
+
+
+def _argument(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
+    """Make a parser of one argument that reports what was wanted."""
+
+    def parsed(text: str) -> Any:
+        try:
+            return parse(text)
+        except NsdsError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        except (ValueError, KeyError) as error:
+            raise argparse.ArgumentTypeError(f"wanted {wanted}, got {text!r}") from error
+
+    return parsed
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value <= 0:
+        raise ValueError(text)
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+# --- the parser ------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit."""
+        print(f"error: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(USAGE_EXIT)
+
+
+class _VersionAction(argparse.Action):
+    """``--version``: ours, ggml's and llama.cpp's, looked up only when asked."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"nsds-gguf {__version__}, ggml {ggml.version()}, llama.cpp {llama.llama_build()}")
+        parser.exit()
+
+
+def build_parser() -> Parser:
+    """Return the parser of all verbs."""
+    parser = Parser(
+        prog="nsds-gguf",
+        description="Make the best small GGUF of a model: data-free scoring, exact bit allocation, checked result.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", nargs=0, action=_VersionAction, help="show versions and exit")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
+    _add_convert(verbs)
+    _add_score(verbs)
+    _add_plan(verbs)
+    _add_perplexity(verbs)
+    _add_inspect(verbs)
+    return parser
+
+
+def _add_verb(verbs: Any, name: str, run: Callable[[argparse.Namespace, Screen], None], summary: str, example: str,
+              description: str = "") -> Parser:  # fmt: skip
+    parser: Parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=description or summary,
+        epilog=f"example: {example}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_convert(verbs: Any) -> None:
+    parser = _add_verb(verbs, "convert", run_convert, "convert a model to a GGUF within a budget",
+                       "nsds-gguf convert model/ --target-bpw 3.0")  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="output file or existing folder")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    parser.add_argument("--keep", action="store_true", help="keep a file that failed verification as FILE.failed")
+    parser.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
+    _add_budget(parser)
+    _add_scoring(parser)
+    _add_records(parser)
+    group = parser.add_argument_group("verification")
+    _add_text(group, chunks=8)
+    group.add_argument("--against", metavar="REF",
+                       help="also show perplexity of, and divergence from: 'original' (writes a temporary GGUF of the "
+                       "source's precision) or a GGUF file")  # fmt: skip
+    group.add_argument("--no-verify", action="store_true", help="skip the perplexity check; structure is still checked")
+    _add_general(parser)
+    parser.set_defaults(tensor_types=None)
+
+
+def _add_plan(verbs: Any) -> None:
+    parser = _add_verb(verbs, "plan", run_plan, "show the types that convert would choose",
+                       "nsds-gguf plan model/ --target-size 700M --scores scores.json --json plan.json")  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder")
+    parser.add_argument("--tensor-types", metavar="FILE", type=Path,
+                        help="write the plan for llama-quantize --tensor-type-file")  # fmt: skip
+    _add_budget(parser)
+    _add_scoring(parser)
+    _add_records(parser)
+    _add_general(parser)
+
+
+def _add_score(verbs: Any) -> None:
+    parser = _add_verb(verbs, "score", run_score, "score layers and measure tensors, without data",
+                       "nsds-gguf score model/ --json scores.json --plot scores.png")  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder")
+    parser.add_argument("--layers-only", action="store_true", help="skip the tensor measurements that plans need")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="write a picture, .png or .svg")
+    _add_types(parser)
+    _add_scoring(parser)
+    _add_general(parser)
+
+
+def _add_perplexity(verbs: Any) -> None:
+    parser = _add_verb(verbs, "perplexity", run_perplexity, "measure perplexity as llama-perplexity does",
+                       "nsds-gguf perplexity model-Q3.gguf --text wiki.test.raw --against model-F16.gguf")  # fmt: skip
+    parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file")
+    _add_text(parser, chunks=0)
+    parser.add_argument("--against", metavar="REF", type=Path, help="GGUF file to measure the divergence from")
+    _add_general(parser)
+
+
+def _add_inspect(verbs: Any) -> None:
+    parser = _add_verb(verbs, "inspect", run_inspect, "show what a GGUF holds", "nsds-gguf inspect model-Q3.gguf")
+    parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file")
+    _add_general(parser)
+
+
+def _add_budget(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("budget")
+    group.add_argument("--target-bpw", metavar="X[,X]", type=_argument(parse_bpw_list, "numbers in (0, 32]"),
+                       help="bits of all tensors over weights of all tensors; several make several files")  # fmt: skip
+    group.add_argument("--target-size", metavar="N", type=_argument(parse_size, "bytes, or with M, G, MiB or GiB"),
+                       help="bytes of the whole file, for example 700M or 1.5GiB")  # fmt: skip
+    group.add_argument("--allocator", choices=sorted(allocate.ALLOCATORS), help="how bits are spent (nsds unless told)")
+    group.add_argument("--uniform", metavar="TYPE", type=_argument(lambda t: allocate.check_type(t, "--uniform"), ""),
+                       help="one type for all matrices, also F32, F16, BF16, Q8_0")  # fmt: skip
+    group.add_argument("--pin", metavar="REGEX=TYPE", action="append", default=[],
+                       type=_argument(Pin.parse, "REGEX=TYPE"),
+                       help="fix the type of tensors whose whole name matches; repeatable")  # fmt: skip
+    _add_types(group)
+
+
+def _add_types(group: Any) -> None:
+    group.add_argument("--types", metavar="LIST", type=_argument(parse_types, "types"), default=DEFAULT_TYPES,
+                       help="types to choose from")  # fmt: skip
+    group.add_argument("--importance", choices=tuple(allocate.IMPORTANCES), default="sweep",
+                       help="column importance for the quantizers")  # fmt: skip
+
+
+def _add_scoring(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("scoring")
+    group.add_argument("--metric", choices=tuple(METRICS), default="nsds", help="layer score")
+    group.add_argument("--se", choices=tuple(SE_READINGS), default="ratio", help="reading of structural expressiveness")
+    group.add_argument("--pre", metavar="NAME", help="llama.cpp's pre-tokenizer, in place of the one recognised")
+
+
+def _add_records(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("records of earlier runs")
+    group.add_argument("--scores", metavar="FILE", type=Path, help="scores written by 'score --json'")
+    group.add_argument("--plan", metavar="FILE", type=Path, help="plan written by 'plan --json'")
+
+
+def _add_text(group: Any, chunks: int) -> None:
+    group.add_argument("--text", metavar="FILE", type=Path, help="evaluation text (a chapter of Dickens unless told)")
+    group.add_argument("--ctx", metavar="N", type=_argument(_positive, "a positive integer"), default=512,
+                       help="tokens of a chunk")  # fmt: skip
+    group.add_argument("--chunks", metavar="N", type=_argument(_count, "a count"), default=chunks,
+                       help="chunks to take, 0 for all")  # fmt: skip
+
+
+def _add_general(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("general")
+    group.add_argument("--json", metavar="FILE", help="write the result as JSON, - for standard output")
+    group.add_argument("--threads", metavar="N", type=_argument(_positive, "a positive integer"),
+                       help="threads to use (one a core unless told)")  # fmt: skip
+    group.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    group.add_argument("-v", "--verbose", action="store_true", help="show every tensor, stage times and logs")

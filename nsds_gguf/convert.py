@@ -1,0 +1,429 @@
+"""The pipeline: read -> score -> allocate -> write -> verify, in one straight line.
+
+Nothing here prints: what happens is told to a ``Reporter``, what came out is returned.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Protocol
+
+import gguf
+
+from . import allocate, ggml, read, score
+from .allocate import PlanOptions, Propagation
+from .errors import OutputError, PlanError, RecordError, TextError
+from .llama import default_threads
+from .perplexity import Perplexity, check_sane, perplexity
+from .records import UNQUANTIZED, Float32, Model, Plan, PlannedTensor, Progress, Scores, Target, no_progress
+from .resources import check_disk, check_memory
+from .verify import verify_structure
+from .write import header_bytes, temporary_sibling, write_gguf
+
+SHIPPED_TEXT = "old_curiosity_shop.txt"
+
+ORIGINAL = "original"  # --against: a temporary GGUF of the source's own precision
+
+# Working memory of scoring and writing, without the page cache: measured in tools/bench.py.
+_BASE_MEMORY_BYTES = 400 << 20
+_THREAD_MEMORY_BYTES = 48 << 20
+
+
+class Reporter(Protocol):
+    """Who is told what happens; the command line draws it."""
+
+    def stage(self, name: str) -> AbstractContextManager[Progress]:
+        """Open a stage and return where its progress goes."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Tell one fact."""
+        ...
+
+
+class Silent:
+    """A reporter that tells nobody."""
+
+    def stage(self, name: str) -> AbstractContextManager[Progress]:
+        """Return a progress that is ignored."""
+        return nullcontext(no_progress)
+
+    def say(self, text: str) -> None:
+        """Ignore the fact."""
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How to score: layer ``metric``, reading of SE, and whether tensor costs are measured too."""
+
+    metric: str = "nsds"
+    se: str = "ratio"
+    measure: bool = True
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How to check a finished file by perplexity: ``text`` ``None`` is the text that ships with the package.
+
+    ``n_chunks`` ``None`` takes the whole text; ``against`` is ``original``, the path of a GGUF, or ``None``.
+    """
+
+    text: Path | None = None
+    n_ctx: int = 512
+    n_chunks: int | None = 8
+    against: str | None = None
+    enabled: bool = True
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the file goes: a file, an existing folder, or ``None`` for the working directory."""
+
+    path: Path | None = None
+    force: bool = False
+    keep_failed: bool = False
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A finished file, its plan, and what the check found (``None`` when it was skipped)."""
+
+    path: Path
+    plan: Plan
+    perplexity: Perplexity | None
+
+
+def convert(
+    path: Path,
+    options: Sequence[PlanOptions],
+    *,
+    scoring: ScoreOptions | None = None,
+    verifying: VerifyOptions | None = None,
+    output: Output | None = None,
+    given: Scores | Plan | None = None,
+    pre: str | None = None,
+    n_threads: int | None = None,
+    report: Reporter | None = None,
+) -> list[Converted]:
+    """Convert a model folder to one GGUF per budget; scoring and measuring are done once.
+
+    Args:
+        path: Hugging Face model folder.
+        options: one entry per budget.
+        scoring: how layers are scored; ignored when scores or a plan are given.
+        verifying: how finished files are checked.
+        output: where files go.
+        given: scores or a plan from an earlier run, in place of making them.
+        pre: name of the pre-tokenizer, overriding the one recognised.
+        n_threads: threads for everything; ``None`` for one a core.
+        report: who is told.
+
+    Returns:
+        One entry per budget, in order.
+
+    Raises:
+        NsdsError: anything that a user can act on; no output and no temporary file is left then, and a target out of
+            reach is refused before any weight is read.
+
+    """
+    scoring, verifying, output = scoring or ScoreOptions(), verifying or VerifyOptions(), output or Output()
+    report, n_threads = report or Silent(), n_threads or default_threads()
+    text = evaluation_text(verifying.text) if verifying.enabled else ""
+    check_output_folder(output)
+    model = open_model(path, pre, report)
+    if isinstance(given, Plan):
+        given = checked_plan(model, given)
+    else:
+        check_targets(model, options, given.metric if given else scoring.metric)
+    names = [default_name(model, job) for job in ([given] if isinstance(given, Plan) else options)]
+    paths = output_paths(names, output)
+    work = Work(model, n_threads, report)
+    work.check_resources(options, paths[0].parent, verifying)
+    plans = [given] if isinstance(given, Plan) else work.plans(options, scoring, given)
+    results = []
+    with reference_file(work, verifying, paths[0].parent) as reference:
+        for target, plan in zip(paths, plans, strict=True):
+            with temporary_sibling(target, output.keep_failed) as temporary:
+                work.write(plan, temporary)
+                found = work.verify(plan, temporary, verifying, text, reference)
+            results.append(Converted(target, plan, found))
+    return results
+
+
+def plan(
+    path: Path,
+    options: Sequence[PlanOptions],
+    *,
+    scoring: ScoreOptions | None = None,
+    given: Scores | Plan | None = None,
+    pre: str | None = None,
+    n_threads: int | None = None,
+    report: Reporter | None = None,
+) -> list[Plan]:
+    """Return the plans that ``convert`` would carry out; arguments and errors are the same."""
+    scoring, report = scoring or ScoreOptions(), report or Silent()
+    model = open_model(path, pre, report)
+    if isinstance(given, Plan):
+        return [checked_plan(model, given)]
+    check_targets(model, options, given.metric if given else scoring.metric)
+    return Work(model, n_threads or default_threads(), report).plans(options, scoring, given)
+
+
+def score_model(
+    path: Path,
+    scoring: ScoreOptions,
+    *,
+    types: tuple[str, ...] = allocate.DEFAULT_TYPES,
+    importance: str = "sweep",
+    pre: str | None = None,
+    n_threads: int | None = None,
+    report: Reporter | None = None,
+) -> Scores:
+    """Return layer scores and, with ``scoring.measure``, what every type costs every tensor."""
+    report = report or Silent()
+    model = open_model(path, pre, report)
+    options = PlanOptions(Target("none", 0), types=types, importance=importance)
+    return Work(model, n_threads or default_threads(), report).score([options], scoring)
+
+
+class Work:
+    """The stages on one model, each told to the reporter; the moment sweep is done once, when first needed."""
+
+    def __init__(self, model: Model, n_threads: int, report: Reporter) -> None:
+        """Take the model, the threads and who is told."""
+        self.model, self.n_threads, self.report = model, n_threads, report
+        self._propagation: Propagation | None = None
+
+    def propagation(self) -> Propagation:
+        """Return the moment sweep."""
+        if self._propagation is None:
+            with self.report.stage("sweep moments") as progress:
+                self._propagation = allocate.propagate(self.model, progress)
+        return self._propagation
+
+    def score(self, options: Sequence[PlanOptions], scoring: ScoreOptions) -> Scores:
+        """Score layers and, if an allocator needs it, measure tensors."""
+        with self.report.stage(f"score layers ({scoring.metric})") as progress:
+            scores = score.score_layers(self.model, scoring.metric, scoring.se, progress)
+        wanted = next((option for option in options if option.allocator == "nsds"), None)
+        return self.measure(scores, wanted) if scoring.measure and wanted is not None else scores
+
+    def plans(self, options: Sequence[PlanOptions], scoring: ScoreOptions, given: Scores | None) -> list[Plan]:
+        """Score once, unless scores are given, and allocate for every budget."""
+        needs_scores = any(option.allocator != "uniform" for option in options)
+        scores = given or (self.score(options, scoring) if needs_scores else None)
+        return [self.allocate(scores, option) for option in options]
+
+    def measure(self, scores: Scores, options: PlanOptions) -> Scores:
+        """Return the scores with the costs of the tensors added."""
+        found = allocate.candidates(self.model, options.types, options.pins)
+        propagation = self.propagation()
+        importance = propagation.importance(options.importance)
+        with self.report.stage("measure tensors") as progress:
+            costs = allocate.measure(found, propagation, importance, self.n_threads, progress)
+        versions = {**scores.versions, "ggml": ggml.version()}
+        return replace(scores, importance=options.importance, costs=costs, versions=versions)
+
+    def allocate(self, scores: Scores | None, options: PlanOptions) -> Plan:
+        """Choose the types."""
+        n_header = _header_bytes(self.model, options, scores.metric if scores else None)
+        with self.report.stage(f"allocate for {options.target}"):
+            return allocate.make_plan(self.model, scores, options, n_header)
+
+    def importance(self, plan: Plan) -> Mapping[str, Float32]:
+        """Return the column weights that the plan's quantizers take; none are needed where nothing is quantized."""
+        if all(tensor.type in UNQUANTIZED for tensor in plan.tensors):
+            return {}
+        return self.propagation().importance(plan.importance) if plan.importance != "none" else {}
+
+    def check_resources(self, options: Sequence[PlanOptions], folder: Path, verifying: VerifyOptions) -> None:
+        """Check disk and memory before the heavy work, and tell how long it will take."""
+        against_original = verifying.enabled and verifying.against == ORIGINAL
+        reference = reference_plan(self.model).file_bytes if against_original else 0
+        sizes = [largest_file_bytes(self.model, option) for option in options]
+        check_disk(folder, sum(sizes) + reference, "the output" + (" with the reference" if reference else ""))
+        working = _BASE_MEMORY_BYTES + self.n_threads * _THREAD_MEMORY_BYTES
+        check_memory(working, "converting", "close other programs or lower --threads")
+        if verifying.enabled:
+            remedy = "pass --no-verify" + (" or leave out --against" if reference else "")
+            check_memory(max(sizes, default=0) + reference + _BASE_MEMORY_BYTES, "verification", remedy)
+
+    def write(self, plan: Plan, path: Path, name: str = "quantize and write") -> None:
+        """Write the file."""
+        importance = self.importance(plan)
+        with self.report.stage(name) as progress:
+            write_gguf(self.model, plan, importance, path, n_threads=self.n_threads, progress=progress)
+
+    def verify(
+        self, plan: Plan, path: Path, options: VerifyOptions, text: str, reference: Path | None
+    ) -> Perplexity | None:
+        """Check the file against its plan and, unless switched off, by perplexity."""
+        with self.report.stage("verify structure"):
+            verify_structure(path, self.model, plan)
+        if not options.enabled:
+            return None
+        with self.report.stage("verify perplexity") as progress:
+            found = perplexity(
+                path,
+                text,
+                n_ctx=options.n_ctx,
+                n_chunks=options.n_chunks,
+                n_threads=self.n_threads,
+                against=reference,
+                progress=progress,
+            )
+        check_sane(path, found)
+        return found
+
+
+def open_model(path: Path, pre: str | None, report: Reporter) -> Model:
+    """Read the model's headers and tell its notes."""
+    with report.stage("read headers"):
+        model = read.open_model(path, pre)
+    for note in model.notes:
+        report.say(note)
+    return model
+
+
+def checked_plan(model: Model, plan: Plan) -> Plan:
+    """Return a plan read from a file, made consistent with the model: types count, bytes are computed again.
+
+    Raises ``RecordError`` when it is another model's or a type does not fit its rows, ``PlanError`` when edited types
+    exceed the plan's target.
+    """
+    if plan.model_id != model.model_id:
+        raise RecordError(f"the plan is of another model ({plan.model_name}); plan {model.name} again")
+    if [tensor.name for tensor in plan.tensors] != [tensor.name for tensor in model.tensors]:
+        raise RecordError("the plan does not list the model's tensors in their order; plan again")
+    n_header = header_bytes(
+        model, allocator=plan.allocator, target=plan.target, importance=plan.importance, metric=plan.metric
+    )
+    tensors = tuple(_resized(planned) for planned in plan.tensors)
+    checked = replace(plan, tensors=tensors, header_bytes=n_header)
+    if checked.unused_bytes < 0:
+        raise PlanError(f"the plan exceeds its target {plan.target} by {-checked.unused_bytes} bytes")
+    return checked
+
+
+def _resized(planned: PlannedTensor) -> PlannedTensor:
+    type_name = allocate.check_type(planned.type, planned.name)
+    if not ggml.fits(type_name, planned.shape[-1]):
+        raise RecordError(f"plan: {planned.name}: rows of {planned.shape[-1]} weights cannot be {type_name}")
+    n_rows = planned.n_weights // planned.shape[-1]
+    return replace(planned, type=type_name, n_bytes=n_rows * ggml.row_bytes(type_name, planned.shape[-1]))
+
+
+def tensor_types_file(plan: Plan) -> str:
+    """Return the plan as lines for ``llama-quantize --tensor-type-file``.
+
+    llama-quantize searches for a pattern anywhere in the name and takes the first hit, so patterns are anchored.
+    """
+    quantized = [tensor for tensor in plan.tensors if tensor.type != "F32"]
+    return "".join(f"^{re.escape(tensor.name)}$={tensor.type.lower()}\n" for tensor in quantized)
+
+
+def evaluation_text(path: Path | None) -> str:
+    """Return the text of a file, or the public-domain text that ships with the package."""
+    if path is None:
+        return (resources.files("nsds_gguf") / "data" / SHIPPED_TEXT).read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TextError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+
+
+def default_name(model: Model, job: PlanOptions | Plan) -> str:
+    """Return the file name by the GGUF naming convention, ``Name-Size-v1.0-NSDS_3_00BPW.gguf``."""
+
+    def field(key: str) -> str | None:
+        entry = model.metadata.get(f"general.{key}")
+        return None if entry is None else str(entry.value)
+
+    if job.allocator == "uniform":
+        encoding = job.types[0] if isinstance(job, Plan) else str(job.uniform)
+    else:
+        bpw = job.target.value if job.target.kind == "bpw" else job.target.value * 8 / model.n_weights
+        encoding = f"{job.allocator}_{bpw:.2f}BPW".replace(".", "_")
+    name = gguf.naming_convention(
+        model.name, field("basename"), field("finetune"), field("version") or "v1.0", field("size_label"), encoding
+    )
+    return f"{name}.gguf"
+
+
+def largest_file_bytes(model: Model, option: PlanOptions) -> int:
+    """Return what the file of a budget takes at most; without a budget, as much as the source."""
+    if option.target.kind == "size":
+        return int(option.target.value)
+    bpw = option.target.value if option.target.kind == "bpw" else ggml.bits_per_weight(option.uniform or "F32")
+    return _header_bytes(model, option, None) + int(bpw * model.n_weights / 8)
+
+
+def check_targets(model: Model, options: Sequence[PlanOptions], metric: str) -> None:
+    """Refuse impossible targets and pins before any weight is read."""
+    for option in options:
+        allocate.open_candidates(model, option, _header_bytes(model, option, metric))
+
+
+def check_output_folder(output: Output) -> None:
+    """Raise ``OutputError`` when the output cannot be where it is wanted, whatever it will be called."""
+    path = output.path
+    folder = Path.cwd() if path is None else path if path.is_dir() else path.parent
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: no such folder for the output; create it first")
+
+
+def output_paths(names: Sequence[str], output: Output) -> list[Path]:
+    """Return one path per file; raises ``OutputError`` when one exists or several would share a name."""
+    if output.path is not None and not output.path.is_dir():
+        if len(names) > 1:
+            raise OutputError(f"{output.path}: one file cannot hold {len(names)} targets; give a folder")
+        paths = [output.path]
+    else:
+        paths = [(output.path or Path.cwd()) / name for name in names]
+    if len(set(paths)) < len(paths):
+        raise OutputError(f"two targets would both be written to {paths[0].name}; drop one")
+    taken = next((path for path in paths if path.exists()), None)
+    if taken is not None and not output.force:
+        raise OutputError(f"{taken}: exists already; pass --force to replace it")
+    return paths
+
+
+def reference_plan(model: Model) -> Plan:
+    """Return the plan of a file at the precision of the source: its own type if all matrices share it, else F32."""
+    dtypes = {tensor.dtype for tensor in model.tensors if tensor.is_matrix}
+    uniform = dtypes.pop() if len(dtypes) == 1 else "F32"
+    options = PlanOptions(Target("none", 0), "uniform", uniform=uniform, importance="none")
+    return allocate.make_plan(model, None, options, _header_bytes(model, options, None))
+
+
+@contextmanager
+def reference_file(work: Work, options: VerifyOptions, folder: Path) -> Iterator[Path | None]:
+    """Give the GGUF to compare with; the original's is written beside the output and removed on every exit."""
+    if not options.enabled or options.against is None:
+        yield None
+    elif options.against != ORIGINAL:
+        yield Path(options.against)
+    else:
+        plan = reference_plan(work.model)
+        path = folder / f".reference-{os.getpid()}.gguf"
+        size = f"{plan.file_bytes / 2**20:.0f} MiB"
+        work.report.say(f"Writing the original as a temporary {plan.types[0]} GGUF of {size} to compare with: {path}")
+        try:
+            work.write(plan, path, "write reference")
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _header_bytes(model: Model, option: PlanOptions, metric: str | None) -> int:
+    if option.allocator == "uniform":
+        metric = None
+    return header_bytes(
+        model, allocator=option.allocator, target=option.target, importance=option.importance, metric=metric
+    )

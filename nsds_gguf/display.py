@@ -1,0 +1,189 @@
+"""What people see in the terminal: records as rich tables. Nothing here prints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from rich.bar import Bar
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .inspect import Inspection
+from .perplexity import Perplexity
+from .records import Plan, Scores
+
+# From few bits to many, safe for colour-blind eyes (viridis); the text says the type in any case.
+TYPE_COLOURS = {
+    "Q2_K": "#fde725", "Q3_K": "#90d743", "Q4_K": "#35b779", "Q4_0": "#35b779", "IQ4_NL": "#35b779",
+    "Q5_K": "#21918c", "Q5_0": "#21918c", "Q5_1": "#21918c", "Q6_K": "#31688e", "Q8_0": "#443983",
+    "F16": "#8c6bb1", "BF16": "#8c6bb1", "F32": "#8c6bb1",
+}  # fmt: skip
+
+_BAR_WIDTH = 36
+
+
+class _Typed(Protocol):
+    """What plan tables and inspection tables have in common."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def layer(self) -> int | None: ...
+    @property
+    def type(self) -> str: ...
+    @property
+    def n_weights(self) -> int: ...
+    @property
+    def n_bytes(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def scores_view(scores: Scores) -> RenderableType:
+    """Return a bar per layer, with the parts of the score where the metric has parts."""
+    has_parts = any(layer.p_nv is not None for layer in scores.layers)
+    reading = f", SE {scores.settings['se']}" if "se" in scores.settings else ""
+    table = Table(title=f"{scores.model_name}: {scores.metric}{reading}, higher = more sensitive", title_justify="left")
+    table.add_column("layer", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("")
+    for name in ("P_NV", "P_SE") if has_parts else ():
+        table.add_column(name, justify="right")
+    low, high = _bar_range([layer.score for layer in scores.layers])
+    for layer in scores.layers:
+        bar = Bar(high - low, 0, layer.score - low, width=_BAR_WIDTH, color="#21918c")
+        parts = [f"{layer.p_nv:.3f}", f"{layer.p_se:.3f}"] if has_parts else []
+        table.add_row(str(layer.layer), f"{layer.score:.4g}", bar, *parts)
+    return table
+
+
+def _bar_range(values: Sequence[float]) -> tuple[float, float]:
+    """Return where bars start and end: at 0 unless the scores hide their differences far from it."""
+    low, high = min(values), max(values)
+    if low >= 0 and high - low > 0.2 * high:
+        low = 0.0
+    elif high > low:
+        low -= 0.1 * (high - low)
+    return low, high if high > low else low + 1.0
+
+
+def plan_view(plan: Plan) -> RenderableType:
+    """Return the types by layer and role, the totals by type, and the sums."""
+    return Group(_grid(plan.tensors, f"{plan.model_name}: {plan.allocator}, target {plan.target}"),
+                 _type_table(plan.tensors), _plan_sums(plan))  # fmt: skip
+
+
+def plan_details(plan: Plan) -> RenderableType:
+    """Return one line per tensor with error, sensitivity and reason."""
+    table = Table(title="tensors", title_justify="left")
+    for name in ("tensor", "type", "reason"):
+        table.add_column(name, no_wrap=name != "reason")
+    for name in ("shape", "bytes", "error", "sensitivity"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for t in plan.tensors:
+        error = "" if t.error is None else f"{t.error:.3g}"
+        if t.error and t.error_stderr:
+            error += f" ± {100 * t.error_stderr / t.error:.1f} %"
+        sensitivity = "" if t.sensitivity is None else f"{t.sensitivity:.3g}"
+        shape = " x ".join(map(str, t.shape))
+        table.add_row(t.name, _type_text(t.type), t.reason, shape, f"{t.n_bytes:,}", error, sensitivity)
+    return table
+
+
+def _plan_sums(plan: Plan) -> RenderableType:
+    lines = [
+        f"bits per weight: {plan.bpw:.4f} of all tensors, {plan.quantized_bpw:.4f} of quantized tensors, "
+        f"{plan.file_bpw:.4f} of the whole file",
+        f"bytes: {plan.tensor_bytes:,} tensors, {plan.file_bytes:,} file"
+        + ("" if plan.target.kind == "none" else f", {plan.unused_bytes:,} of the budget unused"),
+    ]
+    if plan.gap is not None:
+        lines.append(f"optimality gap at most {plan.gap:.1e}")
+    return Text("\n".join([*lines, *(f"note: {note}" for note in plan.notes)]))
+
+
+def perplexity_view(found: Perplexity, name: str, reference: str | None = None) -> RenderableType:
+    """Return perplexity and, with a reference, both and the divergence."""
+    table = Table(title=f"{found.n_chunks} chunks of {found.n_ctx} tokens, {found.n_scored_tokens} scored",
+                  title_justify="left")  # fmt: skip
+    for column in ("", "perplexity", "± error"):
+        table.add_column(column, justify="right" if column else "left")
+    if found.reference_ppl is not None and found.reference_ppl_error is not None:
+        table.add_row(reference or "reference", f"{found.reference_ppl:.4f}", f"{found.reference_ppl_error:.4f}")
+    table.add_row(name, f"{found.ppl:.4f}", f"{found.ppl_error:.4f}")
+    if found.kld_mean is None or found.kld_error is None or found.same_top is None:
+        return table
+    return Group(table, Text(f"mean KL divergence {found.kld_mean:.6f} ± {found.kld_error:.6f} nats per token, "
+                             f"same most likely token {100 * found.same_top:.2f} %"))  # fmt: skip
+
+
+def inspection_view(found: Inspection) -> RenderableType:
+    """Return metadata, types by layer and role, and the sums of a GGUF."""
+    keys = Table(title=found.path, title_justify="left", show_header=False)
+    keys.add_column(no_wrap=True)
+    keys.add_column(overflow="ellipsis", no_wrap=True)
+    for key, value in found.metadata.items():
+        keys.add_row(key, value.replace("\n", "⏎"))
+    if not found.tensors:
+        return keys
+    sums = Text(f"{found.n_weights / 1e6:.2f} M weights; bits per weight: {found.bpw:.4f} of all tensors, "
+                f"{found.quantized_bpw:.4f} of quantized tensors, {found.file_bpw:.4f} of the whole file "
+                f"({found.file_bytes:,} bytes)")  # fmt: skip
+    return Group(keys, _grid(found.tensors, "types"), _type_table(found.tensors), sums)
+
+
+def _grid(tensors: Iterable[_Typed], title: str) -> Table:
+    """Return a table of matrix types: a row per layer, a column per role; equal neighbours are folded."""
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
+    roles = list(dict.fromkeys(tensor.role for tensor in matrices if tensor.layer is not None))
+    table = Table(title=title, title_justify="left")
+    table.add_column("layer", justify="right")
+    for role in roles:
+        table.add_column(role.replace("attn_output", "attn_o").removeprefix("ffn_").removeprefix("attn_"))
+    rows: dict[int, dict[str, str]] = {}
+    for tensor in matrices:
+        if tensor.layer is not None:
+            rows.setdefault(tensor.layer, {})[tensor.role] = tensor.type
+    for first, last in _runs(rows):
+        label = str(first) if first == last else f"{first}–{last}"
+        table.add_row(label, *(_type_text(rows[first].get(role, "")) for role in roles))
+    outside = [f"{tensor.role} {tensor.type}" for tensor in matrices if tensor.layer is None]
+    table.caption = ", ".join(outside)
+    table.caption_justify = "left"
+    return table
+
+
+def _runs(rows: dict[int, dict[str, str]]) -> list[tuple[int, int]]:
+    """Return first and last of each stretch of neighbouring layers with the same types."""
+    runs: list[tuple[int, int]] = []
+    for layer in sorted(rows):
+        if runs and runs[-1][1] == layer - 1 and rows[layer] == rows[runs[-1][0]]:
+            runs[-1] = (runs[-1][0], layer)
+        else:
+            runs.append((layer, layer))
+    return runs
+
+
+def _type_table(tensors: Iterable[_Typed]) -> Table:
+    counts: Counter[str] = Counter()
+    n_bytes: Counter[str] = Counter()
+    n_weights: Counter[str] = Counter()
+    for tensor in tensors:
+        counts[tensor.type] += 1
+        n_bytes[tensor.type] += tensor.n_bytes
+        n_weights[tensor.type] += tensor.n_weights
+    total_bytes, total_weights = sum(n_bytes.values()), sum(n_weights.values())
+    table = Table()
+    for name in ("type", "tensors", "weights", "bytes"):
+        table.add_column(name, justify="left" if name == "type" else "right")
+    for name, held in n_bytes.most_common():
+        weights = f"{100 * n_weights[name] / total_weights:.1f} %"
+        table.add_row(_type_text(name), str(counts[name]), weights, f"{100 * held / total_bytes:.1f} %")
+    return table
+
+
+def _type_text(name: str) -> Text:
+    return Text(name, style=f"bold {TYPE_COLOURS[name]}" if name in TYPE_COLOURS else "")

@@ -1,0 +1,39 @@
+"""What this machine has left: disk and memory, asked before work starts rather than found out in the middle."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from .errors import OutputError
+
+_GIB = 2**30
+
+
+def available_memory_bytes() -> int | None:
+    """Return the memory that programs can still take, or ``None`` where the system does not say (not Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return None if kib is None else kib * 1024
+
+
+def check_disk(folder: Path, n_bytes: int, what: str) -> None:
+    """Raise ``OutputError`` when ``folder`` has less than ``n_bytes`` free."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise OutputError(
+            f"{folder}: {what} takes {n_bytes / _GIB:.2f} GiB, the disk has {free / _GIB:.2f} GiB free: "
+            "make room or choose another folder"
+        )
+
+
+def check_memory(n_bytes: int, what: str, remedy: str) -> None:
+    """Raise ``OutputError`` when less than ``n_bytes`` of memory are available; silent where that is unknown."""
+    available = available_memory_bytes()
+    if available is not None and available < n_bytes:
+        raise OutputError(
+            f"{what} takes {n_bytes / _GIB:.2f} GiB of memory, {available / _GIB:.2f} GiB are available: {remedy}"
+        )

@@ -1,0 +1,261 @@
+"""Stage 4, write: a plan and a model become a GGUF file, streamed.
+
+Layout of the file (GGUF v3): header (magic ``GGUF``, version, counts), metadata keys, tensor table, padding, then the
+data of each tensor, padded to 32 bytes. gguf's own writer makes everything before the data; the data is read, quantized
+by ggml and written in slabs of rows, a bounded number of slabs in flight, so that memory holds neither the model nor
+the file.
+
+The output appears under its name only when it is complete: it is written to a hidden sibling, synced and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf.gguf_writer import GGUFValue
+from numpy.typing import NDArray
+
+from . import ggml
+from .errors import ModelError, OutputError
+from .records import ALIGNMENT_BYTES, Float32, Model, Plan, PlannedTensor, Progress, Target, Tensor, kv, no_progress
+from .version import __version__
+
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+
+# general.file_type shown for a mixed file: that of the type which holds most bytes.
+FILE_TYPES = {
+    "F32": LlamaFileType.ALL_F32,
+    "F16": LlamaFileType.MOSTLY_F16,
+    "BF16": LlamaFileType.MOSTLY_BF16,
+    "Q2_K": LlamaFileType.MOSTLY_Q2_K,
+    "Q3_K": LlamaFileType.MOSTLY_Q3_K_M,
+    "Q4_K": LlamaFileType.MOSTLY_Q4_K_M,
+    "Q5_K": LlamaFileType.MOSTLY_Q5_K_M,
+    "Q6_K": LlamaFileType.MOSTLY_Q6_K,
+    "Q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "IQ4_NL": LlamaFileType.MOSTLY_IQ4_NL,
+    "Q5_0": LlamaFileType.MOSTLY_Q5_0,
+    "Q5_1": LlamaFileType.MOSTLY_Q5_1,
+    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+}
+
+_SLAB_WEIGHTS = 1 << 20  # 4 MiB of float32 at a time in each thread
+_IN_FLIGHT_PER_THREAD = 2
+_NO_DIGEST = "0" * 64  # as long as a real one: the header's size is known before the plan is
+
+
+def header_bytes(model: Model, *, allocator: str, target: Target, importance: str, metric: str | None) -> int:
+    """Return the bytes before the tensor data; they depend on the plan's settings, not on its types."""
+    settings = _settings(allocator, target, importance, metric)
+    types = {tensor.name: "F32" for tensor in model.tensors}
+    return len(_header(model, _keys(settings, "F32", _NO_DIGEST, _NO_DIGEST), types))
+
+
+def write_gguf(
+    model: Model,
+    plan: Plan,
+    importance: Mapping[str, Float32],
+    path: Path,
+    *,
+    n_threads: int,
+    progress: Progress = no_progress,
+) -> None:
+    """Write the file that the plan describes.
+
+    In memory: about three slabs of 4 MiB per thread and what the page cache keeps of the source.
+
+    Args:
+        model: where the weights come from.
+        plan: type of every tensor; its ``header_bytes`` must be right.
+        importance: ``(n_cols,)`` float32 column weights by tensor name, for the quantizers.
+        path: file to create, usually that of ``temporary_sibling``.
+        n_threads: threads that read and quantize.
+        progress: called with weights done and weights in all.
+
+    Raises:
+        ModelError: a tensor holds NaN or infinite values.
+        OutputError: the disk is full or the folder cannot be written.
+
+    """
+    types = {tensor.name: tensor.type for tensor in plan.tensors}
+    settings = _settings(plan.allocator, plan.target, plan.importance, plan.metric)
+    header = _header(model, _keys(settings, _main_type(plan), plan.scores_digest or _NO_DIGEST, plan.digest), types)
+    if len(header) != plan.header_bytes:
+        raise OutputError(f"{path}: header takes {len(header)} bytes, the plan says {plan.header_bytes}: plan again")
+    try:
+        with path.open("wb") as stream, ThreadPoolExecutor(n_threads) as pool:
+            stream.write(header)
+            _write_tensors(stream, pool, model, plan, importance, n_threads, progress)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise _output_error(path, error) from error
+
+
+@contextmanager
+def temporary_sibling(path: Path, keep_failed: bool = False) -> Iterator[Path]:
+    """Give a hidden path beside ``path``, renamed to it on success and removed on any failure.
+
+    With ``keep_failed`` what was written stays as ``path`` + ``.failed`` when an ordinary error ends the block.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except Exception:
+        if keep_failed and temporary.exists():
+            temporary.replace(path.with_name(path.name + ".failed"))
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def estimate_seconds(plan: Plan, n_threads: int) -> float:
+    """Estimate the time of quantizing and writing from a short trial of each type on this machine."""
+    rows = np.random.default_rng(0).standard_normal((256, 256), dtype=np.float32)
+    weights_by_type: dict[str, int] = {}
+    for tensor in plan.tensors:
+        weights_by_type[tensor.type] = weights_by_type.get(tensor.type, 0) + tensor.n_weights
+    seconds = 0.0
+    for type_name, n_weights in weights_by_type.items():
+        ggml.quantize(rows, type_name)  # the first call sets up ggml's tables
+        start = time.perf_counter()
+        ggml.quantize(rows, type_name)
+        seconds += (time.perf_counter() - start) * n_weights / rows.size
+    return seconds / n_threads
+
+
+def _main_type(plan: Plan) -> str:
+    n_bytes: dict[str, int] = {}
+    for tensor in plan.tensors:
+        n_bytes[tensor.type] = n_bytes.get(tensor.type, 0) + tensor.n_bytes
+    return max(n_bytes, key=lambda name: (n_bytes[name], -ggml.TYPES.index(name)))
+
+
+def _settings(allocator: str, target: Target, importance: str, metric: str | None) -> dict[str, str]:
+    return {
+        "version": __version__,
+        "metric": metric or "none",
+        "allocator": allocator,
+        "importance": importance,
+        "target": str(target),
+    }
+
+
+def _keys(settings: Mapping[str, str], main_type: str, scores_digest: str, plan_digest: str) -> dict[str, GGUFValue]:
+    ours = {**settings, "scores_sha256": scores_digest, "plan_sha256": plan_digest}
+    return {
+        "general.file_type": kv(int(FILE_TYPES[main_type]), GGUFValueType.UINT32),
+        "general.quantization_version": kv(QUANTIZATION_VERSION, GGUFValueType.UINT32),
+        **{f"nsds_gguf.{key}": kv(value, GGUFValueType.STRING) for key, value in ours.items()},
+    }
+
+
+def _header(model: Model, keys: Mapping[str, GGUFValue], types: Mapping[str, str]) -> bytes:
+    """Return everything before the tensor data, as gguf's writer makes it, padded to the alignment."""
+    writer = GGUFWriter(None, model.architecture)
+    writer.kv_data[0] = {**model.metadata, **keys}
+    for tensor in model.tensors:
+        n_bytes = tensor.n_rows * ggml.row_bytes(types[tensor.name], tensor.n_cols)
+        ggml_type = GGMLQuantizationType[types[tensor.name]]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, raw_dtype=ggml_type)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "header.gguf"
+        writer.write_header_to_file(file)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = file.read_bytes()
+    return header + b"\0" * (-len(header) % ALIGNMENT_BYTES)
+
+
+def _write_tensors(
+    stream: IO[bytes],
+    pool: ThreadPoolExecutor,
+    model: Model,
+    plan: Plan,
+    importance: Mapping[str, Float32],
+    n_threads: int,
+    progress: Progress,
+) -> None:
+    """Quantize slabs in the pool and write them in order, a bounded number in flight."""
+    pending: deque[tuple[Future[NDArray[np.uint8]], int, int]] = deque()
+    done, total = 0, plan.n_weights
+
+    def write_oldest() -> None:
+        nonlocal done
+        job, n_weights, n_padding = pending.popleft()
+        stream.write(job.result().data)
+        stream.write(b"\0" * n_padding)
+        done += n_weights
+        progress(done, total)
+
+    try:
+        for tensor, planned in zip(model.tensors, plan.tensors, strict=True):
+            for start, stop in _slabs(tensor):
+                job = pool.submit(_quantized_slab, tensor, planned, start, stop, importance.get(tensor.name))
+                n_padding = planned.padded_bytes - planned.n_bytes if stop == tensor.n_rows else 0
+                pending.append((job, (stop - start) * tensor.n_cols, n_padding))
+                if len(pending) >= n_threads * _IN_FLIGHT_PER_THREAD:
+                    write_oldest()
+        while pending:
+            write_oldest()
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
+
+
+def _slabs(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    step = max(1, _SLAB_WEIGHTS // tensor.n_cols)
+    for start in range(0, tensor.n_rows, step):
+        yield start, min(start + step, tensor.n_rows)
+
+
+def _quantized_slab(
+    tensor: Tensor, planned: PlannedTensor, start: int, stop: int, importance: Float32 | None
+) -> NDArray[np.uint8]:
+    rows = tensor.read_rows(start, stop)
+    if not math.isfinite(float(rows.sum(dtype=np.float64))):
+        raise _not_finite(tensor)
+    return ggml.quantize(rows, planned.type, importance)
+
+
+def _not_finite(tensor: Tensor) -> ModelError:
+    n_nan = n_inf = 0
+    for start, stop in _slabs(tensor):
+        rows = tensor.read_rows(start, stop)
+        n_nan += int(np.isnan(rows).sum())
+        n_inf += int(np.isinf(rows).sum())
+    return ModelError(
+        f"tensor {tensor.source}: {n_nan} NaN and {n_inf} infinite of {tensor.n_weights} weights: "
+        "the checkpoint is damaged, download it again"
+    )
+
+
+def _output_error(path: Path, error: OSError) -> OutputError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return OutputError(f"{path.parent}: disk full or file too large while writing: {os.strerror(error.errno)}")
+    return OutputError(f"{path.parent}: cannot write: {error}")
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "nt":
+        return  # Windows cannot open folders
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

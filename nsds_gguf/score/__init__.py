@@ -1,0 +1,78 @@
+"""Stage 2 of the pipeline: a Model becomes one sensitivity per layer, higher = more sensitive.
+
+``nsds`` is the method of the paper, ``baselines`` what it compares with, ``stats`` the statistics under both. A new
+metric is a function ``(model, se, progress) -> tuple[LayerScore, ...]`` and one line in ``METRICS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import scipy
+
+from ..errors import PlanError
+from ..records import LayerScore, Model, Progress, Scores, no_progress
+from ..version import __version__
+from .baselines import Metric, baseline, boost_jumps, ewq, mean_kurtosis, mse, zd
+from .nsds import SE_READINGS, score_nsds
+
+__all__ = ["METRICS", "SE_READINGS", "Metric", "score_layers"]
+
+METRICS: dict[str, Metric] = {
+    "nsds": score_nsds,
+    "zd": baseline(zd),
+    "mse": baseline(mse),
+    "ewq": baseline(ewq),
+    "kurtboost": baseline(mean_kurtosis, boost_jumps),
+}
+
+# Digits of a stored value: fewer than float64 has, so that the last bits of a BLAS do not change a digest.
+STORED_DIGITS = 7
+
+
+def score_layers(model: Model, metric: str = "nsds", se: str = "ratio", progress: Progress = no_progress) -> Scores:
+    """Score every layer of a model; the result has no costs and values of 7 significant digits.
+
+    Args:
+        model: read one matrix at a time.
+        metric: a key of ``METRICS``.
+        se: reading of structural expressiveness, a key of ``SE_READINGS``; concerns ``nsds`` only.
+        progress: called as the work goes on.
+
+    Raises:
+        PlanError: the metric or the reading is not known.
+        ModelError: a tensor holds NaN or infinite weights.
+    """
+    _check_name("metric", metric, METRICS)
+    _check_name("SE reading", se, SE_READINGS)
+    layers = METRICS[metric](model, se, progress)
+    return Scores(
+        metric=metric,
+        layers=tuple(_rounded(layer) for layer in layers),
+        model_id=model.model_id,
+        model_name=model.name,
+        settings={"se": se} if metric == "nsds" else {},
+        versions={"nsds-gguf": __version__, "numpy": np.__version__, "scipy": scipy.__version__},
+    )
+
+
+def _check_name(kind: str, name: str, known: Mapping[str, object]) -> None:
+    if name not in known:
+        raise PlanError(f"unknown {kind} {name!r}: choose one of {', '.join(known)}")
+
+
+def _rounded(layer: LayerScore) -> LayerScore:
+    return replace(
+        layer,
+        score=_stored(layer.score),
+        nv={name: _stored(value) for name, value in layer.nv.items()},
+        se={name: _stored(value) for name, value in layer.se.items()},
+        p_nv=None if layer.p_nv is None else _stored(layer.p_nv),
+        p_se=None if layer.p_se is None else _stored(layer.p_se),
+    )
+
+
+def _stored(value: float) -> float:
+    return float(f"{value:.{STORED_DIGITS}g}")

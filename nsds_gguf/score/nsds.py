@@ -1,0 +1,298 @@
+"""NSDS: how sensitive each layer is to quantization, from the weights alone (arXiv 2603.17354).
+
+A layer is taken apart into components that read the residual stream (detectors: QK, gate, up) and components that
+write to it (writers: OV, down). Each gets a numerical vulnerability NV, the kurtosis of its matrix, and a structural
+expressiveness SE, its singular values weighted by what their vectors do. Both are compared across the layers
+robustly and combined into one score.
+
+The numbers are those of full singular value decompositions, at a fraction of the cost. Attention products have
+rank ``head_dim`` at most and are decomposed through their factors; an FFN matrix needs its vectors on the residual
+side only, which are the eigenvectors of a Gram matrix. Decompositions run in float64: squaring in float32 mixes
+vectors whose singular values are below about a tenth of the largest, and trained FFN matrices keep plenty of
+those. Float32 is left to the products of full size (``stats.product_kurtosis``, where a rule guards it) and to
+projections of unit vectors (``writer_weight``, where it is always safe).
+
+Names: ``d`` is the width of the residual stream; ``u`` and ``v`` hold left and right singular vectors as columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import linalg
+
+from ..records import Float32, Float64, Hparams, LayerScore, Model, Progress, Tensor
+from .loading import load_matrix, read_slabs
+from .stats import (
+    column_kurtosis,
+    entropy,
+    matrix_kurtosis,
+    product_kurtosis,
+    robust_z,
+    row_tiles,
+    sigmoid,
+    soft_or,
+)
+
+COMPONENTS = ("qk", "ov", "gate", "up", "down")
+
+# Share of sum(sigma**2) that the kept singular triplets hold (the paper's 99 %).
+KEPT_ENERGY = 0.99
+
+# Triplets of a component that are kept at least.
+MIN_TRIPLETS = 2
+
+# Combines spectral magnitude M and spectral entropy E (nats) into SE.
+Reading = Callable[[float, float], float]
+
+# Weight of each singular value from the vectors (u, v): (d, k), (d, k) -> (k,).
+HeadWeight = Callable[[Float64, Float64], Float64]
+
+# Weight of each singular value from the vectors on the residual side: (d, k) -> (k,).
+FfnWeight = Callable[[Float64], Float64]
+
+
+# --- the formulas ---------------------------------------------------------------------------------------------
+
+
+def se_ratio(magnitude: float, entropy_nats: float) -> float:
+    """Return ``M / exp(E)``: spectral magnitude over effective rank, as the authors' released code has it."""
+    return magnitude / math.exp(entropy_nats)
+
+
+def se_product(magnitude: float, entropy_nats: float) -> float:
+    """Return ``M * exp(E)``: spectral magnitude times effective rank, a reading of the paper's text."""
+    return magnitude * math.exp(entropy_nats)
+
+
+def n_leading(sigma: Float64, at_least: int) -> int:
+    """Return how many of the singular values (n,), largest first, hold 99 % of the energy ``sum(sigma**2)``."""
+    energy = np.cumsum(sigma**2)
+    n_kept = int(np.searchsorted(energy, KEPT_ENERGY * energy[-1])) + 1
+    return min(max(n_kept, at_least), len(sigma))
+
+
+def detector_ffn_weight(v: Float64) -> Float64:
+    """Return ``ln(1 + relu(kurt(v_i)))`` for the right singular vectors ``v`` (d, k): float64 (k,)."""
+    weight: Float64 = np.log1p(np.maximum(column_kurtosis(v), 0.0))
+    return weight
+
+
+def detector_qk_weight(u: Float64, v: Float64) -> Float64:
+    """Return ``ln(1 + relu(kurt(u_i)) * relu(kurt(v_i)))`` for singular vectors (d, k): float64 (k,)."""
+    weight: Float64 = np.log1p(np.maximum(column_kurtosis(u), 0.0) * np.maximum(column_kurtosis(v), 0.0))
+    return weight
+
+
+def writer_weight(u: Float64, projection: Float32) -> Float64:
+    """Return ``|| P^T u_i ||`` for the left singular vectors ``u`` (d, k) and ``projection`` P (d, r): float64 (k,).
+
+    The columns of both are unit vectors, so float32 leaves an error of about 1e-7 of the largest possible weight.
+    """
+    weight: Float64 = np.linalg.norm(projection.T @ u.astype(np.float32), axis=0).astype(np.float64)
+    return weight
+
+
+def spectral_magnitude(sigma: Float64, weight: Float64) -> float:
+    """Return ``M = sum(s_i)`` of the weighted singular values ``s_i = sigma_i * beta_i``, both (k,)."""
+    return float((sigma * weight).sum())
+
+
+def spectral_entropy(sigma: Float64, weight: Float64) -> float:
+    """Return ``E = -sum(p_i ln p_i)`` in nats, ``p_i = s_i / M``; 0 when every weighted singular value is 0."""
+    magnitude = spectral_magnitude(sigma, weight)
+    return entropy(sigma * weight / magnitude) if magnitude > 0.0 else 0.0
+
+
+def structural_expressiveness(sigma: Float64, weight: Float64, reading: Reading) -> float:
+    """Return SE of a component from its singular values and their weights, both (k,)."""
+    return reading(spectral_magnitude(sigma, weight), spectral_entropy(sigma, weight))
+
+
+# The two readings of SE by name; both are kept until measurement decides between them.
+SE_READINGS: dict[str, Reading] = {"ratio": se_ratio, "product": se_product}
+
+
+# --- decompositions -------------------------------------------------------------------------------------------
+
+
+def residual_gram(slabs: Iterable[Float32 | Float64], d: int) -> Float64:
+    """Return ``W^T W`` of the matrix whose rows come in ``slabs`` (n, d): float64 (d, d), upper triangle only."""
+    gram = np.zeros((d, d), order="F")
+    for slab in slabs:
+        gram = linalg.blas.dsyrk(1.0, slab.T, beta=1.0, c=gram, overwrite_c=True)
+    return gram
+
+
+def right_vectors(gram: Float64, at_least: int = MIN_TRIPLETS) -> tuple[Float64, Float64]:
+    """Return the leading singular values and right singular vectors of the matrix with this Gram matrix.
+
+    Args:
+        gram: upper triangle of ``W^T W``, float64 (d, d); overwritten.
+        at_least: how many triplets to keep even when fewer hold the energy.
+
+    Returns:
+        Singular values (k,), largest first, and vectors (d, k).
+    """
+    eigenvalues, vectors = linalg.eigh(gram, lower=False, overwrite_a=True, check_finite=False, driver="evd")
+    sigma = np.sqrt(np.maximum(eigenvalues[::-1], 0.0))
+    n_kept = n_leading(sigma, at_least)
+    return sigma[:n_kept], vectors[:, ::-1][:, :n_kept]
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head's product ``left @ right`` (d, d) through its factors, and its leading singular triplets.
+
+    Attributes:
+        left: float32 (d, head_dim).
+        right: float32 (head_dim, d).
+        energy: ``sum(sigma**2)`` over all singular values.
+        sigma: the leading singular values, largest first: (k,).
+        u: left singular vectors (d, k).
+        v: right singular vectors (d, k).
+    """
+
+    left: Float32
+    right: Float32
+    energy: float
+    sigma: Float64
+    u: Float64
+    v: Float64
+
+
+def heads(lefts: Float32, rights: Float32) -> Iterator[Head]:
+    """Decompose every head's product of rank ``head_dim``: thin QR of both factors, then an SVD of the small core.
+
+    Args:
+        lefts: (n_heads, d, head_dim).
+        rights: (n_kv_heads, head_dim, d); head h uses ``h // (n_heads // n_kv_heads)``, factored once per group.
+    """
+    n_per_group = len(lefts) // len(rights)
+    for group, right in enumerate(rights):
+        q_right, r_right = thin_qr(right.T)
+        for left in lefts[group * n_per_group : (group + 1) * n_per_group]:
+            q_left, r_left = thin_qr(left)
+            core_u, sigma, core_vt = linalg.svd(r_left @ r_right.T, full_matrices=False, check_finite=False)
+            k = n_leading(sigma, MIN_TRIPLETS)
+            u, v = q_left @ core_u[:, :k], q_right @ core_vt[:k].T
+            yield Head(left, right, float((sigma**2).sum()), sigma[:k], u, v)
+
+
+def thin_qr(matrix: Float32) -> tuple[Float64, Float64]:
+    """Return the thin QR factors of ``matrix`` (n, m) in float64: (n, min(n, m)) and (min(n, m), m)."""
+    q, r = linalg.qr(matrix.astype(np.float64), mode="economic", overwrite_a=True, check_finite=False)
+    return q, r
+
+
+def output_projection(model: Model) -> Float32:
+    """Return P: the leading right singular vectors of the unembedding that hold 99 % of its energy, float32 (d, r)."""
+    unembedding = model.unembedding()
+    gram = residual_gram((slab.astype(np.float64) for slab in read_slabs(unembedding)), unembedding.n_cols)
+    return right_vectors(gram, at_least=1)[1].astype(np.float32)
+
+
+# --- components -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Raw numerical vulnerability and structural expressiveness of one component of one layer."""
+
+    nv: float
+    se: float
+
+
+def attention_component(lefts: Float32, rights: Float32, weight: HeadWeight, reading: Reading) -> Sensitivity:
+    """Return NV and SE of QK or OV: the means over the heads (see ``heads`` for the arguments)."""
+    nv, se = [], []
+    for head in heads(lefts, rights):
+        nv.append(product_kurtosis(head.left, head.right, head.energy))
+        se.append(structural_expressiveness(head.sigma, weight(head.u, head.v), reading))
+    return Sensitivity(float(np.mean(nv)), float(np.mean(se)))
+
+
+def qk_component(tensors: Mapping[str, Tensor], hparams: Hparams, reading: Reading) -> Sensitivity:
+    """Return NV and SE of ``W_Q[h]^T @ W_K[g(h)]``, a detector on both sides.
+
+    GGUF permutes the rows of q and k within each head, both alike: a sum over those rows does not see it.
+    """
+    q = load_matrix(tensors["attn_q"]).reshape(hparams.n_heads, hparams.head_dim, -1)
+    k = load_matrix(tensors["attn_k"]).reshape(hparams.n_kv_heads, hparams.head_dim, -1)
+    return attention_component(q.transpose(0, 2, 1), k, detector_qk_weight, reading)
+
+
+def ov_component(tensors: Mapping[str, Tensor], hparams: Hparams, projection: Float32, reading: Reading) -> Sensitivity:
+    """Return NV and SE of ``W_O[:, h] @ W_V[g(h)]``, a writer."""
+    o = load_matrix(tensors["attn_output"]).reshape(-1, hparams.n_heads, hparams.head_dim)
+    v = load_matrix(tensors["attn_v"]).reshape(hparams.n_kv_heads, hparams.head_dim, -1)
+    return attention_component(o.transpose(1, 0, 2), v, lambda u, _: writer_weight(u, projection), reading)
+
+
+def ffn_component(matrix: Float32, weight: FfnWeight, reading: Reading) -> Sensitivity:
+    """Return NV and SE of an FFN ``matrix`` (n_ff, d), the residual stream last."""
+    sigma, vectors = right_vectors(residual_gram(row_tiles(matrix), matrix.shape[1]))
+    return Sensitivity(matrix_kurtosis(matrix), structural_expressiveness(sigma, weight(vectors), reading))
+
+
+def layer_components(
+    tensors: Mapping[str, Tensor], hparams: Hparams, projection: Float32, reading: Reading
+) -> dict[str, Sensitivity]:
+    """Return NV and SE of every component that the layer has, by component; biases and gains are left out."""
+    components = {
+        "qk": qk_component(tensors, hparams, reading),
+        "ov": ov_component(tensors, hparams, projection, reading),
+    }
+    for name, role in (("gate", "ffn_gate"), ("up", "ffn_up")):
+        if role in tensors:
+            components[name] = ffn_component(load_matrix(tensors[role]), detector_ffn_weight, reading)
+    down = load_matrix(tensors["ffn_down"])
+    components["down"] = ffn_component(down.T, lambda u: writer_weight(u, projection), reading)
+    return components
+
+
+# --- aggregation ----------------------------------------------------------------------------------------------
+
+
+def aggregate(raw: Sequence[Mapping[str, float]]) -> Float64:
+    """Return the soft-OR over components of each layer's standing among the layers: float64 (n_layers,) in [0, 1].
+
+    Args:
+        raw: per layer the value of each component; a component that a layer lacks does not count for it.
+    """
+    standing: list[list[float]] = [[] for _ in raw]
+    for component in COMPONENTS:
+        owners = [layer for layer, values in enumerate(raw) if component in values]
+        if owners:
+            p = sigmoid(robust_z(np.array([raw[layer][component] for layer in owners])))
+            for layer, value in zip(owners, p, strict=True):
+                standing[layer].append(value)
+    return np.array([soft_or(np.array(values)) for values in standing])
+
+
+def score_nsds(model: Model, se: str, progress: Progress) -> tuple[LayerScore, ...]:
+    """Score every layer by NSDS, higher = more sensitive.
+
+    Args:
+        model: its matrices are read one at a time.
+        se: name of the reading of structural expressiveness, a key of ``SE_READINGS``.
+        progress: counts the unembedding and then the layers.
+    """
+    n_layers = model.hparams.n_layers
+    progress(0, n_layers + 1)
+    projection = output_projection(model)
+    layers = []
+    for index in range(n_layers):
+        progress(index + 1, n_layers + 1)
+        layers.append(layer_components(model.layer(index), model.hparams, projection, SE_READINGS[se]))
+    progress(n_layers + 1, n_layers + 1)
+    nv = [{name: value.nv for name, value in layer.items()} for layer in layers]
+    structural = [{name: value.se for name, value in layer.items()} for layer in layers]
+    p_nv, p_se = aggregate(nv), aggregate(structural)
+    return tuple(
+        LayerScore(i, soft_or(np.array([p_nv[i], p_se[i]])), nv[i], structural[i], float(p_nv[i]), float(p_se[i]))
+        for i in range(n_layers)
+    )

@@ -2,8 +2,8 @@
 
 Allocators are functions in ``ALLOCATORS``; each gets a ``Problem`` and returns one type per tensor.
 
-* ``nsds``: the exact knapsack over sensitivity x measured error (``propagate``, ``measure``, ``knapsack``), with the
-  NSDS score as a factor on the tensors of its layer.
+* ``nsds``: the exact knapsack over sensitivity x measured error (``propagation``, ``measurement``, ``knapsack``), with
+  the NSDS score as a factor on the tensors of its layer.
 * ``paper``: whole layers, the most sensitive fraction at 4 bit, the rest at 2 (arXiv 2603.17354).
 * ``uniform``: one type for every matrix; also the plain converter to F32, F16, BF16 and Q8_0.
 """
@@ -27,8 +27,8 @@ from ..records import (
 )
 from .candidates import FALLBACKS, LAST_RESORT, Candidate, Pin, budget_bytes, candidates, check_target, check_type
 from .knapsack import Choices, solve
-from .measure import measure
-from .propagate import IMPORTANCES, Propagation, propagate
+from .measurement import measure
+from .propagation import IMPORTANCES, Propagation, propagate
 
 __all__ = [
     "ALLOCATORS", "DEFAULT_TYPES", "IMPORTANCES", "Candidate", "Pin", "PlanOptions", "Propagation",

@@ -75,34 +75,33 @@ def check_type(name: str, where: str) -> str:
 
 
 def candidates(model: Model, types: Sequence[str], pins: Sequence[Pin] = ()) -> list[Candidate]:
-    """Return the open types of every tensor of the model, in file order.
+    """Return the open types of every tensor of the model, in file order; of several pins that match, the first counts.
 
     Raises:
-        PlanError: a pin matches no tensor, or fixes a type that the tensor's rows cannot have.
+        PlanError: a pin matches nothing that may be quantized, or fixes a type that the tensor's rows cannot have.
 
     """
-    found = [_candidate(tensor, types, pins) for tensor in model.tensors]
     for pin in pins:
-        if not any(re.fullmatch(pin.pattern, tensor.name) for tensor in model.tensors):
-            raise PlanError(f"pin '{pin.pattern}={pin.type}' matches no tensor (the whole name must match)")
-    return found
+        matched = [tensor for tensor in model.tensors if re.fullmatch(pin.pattern, tensor.name)]
+        if all(_kept_reason(tensor) for tensor in matched):
+            why = f"only {matched[0].name} and its like, which stay F32" if matched else "no tensor"
+            raise PlanError(f"pin '{pin.pattern}={pin.type}' matches {why} (the whole name must match)")
+    return [_candidate(tensor, types, pins) for tensor in model.tensors]
 
 
 def _candidate(tensor: Tensor, types: Sequence[str], pins: Sequence[Pin]) -> Candidate:
-    pin = next((pin for pin in pins if re.fullmatch(pin.pattern, tensor.name)), None)
     kept = _kept_reason(tensor)
     if kept:
-        if pin is not None and pin.type != "F32":
-            raise PlanError(f"pin '{pin.pattern}={pin.type}': {tensor.name} stays F32 ({kept}); narrow the pattern")
         return Candidate(tensor, ("F32",), f"kept F32: {kept}")
-    if pin is not None:
-        if not ggml.fits(pin.type, tensor.n_cols):
-            raise PlanError(
-                f"pin '{pin.pattern}={pin.type}': {tensor.name} has rows of {tensor.n_cols}, "
-                f"no multiple of {ggml.block(pin.type)[0]}"
-            )
-        return Candidate(tensor, (pin.type,), "pinned")
-    return _open_candidate(tensor, types)
+    pin = next((pin for pin in pins if re.fullmatch(pin.pattern, tensor.name)), None)
+    if pin is None:
+        return _open_candidate(tensor, types)
+    if not ggml.fits(pin.type, tensor.n_cols):
+        raise PlanError(
+            f"pin '{pin.pattern}={pin.type}': {tensor.name} has rows of {tensor.n_cols}, "
+            f"no multiple of {ggml.block(pin.type)[0]}"
+        )
+    return Candidate(tensor, (pin.type,), "pinned")
 
 
 def _kept_reason(tensor: Tensor) -> str:

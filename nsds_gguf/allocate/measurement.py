@@ -20,7 +20,7 @@ from .. import ggml
 from ..errors import ModelError
 from ..records import Float32, Float64, Progress, Tensor, TensorCost, no_progress
 from .candidates import Candidate
-from .propagate import Propagation
+from .propagation import Propagation
 
 WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
 SAMPLED_FRACTION = 1 / 8  # of the rows of larger ones: five types then cost less than one write

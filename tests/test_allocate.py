@@ -1,0 +1,320 @@
+"""Candidates, measuring and plans: what may be chosen, what it costs, and that budgets are met to the byte."""
+
+import dataclasses
+import json
+import math
+
+import gguf.quants
+import numpy as np
+import pytest
+from arrays import random_arrays
+from models import make_model
+
+from nsds_gguf import allocate, ggml
+from nsds_gguf.allocate import PlanOptions, make_plan
+from nsds_gguf.allocate.candidates import Pin, candidates, check_target
+from nsds_gguf.allocate.measurement import measure, ratio_estimate, sample_rows
+from nsds_gguf.allocate.propagation import propagate
+from nsds_gguf.errors import ModelError, PlanError, RecordError, TargetError
+from nsds_gguf.records import LayerScore, Plan, Scores, Target
+
+ALIGNED = {"n_embd": 256, "n_ff": 512, "n_heads": 4, "head_dim": 64, "n_vocab": 300, "n_layers": 3}
+MISALIGNED = {"n_embd": 96, "n_ff": 160, "n_heads": 3, "n_kv_heads": 1, "head_dim": 32, "n_vocab": 300}
+HEADER = 1000
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(*random_arrays(seed=1, **ALIGNED))
+
+
+@pytest.fixture(scope="module")
+def scores(model):
+    return scored(model)
+
+
+def scored(model, types=allocate.DEFAULT_TYPES, importance="sweep"):
+    found = candidates(model, types)
+    propagation = propagate(model)
+    costs = measure(found, propagation, propagation.importance(importance), n_threads=2)
+    values = np.linspace(0.2, 0.9, model.hparams.n_layers)
+    layers = tuple(LayerScore(i, float(v)) for i, v in enumerate(values))
+    return Scores("nsds", layers, model.model_id, "tiny", importance=importance, costs=costs)
+
+
+def bpw(value, **options):
+    return PlanOptions(Target("bpw", value), **options)
+
+
+def floor_and_ceiling(model, types=allocate.DEFAULT_TYPES):
+    found = candidates(model, types)
+    sizes = [[c.n_bytes(name) for name in c.types] for c in found]
+    return sum(map(min, sizes)) * 8 / model.n_weights, sum(map(max, sizes)) * 8 / model.n_weights
+
+
+class TestCandidates:
+    def test_aligned_rows_take_what_was_asked(self, model):
+        found = {c.tensor.name: c for c in candidates(model, ("Q4_K", "Q2_K"))}
+        assert found["blk.0.attn_q.weight"].types == ("Q2_K", "Q4_K")
+        assert found["token_embd.weight"].types == ("Q2_K", "Q4_K")
+        assert found["blk.0.attn_norm.weight"].types == ("F32",)
+        assert found["blk.0.attn_norm.weight"].reason == "kept F32: vector"
+
+    def test_misaligned_rows_choose_among_narrow_types(self):
+        model = make_model(*random_arrays(seed=2, **MISALIGNED))
+        found = {c.tensor.name: c for c in candidates(model, allocate.DEFAULT_TYPES)}
+        q = found["blk.0.attn_q.weight"]
+        assert q.types == ("Q4_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
+        assert q.reason == "fallback: row 96 is no multiple of 256"
+        assert q.n_bytes("Q4_0") == q.n_bytes("IQ4_NL") == 96 * 96 // 32 * 18
+
+    def test_narrow_types_alone_need_no_fallback(self):
+        model = make_model(*random_arrays(seed=2, **MISALIGNED))
+        found = {c.tensor.name: c for c in candidates(model, ("Q8_0", "Q4_0"))}
+        assert found["blk.0.attn_q.weight"].types == ("Q4_0", "Q8_0")
+        assert found["blk.0.attn_q.weight"].reason == ""
+
+    def test_rows_that_no_block_divides_stay_f16(self):
+        model = make_model(*random_arrays(seed=3, n_embd=40, n_ff=40))
+        found = {c.tensor.name: c for c in candidates(model, allocate.DEFAULT_TYPES)}
+        assert found["blk.0.ffn_up.weight"].types == ("F16",)
+        assert found["blk.0.ffn_up.weight"].reason == "fallback: row 40 is no multiple of 32"
+
+    def test_pins_match_whole_names_first_pin_wins(self, model):
+        pins = [Pin.parse(r"blk\.1\.ffn_.*=q6_k"), Pin.parse(r"blk\.1\..*=Q2_K"), Pin.parse("output.weight=F16")]
+        found = {c.tensor.name: c for c in candidates(model, allocate.DEFAULT_TYPES, pins)}
+        assert found["blk.1.attn_q.weight"].types == ("Q2_K",)
+        assert found["blk.1.ffn_up.weight"].types == ("Q6_K",)
+        assert found["blk.1.ffn_norm.weight"].types == ("F32",)
+        assert found["output.weight"].types == ("F16",) and found["output.weight"].reason == "pinned"
+
+    @pytest.mark.parametrize(
+        ("pin", "message"),
+        [
+            ("attn_q=Q4_K", "pin 'attn_q=Q4_K' matches no tensor (the whole name must match)"),
+            (
+                ".*norm.*=Q4_K",
+                "pin '.*norm.*=Q4_K' matches only blk.0.attn_norm.weight and its like, which stay F32 "
+                "(the whole name must match)",
+            ),
+            ("(=Q4_K", "pin '(=Q4_K': not a regular expression: missing ), unterminated subpattern at position 0"),
+            ("Q4_K", "pin 'Q4_K': wanted REGEX=TYPE, for example 'blk\\.0\\..*=Q6_K'"),
+            ("a=Q9", f"pin 'a=Q9': type 'Q9' is not known; wanted one of {', '.join(ggml.TYPES)}"),
+        ],
+    )
+    def test_bad_pins(self, model, pin, message):
+        with pytest.raises(PlanError) as caught:
+            candidates(model, allocate.DEFAULT_TYPES, [Pin.parse(pin)])
+        assert str(caught.value) == message
+
+    def test_pin_that_rows_do_not_fit(self):
+        model = make_model(*random_arrays(seed=2, **MISALIGNED))
+        with pytest.raises(PlanError, match=r"token_embd\.weight has rows of 96, no multiple of 256$"):
+            candidates(model, allocate.DEFAULT_TYPES, [Pin("token_embd.weight", "Q4_K")])
+
+
+class TestTarget:
+    @pytest.mark.parametrize("dims", [ALIGNED, MISALIGNED], ids=["aligned", "misaligned"])
+    def test_the_nearest_target_named_is_feasible_and_a_bit_less_is_not(self, dims):
+        found = candidates(make_model(*random_arrays(seed=4, **dims)), allocate.DEFAULT_TYPES)
+        for kind, option, step in (("bpw", "--target-bpw ", 0.001), ("size", "--target-size ", 1)):
+            with pytest.raises(TargetError) as caught:
+                check_target(found, Target(kind, 0.5), HEADER)
+            nearest = float(str(caught.value).rsplit(option, 1)[1])
+            check_target(found, Target(kind, nearest), HEADER)
+            with pytest.raises(TargetError):
+                check_target(found, Target(kind, nearest - step), HEADER)
+
+    def test_message_says_what_sets_the_floor(self, model):
+        found = candidates(model, ("Q2_K",), [Pin("output.weight", "F16")])
+        with pytest.raises(TargetError) as caught:
+            check_target(found, Target("bpw", 2.0), HEADER)
+        text = str(caught.value)
+        floor = sum(c.n_bytes(c.types[0]) for c in found)
+        assert text.startswith(f"target 2 bpw is out of reach: the floor is {floor * 8 / model.n_weights:.3f} bpw, ")
+        assert f"{floor} bytes for the tensors, set by layers at Q2_K (" in text and "pins (" in text
+
+
+class TestMeasure:
+    def test_whole_tensors_equal_gguf_pys_dequantization(self, model):
+        propagation = propagate(model)
+        importance = propagation.importance("sweep")
+        costs = {c.name: c for c in measure(candidates(model, ("Q3_K", "Q6_K")), propagation, importance, 2)}
+        for name in ("blk.0.attn_q.weight", "blk.2.ffn_down.weight", "token_embd.weight"):
+            tensor, weights = model.by_name[name], importance.get(name, np.ones(1, "f4")).astype(np.float64)
+            x = tensor.load().astype(np.float64)
+            cost = costs[name]
+            assert cost.n_rows_sampled == tensor.n_rows and set(cost.stderr.values()) == {0.0}
+            for type_name, error in cost.errors.items():
+                data = ggml.quantize(x.astype("f4"), type_name, importance.get(name))
+                y = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[type_name]).astype(np.float64)
+                assert error == pytest.approx((weights * (x - y) ** 2).sum() / (weights * x**2).sum(), rel=1e-4)
+
+    def test_sample_of_rows_is_fixed_and_stratified(self):
+        model = make_model(*random_arrays(seed=5, **{**ALIGNED, "n_vocab": 4096}))
+        rows = sample_rows(model.by_name["token_embd.weight"])
+        assert len(rows) == 512 and (rows == sample_rows(model.by_name["token_embd.weight"])).all()
+        assert (rows // 8 == np.arange(512)).all()
+
+    def test_sampled_error_agrees_with_the_whole_within_its_standard_error(self, monkeypatch):
+        model = make_model(*random_arrays(seed=6, **{**ALIGNED, "n_vocab": 4096}))
+        found = [c for c in candidates(model, ("Q2_K", "Q4_K")) if c.tensor.name == "output.weight"]
+        propagation = propagate(model)
+        (sampled,) = measure(found, propagation, {}, 1)
+        monkeypatch.setattr("nsds_gguf.allocate.measurement.WHOLE_BELOW_WEIGHTS", 1 << 30)
+        (whole,) = measure(found, propagation, {}, 1)
+        assert whole.n_rows_sampled == 4096 > sampled.n_rows_sampled
+        for name in ("Q2_K", "Q4_K"):
+            assert 0 < sampled.stderr[name] < 0.05 * whole.errors[name]
+            assert abs(sampled.errors[name] - whole.errors[name]) < 4 * sampled.stderr[name]
+
+    def test_ratio_estimate_by_hand(self):
+        # rows (1, 2), (2, 2): ratio 3/4; residuals -1/2, 1/2; variance 1/2; half the rows sampled
+        ratio, error = ratio_estimate(np.array([1.0, 2.0]), np.array([2.0, 2.0]), 0.5)
+        assert ratio == 0.75 and error == pytest.approx(math.sqrt(2 * 0.5 * 0.5) / 4)
+        assert ratio_estimate(np.array([1.0, 2.0]), np.array([2.0, 2.0]), 1.0) == (0.75, 0.0)
+        assert ratio_estimate(np.zeros(3), np.zeros(3), 0.1) == (0.0, 0.0)
+
+    def test_nan_is_named(self, model):
+        arrays, hparams = random_arrays(seed=1, **ALIGNED)
+        arrays["blk.1.attn_v.weight"][5, 7] = np.nan
+        broken = make_model(arrays, hparams)
+        with pytest.raises(ModelError, match=r"attn_v\.weight: NaN or infinite weights in 1 rows"):
+            measure(candidates(broken, ("Q4_K",)), propagate(model), {}, 2)
+
+    def test_threads_do_not_change_anything(self, model):
+        propagation = propagate(model)
+        found, importance = candidates(model, ("Q2_K", "Q5_K")), propagation.importance("sweep")
+        assert measure(found, propagation, importance, 1) == measure(found, propagation, importance, 3)
+
+
+class TestPlans:
+    @pytest.mark.parametrize("share", [0.0, 0.1, 0.35, 0.6, 0.9])
+    @pytest.mark.parametrize("kind", ["bpw", "size"])
+    def test_budget_is_met_to_the_byte_and_used(self, model, scores, share, kind):
+        low, high = floor_and_ceiling(model)
+        value = low + (high - low) * share + 1e-9
+        target = Target(kind, value if kind == "bpw" else int(value * model.n_weights / 8) + HEADER + 64 * 32)
+        plan = make_plan(model, scores, PlanOptions(target), HEADER)
+        assert plan.unused_bytes >= 0
+        used = plan.tensor_bytes if kind == "bpw" else plan.file_bytes
+        assert used == sum(t.n_bytes if kind == "bpw" else t.padded_bytes for t in plan.tensors) + (
+            0 if kind == "bpw" else HEADER
+        )
+        for tensor in plan.tensors:  # no feasible upgrade is left
+            for name in allocate.DEFAULT_TYPES if tensor.reason == "optimum" else ():
+                extra = math.prod(tensor.shape[:-1]) * ggml.row_bytes(name, tensor.shape[-1]) - tensor.n_bytes
+                assert extra <= 0 or extra > plan.unused_bytes
+
+    def test_more_sensitive_tensors_get_more_bits(self, model, scores):
+        def with_output_sensitivity(value):
+            costs = tuple(
+                dataclasses.replace(c, sensitivity=value) if c.name == "output.weight" else c for c in scores.costs
+            )
+            plan = make_plan(model, dataclasses.replace(scores, costs=costs), bpw(3.6), HEADER)
+            return next(t.n_bytes for t in plan.tensors if t.name == "output.weight")
+
+        sizes = [with_output_sensitivity(value) for value in (1e-6, 0.01, 0.1, 1.0, 100.0)]
+        assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+
+    def test_layer_scores_are_a_factor(self, model, scores):
+        factors = allocate.layer_factors(scores)
+        assert factors[2] / factors[0] == pytest.approx(math.exp(allocate.NSDS_WEIGHT * 0.7))
+        plan = make_plan(model, scores, bpw(3.5), HEADER)
+        cost = next(c for c in scores.costs if c.name == "blk.2.ffn_up.weight")
+        found = next(t for t in plan.tensors if t.name == "blk.2.ffn_up.weight")
+        assert found.sensitivity == pytest.approx(cost.sensitivity * factors[2])
+        other = dataclasses.replace(scores, metric="mse", layers=tuple(LayerScore(i, 100.0 * i) for i in range(3)))
+        assert allocate.layer_factors(other)[2] / allocate.layer_factors(other)[0] == pytest.approx(
+            math.exp(allocate.NSDS_WEIGHT)
+        )
+
+    def test_ceiling_is_said(self, model, scores):
+        plan = make_plan(model, scores, bpw(9), HEADER)
+        assert {t.type for t in plan.tensors} == {"Q6_K", "F32"}
+        assert any(note.startswith("The target 9 bpw is above what the types can use") for note in plan.notes)
+
+    def test_fallbacks_are_said(self):
+        model = make_model(*random_arrays(seed=2, **MISALIGNED))
+        plan = make_plan(model, scored(model), bpw(5), HEADER)
+        assert {t.type for t in plan.tensors} <= {"F32", *ggml.NARROW_TYPES}
+        assert any("rows that are no multiple of 256" in note for note in plan.notes)
+        for tensor in plan.tensors:  # the better codebook at the same bytes
+            assert tensor.type != "Q4_0" or tensor.sensitivity == 0
+
+    @pytest.mark.parametrize("n_high", [0, 1, 2, 3])
+    def test_paper_gives_the_most_sensitive_layers_four_bits(self, model, n_high):
+        values = [0.2, 0.9, 0.5]
+        scores = Scores("nsds", tuple(LayerScore(i, v) for i, v in enumerate(values)), model.model_id, "tiny")
+        found = candidates(model, ("Q2_K", "Q4_K"))
+        high = {1: [], 2: [1], 3: [1, 2], 4: [0, 1, 2]}[n_high + 1]
+        allowed = sum(
+            c.n_bytes(c.types[-1] if c.tensor.layer is None or c.tensor.layer in high else c.types[0]) for c in found
+        )
+        plan = make_plan(model, scores, bpw(allowed * 8 / model.n_weights + 1e-9, allocator="paper"), HEADER)
+        at_four = {t.layer for t in plan.tensors if t.type == "Q4_K" and t.layer is not None}
+        assert at_four == set(high) and plan.tensor_bytes == allowed
+        assert f"{n_high} of 3 layers are at 4 bit." in plan.notes
+
+    @pytest.mark.parametrize(
+        ("name", "expected"), [("Q4_K", "Q5_0"), ("Q2_K", "IQ4_NL"), ("Q8_0", "Q8_0"), ("F16", "F16")]
+    )
+    def test_uniform_with_fallback(self, name, expected):
+        model = make_model(*random_arrays(seed=2, **MISALIGNED))
+        plan = make_plan(model, None, PlanOptions(Target("none", 0), "uniform", uniform=name), HEADER)
+        assert {t.type for t in plan.tensors if len(t.shape) > 1} == {expected}
+        says = [t.reason for t in plan.tensors if t.name == "token_embd.weight"]
+        assert says == ["uniform" if expected == name else "fallback: row 96 is no multiple of 256"]
+
+    def test_plans_are_deterministic_and_round_trip(self, model, scores):
+        first, second = (make_plan(model, scores, bpw(3.3), HEADER) for _ in range(2))
+        assert first == second and first.digest == second.digest
+        again = Plan.from_json(json.loads(json.dumps(first.to_json())))
+        assert again == first and again.digest == first.digest
+        kept = Scores.from_json(json.loads(json.dumps(scores.to_json())))
+        assert make_plan(model, kept, bpw(3.3), HEADER).tensors == first.tensors
+
+    def test_three_ways_to_count_bits(self, model, scores):
+        plan = make_plan(model, scores, bpw(3.3), HEADER)
+        matrices = [t for t in plan.tensors if len(t.shape) > 1]
+        assert plan.bpw == sum(t.n_bytes for t in plan.tensors) * 8 / model.n_weights <= 3.3
+        assert plan.quantized_bpw == sum(t.n_bytes for t in matrices) * 8 / sum(t.n_weights for t in matrices)
+        assert plan.file_bpw == (HEADER + sum(t.padded_bytes for t in plan.tensors)) * 8 / model.n_weights
+
+    @pytest.mark.parametrize(
+        ("change", "options", "message"),
+        [
+            ({"model_id": "f" * 64}, {}, "scores are of another model (tiny); score arrays again"),
+            ({"costs": ()}, {}, "the scores hold no tensor costs; score again without --layers-only"),
+            (
+                {"importance": "norm"},
+                {},
+                "the scores were measured with importance norm, the plan asks for sweep; "
+                "score again or pass --importance norm",
+            ),
+            (
+                {},
+                {"types": ("Q4_K", "Q8_0")},
+                "the scores hold no error of token_embd.weight at Q8_0; score again with --types",
+            ),
+        ],
+    )
+    def test_scores_that_do_not_fit(self, model, scores, change, options, message):
+        with pytest.raises(RecordError) as caught:
+            make_plan(model, dataclasses.replace(scores, **change), bpw(5, **options), HEADER)
+        assert str(caught.value) == message
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (PlanOptions(Target("none", 0)), "allocator nsds needs a target: --target-bpw or --target-size"),
+            (PlanOptions(Target("none", 0), "uniform"), "allocator uniform needs a type: --uniform TYPE"),
+            (bpw(3, allocator="x"), "allocator 'x' is not known; wanted one of nsds, paper, uniform"),
+            (bpw(-1), "target -1 bpw: wanted a positive number"),
+            (bpw(3, importance="x"), "importance 'x' is not known; wanted one of sweep, norm, none"),
+        ],
+    )
+    def test_contradicting_options(self, model, scores, options, message):
+        with pytest.raises(PlanError) as caught:
+            make_plan(model, scores, options, HEADER)
+        assert str(caught.value) == message

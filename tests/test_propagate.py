@@ -1,0 +1,152 @@
+"""The moment sweep against sampling and against a plain float64 retelling of its formulas."""
+
+import numpy as np
+import pytest
+from arrays import random_arrays
+from models import make_model
+
+from nsds_gguf.allocate.propagation import (
+    ATTENTION_SHRINK,
+    FLOOR_OF_IMPORTANCE,
+    STREAM_WEIGHT,
+    gated_unit_moments,
+    propagate,
+)
+from nsds_gguf.errors import ModelError, PlanError
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(("gate", "up", "rho"), [(1.0, 1.0, 0.0), (0.3, 2.0, 0.7), (4.0, 0.5, -0.9), (0.01, 1.0, 0.2)])
+def test_gated_unit_moments_equal_sampling(gate, up, rho):
+    rng = np.random.default_rng(0)
+    z, w = rng.standard_normal((2, 1_000_000))
+    g, u = np.sqrt(gate) * z, np.sqrt(up) * (rho * z + np.sqrt(1 - rho**2) * w)
+    s = 1 / (1 + np.exp(-g))
+    slope = s * (1 + g * (1 - s))
+    unit, noise = gated_unit_moments(np.array([gate]), np.array([up]), np.array([rho * np.sqrt(gate * up)]))
+    assert unit[0] == pytest.approx(((silu(g) * u) ** 2).mean(), rel=2e-2)
+    assert noise[0] == pytest.approx(((slope * np.sqrt(gate) * u) ** 2).mean(), rel=2e-2)
+
+
+def test_dead_units_have_no_moments():
+    unit, noise = gated_unit_moments(np.zeros(1), np.ones(1), np.zeros(1))
+    assert unit[0] == noise[0] == 0.0
+
+
+def retold(arrays, h, tied):
+    """Retell the sweep loop by loop in float64: sensitivities and inputs by tensor name."""
+    a = {name: value.astype(np.float64) for name, value in arrays.items()}
+    stream = (a["token_embd.weight"] ** 2).mean(axis=0)
+    alpha, inputs = {"token_embd.weight": STREAM_WEIGHT}, {}
+    for i in range(h.n_layers):
+        t = {name.removeprefix(f"blk.{i}."): value for name, value in a.items() if name.startswith(f"blk.{i}.")}
+        name = f"blk.{i}.{{}}.weight".format
+        x2 = stream / (stream.mean() + h.norm_eps) * t["attn_norm.weight"] ** 2
+        for role in ("attn_q", "attn_k", "attn_v"):
+            inputs[name(role)] = x2
+        v2 = np.array([ATTENTION_SHRINK * sum(row**2 * x2) for row in t["attn_v.weight"]])
+        if "attn_v.bias" in t:
+            v2 = v2 + t["attn_v.bias"] ** 2
+        group = h.n_heads // h.n_kv_heads
+        o2 = np.concatenate([v2[(head // group) * h.head_dim :][: h.head_dim] for head in range(h.n_heads)])
+        inputs[name("attn_output")] = o2
+        write = t["attn_output.weight"] ** 2 @ o2
+        stream = stream + write
+        energy = write.sum() / stream.sum()
+        logits = []
+        for head in range(h.n_heads):
+            q = t["attn_q.weight"][head * h.head_dim :][: h.head_dim]
+            k = t["attn_k.weight"][(head // group) * h.head_dim :][: h.head_dim]
+            mq, mk = q @ np.diag(x2) @ q.T, k @ np.diag(x2) @ k.T
+            if "attn_q.bias" in t:
+                bq = t["attn_q.bias"][head * h.head_dim :][: h.head_dim]
+                bk = t["attn_k.bias"][(head // group) * h.head_dim :][: h.head_dim]
+                mq, mk = mq + np.outer(bq, bq), mk + np.outer(bk, bk)
+            logits.append(np.trace(mq @ mk) / h.head_dim)
+        variance = np.mean(logits)
+        if h.qk_norm:
+            variance = ((t["attn_q_norm.weight"] * t["attn_k_norm.weight"]) ** 2).sum() / h.head_dim
+        alpha[name("attn_v")] = alpha[name("attn_output")] = STREAM_WEIGHT * energy
+        alpha[name("attn_q")] = alpha[name("attn_k")] = STREAM_WEIGHT * energy * variance
+        x2 = stream / (stream.mean() + h.norm_eps) * t["ffn_norm.weight"] ** 2
+        inputs[name("ffn_gate")] = inputs[name("ffn_up")] = x2
+        gate, up = t["ffn_gate.weight"], t["ffn_up.weight"]
+        h2, noise = gated_unit_moments(gate**2 @ x2, up**2 @ x2, (gate * up) @ x2)
+        inputs[name("ffn_down")] = h2
+        write = t["ffn_down.weight"] ** 2 @ h2
+        stream = stream + write
+        alpha[name("ffn_down")] = alpha[name("ffn_up")] = STREAM_WEIGHT * write.sum() / stream.sum()
+        alpha[name("ffn_gate")] = STREAM_WEIGHT * (t["ffn_down.weight"] ** 2 @ noise).sum() / stream.sum()
+    output = "token_embd.weight" if tied else "output.weight"
+    inputs[output] = stream / (stream.mean() + h.norm_eps) * a["output_norm.weight"] ** 2
+    alpha[output] = 1 + (STREAM_WEIGHT if tied else 0)
+    return alpha, inputs
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tied": True},
+        {"n_kv_heads": 1},
+        {"n_heads": 3, "n_kv_heads": 3, "head_dim": 10},
+        {"biases": True},
+        {"qk_norm": True},
+    ],
+    ids=lambda options: ",".join(options) or "plain",
+)
+def test_sweep_equals_its_formulas(options):
+    arrays, hparams = random_arrays(seed=1, **options)
+    model = make_model(arrays, hparams)
+    found = propagate(model)
+    alpha, inputs = retold(arrays, hparams, tied=options.get("tied", False))
+    assert found.sensitivity == pytest.approx(alpha, rel=1e-4)
+    assert set(found.inputs) == set(inputs)
+    for name, moment in inputs.items():
+        np.testing.assert_allclose(found.inputs[name], moment, rtol=1e-4)
+
+
+def test_importance_kinds():
+    arrays, hparams = random_arrays(seed=2)
+    found = propagate(make_model(arrays, hparams))
+    sweep, norm = found.importance("sweep"), found.importance("norm")
+    assert found.importance("none") == {}
+    assert "token_embd.weight" not in sweep  # nothing is known about which tokens come
+    assert "blk.0.ffn_down.weight" in sweep and "blk.0.ffn_down.weight" not in norm  # no norm in front of it
+    gain = arrays["blk.0.attn_norm.weight"].astype(np.float64) ** 2
+    np.testing.assert_allclose(norm["blk.0.attn_q.weight"], gain / gain.mean(), rtol=1e-5)
+    for weights in (*sweep.values(), *norm.values()):
+        assert weights.dtype == np.float32 and weights.mean() == pytest.approx(1, abs=1e-3) and weights.min() > 0
+    with pytest.raises(PlanError, match="importance 'x' is not known; wanted one of sweep, norm, none"):
+        found.importance("x")
+
+
+def test_a_channel_with_no_gain_keeps_a_little_importance():
+    arrays, hparams = random_arrays(seed=3)
+    arrays["blk.1.ffn_norm.weight"][4] = 0
+    weights = propagate(make_model(arrays, hparams)).importance("sweep")["blk.1.ffn_up.weight"]
+    assert weights[4] == np.float32(FLOOR_OF_IMPORTANCE)
+
+
+def test_damaged_weights_are_named():
+    arrays, hparams = random_arrays(seed=4)
+    arrays["blk.1.ffn_down.weight"][3, 3] = np.inf
+    with pytest.raises(ModelError, match=r"^tensor blk\.1\.ffn_down\.weight: .* the weights are damaged$"):
+        propagate(make_model(arrays, hparams))
+
+
+def test_function_preserving_rescaling_moves_importance_not_sensitivity():
+    """Gain up, columns down: the same function, so the same sensitivities; the importance follows the gain."""
+    arrays, hparams = random_arrays(seed=5)
+    before = propagate(make_model(arrays, hparams))
+    scaled = {name: value.copy() for name, value in arrays.items()}
+    scaled["blk.0.ffn_norm.weight"][7] *= 20
+    for role in ("ffn_gate", "ffn_up"):
+        scaled[f"blk.0.{role}.weight"][:, 7] /= 20
+    after = propagate(make_model(scaled, hparams))
+    assert after.sensitivity == pytest.approx(dict(before.sensitivity), rel=1e-4)
+    ratio = after.inputs["blk.0.ffn_up.weight"] / before.inputs["blk.0.ffn_up.weight"]
+    assert ratio[7] == pytest.approx(400, rel=1e-4) and ratio[8] == pytest.approx(1, rel=1e-4)

@@ -2,14 +2,16 @@
 
 Layout of a file (safetensors, README "Format"): 8 bytes little-endian length N of the header; N bytes of JSON
 ``{"name": {"dtype", "shape", "data_offsets": [begin, end]}, ..., "__metadata__": {...}}``; then the data, to which the
-offsets are relative. Nothing is allocated or mapped on the word of a header that has not been checked.
+offsets are relative. The tensors fill the data without gaps, no name occurs twice (as the reference implementation
+demands). Nothing is allocated or mapped on the word of a header that has not been checked.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
+import reprlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from ..errors import ModelError, UnsupportedError
 from ..records import Float32
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
+MAX_DIMENSIONS = 8  # twice what ggml knows; keeps the product of a shape short
 
 _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
 _LFS_MARK = b"version https://git-lfs"
@@ -76,6 +79,13 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         UnsupportedError: weights in a format that is not read, or stored in a type that is not F32, F16 or BF16.
 
     """
+    try:
+        return _open_checkpoint(folder)
+    except OSError as error:
+        raise ModelError(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
+
+
+def _open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file() and not index.is_file():
         return read_header(single)
@@ -114,15 +124,23 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         stream.seek(8)
         raw = stream.read(n_header)
     try:
-        header = json.loads(raw)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        header = json.loads(raw, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{file}: damaged header: {error}: download it again") from error
     if not isinstance(header, dict):
-        raise ModelError(f"{file}: damaged header: wanted an object, got {type(header).__name__}")
+        raise ModelError(f"{file}: damaged header: wanted an object, got {type(header).__name__}: download it again")
     header.pop("__metadata__", None)
     tensors = {name: _stored(file, name, entry, 8 + n_header, n_file) for name, entry in header.items()}
-    _check_no_overlap(file, list(tensors.values()))
+    _check_contiguous(file, list(tensors.values()), 8 + n_header, n_file)
     return tensors
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict; raises ``ValueError`` when a key occurs twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]!r} occurs more than once")
+    return found
 
 
 def _stored(file: Path, name: str, entry: Any, data_start: int, n_file: int) -> StoredTensor:
@@ -130,15 +148,23 @@ def _stored(file: Path, name: str, entry: Any, data_start: int, n_file: int) -> 
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{where}: damaged header entry: wanted dtype, shape and data_offsets") from error
-    if dtype not in _NUMPY_DTYPES:
-        raise UnsupportedError(f"{where}: stored as {dtype}; wanted F32, F16 or BF16: use the unquantized checkpoint")
-    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        raise ModelError(f"{where}: damaged header entry: shape {shape}, offsets {begin}..{end}")
+        raise ModelError(f"{where}: damaged header: wanted dtype, shape and data_offsets") from error
+    if not isinstance(dtype, str) or dtype not in _NUMPY_DTYPES:
+        raise UnsupportedError(
+            f"{where}: stored as {reprlib.repr(dtype)}; wanted F32, F16 or BF16: use the unquantized checkpoint"
+        )
+    numbers = [*shape, begin, end] if isinstance(shape, list) and len(shape) <= MAX_DIMENSIONS else [None]
+    if not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise ModelError(
+            f"{where}: damaged header: wanted at most {MAX_DIMENSIONS} sizes and two offsets, got shape "
+            f"{reprlib.repr(shape)}, offsets {reprlib.repr(begin)} to {reprlib.repr(end)}: download it again"
+        )
     tensor = StoredTensor(name, dtype, tuple(shape), file, data_start + begin)
     if end - begin != tensor.n_bytes:
-        raise ModelError(f"{where}: {dtype} {shape} takes {tensor.n_bytes} bytes, its header says {end - begin}")
+        raise ModelError(
+            f"{where}: damaged header: {dtype} {shape} takes {tensor.n_bytes} bytes, "
+            f"its offsets {begin} to {end} say {end - begin}: download it again"
+        )
     if data_start + end > n_file:
         raise ModelError(
             f"{where}: ends at byte {data_start + end}, the file has {n_file}: truncated, download it again"
@@ -146,24 +172,33 @@ def _stored(file: Path, name: str, entry: Any, data_start: int, n_file: int) -> 
     return tensor
 
 
-def _check_no_overlap(file: Path, tensors: list[StoredTensor]) -> None:
-    ordered = sorted((tensor for tensor in tensors if tensor.n_bytes), key=lambda tensor: tensor.offset_bytes)
-    for first, second in itertools.pairwise(ordered):
-        if first.offset_bytes + first.n_bytes > second.offset_bytes:
-            raise ModelError(f"{file}: damaged header: tensors {first.name} and {second.name} overlap")
+def _check_contiguous(file: Path, tensors: list[StoredTensor], data_start: int, n_file: int) -> None:
+    """Raise ``ModelError`` unless the tensors fill the data, one after the other."""
+    position, before = data_start, "the header"
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.offset_bytes, tensor.n_bytes)):
+        if tensor.offset_bytes != position:
+            wrong = "overlap" if tensor.offset_bytes < position else "leave a gap"
+            raise ModelError(f"{file}: damaged header: {before} and {tensor.name} {wrong}: download it again")
+        position, before = position + tensor.n_bytes, tensor.name
+    if position != n_file:
+        raise ModelError(
+            f"{file}: damaged: its tensors end at byte {position}, the file has {n_file}: download it again"
+        )
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    if index.open("rb").read(len(_LFS_MARK)) == _LFS_MARK:
+    raw = index.read_bytes()
+    if raw.startswith(_LFS_MARK):
         raise ModelError(f"{index}: is a git-lfs pointer: run `git lfs pull` in {index.parent}")
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        items = dict(weight_map.items())
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: damaged: wanted JSON with a weight_map: {error}") from error
+        items = dict(json.loads(raw)["weight_map"].items())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: damaged: wanted JSON with a weight_map: {error}: download it again") from error
     for name, shard in items.items():
         if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
-            raise ModelError(f"{index}: places tensor {name} in {shard!r}; wanted a file name inside the folder")
+            raise ModelError(
+                f"{index}: places tensor {name} in {reprlib.repr(shard)}; wanted the name of a file in the same folder"
+            )
     return items
 
 

@@ -1,0 +1,173 @@
+"""The tokenizer of a model folder as GGUF keys, ready for llama.cpp.
+
+Two kinds: byte-level BPE (``tokenizer.ggml.model`` = ``gpt2``) and sentencepiece BPE (``llama``). Keys are those of
+llama.cpp's converter (conversion/base.py: ``_set_vocab_gpt2``, ``_set_vocab_sentencepiece``); how the pre-tokenizer is
+found is in ``pretokenizers``. docs/tokenizers.md lists what llama.cpp does differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFValueType, Keys, TokenType
+from gguf.gguf_writer import GGUFValue
+
+from ..errors import TokenizerError, UnsupportedError
+from ..records import kv
+from .pretokenizers import check_name, limit_of, recognise
+from .vocab_bpe import flat, is_byte_level, read_bpe
+from .vocab_files import TokenizerFiles
+from .vocab_special import chat_template_keys, special_keys
+from .vocab_spm import drops_prefix_before_blank, read_converted, read_sentencepiece
+from .vocab_tokens import PADDING_SCORE, Tokens
+
+_SPM_PRE = "default"  # what the converter writes for sentencepiece, where llama.cpp reads none
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """A vocabulary as GGUF keys, and facts about it that the user must see, one sentence each."""
+
+    metadata: dict[str, GGUFValue]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the two kinds of vocabulary differ in; ``add_space_prefix`` is ``None`` where llama.cpp has none."""
+
+    model: str
+    pre: str
+    tokens: Tokens
+    source: Path
+    own_ids: Mapping[str, int]
+    adds_bos_by_default: bool
+    add_space_prefix: bool | None
+    notes: tuple[str, ...]
+
+
+def read_vocab(folder: Path, n_vocab: int, config: Mapping[str, Any], pre: str | None = None) -> dict[str, GGUFValue]:
+    """Return every ``tokenizer.*`` key of a model folder; see ``open_vocab``."""
+    return open_vocab(folder, n_vocab, config, pre).metadata
+
+
+def open_vocab(folder: Path, n_vocab: int, config: Mapping[str, Any], pre: str | None = None) -> Vocab:
+    """Read the tokenizer of a model folder.
+
+    Ids without a token, in gaps or after the last one, become ``[PADi]`` of type ``UNUSED``.
+
+    Args:
+        folder: the model folder.
+        n_vocab: rows of the embedding.
+        config: parsed ``config.json``, for special token ids that the tokenizer files do not name.
+        pre: name of llama.cpp's pre-tokenizer, instead of the one recognised; text handling is then not checked.
+
+    Raises:
+        TokenizerError: files are missing, damaged, contradict one another or need more rows than there are.
+        UnsupportedError: llama.cpp cannot handle text as this tokenizer does, or knows no pre-tokenizer ``pre``.
+
+    """
+    if pre is not None:
+        check_name(pre)
+    files = TokenizerFiles.read(folder, config)
+    kind = _byte_level(files, pre) if is_byte_level(files.tokenizer) else _sentencepiece(files, pre)
+    ids = {text: token_id for token_id, text in kind.tokens.texts.items()}
+    metadata = {
+        Keys.Tokenizer.MODEL: kv(kind.model, GGUFValueType.STRING),
+        Keys.Tokenizer.PRE: kv(kind.pre, GGUFValueType.STRING),
+        **_token_keys(kind.tokens, n_vocab, kind.source),
+        **special_keys(files, ids, kind.own_ids, kind.adds_bos_by_default),
+        **chat_template_keys(files),
+    }
+    if kind.add_space_prefix is not None:
+        metadata[Keys.Tokenizer.ADD_PREFIX] = kv(kind.add_space_prefix, GGUFValueType.BOOL)
+    return Vocab(metadata, (*kind.notes, *_added_token_note(files)))
+
+
+def _byte_level(files: TokenizerFiles, pre: str | None) -> _Kind:
+    tokens = read_bpe(files)
+    notes = []
+    if pre is None:
+        pre = recognise(files.tokenizer, files.json_path)
+        if _check_normalizer(files):
+            notes.append("Text is expected in Unicode normalization form C: llama.cpp does not normalize it.")
+    if limit := limit_of(pre):
+        notes.append(f"llama.cpp's pre-tokenizer {pre!r} may give {limit} other token ids than the original.")
+    return _Kind("gpt2", pre, tokens, files.json_path, {}, False, None, tuple(notes))
+
+
+def _sentencepiece(files: TokenizerFiles, pre: str | None) -> _Kind:
+    if pre not in (None, _SPM_PRE):
+        raise UnsupportedError(
+            f"--pre {pre}: {files.folder} has a sentencepiece tokenizer, which has no pre-tokenizer; leave it out"
+        )
+    notes: tuple[str, ...] = ()
+    if files.model_path.is_file():
+        read, source = read_sentencepiece(files, any_normalizer=pre is not None), files.model_path
+    else:
+        read, source, notes = read_converted(files), files.json_path, _leading_blank_note(files)
+    return _Kind("llama", _SPM_PRE, read.tokens, source, read.special_ids, True, read.add_space_prefix, notes)
+
+
+def _check_normalizer(files: TokenizerFiles) -> bool:
+    """Return whether the tokenizer normalizes to form C; raises for every other normalization."""
+    kinds = [str(step.get("type")) for step in flat(files.tokenizer.get("normalizer"))]
+    if any(kind != "NFC" for kind in kinds):
+        raise UnsupportedError(
+            f"{files.json_path}: normalizer {' > '.join(kinds)}: llama.cpp does not apply it, ids would differ; "
+            "known: none and NFC; --pre NAME converts it nevertheless"
+        )
+    return bool(kinds)
+
+
+def _token_keys(tokens: Tokens, n_vocab: int, source: Path) -> dict[str, GGUFValue]:
+    last = max(tokens.texts, default=-1)
+    if last >= n_vocab:
+        raise TokenizerError(
+            f"{source}: {len(tokens.texts)} tokens up to id {last} ({tokens.texts[last]!r}), but the embedding has "
+            f"{n_vocab} rows; wanted a row for each id: the tokenizer is another model's, or tokens were added to it"
+        )
+    texts = [tokens.texts.get(i, f"[PAD{i}]") for i in range(n_vocab)]
+    _check_texts(texts, source)
+    types = [int(tokens.types.get(i, TokenType.UNUSED)) for i in range(n_vocab)]
+    keys = {
+        Keys.Tokenizer.LIST: kv(texts, GGUFValueType.ARRAY, GGUFValueType.STRING),
+        Keys.Tokenizer.TOKEN_TYPE: kv(types, GGUFValueType.ARRAY, GGUFValueType.INT32),
+    }
+    if tokens.scores:
+        scores = [tokens.scores.get(i, PADDING_SCORE) for i in range(n_vocab)]
+        keys[Keys.Tokenizer.SCORES] = kv(scores, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+    if tokens.merges:
+        keys[Keys.Tokenizer.MERGES] = kv(list(tokens.merges), GGUFValueType.ARRAY, GGUFValueType.STRING)
+    return keys
+
+
+def _check_texts(texts: list[str], source: Path) -> None:
+    """Raise unless all token texts differ, which llama.cpp insists on, and are text at all."""
+    ids: dict[str, int] = {}
+    for token_id, text in enumerate(texts):
+        if ids.setdefault(text, token_id) != token_id:
+            raise TokenizerError(f"{source}: token {text!r} has both id {ids[text]} and id {token_id}")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"{source}: a token is not valid Unicode: {error.reason}; restore the file") from error
+
+
+def _added_token_note(files: TokenizerFiles) -> tuple[str, ...]:
+    stripping = [token.text for token in files.added_tokens.values() if token.strips]
+    if not stripping:
+        return ()
+    return (
+        f"Added tokens such as {stripping[0]!r} take blanks around them along or match whole words only; "
+        "llama.cpp matches them as they stand.",
+    )
+
+
+def _leading_blank_note(files: TokenizerFiles) -> tuple[str, ...]:
+    if not drops_prefix_before_blank(files.tokenizer):
+        return ()
+    return ("llama.cpp puts a blank in front of a text even where it begins with one; the original does not.",)

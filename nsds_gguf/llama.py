@@ -1,0 +1,376 @@
+"""llama.cpp through its Python binding: open a GGUF, tokenize, decode blocks of tokens, read their logits.
+
+What is here is what perplexity and the tests need, with nothing left open behind them: models and contexts are
+context managers. Long calls run in a thread of their own, so that Ctrl-C is seen at once and stops them. llama.cpp's
+log is silenced in the whole process; the error that it names becomes part of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import GgmlError, TextError, VerifyError
+from .records import Float32
+
+Int32 = NDArray[np.int32]
+Result = TypeVar("Result")
+
+# Constants of llama.h and ggml.h: enum llama_flash_attn_type, ggml_type, llama_vocab_type, ggml_log_level.
+_FLASH_ATTN_DISABLED = 0
+_GGML_TYPE_F32 = 0
+_VOCAB_TYPE_NONE = 0
+_LOG_LEVEL_ERROR = 4
+
+# llama.cpp's name, in its system info, of the AMX kernels. Compilers drop the stores that set up their tiles (GCC 12
+# and older: _tile_loadconfig declares that it reads 8 bytes of 64), and the first quantized matrix kills the process:
+# llama.cpp issue 20824, pull request 26954. So weights stay in their own layout where those kernels would be used.
+_AMX = "AMX_INT8 = 1"
+
+# llama_tokenize counts bytes and tokens in int32.
+_MAX_TEXT_BYTES = 2**31 - 1
+
+
+def llama_build() -> str:
+    """Return llama.cpp's version, that of the binding, and the CPU features in use, in one line."""
+    binding = _binding()
+    version = binding.llama_version().decode() if hasattr(binding, "llama_version") else "of unknown version"
+    features = re.findall(r"(\w+) = 1", binding.llama_print_system_info().decode())
+    return f"{version} (llama-cpp-python {binding.__version__}; {' '.join(features)})"
+
+
+def default_threads() -> int:
+    """Return the number of physical cores that this process may run on.
+
+    llama.cpp is fastest with one thread a core: hyper-threads share the unit that multiplies
+    (llama.cpp common/common.cpp, ``common_cpu_get_num_physical_cores``).
+    """
+    if hasattr(os, "sched_getaffinity"):
+        return len({_core(cpu) for cpu in os.sched_getaffinity(0)})
+    return os.cpu_count() or 1
+
+
+def logits(file: Path, tokens: Sequence[int], *, n_threads: int | None = None) -> Float32:
+    """Return the logits after each token of one sequence, computed as exactly as llama.cpp can.
+
+    The KV cache is F32 and flash attention is off, so that what remains is float32 rounding: this is for comparing
+    a file with another implementation, not for speed.
+
+    Args:
+        file: the GGUF.
+        tokens: token ids, taken as they are (no BOS is added).
+        n_threads: CPU threads; ``None`` for ``default_threads()``.
+
+    Returns:
+        ``(n_tokens, n_vocab)`` float32.
+
+    Raises:
+        VerifyError: the file cannot be loaded.
+        GgmlError: llama.cpp is missing or refuses.
+
+    """
+    row = np.asarray(tokens, dtype=np.int32)[np.newaxis]
+    n_tokens = row.size
+    with (
+        open_model(file) as model,
+        open_context(model, n_ctx=n_tokens, n_batch=n_tokens, n_threads=n_threads, exact=True) as context,
+    ):
+        rows: Float32 = context.decode(row)[0].copy()
+    return rows
+
+
+@contextmanager
+def open_model(file: Path, *, vocab_only: bool = False) -> Iterator[LlamaModel]:
+    """Load a GGUF with llama.cpp for the length of a ``with`` block.
+
+    Args:
+        file: the GGUF.
+        vocab_only: load the vocabulary without the weights; enough to tokenize.
+
+    Yields:
+        The model.
+
+    Raises:
+        VerifyError: the file is missing or llama.cpp cannot load it; the message gives llama.cpp's reason.
+        GgmlError: llama-cpp-python is not installed.
+
+    """
+    model = LlamaModel(file)
+    try:
+        model._load(vocab_only)
+        yield model
+    finally:
+        model._close()
+
+
+@contextmanager
+def open_context(
+    model: LlamaModel, *, n_ctx: int, n_batch: int, n_seq: int = 1, n_threads: int | None = None, exact: bool = False
+) -> Iterator[LlamaContext]:
+    """Create the state in which a model decodes, for the length of a ``with`` block.
+
+    Whatever is not an argument here stays at llama.cpp's default, which is also what its own tools use: F16 KV cache,
+    flash attention where the backend has it, one KV stream per sequence, physical batches of 512.
+
+    Args:
+        model: an open model.
+        n_ctx: tokens of the longest sequence.
+        n_batch: tokens of the largest block handed to ``decode``, all sequences together.
+        n_seq: sequences of a block.
+        n_threads: CPU threads; ``None`` for ``default_threads()``.
+        exact: F32 KV cache and no flash attention.
+
+    Yields:
+        The context.
+
+    Raises:
+        VerifyError: the model is not one that predicts the next token.
+        GgmlError: llama.cpp cannot create the context, usually for want of memory.
+
+    """
+    context = LlamaContext(model)
+    try:
+        context._create(n_ctx, n_batch, n_seq, n_threads or default_threads(), exact)
+        yield context
+    finally:
+        context._close()
+
+
+class LlamaModel:
+    """A GGUF that llama.cpp has loaded; made by ``open_model``.
+
+    Attributes:
+        file: where it was loaded from.
+        n_vocab: size of the vocabulary.
+        bos: token id of BOS when the vocabulary begins every text with it, else ``None``.
+        adds_eos: whether the vocabulary ends every text with EOS.
+
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.n_vocab = 0
+        self.bos: int | None = None
+        self.adds_eos = False
+        self._binding = _binding()
+        self._worker = _Worker()
+        self._pointer: Any = None
+        self._vocab: Any = None
+
+    def _load(self, vocab_only: bool) -> None:
+        if not self.file.is_file():
+            raise VerifyError(f"{self.file}: no such GGUF file")
+        binding = self._binding
+        params = binding.llama_model_default_params()
+        params.vocab_only = vocab_only
+        params.use_extra_bufts = _AMX not in binding.llama_print_system_info().decode()
+        params.progress_callback = binding.llama_progress_callback(lambda _fraction, _data: not self._worker.stopping)
+        self._worker.run(self._load_from_file, params)
+        if not self._pointer:
+            raise VerifyError(f"{self.file}: llama.cpp cannot load it: {_log_error()}")
+        self._vocab = binding.llama_model_get_vocab(self._pointer)
+        if binding.llama_vocab_type(self._vocab) == _VOCAB_TYPE_NONE:
+            raise VerifyError(f"{self.file}: holds no vocabulary; wanted a GGUF with tokenizer.ggml keys")
+        self.n_vocab = binding.llama_vocab_n_tokens(self._vocab)
+        self.adds_eos = bool(binding.llama_vocab_get_add_eos(self._vocab))
+        if binding.llama_vocab_get_add_bos(self._vocab):
+            self.bos = binding.llama_vocab_bos(self._vocab)
+
+    def _load_from_file(self, params: Any) -> None:
+        _log.clear()
+        self._pointer = self._binding.llama_model_load_from_file(os.fsencode(self.file), params)
+
+    def _close(self) -> None:
+        self._worker.close()
+        if self._pointer:
+            self._binding.llama_model_free(self._pointer)
+            self._pointer = None
+
+    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> Int32:
+        """Return the token ids of a text, ``(n_tokens,)`` int32.
+
+        Args:
+            text: any text.
+            add_special: add BOS and EOS where the vocabulary says so.
+            parse_special: take ``</s>`` and the like in the text for the token of that name.
+
+        Raises:
+            TextError: the text has more bytes than llama.cpp can count.
+            GgmlError: llama.cpp refuses.
+
+        """
+        data = text.encode()
+        if len(data) > _MAX_TEXT_BYTES:
+            raise TextError(f"text: wanted at most {_MAX_TEXT_BYTES} bytes, got {len(data)}; use a shorter text")
+        room = len(data) + 2  # a token a byte, BOS and EOS; a vocabulary may need more, and then says how much
+        for _ in range(2):
+            buffer = (self._binding.llama_token * room)()
+            n_tokens: int = self._worker.run(
+                self._binding.llama_tokenize, self._vocab, data, len(data), buffer, room, add_special, parse_special
+            )
+            if n_tokens >= 0:
+                ids: Int32 = np.frombuffer(buffer, dtype=np.int32, count=n_tokens).copy()
+                return ids
+            room = -n_tokens
+        raise GgmlError(f"{self.file}: llama_tokenize failed on a text of {len(data)} bytes with status {n_tokens}")
+
+
+class LlamaContext:
+    """The state in which a model decodes; made by ``open_context``."""
+
+    def __init__(self, model: LlamaModel) -> None:
+        self._model = model
+        self._binding = model._binding
+        self._worker = model._worker
+        self._pointer: Any = None
+        self._batch: Any = None
+
+    def _create(self, n_ctx: int, n_batch: int, n_seq: int, n_threads: int, exact: bool) -> None:
+        binding = self._binding
+        params = binding.llama_context_default_params()
+        params.n_ctx = n_ctx * n_seq
+        params.n_batch = n_batch
+        params.n_seq_max = n_seq
+        params.n_threads = params.n_threads_batch = n_threads
+        if exact:
+            params.flash_attn_type = _FLASH_ATTN_DISABLED
+            params.type_k = params.type_v = _GGML_TYPE_F32
+        # Kept alive by self: llama.cpp keeps nothing but the address.
+        self._abort_callback = params.abort_callback = binding.ggml_abort_callback(lambda _: self._worker.stopping)
+        self._worker.run(self._init_from_model, params)
+        if not self._pointer:
+            raise GgmlError(f"{self._model.file}: llama.cpp cannot create a context: {_log_error()}")
+        if not binding.llama_get_memory(self._pointer):
+            raise VerifyError(f"{self._model.file}: not a model that predicts the next token; wanted a decoder")
+        self._batch = binding.llama_batch_init(n_batch, 0, 1)
+
+    def _init_from_model(self, params: Any) -> None:
+        _log.clear()
+        self._pointer = self._binding.llama_init_from_model(self._model._pointer, params)
+
+    def _close(self) -> None:
+        if self._batch:
+            self._binding.llama_batch_free(self._batch)
+            self._batch = None
+        if self._pointer:
+            self._binding.llama_free(self._pointer)
+            self._pointer = None
+
+    def clear(self) -> None:
+        """Forget all that was decoded."""
+        self._binding.llama_memory_clear(self._binding.llama_get_memory(self._pointer), True)
+
+    def decode(self, tokens: Int32, *, start: int = 0, first_output: int = 0) -> Float32:
+        """Decode the next tokens of every sequence.
+
+        Args:
+            tokens: ``(n_seq, n)`` int32; row i continues sequence i.
+            start: position of the first column in its sequence.
+            first_output: lowest position whose logits are wanted.
+
+        Returns:
+            ``(n_seq, n_outputs, n_vocab)`` float32: the logits after each wanted position. A view of llama.cpp's own
+            buffer, valid until the next call and not after the context is closed.
+
+        Raises:
+            GgmlError: llama.cpp refuses.
+
+        """
+        n_seq, n = tokens.shape
+        n_outputs = max(0, start + n - max(start, first_output))
+        self._fill_batch(tokens, start, first_output)
+        _log.clear()
+        status, address = self._worker.run(self._decode_batch)
+        if status != 0:
+            raise GgmlError(f"{self._model.file}: llama_decode failed with status {status}: {_log_error()}")
+        shape = (n_seq, n_outputs, self._model.n_vocab)
+        if n_outputs == 0:
+            return np.empty(shape, dtype=np.float32)
+        return np.ctypeslib.as_array(address, shape=shape)
+
+    def _fill_batch(self, tokens: Int32, start: int, first_output: int) -> None:
+        batch, (n_seq, n), n_tokens = self._batch, tokens.shape, tokens.size
+        positions = np.tile(np.arange(start, start + n), n_seq)
+        batch.n_tokens = n_tokens
+        np.ctypeslib.as_array(batch.token, shape=(n_tokens,))[:] = tokens.ravel()
+        np.ctypeslib.as_array(batch.pos, shape=(n_tokens,))[:] = positions
+        np.ctypeslib.as_array(batch.n_seq_id, shape=(n_tokens,))[:] = 1
+        np.ctypeslib.as_array(batch.logits, shape=(n_tokens,))[:] = positions >= first_output
+        for i in range(n_tokens):
+            batch.seq_id[i][0] = i // n
+
+    def _decode_batch(self) -> tuple[int, Any]:
+        status = self._binding.llama_decode(self._pointer, self._batch)
+        return status, self._binding.llama_get_logits(self._pointer) if status == 0 else None
+
+
+class _Worker:
+    """A thread for the long calls of llama.cpp.
+
+    While the main thread is inside a foreign function, Python cannot raise KeyboardInterrupt in it. Waiting for
+    another thread it can; ``stopping`` then tells llama.cpp's callbacks to give up, and the call is waited for, so
+    that nothing is freed under it.
+    """
+
+    def __init__(self) -> None:
+        self.stopping = False
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="llama.cpp")
+
+    def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        self.stopping = False
+        future = self._pool.submit(function, *args)
+        try:
+            return future.result()
+        finally:
+            self.stopping = not future.done()
+            while not future.done():
+                with suppress(KeyboardInterrupt):
+                    wait([future])
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+
+# The last things that llama.cpp logged, as (level, text); cleared before every call whose failure is explained by it.
+_log: deque[tuple[int, str]] = deque(maxlen=256)
+
+
+def _log_error() -> str:
+    """Return the first error that llama.cpp logged, in one line: it is the most specific, later ones pass it on."""
+    errors = (text.strip() for level, text in _log if level == _LOG_LEVEL_ERROR)
+    return next((" ".join(error.split()) for error in errors if error), "it gives no reason")
+
+
+@functools.cache
+def _binding() -> Any:
+    """Import llama_cpp, silence its log and initialize it, once."""
+    try:
+        import llama_cpp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise GgmlError(f"llama-cpp-python cannot be used: {error}; run: pip install llama-cpp-python") from error
+    llama_cpp.llama_log_set(_log_callback(llama_cpp), None)
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+@functools.cache
+def _log_callback(binding: Any) -> Any:
+    """Return the log callback; cached because llama.cpp keeps nothing but its address."""
+    return binding.llama_log_callback(lambda level, text, _: _log.append((level, text.decode(errors="replace"))))
+
+
+def _core(cpu: int) -> str:
+    """Return what identifies the physical core of a logical CPU: the list of its hyper-threads."""
+    with suppress(OSError):
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text(encoding="ascii")
+    return str(cpu)

@@ -1,0 +1,531 @@
+"""Perplexity and divergence against llama-perplexity's recorded numbers and against numpy alone."""
+
+import functools
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+from tiny_gguf import (
+    BOS,
+    EOS,
+    HEAD_DIM,
+    N_EMBD,
+    N_HEADS,
+    N_KV_HEADS,
+    N_LAYERS,
+    N_VOCAB,
+    NORM_EPS,
+    ROPE_THETA,
+    UNK,
+    tiny_text,
+    tiny_vocabulary,
+    tiny_weights,
+    write_tiny_gguf,
+)
+
+import nsds_gguf.perplexity as module
+from nsds_gguf import llama
+from nsds_gguf.errors import GgmlError, TextError, VerifyError
+from nsds_gguf.llama import default_threads, llama_build, open_model
+from nsds_gguf.perplexity import Perplexity, check_sane
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "perplexity.json").read_text(encoding="utf-8"))
+TEXT = tiny_text()
+
+# One thread does for so small a model, and does not wait for others on a busy machine.
+perplexity = functools.partial(module.perplexity, n_threads=1)
+logits = functools.partial(llama.logits, n_threads=1)
+open_context = functools.partial(llama.open_context, n_threads=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder of the tiny model: with BOS and without, in three types."""
+    path = tmp_path_factory.mktemp("gguf")
+    for kind in ("bos", "plain"):
+        for type_name in ("F32", "Q8_0", "Q4_0"):
+            write_tiny_gguf(path / f"{kind}-{type_name}.gguf", type_name, add_bos=kind == "bos")
+    return path
+
+
+@pytest.fixture
+def tiny(folder):
+    return folder / "bos-F32.gguf"
+
+
+# --- llama-perplexity ---
+
+
+@pytest.mark.parametrize("golden", GOLDEN["cases"], ids=lambda golden: "-".join(map(str, golden["case"].values())))
+def test_numbers_are_those_of_llama_perplexity(folder, golden):
+    case, wanted = golden["case"], dict(golden["llama_perplexity"])
+    running = []
+    got = perplexity(
+        folder / f"{case['model']}.gguf",
+        TEXT,
+        n_ctx=case["n_ctx"],
+        n_batch=case["n_batch"],
+        n_chunks=case["n_chunks"],
+        against=folder / f"{case['against']}.gguf" if case["against"] else None,
+        on_chunk=lambda chunk, ppl: running.append((chunk, ppl)),
+    ).to_json()
+    if "running_ppl" in wanted:
+        assert [chunk for chunk, _ in running] == list(range(1, got["n_chunks"] + 1))
+        assert [ppl for _, ppl in running] == pytest.approx(wanted.pop("running_ppl"), rel=1e-3)
+    assert wanted
+    assert {name: got[name] for name in wanted} == pytest.approx(wanted, rel=1e-3, abs=5e-6)
+
+
+def test_recorded_settings_tell_the_variants_apart():
+    """BOS or none, chunk length and type each move the perplexity by more than the tolerance."""
+    values = [golden["llama_perplexity"]["ppl"] for golden in GOLDEN["cases"] if golden["case"]["n_batch"] == 2048]
+    values.sort()
+    assert all(b / a > 1.001 for a, b in itertools.pairwise(values))
+
+
+# --- numpy alone ---
+
+
+def numpy_logits(weights, tokens):
+    """Return the logits of the llama architecture, ``(n_tokens, N_VOCAB)``, in float64 with none of llama.cpp."""
+    w = {name: tensor.astype(np.float64) for name, tensor in weights.items()}
+    x = w["token_embd.weight"][tokens]
+    for layer in range(N_LAYERS):
+        t = {name.split(".")[2]: tensor for name, tensor in w.items() if name.startswith(f"blk.{layer}.")}
+        x = x + attention(rms_norm(x) * t["attn_norm"], t)
+        h = rms_norm(x) * t["ffn_norm"]
+        gate = h @ t["ffn_gate"].T
+        x = x + (gate / (1 + np.exp(-gate)) * (h @ t["ffn_up"].T)) @ t["ffn_down"].T
+    return rms_norm(x) * w["output_norm.weight"] @ w["output.weight"].T
+
+
+def rms_norm(x):
+    return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + NORM_EPS)
+
+
+def attention(x, t):
+    n = len(x)
+    q = rope((x @ t["attn_q"].T).reshape(n, N_HEADS, HEAD_DIM))
+    k = rope((x @ t["attn_k"].T).reshape(n, N_KV_HEADS, HEAD_DIM)).repeat(N_HEADS // N_KV_HEADS, axis=1)
+    v = (x @ t["attn_v"].T).reshape(n, N_KV_HEADS, HEAD_DIM).repeat(N_HEADS // N_KV_HEADS, axis=1)
+    scores = np.einsum("ihd,jhd->hij", q, k) / math.sqrt(HEAD_DIM)
+    scores[:, np.triu(np.ones((n, n), dtype=bool), 1)] = -np.inf
+    return np.einsum("hij,jhd->ihd", np.exp(log_softmax(scores, axis=-1)), v).reshape(n, N_EMBD) @ t["attn_output"].T
+
+
+def rope(x):
+    angle = np.arange(len(x))[:, None, None] * ROPE_THETA ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    turned = np.stack([even * np.cos(angle) - odd * np.sin(angle), even * np.sin(angle) + odd * np.cos(angle)], axis=-1)
+    return turned.reshape(x.shape)
+
+
+def test_logits_are_those_of_the_architecture(tiny):
+    tokens = np.random.default_rng(5).integers(3, N_VOCAB, 100)
+    tokens[0] = BOS
+    got = logits(tiny, tokens.tolist())
+    assert got.shape == (100, N_VOCAB) and got.dtype == np.float32
+    assert got == pytest.approx(numpy_logits(tiny_weights(), tokens), abs=2e-4)
+
+
+def test_perplexity_is_that_of_its_definition(tiny):
+    tokens = [BOS, N_VOCAB - 1, *(N_VOCAB - 1 if byte == 32 else byte + 3 for byte in TEXT.encode())]
+    nll = []
+    for start in range(0, 5 * 128, 128):
+        chunk = np.array([BOS, *tokens[start + 1 : start + 128]])
+        predicted = log_softmax(numpy_logits(tiny_weights(), chunk), axis=1)
+        nll += [-predicted[i, chunk[i + 1]] for i in range(64, 127)]
+    got = perplexity(tiny, TEXT, n_ctx=128, n_chunks=5)
+    assert (got.n_chunks, got.n_scored_tokens, got.n_text_tokens) == (5, len(nll), len(tokens))
+    assert got.ppl == pytest.approx(math.exp(np.mean(nll)), rel=5e-4)
+    assert got.ppl_error == pytest.approx(got.ppl * np.std(nll) / math.sqrt(len(nll) - 1), rel=5e-4)
+    assert got.bits_per_byte == pytest.approx(np.mean(nll) / math.log(2) * len(tokens) / len(TEXT.encode()), rel=5e-4)
+
+
+@pytest.mark.parametrize("n_vocab", [5, 1000, 40001])
+@pytest.mark.parametrize("scale", [1, 300])
+def test_scores_of_rows_are_those_of_scipy(n_vocab, scale):
+    rng = np.random.default_rng(n_vocab)
+    ours, reference = scale * rng.standard_normal((2, 77, n_vocab), dtype=np.float32)
+    reference = ours + reference / 10
+    targets = rng.integers(0, n_vocab, 77, dtype=np.int32)
+    log_q = log_softmax(ours.astype(np.float64), axis=1)
+    log_p = log_softmax(reference.astype(np.float64), axis=1)
+    rows = np.arange(77)
+    alone, pair = np.zeros((2, 77), dtype=module._SCORE)
+    module._score_rows(alone, [ours], targets)
+    module._score_rows(pair, [ours, reference], targets)
+    assert alone["nll"] == pytest.approx(-log_q[rows, targets], rel=1e-6)
+    assert pair["nll"] == pytest.approx(-log_q[rows, targets], rel=1e-12)
+    assert pair["reference_nll"] == pytest.approx(-log_p[rows, targets], rel=1e-12)
+    assert pair["kld"] == pytest.approx((np.exp(log_p) * (log_p - log_q)).sum(axis=1), rel=1e-9, abs=1e-12)
+    assert (pair["same_top"] == (log_p.argmax(axis=1) == log_q.argmax(axis=1))).all()
+
+
+def test_statistics_by_hand():
+    scores = np.zeros(4, dtype=module._SCORE)
+    scores["nll"] = [1, 2, 3, 4]
+    scores["reference_nll"] = [1, 1, 3, 3]
+    scores["kld"] = [0, 0.5, 0.1, 0.2]
+    scores["same_top"] = [True, True, True, False]
+    got = module._divergence_statistics(scores)
+    # Means of nll 2.5 and 2, variances 1.25 and 1, covariance 1; llama-perplexity: sqrt(a + b - 2 cov) of the means.
+    assert got["reference_ppl"] == pytest.approx(math.exp(2))
+    assert got["reference_ppl_error"] == pytest.approx(math.exp(2) * math.sqrt(1 / 3))
+    assert got["ppl_ratio"] == pytest.approx(math.exp(0.5))
+    assert got["ppl_ratio_error"] == pytest.approx(math.exp(0.5) * math.sqrt((1.25 + 1 - 2 * 1) / 3))
+    assert got["kld_mean"] == pytest.approx(0.2)
+    assert got["kld_error"] == pytest.approx(math.sqrt(0.035 / 3))
+    assert (got["kld_median"], got["kld_max"]) == pytest.approx((0.15, 0.5))
+    assert got["kld_p99"] == pytest.approx(0.2 + 0.97 * 0.3)
+    assert (got["same_top"], got["same_top_error"]) == pytest.approx((0.75, math.sqrt(0.75 * 0.25 / 3)))
+
+
+# --- what a run reports ---
+
+
+def test_json_has_no_reference_without_one(tiny):
+    result = perplexity(tiny, TEXT, n_ctx=128, n_chunks=3, n_threads=1, n_batch=300)
+    assert result.to_json() == {
+        "ppl": result.ppl,
+        "ppl_error": result.ppl_error,
+        "bits_per_byte": result.bits_per_byte,
+        "n_ctx": 128,
+        "n_chunks": 3,
+        "n_scored_tokens": 3 * 63,
+        "n_text_tokens": 2702,
+        "n_vocab": N_VOCAB,
+        "n_batch": 256,
+        "n_threads": 1,
+    }
+    assert json.loads(json.dumps(result.to_json())) == result.to_json()
+
+
+def test_a_model_does_not_diverge_from_itself(tiny):
+    result = perplexity(tiny, TEXT, n_ctx=128, n_chunks=2, against=tiny)
+    assert (result.kld_mean, result.kld_max, result.same_top, result.ppl_ratio) == (0, 0, 1, 1)
+    assert result.reference_ppl == result.ppl
+
+
+def test_threads_do_not_change_the_numbers(tiny, folder):
+    def run(n_threads):
+        return perplexity(tiny, TEXT, n_ctx=128, n_chunks=2, n_threads=n_threads, against=folder / "bos-Q4_0.gguf")
+
+    one, two = run(1), run(2)
+    assert (two.ppl, two.kld_mean) == pytest.approx((one.ppl, one.kld_mean), rel=1e-9)
+    assert (one.n_threads, two.n_threads) == (1, 2)
+
+
+def test_progress_counts_chunks(tiny):
+    seen = []
+    perplexity(tiny, TEXT, n_ctx=128, n_chunks=18, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(0, 18), (16, 18), (18, 18)]
+
+
+def test_newline_at_the_end_does_not_count(tiny):
+    assert perplexity(tiny, TEXT + "\n", n_ctx=512) == perplexity(tiny, TEXT, n_ctx=512)
+
+
+def test_nothing_is_printed(tiny, folder, capfd):
+    perplexity(tiny, TEXT, n_ctx=128, n_chunks=1, against=folder / "bos-Q8_0.gguf")
+    assert capfd.readouterr() == ("", "")
+
+
+# --- what goes wrong ---
+
+
+def test_short_text(tiny):
+    with pytest.raises(TextError) as caught:
+        perplexity(tiny, "a" * 100, n_ctx=512)
+    assert str(caught.value) == (
+        "text: too short: wanted at least 1024 tokens for a context of 512, got 102; "
+        "use a longer text or a smaller --ctx"
+    )
+
+
+def test_text_of_exactly_two_chunks(tiny):
+    assert perplexity(tiny, "a" * 62, n_ctx=32).n_chunks == 2
+    with pytest.raises(TextError, match="wanted at least 64 tokens for a context of 32, got 63"):
+        perplexity(tiny, "a" * 61, n_ctx=32)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_ctx": 4}, "perplexity: wanted a context of at least 8 tokens, got 4; use a larger --ctx"),
+        ({"n_chunks": 0}, "perplexity: wanted at least 1 chunk, got 0; leave out --chunks to take all"),
+        ({"n_batch": 0}, "perplexity: wanted batches of at least 1 token, got 0"),
+    ],
+)
+def test_options_that_score_nothing(tiny, options, message):
+    with pytest.raises(TextError) as caught:
+        perplexity(tiny, TEXT, **options)
+    assert str(caught.value) == message
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(VerifyError) as caught:
+        perplexity(tmp_path / "none.gguf", TEXT)
+    assert str(caught.value) == f"{tmp_path / 'none.gguf'}: no such GGUF file"
+
+
+def test_file_that_is_no_gguf_names_the_reason(tmp_path):
+    file = tmp_path / "page.gguf"
+    file.write_text("<html>not found</html>" * 100, encoding="utf-8")
+    with pytest.raises(VerifyError, match=r"llama.cpp cannot load it: .*magic") as caught:
+        perplexity(file, TEXT)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_file_names_the_reason(tiny, tmp_path):
+    file = tmp_path / "half.gguf"
+    file.write_bytes(tiny.read_bytes()[: tiny.stat().st_size // 2])
+    with pytest.raises(VerifyError, match=r"llama.cpp cannot load it: .*not within the file bounds") as caught:
+        perplexity(file, TEXT)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [np.nan, 3e38])
+def test_nan_and_infinity_name_file_and_chunk(tiny, tmp_path, value):
+    weights = tiny_weights()
+    weights["output.weight"][7] = value
+    bad = write_tiny_gguf(tmp_path / "bad.gguf", weights=weights)
+    message = f"{bad}: NaN or infinite logits at 63 of 63 scored tokens of chunk 1 of 21; the file is damaged"
+    with pytest.raises(VerifyError) as caught:
+        perplexity(bad, TEXT, n_ctx=128)
+    assert str(caught.value) == message
+    with pytest.raises(VerifyError) as caught:
+        perplexity(tiny, TEXT, n_ctx=128, against=bad)
+    assert str(caught.value) == message
+
+
+def test_absurd_perplexity(tiny, tmp_path):
+    check_sane(tiny, perplexity(tiny, TEXT, n_ctx=128))
+    weights = tiny_weights()
+    weights["output.weight"] *= -10
+    bad = write_tiny_gguf(tmp_path / "bad.gguf", weights=weights)
+    result = perplexity(bad, TEXT, n_ctx=128)
+    with pytest.raises(VerifyError, match=r"bad.gguf: perplexity .* is absurd: wanted at most 2600 "):
+        check_sane(bad, result)
+
+
+@pytest.mark.parametrize(("factor", "fails"), [(9.9, False), (10.1, True), (math.inf, True), (math.nan, True)])
+def test_bound_of_absurd(factor, fails):
+    result = Perplexity(factor * 1000, 1.0, 1.0, 512, 1, 255, 1024, n_vocab=1000, n_batch=512, n_threads=1)
+    if not fails:
+        return check_sane(Path("a.gguf"), result)
+    with pytest.raises(VerifyError, match="absurd"):
+        check_sane(Path("a.gguf"), result)
+
+
+def test_perplexity_beyond_a_float_is_infinite():
+    assert module._exp(1000.0) == math.inf
+
+
+def test_reference_of_another_vocabulary_size(tiny, tmp_path):
+    weights = tiny_weights()
+    for name in ("token_embd.weight", "output.weight"):
+        weights[name] = np.concatenate([weights[name], weights[name][-1:]])
+    other = write_tiny_gguf(tmp_path / "other.gguf", weights=weights, vocabulary=[*tiny_vocabulary(), "more"])
+    with pytest.raises(VerifyError) as caught:
+        perplexity(tiny, TEXT, against=other)
+    assert str(caught.value) == (
+        f"{other}: cannot be the reference of {tiny}: wanted a vocabulary of 260, got 261; compare files of one model"
+    )
+
+
+def test_reference_of_another_tokenizer(tiny, folder, tmp_path):
+    tokens = tiny_vocabulary()
+    tokens[100], tokens[101] = tokens[101], tokens[100]
+    swapped = write_tiny_gguf(tmp_path / "swapped.gguf", vocabulary=tokens)
+    for other in (swapped, folder / "plain-F32.gguf"):
+        with pytest.raises(VerifyError, match="it tokenizes the text to other ids") as caught:
+            perplexity(tiny, TEXT, against=other)
+        assert str(caught.value).startswith(f"{other}: cannot be the reference of {tiny}: ")
+
+
+def test_vocabulary_that_adds_eos(tmp_path):
+    file = write_tiny_gguf(tmp_path / "eos.gguf", add_eos=True)
+    with pytest.raises(VerifyError, match="ends every text with EOS"):
+        perplexity(file, TEXT)
+
+
+def test_missing_binding(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    monkeypatch.setattr(llama, "_binding", llama._binding.__wrapped__)
+    with pytest.raises(GgmlError, match=r"llama-cpp-python cannot be used: .*; run: pip install llama-cpp-python"):
+        perplexity(tiny, TEXT)
+
+
+def test_context_that_cannot_be_created(tiny):
+    with (
+        open_model(tiny) as model,
+        pytest.raises(GgmlError, match=r"cannot create a context: .*n_seq_max"),
+        open_context(model, n_ctx=16, n_batch=16, n_seq=10**6),
+    ):
+        pass
+
+
+def test_block_that_does_not_fit_the_context(tiny):
+    with open_model(tiny) as model, open_context(model, n_ctx=256, n_batch=512) as context:
+        context.decode(np.full((1, 256), 5, dtype=np.int32))
+        with pytest.raises(GgmlError, match=r"bos-F32.gguf: llama_decode failed with status 1"):
+            context.decode(np.full((1, 8), 5, dtype=np.int32), start=256)
+
+
+# --- nothing stays behind ---
+
+
+@pytest.fixture
+def live(monkeypatch):
+    """Count what llama.cpp has made and not freed."""
+    counts = dict.fromkeys(("model", "context", "batch"), 0)
+    pairs = {
+        "model": ("llama_model_load_from_file", "llama_model_free"),
+        "context": ("llama_init_from_model", "llama_free"),
+        "batch": ("llama_batch_init", "llama_batch_free"),
+    }
+
+    def counted(function, what, step, *args):
+        counts[what] += step
+        return function(*args)
+
+    for what, names in pairs.items():
+        for name, step in zip(names, (1, -1), strict=True):
+            monkeypatch.setattr(llama_cpp, name, functools.partial(counted, getattr(llama_cpp, name), what, step))
+    return counts
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
+def test_all_is_freed(tiny, folder, live, error):
+    def progress(done, total):
+        assert live == {"model": 2, "context": 2, "batch": 2}
+        if error and done:
+            raise error
+
+    def run():
+        perplexity(tiny, TEXT, n_ctx=128, against=folder / "bos-Q4_0.gguf", progress=progress)
+
+    if error is None:
+        run()
+    else:
+        with pytest.raises(error):
+            run()
+    assert live == {"model": 0, "context": 0, "batch": 0}
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("llama.cpp")]
+
+
+def test_models_are_freed_when_a_text_is_too_short(tiny, live):
+    with pytest.raises(TextError):
+        perplexity(tiny, "", against=tiny)
+    assert live == {"model": 0, "context": 0, "batch": 0}
+
+
+def test_ctrl_c_stops_a_run(tiny, live):
+    """The signal comes early in a run of several seconds, nearly all of them inside llama.cpp."""
+    seen = []
+
+    def progress(done, total):
+        if not seen:
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        seen.append(done)
+
+    with pytest.raises(KeyboardInterrupt):
+        perplexity(tiny, TEXT * 40, n_ctx=512, progress=progress)
+    assert max(seen) < 100  # of 210
+    assert live == {"model": 0, "context": 0, "batch": 0}
+
+
+def test_decoding_gives_up_when_told_to_stop(tiny):
+    with open_model(tiny) as model, open_context(model, n_ctx=256, n_batch=256) as context:
+        context._fill_batch(np.full((1, 256), 5, dtype=np.int32), 0, 0)
+        model._worker.stopping = True
+        assert context._decode_batch() == (2, None)  # llama.h: 2 - aborted
+
+
+def test_ctrl_c_waits_for_the_call_it_stops():
+    worker = llama._Worker()
+    ended = []
+
+    def call():
+        threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
+        while not worker.stopping:
+            time.sleep(0.001)
+        ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        worker.run(call)
+    assert ended == [True]
+    assert worker.run(lambda: worker.stopping) is False
+    worker.close()
+
+
+def test_import_does_not_load_llama_cpp():
+    code = "import sys, nsds_gguf.perplexity; sys.exit('llama_cpp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# --- llama.py's own ---
+
+
+def test_tokenize(tiny):
+    a, b, space = ord("a") + 3, ord("b") + 3, N_VOCAB - 1
+    with open_model(tiny, vocab_only=True) as model:
+        assert (model.n_vocab, model.bos, model.adds_eos) == (N_VOCAB, BOS, False)
+        assert model.tokenize("ab").tolist() == [BOS, space, a, b]
+        assert model.tokenize("ab", add_special=False).tolist() == [space, a, b]
+        assert model.tokenize("a</s>", parse_special=True).tolist() == [BOS, space, a, EOS]
+        assert EOS not in model.tokenize("a</s>")
+        assert model.tokenize("").tolist() == [BOS]
+
+
+def test_tokenize_to_more_tokens_than_bytes(tmp_path):
+    file = write_tiny_gguf(tmp_path / "bytes.gguf", vocabulary=tiny_vocabulary()[:-1])
+    with open_model(file, vocab_only=True) as model:
+        marks = [byte + 3 for byte in "▁".encode()]
+        assert model.tokenize(" " * 50).tolist() == [BOS, *marks * 51]
+
+
+def test_model_without_bos(folder):
+    with open_model(folder / "plain-F32.gguf", vocab_only=True) as model:
+        assert model.bos is None
+        assert BOS not in model.tokenize("ab") and UNK not in model.tokenize("ab")
+
+
+def test_sequences_and_blocks_give_the_logits_of_one_run(tiny):
+    tokens = np.random.default_rng(6).integers(3, N_VOCAB, (3, 40), dtype=np.int32)
+    whole = np.stack([logits(tiny, row.tolist()) for row in tokens])
+    with open_model(tiny) as model, open_context(model, n_ctx=40, n_batch=120, n_seq=3, exact=True) as context:
+        for _ in range(2):
+            context.clear()
+            assert context.decode(tokens[:, :15], first_output=20).shape == (3, 0, N_VOCAB)
+            got = context.decode(tokens[:, 15:], start=15, first_output=20)
+            assert got == pytest.approx(whole[:, 20:], abs=1e-4)
+
+
+def test_default_threads(monkeypatch):
+    assert 1 <= default_threads() <= (os.cpu_count() or 1)
+    if hasattr(os, "sched_getaffinity"):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+        assert default_threads() == 1
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {10**6, 10**6 + 1})  # not in /sys: a core each
+        assert default_threads() == 2
+        monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert default_threads() == 7
+
+
+def test_build_names_the_binding():
+    assert f" (llama-cpp-python {llama_cpp.__version__}; " in llama_build()
+    assert "\n" not in llama_build()

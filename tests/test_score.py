@@ -3,15 +3,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import nsds_oracle
 import numpy as np
 import pytest
+from models import make_model
 
 from nsds_gguf.errors import ModelError, PlanError
 from nsds_gguf.records import Hparams, Model, Scores
 from nsds_gguf.score import METRICS, SE_READINGS, baselines, loading, nsds, score_layers, stats
-
-from . import nsds_oracle
-from .models import make_model
 
 TOLERANCE = 1e-4
 N_LAYERS = 5
@@ -183,6 +182,8 @@ def test_kurtosis_of_tiny_vectors() -> None:
 
 
 def test_constant_entries_have_no_tails() -> None:
+    rounded = np.array([1, 1, 1, 1 + 2e-16])
+    assert stats.matrix_kurtosis(rounded[None]) == stats.column_kurtosis(rounded[:, None])[0] == 0
     third = np.full((5, 3), 1 / 3, dtype=np.float32)
     assert stats.matrix_kurtosis(third) == 0
     assert (stats.column_kurtosis(third.astype(np.float64)) == 0).all()

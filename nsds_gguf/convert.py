@@ -19,6 +19,7 @@ import gguf
 from . import allocate, ggml, read, score
 from .allocate import PlanOptions, Propagation
 from .errors import OutputError, PlanError, RecordError, TextError
+from .estimate import estimate_seconds
 from .llama import default_threads
 from .perplexity import Perplexity, check_sane, perplexity
 from .records import UNQUANTIZED, Float32, Model, Plan, PlannedTensor, Progress, Scores, Target, no_progress
@@ -145,6 +146,7 @@ def convert(
     paths = output_paths(names, output)
     work = Work(model, n_threads, report)
     work.check_resources(options, paths[0].parent, verifying)
+    work.tell_time(given, options, len(paths), verifying)
     plans = [given] if isinstance(given, Plan) else work.plans(options, scoring, given)
     results = []
     with reference_file(work, verifying, paths[0].parent) as reference:
@@ -254,6 +256,25 @@ class Work:
             remedy = "pass --no-verify" + (" or leave out --against" if reference else "")
             check_memory(max(sizes, default=0) + reference + _BASE_MEMORY_BYTES, "verification", remedy)
 
+    def tell_time(
+        self, given: Scores | Plan | None, options: Sequence[PlanOptions], n_files: int, verifying: VerifyOptions
+    ) -> None:
+        """Tell how long the whole conversion will take, from a short trial on this machine."""
+        n_tokens = verifying.n_ctx * (verifying.n_chunks or 0) * n_files * (2 if verifying.against else 1)
+        seconds = estimate_seconds(
+            self.model,
+            types=sorted(
+                {tensor.type for tensor in given.tensors} if isinstance(given, Plan) else options[0].allowed_types
+            ),
+            n_threads=self.n_threads,
+            n_files=n_files,
+            scores=given is None and any(option.allocator != "uniform" for option in options),
+            measures=given is None and any(option.allocator == "nsds" for option in options),
+            n_tokens=n_tokens if verifying.enabled else 0,
+        )
+        size = f"{self.model.n_weights / 1e6:.1f} M weights"
+        self.report.say(f"{self.model.name}, {size}: about {_duration(seconds)} with {self.n_threads} threads.")
+
     def write(self, plan: Plan, path: Path, name: str = "quantize and write") -> None:
         """Write the file."""
         importance = self.importance(plan)
@@ -317,6 +338,13 @@ def _resized(planned: PlannedTensor) -> PlannedTensor:
         raise RecordError(f"plan: {planned.name}: rows of {planned.shape[-1]} weights cannot be {type_name}")
     n_rows = planned.n_weights // planned.shape[-1]
     return replace(planned, type=type_name, n_bytes=n_rows * ggml.row_bytes(type_name, planned.shape[-1]))
+
+
+def _duration(seconds: float) -> str:
+    """Return a rounded duration for people."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def tensor_types_file(plan: Plan) -> str:

@@ -14,7 +14,6 @@ import errno
 import math
 import os
 import tempfile
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -121,21 +120,6 @@ def temporary_sibling(path: Path, keep_failed: bool = False) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def estimate_seconds(plan: Plan, n_threads: int) -> float:
-    """Estimate the time of quantizing and writing from a short trial of each type on this machine."""
-    rows = np.random.default_rng(0).standard_normal((256, 256), dtype=np.float32)
-    weights_by_type: dict[str, int] = {}
-    for tensor in plan.tensors:
-        weights_by_type[tensor.type] = weights_by_type.get(tensor.type, 0) + tensor.n_weights
-    seconds = 0.0
-    for type_name, n_weights in weights_by_type.items():
-        ggml.quantize(rows, type_name)  # the first call sets up ggml's tables
-        start = time.perf_counter()
-        ggml.quantize(rows, type_name)
-        seconds += (time.perf_counter() - start) * n_weights / rows.size
-    return seconds / n_threads
 
 
 def _main_type(plan: Plan) -> str:

@@ -54,6 +54,17 @@ class PlanOptions:
     pins: tuple[Pin, ...] = ()
     importance: str = "sweep"
 
+    @property
+    def allowed_types(self) -> tuple[str, ...]:
+        """Types that the allocator may use where rows allow it; raises ``PlanError`` for ``uniform`` without a type."""
+        if self.allocator == "paper":
+            return PAPER_TYPES
+        if self.allocator == "uniform":
+            if self.uniform is None:
+                raise PlanError("allocator uniform needs a type: --uniform TYPE")
+            return (self.uniform,)
+        return self.types
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -127,7 +138,7 @@ def _paper_type(candidate: Candidate, high: set[int], outside_high: bool) -> str
 
 def allocate_uniform(problem: Problem) -> Choice:
     """Give every matrix one type, pins and fallbacks apart; raises ``PlanError`` when that misses the target."""
-    wanted = _allowed_types(problem.options)[0]
+    wanted = problem.options.allowed_types[0]
     types = tuple(_fitting(wanted, c) if c.is_open else c.types[0] for c in problem.found)
     used = sum(c.cost(name, problem.padded) for c, name in zip(problem.found, types, strict=True))
     if problem.budget is not None and used > problem.budget:
@@ -151,22 +162,12 @@ def check_options(options: PlanOptions) -> None:
         raise PlanError(f"allocator {options.allocator!r} is not known; wanted one of {', '.join(ALLOCATORS)}")
     if options.importance not in IMPORTANCES:
         raise PlanError(f"importance {options.importance!r} is not known; wanted one of {', '.join(IMPORTANCES)}")
-    for name in _allowed_types(options):
+    for name in options.allowed_types:
         check_type(name, "--uniform" if options.allocator == "uniform" else "--types")
     if options.allocator != "uniform" and options.target.kind == "none":
         raise PlanError(f"allocator {options.allocator} needs a target: --target-bpw or --target-size")
     if options.target.kind != "none" and not (math.isfinite(options.target.value) and options.target.value > 0):
         raise PlanError(f"target {options.target}: wanted a positive number")
-
-
-def _allowed_types(options: PlanOptions) -> tuple[str, ...]:
-    if options.allocator == "paper":
-        return PAPER_TYPES
-    if options.allocator == "uniform":
-        if options.uniform is None:
-            raise PlanError("allocator uniform needs a type: --uniform TYPE")
-        return (options.uniform,)
-    return options.types
 
 
 def open_candidates(model: Model, options: PlanOptions, header_bytes: int) -> list[Candidate]:
@@ -175,7 +176,7 @@ def open_candidates(model: Model, options: PlanOptions, header_bytes: int) -> li
     Raises ``PlanError`` for impossible pins and ``TargetError`` for a target below the floor.
     """
     check_options(options)
-    found = candidates(model, _allowed_types(options), options.pins)
+    found = candidates(model, options.allowed_types, options.pins)
     if options.allocator != "uniform":
         check_target(found, options.target, header_bytes)
     return found
@@ -209,7 +210,7 @@ def make_plan(model: Model, scores: Scores | None, options: PlanOptions, header_
     plan = Plan(
         allocator=options.allocator,
         target=options.target,
-        types=_allowed_types(options),
+        types=options.allowed_types,
         importance=options.importance,
         tensors=tuple(_planned(c, t, options, costs, factors) for c, t in zip(found, choice.types, strict=True)),
         header_bytes=header_bytes,

@@ -1,0 +1,76 @@
+"""How long a conversion will take on this machine, from a trial of a fraction of a second.
+
+Two rates are measured: quantizing one weight with ggml, in each type, and multiplying matrices. The operation counts
+below are leading terms; the constants in front are set so that the estimate matches measured runs (tools/bench.py).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from . import ggml
+from .records import Hparams, Model
+
+_TRIAL_ROWS, _TRIAL_SIZE = 128, 512
+_EIGEN_OPERATIONS = 30.0  # per d^3: eigenvectors cost far more than their count, in terms of matrix products
+_SWEEP_SECONDS_PER_WEIGHT = 2e-9  # memory-bound: one pass that squares and multiplies
+_MEASURED_SHARE = 1 / 8  # of the rows, in every type
+_DECODE_EFFICIENCY = 0.5  # of the matrix product's rate that a forward pass reaches
+
+
+def estimate_seconds(
+    model: Model, *, types: Sequence[str], n_threads: int, n_files: int, scores: bool, measures: bool, n_tokens: int
+) -> float:
+    """Return the seconds that scoring, measuring, writing and verification will take together.
+
+    Args:
+        model: the opened model.
+        types: types that will be used; their mean speed counts.
+        n_threads: threads that quantize.
+        n_files: files to write.
+        scores: whether layers are scored (by the cost of ``nsds``).
+        measures: whether tensors are measured in every type.
+        n_tokens: tokens that the perplexity check decodes, all files and references together.
+
+    """
+    n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
+    per_weight = sum(_quantize_seconds(name) for name in types) / len(types) / n_threads
+    rate = _product_rate()
+    seconds = n_files * n_matrix * per_weight + 2 * n_tokens * n_matrix / (rate * _DECODE_EFFICIENCY)
+    if scores:
+        seconds += score_operations(model.hparams) / rate
+    if measures:
+        seconds += n_matrix * (_MEASURED_SHARE * per_weight * len(types) + _SWEEP_SECONDS_PER_WEIGHT)
+    return seconds
+
+
+def score_operations(h: Hparams) -> float:
+    """Return the floating-point operations of scoring every layer and the unembedding by NSDS, roughly.
+
+    Feed-forward: three Gram matrices and their eigenvectors. Attention: two products of d x d a head, in tiles.
+    """
+    eigen = _EIGEN_OPERATIONS * h.n_embd**3
+    feed_forward = 3 * (h.n_embd**2 * h.n_ff + eigen)
+    attention = 2 * h.n_heads * (2 * h.n_embd**2 * h.head_dim)
+    return h.n_layers * (feed_forward + attention) + h.n_embd**2 * h.n_vocab + eigen
+
+
+def _quantize_seconds(type_name: str) -> float:
+    """Return the seconds that one thread needs for one weight."""
+    rows = np.random.default_rng(0).standard_normal((_TRIAL_ROWS, 256), dtype=np.float32)
+    ggml.quantize(rows[:1], type_name)  # the first call sets up ggml's tables
+    start = time.perf_counter()
+    ggml.quantize(rows, type_name)
+    return (time.perf_counter() - start) / rows.size
+
+
+def _product_rate() -> float:
+    """Return floating-point operations a second of a float64 matrix product, numpy's threads included."""
+    a = np.random.default_rng(0).standard_normal((_TRIAL_SIZE, _TRIAL_SIZE))
+    a @ a
+    start = time.perf_counter()
+    a @ a
+    return 2 * _TRIAL_SIZE**3 / (time.perf_counter() - start)

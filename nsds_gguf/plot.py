@@ -1,0 +1,87 @@
+"""A picture of layer scores: the score by layer, and below it where in the layer it comes from. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import OutputError, PlanError
+from .records import Float64, LayerScore, Scores
+from .score.stats import robust_z, sigmoid
+
+FORMATS = (".png", ".svg", ".pdf")
+
+_COMPONENT_NAMES = {"qk": "QK", "ov": "OV", "gate": "gate", "up": "up", "down": "down"}
+_INCHES_PER_LAYER, _MIN_INCHES, _MAX_INCHES = 0.28, 7.0, 24.0
+
+
+def plot_scores(scores: Scores, path: Path) -> None:
+    """Draw layer scores to a file.
+
+    For ``nsds`` the lower half shows each component's standing among the layers, ``sigmoid(z)`` in [0, 1], for
+    numerical vulnerability and structural expressiveness: the numbers that the score combines.
+
+    Raises:
+        PlanError: matplotlib is missing, or the file's ending is none of ``FORMATS``.
+        OutputError: the file cannot be written.
+
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise PlanError(f"--plot {path}: wanted a name ending in {', '.join(FORMATS)}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlanError("--plot needs matplotlib; run: pip install 'nsds-gguf[plot]'") from error
+    components = [name for name in _COMPONENT_NAMES if any(name in layer.nv for layer in scores.layers)]
+    width = min(max(_MIN_INCHES, 2.5 + _INCHES_PER_LAYER * len(scores.layers)), _MAX_INCHES)
+    n_rows = 3 if components else 1
+    figure = Figure(figsize=(width, 6.4 if components else 3.2), layout="constrained")
+    grid = figure.subplots(n_rows, 1, sharex=True, squeeze=False, height_ratios=[2, 1, 1][:n_rows])[:, 0]
+    _draw_bars(grid[0], scores)
+    if components:
+        image = _draw_standing(grid[1], "NV", components, [layer.nv for layer in scores.layers])
+        _draw_standing(grid[2], "SE", components, [layer.se for layer in scores.layers])
+        figure.colorbar(image, ax=list(grid[1:]), label="standing among layers", shrink=0.9)
+    grid[-1].set_xlabel("layer")
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror}") from error
+
+
+def _draw_bars(axes: Any, scores: Scores) -> None:
+    layers: Sequence[LayerScore] = scores.layers
+    numbers = [layer.layer for layer in layers]
+    axes.bar(numbers, [layer.score for layer in layers], color="#35b779", label="score S")
+    for name, values, marker in (
+        ("P_NV", [layer.p_nv for layer in layers], "o"),
+        ("P_SE", [layer.p_se for layer in layers], "s"),
+    ):
+        if None not in values:
+            axes.plot(numbers, values, marker, color="#31688e" if name == "P_NV" else "#440154", label=name, ms=4)
+    if any(layer.p_nv is not None for layer in layers):
+        axes.set_ylim(0, 1)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    axes.set_ylabel(scores.metric)
+    axes.set_title(f"{scores.model_name}: sensitivity by layer (higher = more sensitive)", loc="left")
+    axes.locator_params(axis="x", integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_standing(axes: Any, title: str, components: Sequence[str], raw: Sequence[Mapping[str, float]]) -> Any:
+    rows = [_standing(np.array([values.get(name, np.nan) for values in raw])) for name in components]
+    image = axes.imshow(rows, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_yticks(range(len(components)), [_COMPONENT_NAMES[name] for name in components])
+    axes.set_ylabel(title)
+    return image
+
+
+def _standing(values: Float64) -> Float64:
+    known = np.isfinite(values)
+    out = np.full(len(values), np.nan)
+    if known.any():
+        out[known] = sigmoid(robust_z(values[known]))
+    return out

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import re
 import signal
 import sys
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
@@ -24,46 +27,90 @@ from . import allocate, convert, display, ggml, llama
 from .allocate import DEFAULT_TYPES, Pin, PlanOptions
 from .errors import NsdsError, OutputError, PlanError
 from .inspect import inspect_gguf
-from .perplexity import perplexity
+from .perplexity import MIN_CTX, perplexity
 from .records import Plan, Progress, Scores, Target, read_json
 from .score import METRICS, SE_READINGS
 from .version import __version__
 
-USAGE_EXIT, INTERRUPTED_EXIT, TERMINATED_EXIT = 2, 130, 143
+USAGE_EXIT = 2
+SIGNAL_EXIT = 128  # plus the number of the signal, as shells have it
 
 EXIT_CODES = """exit codes:
   0 done   2 wrong usage   3 model   4 plan, target or record   5 output, disk or memory
   6 text   7 verification failed   8 ggml or llama.cpp   130 interrupted   143 terminated"""
 
-_FILE_WIDTH = 140  # columns of tables that go to a file or a pipe
+DEFAULT_SCORING = convert.ScoreOptions()
 
-_SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_FILE_WIDTH = 140  # columns of tables that go to a file or a pipe
+_MAX_MESSAGE = 2000  # characters of an error line: damaged files can hold names of any length
+
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?(?:([KMG])(i?))?B?", re.IGNORECASE)
+_SIZE_POWERS = {"K": 1, "M": 2, "G": 3}
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal asks the program to end; raised where Ctrl-C would be, so that temporary files go."""
+
+    def __init__(self, number: int, _frame: object) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise _Stopped(number, frame)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _handle_signals()
     arguments = build_parser().parse_args(argv)
-    logging.basicConfig(level=logging.INFO if getattr(arguments, "verbose", False) else logging.ERROR)
+    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
     screen = Screen(quiet=arguments.quiet, json_to_stdout=arguments.json == "-", verbose=arguments.verbose)
     try:
+        check_destinations(arguments)
         arguments.run(arguments, screen)
+        print(end="", flush=True)  # a full disk or a closed pipe shows here, not at exit
     except NsdsError as error:
-        return _fail(" ".join(str(error).split()), error.exit_code)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was left behind", INTERRUPTED_EXIT)
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
+        return _fail(f"stopped by {signal.Signals(number).name}; no unfinished file is left", SIGNAL_EXIT + number)
     except MemoryError:
         return _fail("out of memory; lower --threads or close other programs", OutputError.exit_code)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        _drop_output()
+        return SIGNAL_EXIT + signal.SIGPIPE
+    except OSError as error:  # of the system, whatever it was about: permissions, names too long, a disk that fails
+        _drop_output()
+        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", OutputError.exit_code)
     return 0
 
 
+def _handle_signals() -> None:
+    """End on what would kill the process without a chance to clean up; what is ignored (nohup) stays ignored."""
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+
+
+def _drop_output() -> None:
+    """Send what is left in the buffer of standard output nowhere: Python would fail on it once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    line = " ".join(message.split())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)  # names from a file may drive the terminal
+    print(f"error: {line if len(line) <= _MAX_MESSAGE else line[:_MAX_MESSAGE] + '…'}", file=sys.stderr)
     return code
 
 
-def _terminate(number: int, frame: object) -> NoReturn:
-    sys.exit(TERMINATED_EXIT)  # unwinds, so that temporary files go
+class _Console(Console):
+    """A console that leaves a closed pipe to ``main``."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 class Screen:
@@ -71,8 +118,8 @@ class Screen:
 
     def __init__(self, *, quiet: bool, json_to_stdout: bool, verbose: bool) -> None:
         """Take what the user wants to see."""
-        self.notes = Console(stderr=True, highlight=False, quiet=quiet)
-        self.results = Console(stderr=json_to_stdout, highlight=False, quiet=quiet)
+        self.notes = _Console(stderr=True, highlight=False, quiet=quiet)
+        self.results = _Console(stderr=json_to_stdout, highlight=False, quiet=quiet)
         if not self.results.is_terminal:
             self.results.width = _FILE_WIDTH
         self.verbose = verbose
@@ -95,12 +142,12 @@ class Screen:
             bars.update(task, completed=1, total=1)
 
     def say(self, text: str) -> None:
-        """Tell one fact."""
-        self.notes.print(text, markup=False)
+        """Tell one fact, in one line."""
+        self.notes.print(text, markup=False, soft_wrap=True)
 
     def show(self, view: RenderableType) -> None:
-        """Show a result."""
-        self.results.print(view)
+        """Show a result; text is one line, however long."""
+        self.results.print(view, soft_wrap=isinstance(view, str))
 
 
 def write_json(destination: str | None, data: Any) -> None:
@@ -109,7 +156,7 @@ def write_json(destination: str | None, data: Any) -> None:
         return
     text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
     if destination == "-":
-        sys.stdout.write(text)
+        print(text, end="")
         return
     write_text(Path(destination), text)
 
@@ -120,6 +167,19 @@ def write_text(path: Path, text: str) -> None:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{path}: cannot write: {error.strerror}") from error
+
+
+def check_destinations(arguments: argparse.Namespace) -> None:
+    """Raise ``OutputError`` for a small output that cannot be where it is wanted, before the work that fills it."""
+    for flag in ("json", "plot", "tensor_types"):
+        wanted = getattr(arguments, flag, None)
+        if wanted is None or wanted == "-":
+            continue
+        path, option = Path(wanted), "--" + flag.replace("_", "-")
+        if path.is_dir():
+            raise OutputError(f"{option} {path}: is a folder; give a file name")
+        if not path.parent.is_dir():
+            raise OutputError(f"{option} {path}: no folder {path.parent}; create it first")
 
 
 # --- verbs -----------------------------------------------------------------------------------------------------------
@@ -135,7 +195,7 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
         [] if arguments.plan else plan_options(arguments),
         scoring=scoring_options(arguments),
         verifying=verify_options(arguments),
-        output=convert.Output(arguments.output, arguments.force, arguments.keep),
+        output=output_options(arguments),
         given=given_record(arguments),
         pre=arguments.pre,
         n_threads=arguments.threads,
@@ -147,7 +207,7 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
             screen.show(display.plan_details(result.plan))
         if result.perplexity is not None:
             screen.show(display.perplexity_view(result.perplexity, result.path.name, arguments.against))
-        screen.show(f"[bold]{result.path}[/]: {result.path.stat().st_size / 2**20:.2f} MiB")
+        screen.show(f"[bold]{escape(str(result.path))}[/]: {result.path.stat().st_size / 2**20:.2f} MiB")
     write_json(arguments.json, [
         {
             "path": str(result.path),
@@ -160,9 +220,12 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
 
 def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
     """Plan without writing a model."""
+    options = plan_options(arguments)
+    if arguments.tensor_types is not None and len(options) > 1:
+        raise PlanError(f"--tensor-types holds one plan, got {len(options)} targets; give one")
     plans = convert.plan(
         arguments.model,
-        plan_options(arguments),
+        options,
         scoring=scoring_options(arguments),
         given=given_record(arguments),
         pre=arguments.pre,
@@ -174,8 +237,6 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
         if screen.verbose:
             screen.show(display.plan_details(plan))
     if arguments.tensor_types is not None:
-        if len(plans) > 1:
-            raise PlanError("--tensor-types takes one target")
         write_text(arguments.tensor_types, convert.tensor_types_file(plans[0]))
     write_json(arguments.json, plans[0].to_json() if len(plans) == 1 else [plan.to_json() for plan in plans])
 
@@ -254,11 +315,14 @@ def plan_options(arguments: argparse.Namespace) -> list[PlanOptions]:
 
 def scoring_options(arguments: argparse.Namespace) -> convert.ScoreOptions:
     """Return how layers are scored."""
-    return convert.ScoreOptions(arguments.metric, arguments.se, not getattr(arguments, "layers_only", False))
+    metric, se = arguments.metric or DEFAULT_SCORING.metric, arguments.se or DEFAULT_SCORING.se
+    return convert.ScoreOptions(metric, se, not getattr(arguments, "layers_only", False))
 
 
 def verify_options(arguments: argparse.Namespace) -> convert.VerifyOptions:
-    """Return how the finished file is checked."""
+    """Return how the finished file is checked; raises ``PlanError`` for contradicting flags."""
+    if arguments.no_verify and arguments.against is not None:
+        raise PlanError("--no-verify skips the check that --against is for; drop one")
     return convert.VerifyOptions(
         text=arguments.text,
         n_ctx=arguments.ctx,
@@ -268,16 +332,29 @@ def verify_options(arguments: argparse.Namespace) -> convert.VerifyOptions:
     )
 
 
+def output_options(arguments: argparse.Namespace) -> convert.Output:
+    """Return where the file goes; raises ``OutputError`` when a folder is meant and there is none."""
+    name: str | None = arguments.output
+    if name is not None and name.endswith(("/", os.sep)) and not Path(name).is_dir():
+        raise OutputError(f"{name}: no such folder for the output; create it first")
+    return convert.Output(None if name is None else Path(name), arguments.force, arguments.keep)
+
+
 def given_record(arguments: argparse.Namespace) -> Scores | Plan | None:
     """Return the scores or the plan that the user brings; raises ``PlanError`` for both at once."""
     if arguments.scores is not None and arguments.plan is not None:
         raise PlanError("--scores and --plan contradict each other: a plan needs no scores")
     if arguments.plan is not None:
-        if arguments.target_bpw or arguments.target_size or arguments.uniform or arguments.pin:
-            raise PlanError("--plan fixes every type; drop the target, --uniform and --pin, or plan again")
+        if arguments.target_bpw or arguments.target_size or arguments.uniform or arguments.allocator or arguments.pin:
+            raise PlanError("--plan fixes every type; drop the target, --allocator, --uniform and --pin, or plan again")
         return Plan.from_json(read_json(arguments.plan), str(arguments.plan))
     if arguments.scores is not None:
-        return Scores.from_json(read_json(arguments.scores), str(arguments.scores))
+        scores = Scores.from_json(read_json(arguments.scores), str(arguments.scores))
+        for flag, held in (("metric", scores.metric), ("se", scores.settings.get("se"))):
+            asked = getattr(arguments, flag)
+            if asked not in (None, held):
+                raise PlanError(f"{arguments.scores}: made with --{flag} {held}, --{flag} {asked} asked; score again")
+        return scores
     return None
 
 
@@ -291,14 +368,27 @@ def parse_bpw_list(text: str) -> list[float]:
 
 def parse_size(text: str) -> int:
     """Parse bytes with an optional unit: ``1500000``, ``700M``, ``1.5GiB``."""
-    number = text.rstrip("KMGIBkmgib")
-    unit = text[len(number) :].upper()
-    return int(float(number) * _SIZE_UNITS[unit if unit in _SIZE_UNITS else unit.removesuffix("B")])
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(text)
+    number, letter, binary = match.groups()
+    size = float(number) * (1024 if binary else 1000) ** _SIZE_POWERS.get((letter or "").upper(), 0)
+    if not 1 <= size < 2**63:
+        raise ValueError(text)
+    return int(size)
+
+
+def parse_type(text: str) -> str:
+    """Parse the name of a type."""
+    name = text.strip().upper()
+    if name not in ggml.TYPES:
+        raise ValueError(text)
+    return name
 
 
 def parse_types(text: str) -> tuple[str, ...]:
     """Parse a comma-separated list of types."""
-    return tuple(allocate.check_type(part.strip(), "--types") for part in text.split(","))
+    return tuple(dict.fromkeys(parse_type(part) for part in text.split(",")))
 
 
 def _argument(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
@@ -309,24 +399,20 @@ def _argument(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
             return parse(text)
         except NsdsError as error:
             raise argparse.ArgumentTypeError(str(error)) from error
-        except (ValueError, KeyError) as error:
+        except ValueError as error:
             raise argparse.ArgumentTypeError(f"wanted {wanted}, got {text!r}") from error
 
     return parsed
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value <= 0:
-        raise ValueError(text)
-    return value
+def _integer_from(smallest: int) -> Callable[[str], Any]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < smallest:
+            raise ValueError(text)
+        return value
 
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
+    return _argument(parse, f"an integer from {smallest} up")
 
 
 # --- the parser ------------------------------------------------------------------------------------------------------
@@ -373,8 +459,8 @@ def _add_verb(verbs: Any, name: str, run: Callable[[argparse.Namespace, Screen],
         name,
         help=summary,
         description=description or summary,
-        epilog=f"example: {example}",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=f"example: {example}\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
     return parser
@@ -384,7 +470,7 @@ def _add_convert(verbs: Any) -> None:
     parser = _add_verb(verbs, "convert", run_convert, "convert a model to a GGUF within a budget",
                        "nsds-gguf convert model/ --target-bpw 3.0")  # fmt: skip
     parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder")
-    parser.add_argument("-o", "--output", metavar="FILE", type=Path, help="output file or existing folder")
+    parser.add_argument("-o", "--output", metavar="FILE", help="output file or existing folder")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--keep", action="store_true", help="keep a file that failed verification as FILE.failed")
     parser.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
@@ -446,7 +532,7 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--target-size", metavar="N", type=_argument(parse_size, "bytes, or with M, G, MiB or GiB"),
                        help="bytes of the whole file, for example 700M or 1.5GiB")  # fmt: skip
     group.add_argument("--allocator", choices=sorted(allocate.ALLOCATORS), help="how bits are spent (nsds unless told)")
-    group.add_argument("--uniform", metavar="TYPE", type=_argument(lambda t: allocate.check_type(t, "--uniform"), ""),
+    group.add_argument("--uniform", metavar="TYPE", type=_argument(parse_type, "one of " + ", ".join(ggml.TYPES)),
                        help="one type for all matrices, also F32, F16, BF16, Q8_0")  # fmt: skip
     group.add_argument("--pin", metavar="REGEX=TYPE", action="append", default=[],
                        type=_argument(Pin.parse, "REGEX=TYPE"),
@@ -455,16 +541,18 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_types(group: Any) -> None:
-    group.add_argument("--types", metavar="LIST", type=_argument(parse_types, "types"), default=DEFAULT_TYPES,
-                       help="types to choose from")  # fmt: skip
+    group.add_argument("--types", metavar="LIST", type=_argument(parse_types, "some of " + ",".join(ggml.TYPES)),
+                       default=",".join(DEFAULT_TYPES),
+                       help="types to choose from (%(default)s unless told)")  # fmt: skip
     group.add_argument("--importance", choices=tuple(allocate.IMPORTANCES), default="sweep",
-                       help="column importance for the quantizers")  # fmt: skip
+                       help="column importance for the quantizers (%(default)s unless told)")  # fmt: skip
 
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("scoring")
-    group.add_argument("--metric", choices=tuple(METRICS), default="nsds", help="layer score")
-    group.add_argument("--se", choices=tuple(SE_READINGS), default="ratio", help="reading of structural expressiveness")
+    group.add_argument("--metric", choices=tuple(METRICS), help=f"layer score ({DEFAULT_SCORING.metric} unless told)")
+    group.add_argument("--se", choices=tuple(SE_READINGS),
+                       help=f"reading of structural expressiveness ({DEFAULT_SCORING.se} unless told)")  # fmt: skip
     group.add_argument("--pre", metavar="NAME", help="llama.cpp's pre-tokenizer, in place of the one recognised")
 
 
@@ -476,16 +564,17 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
 
 def _add_text(group: Any, chunks: int) -> None:
     group.add_argument("--text", metavar="FILE", type=Path, help="evaluation text (a chapter of Dickens unless told)")
-    group.add_argument("--ctx", metavar="N", type=_argument(_positive, "a positive integer"), default=512,
-                       help="tokens of a chunk")  # fmt: skip
-    group.add_argument("--chunks", metavar="N", type=_argument(_count, "a count"), default=chunks,
-                       help="chunks to take, 0 for all")  # fmt: skip
+    group.add_argument("--ctx", metavar="N", type=_integer_from(MIN_CTX), default=512,
+                       help="tokens of a chunk (%(default)s unless told)")  # fmt: skip
+    group.add_argument("--chunks", metavar="N", type=_integer_from(0), default=chunks,
+                       help="chunks to take, 0 for all (%(default)s unless told)")  # fmt: skip
 
 
 def _add_general(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("general")
     group.add_argument("--json", metavar="FILE", help="write the result as JSON, - for standard output")
-    group.add_argument("--threads", metavar="N", type=_argument(_positive, "a positive integer"),
+    group.add_argument("--threads", metavar="N", type=_integer_from(1),
                        help="threads to use (one a core unless told)")  # fmt: skip
-    group.add_argument("-q", "--quiet", action="store_true", help="print errors only")
-    group.add_argument("-v", "--verbose", action="store_true", help="show every tensor, stage times and logs")
+    loudness = group.add_mutually_exclusive_group()
+    loudness.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    loudness.add_argument("-v", "--verbose", action="store_true", help="show every tensor, stage times and logs")

@@ -263,7 +263,7 @@ def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
 
 def run_perplexity(arguments: argparse.Namespace, screen: Screen) -> None:
     """Measure perplexity, and with ``--against`` the divergence from another file."""
-    text = convert.evaluation_text(arguments.text)
+    text = convert.evaluation_text(convert.VerifyOptions(arguments.text, arguments.ctx))
     for file in filter(None, (arguments.file, arguments.against)):
         inspect_gguf(file)
     with screen.stage("perplexity") as progress:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -16,24 +17,39 @@ from typing import Protocol
 
 import gguf
 
-from . import allocate, ggml, read, score
+from . import allocate, ggml, llama, read, score
 from .allocate import PlanOptions, Propagation
-from .errors import OutputError, PlanError, RecordError, TextError
+from .errors import OutputError, PlanError, RecordError, TextError, VerifyError
 from .estimate import estimate_seconds
-from .llama import default_threads
+from .inspect import inspect_gguf
 from .perplexity import Perplexity, check_sane, perplexity
-from .records import UNQUANTIZED, Float32, Model, Plan, PlannedTensor, Progress, Scores, Target, no_progress
+from .records import (
+    ALIGNMENT_BYTES,
+    UNQUANTIZED,
+    Float32,
+    Model,
+    Plan,
+    PlannedTensor,
+    Progress,
+    Scores,
+    Target,
+    no_progress,
+)
 from .resources import check_disk, check_memory
 from .verify import verify_structure
 from .write import header_bytes, temporary_sibling, write_gguf
 
 SHIPPED_TEXT = "old_curiosity_shop.txt"
 
+_GGUF_MAGIC = b"GGUF"
+
 ORIGINAL = "original"  # --against: a temporary GGUF of the source's own precision
 
 # Working memory of scoring and writing, without the page cache: measured in tools/bench.py.
 _BASE_MEMORY_BYTES = 400 << 20
 _THREAD_MEMORY_BYTES = 48 << 20
+
+_EXTRA_TOKENS = 3  # that a tokenizer may add to a text: BOS, EOS and a space before it all
 
 
 class Reporter(Protocol):
@@ -134,24 +150,26 @@ def convert(
 
     """
     scoring, verifying, output = scoring or ScoreOptions(), verifying or VerifyOptions(), output or Output()
-    report, n_threads = report or Silent(), n_threads or default_threads()
-    text = evaluation_text(verifying.text) if verifying.enabled else ""
+    report, n_threads = report or Silent(), n_threads or llama.default_threads()
+    text = evaluation_text(verifying) if verifying.enabled else ""
     check_output_folder(output)
     model = open_model(path, pre, report)
     if isinstance(given, Plan):
         given = checked_plan(model, given)
     else:
         check_targets(model, options, given.metric if given else scoring.metric)
-    names = [default_name(model, job) for job in ([given] if isinstance(given, Plan) else options)]
-    paths = output_paths(names, output)
+    jobs = [given] if isinstance(given, Plan) else options
+    paths = output_paths([default_name(model, job) for job in jobs], output)
+    check_writable(paths)
+    check_reference(model, verifying)
     work = Work(model, n_threads, report)
-    work.check_resources(options, paths[0].parent, verifying)
+    work.check_resources([largest_file_bytes(model, job) for job in jobs], paths[0].parent, verifying)
     work.tell_time(given, options, len(paths), verifying)
     plans = [given] if isinstance(given, Plan) else work.plans(options, scoring, given)
     results = []
     with reference_file(work, verifying, paths[0].parent) as reference:
         for target, plan in zip(paths, plans, strict=True):
-            with temporary_sibling(target, output.keep_failed) as temporary:
+            with temporary_sibling(target, output.keep_failed) as temporary, named(target, temporary):
                 work.write(plan, temporary)
                 found = work.verify(plan, temporary, verifying, text, reference)
             results.append(Converted(target, plan, found))
@@ -174,7 +192,7 @@ def plan(
     if isinstance(given, Plan):
         return [checked_plan(model, given)]
     check_targets(model, options, given.metric if given else scoring.metric)
-    return Work(model, n_threads or default_threads(), report).plans(options, scoring, given)
+    return Work(model, n_threads or llama.default_threads(), report).plans(options, scoring, given)
 
 
 def score_model(
@@ -191,7 +209,7 @@ def score_model(
     report = report or Silent()
     model = open_model(path, pre, report)
     options = PlanOptions(Target("none", 0), types=types, importance=importance)
-    return Work(model, n_threads or default_threads(), report).score([options], scoring)
+    return Work(model, n_threads or llama.default_threads(), report).score([options], scoring)
 
 
 class Work:
@@ -244,11 +262,10 @@ class Work:
             return {}
         return self.propagation().importance(plan.importance) if plan.importance != "none" else {}
 
-    def check_resources(self, options: Sequence[PlanOptions], folder: Path, verifying: VerifyOptions) -> None:
-        """Check disk and memory before the heavy work, and tell how long it will take."""
+    def check_resources(self, sizes: Sequence[int], folder: Path, verifying: VerifyOptions) -> None:
+        """Check disk and memory for files of these bytes before the heavy work."""
         against_original = verifying.enabled and verifying.against == ORIGINAL
         reference = reference_plan(self.model).file_bytes if against_original else 0
-        sizes = [largest_file_bytes(self.model, option) for option in options]
         check_disk(folder, sum(sizes) + reference, "the output" + (" with the reference" if reference else ""))
         working = _BASE_MEMORY_BYTES + self.n_threads * _THREAD_MEMORY_BYTES
         check_memory(working, "converting", "close other programs or lower --threads")
@@ -356,14 +373,35 @@ def tensor_types_file(plan: Plan) -> str:
     return "".join(f"^{re.escape(tensor.name)}$={tensor.type.lower()}\n" for tensor in quantized)
 
 
-def evaluation_text(path: Path | None) -> str:
-    """Return the text of a file, or the public-domain text that ships with the package."""
-    if path is None:
-        return (resources.files("nsds_gguf") / "data" / SHIPPED_TEXT).read_text(encoding="utf-8")
+def evaluation_text(verifying: VerifyOptions) -> str:
+    """Return the text to verify on, or the public-domain one that ships with the package.
+
+    Raises ``TextError`` when it cannot be read, or is too short whatever the tokenizer: no token is less than a byte.
+    """
+    if verifying.text is None:
+        text = (resources.files("nsds_gguf") / "data" / SHIPPED_TEXT).read_text(encoding="utf-8")
+    else:
+        text = read_text(verifying.text)
+    n_bytes = len(text.encode())
+    if n_bytes + _EXTRA_TOKENS < 2 * verifying.n_ctx:
+        raise TextError(
+            f"{verifying.text or SHIPPED_TEXT}: text too short: wanted at least {2 * verifying.n_ctx} tokens for a "
+            f"context of {verifying.n_ctx}, got {n_bytes} bytes; use a longer text or a smaller --ctx"
+        )
+    return text
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file; raises ``TextError`` when it is missing or not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise TextError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read: {error.strerror}; wanted a text file") from error
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path}: not UTF-8 text: byte {error.object[error.start]:#04x} at position {error.start}; "
+            "convert it to UTF-8 or choose another text"
+        ) from error
 
 
 def default_name(model: Model, job: PlanOptions | Plan) -> str:
@@ -384,12 +422,19 @@ def default_name(model: Model, job: PlanOptions | Plan) -> str:
     return f"{name}.gguf"
 
 
-def largest_file_bytes(model: Model, option: PlanOptions) -> int:
-    """Return what the file of a budget takes at most; without a budget, as much as the source."""
-    if option.target.kind == "size":
-        return int(option.target.value)
-    bpw = option.target.value if option.target.kind == "bpw" else ggml.bits_per_weight(option.uniform or "F32")
-    return _header_bytes(model, option, None) + int(bpw * model.n_weights / 8)
+def largest_file_bytes(model: Model, job: PlanOptions | Plan) -> int:
+    """Return what the file takes at most: the plan's bytes, or the budget where the types can use it all."""
+    if isinstance(job, Plan):
+        return job.file_bytes
+    n_header = _header_bytes(model, job, None)
+    found = allocate.open_candidates(model, job, n_header)
+    ceiling = n_header + sum(candidate.cost(candidate.types[-1], padded=True) for candidate in found)
+    if job.target.kind == "size":
+        return min(ceiling, int(job.target.value))
+    if job.target.kind == "bpw":
+        padding = ALIGNMENT_BYTES * len(found)
+        return min(ceiling, n_header + int(job.target.value * model.n_weights / 8) + padding)
+    return ceiling
 
 
 def check_targets(model: Model, options: Sequence[PlanOptions], metric: str) -> None:
@@ -416,10 +461,56 @@ def output_paths(names: Sequence[str], output: Output) -> list[Path]:
         paths = [(output.path or Path.cwd()) / name for name in names]
     if len(set(paths)) < len(paths):
         raise OutputError(f"two targets would both be written to {paths[0].name}; drop one")
-    taken = next((path for path in paths if path.exists()), None)
-    if taken is not None and not output.force:
-        raise OutputError(f"{taken}: exists already; pass --force to replace it")
+    for path in filter(Path.exists, paths):
+        if not _may_replace(path):
+            raise OutputError(f"{path}: exists and is no GGUF file, so it is not replaced; choose another name")
+        if not output.force:
+            raise OutputError(f"{path}: exists already; pass --force to replace it")
     return paths
+
+
+def _may_replace(path: Path) -> bool:
+    """Return whether a path is a GGUF or an empty file: devices, weights and texts are not for ``--force``."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(_GGUF_MAGIC)) in (_GGUF_MAGIC, b"")
+
+
+def check_writable(paths: Sequence[Path]) -> None:
+    """Raise ``OutputError`` when a file cannot be created beside an output, before the work and not after it."""
+    for path in paths:
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".check"):
+                pass
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from error
+
+
+def check_reference(model: Model, verifying: VerifyOptions) -> None:
+    """Refuse a GGUF to compare with that cannot be the model's, before the work that would be compared with it.
+
+    Raises ``ModelError`` when it is no GGUF, ``VerifyError`` when llama.cpp refuses it or its vocabulary is another.
+    """
+    if not verifying.enabled or verifying.against in (None, ORIGINAL):
+        return
+    path = Path(str(verifying.against))
+    inspect_gguf(path)
+    with llama.open_model(path, vocab_only=True) as reference:
+        if reference.n_vocab != model.hparams.n_vocab:
+            raise VerifyError(
+                f"--against {path}: wanted a vocabulary of {model.hparams.n_vocab}, got {reference.n_vocab}; "
+                f"compare with a GGUF of {model.name}"
+            )
+
+
+@contextmanager
+def named(target: Path, temporary: Path) -> Iterator[None]:
+    """Let errors speak of the file that the user asked for, not of the temporary one that it still is."""
+    try:
+        yield
+    except VerifyError as error:
+        raise VerifyError(str(error).replace(str(temporary), str(target))) from error
 
 
 def reference_plan(model: Model) -> Plan:

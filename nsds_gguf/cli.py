@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_output()
         return SIGNAL_EXIT + signal.SIGPIPE
     except OSError as error:  # of the system, whatever it was about: permissions, names too long, a disk that fails
-        _drop_output()
+        if error.filename is None:
+            _drop_output()
         return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", OutputError.exit_code)
     return 0
 
@@ -142,8 +143,9 @@ class Screen:
             bars.update(task, completed=1, total=1)
 
     def say(self, text: str) -> None:
-        """Tell one fact, in one line."""
-        self.notes.print(text, markup=False, soft_wrap=True)
+        """Tell one fact in one line; off a terminal, only to who asked for more."""
+        if self.notes.is_terminal or self.verbose:
+            self.notes.print(text, markup=False, soft_wrap=True)
 
     def show(self, view: RenderableType) -> None:
         """Show a result; text is one line, however long."""

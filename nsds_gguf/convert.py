@@ -169,7 +169,7 @@ def convert(
     results = []
     with reference_file(work, verifying, paths[0].parent) as reference:
         for target, plan in zip(paths, plans, strict=True):
-            with temporary_sibling(target, output.keep_failed) as temporary, named(target, temporary):
+            with temporary_sibling(target, output.keep_failed) as temporary, named(target, temporary, output):
                 work.write(plan, temporary)
                 found = work.verify(plan, temporary, verifying, text, reference)
             results.append(Converted(target, plan, found))
@@ -447,6 +447,8 @@ def check_output_folder(output: Output) -> None:
     """Raise ``OutputError`` when the output cannot be where it is wanted, whatever it will be called."""
     path = output.path
     folder = Path.cwd() if path is None else path if path.is_dir() else path.parent
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; wanted a folder for the output")
     if not folder.is_dir():
         raise OutputError(f"{folder}: no such folder for the output; create it first")
 
@@ -505,12 +507,13 @@ def check_reference(model: Model, verifying: VerifyOptions) -> None:
 
 
 @contextmanager
-def named(target: Path, temporary: Path) -> Iterator[None]:
-    """Let errors speak of the file that the user asked for, not of the temporary one that it still is."""
+def named(target: Path, temporary: Path, output: Output) -> Iterator[None]:
+    """Let a failed check speak of the file that the user asked for, and say what became of it."""
     try:
         yield
     except VerifyError as error:
-        raise VerifyError(str(error).replace(str(temporary), str(target))) from error
+        fate = f"kept as {target.name}.failed" if output.keep_failed else "removed; --keep would keep it"
+        raise VerifyError(f"{error} ({fate})".replace(str(temporary), str(target))) from error
 
 
 def reference_plan(model: Model) -> Plan:

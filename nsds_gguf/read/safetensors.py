@@ -26,6 +26,7 @@ MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
 MAX_DIMENSIONS = 8  # twice what ggml knows; keeps the product of a shape short
 
 _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_COUNTED_AT_ONCE = 1 << 20  # weights, 4 MiB as float32
 _LFS_MARK = b"version https://git-lfs"
 
 
@@ -54,8 +55,28 @@ class StoredTensor:
             raise ModelError(f"{self.file}: tensor {self.name} can no longer be read: {error}") from error
 
     def read_rows(self, index: slice | NDArray[np.intp]) -> Float32:
-        """Return the rows of ``index`` as a fresh ``(n, n_cols)`` float32 array."""
-        return to_float32(self.map()[index], self.dtype)
+        """Return the rows of ``index`` as a fresh ``(n, n_cols)`` float32 array.
+
+        Raises ``ModelError`` when the file has shrunk since it was opened, or a weight is NaN or infinite.
+        """
+        rows = to_float32(self.map()[index], self.dtype)
+        if not np.isfinite(rows).all():
+            raise self._not_finite()
+        return rows
+
+    def _not_finite(self) -> ModelError:
+        """Return the error that counts what is not finite in the whole tensor."""
+        n_nan = n_infinite = 0
+        data = self.map()
+        step = max(1, _COUNTED_AT_ONCE // data.shape[1])
+        for start in range(0, len(data), step):
+            rows = to_float32(data[start : start + step], self.dtype)
+            n_nan += int(np.isnan(rows).sum())
+            n_infinite += int(np.isinf(rows).sum())
+        return ModelError(
+            f"{self.file}: tensor {self.name}: {n_nan} NaN and {n_infinite} infinite of {data.size} weights; "
+            "wanted finite numbers: the checkpoint is damaged, download it again"
+        )
 
 
 def to_float32(data: NDArray[Any], dtype: str) -> Float32:
@@ -206,7 +227,10 @@ def _no_weights(folder: Path) -> ModelError:
     other = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in folder.glob(pattern))
     if other:
         return UnsupportedError(f"{folder}: holds {other[0]} but no model.safetensors: get the safetensors weights")
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    links = sorted(path for path in folder.glob("*.safetensors") if path.is_symlink() and not path.exists())
+    if links:
+        return ModelError(f"{links[0]}: link to a file that is missing: download it again")
+    shards = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
     if shards:
         return ModelError(f"{folder}: holds {shards[0]} but no model.safetensors.index.json: download the index")
     return ModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json in it")

@@ -11,9 +11,10 @@ The output appears under its name only when it is complete: it is written to a h
 from __future__ import annotations
 
 import errno
+import io
 import math
 import os
-import tempfile
+import re
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +24,7 @@ from typing import IO
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
-from gguf.gguf_writer import GGUFValue
+from gguf.gguf_writer import GGUFValue, WriterState
 from numpy.typing import NDArray
 
 from . import ggml
@@ -50,8 +51,9 @@ FILE_TYPES = {
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
 
-_SLAB_WEIGHTS = 1 << 20  # 4 MiB of float32 at a time in each thread
+_SLAB_WEIGHTS = 1 << 18  # 1 MiB of float32 at a time in each thread: it stays in the cache
 _IN_FLIGHT_PER_THREAD = 2
+_LARGEST_F16 = 65504.0  # scales are float16: only weights above can overflow a type
 _NO_DIGEST = "0" * 64  # as long as a real one: the header's size is known before the plan is
 
 
@@ -73,7 +75,7 @@ def write_gguf(
 ) -> None:
     """Write the file that the plan describes.
 
-    In memory: about three slabs of 4 MiB per thread and what the page cache keeps of the source.
+    In memory: about four slabs of 1 MiB per thread and what the page cache keeps of the source.
 
     Args:
         model: where the weights come from.
@@ -84,7 +86,7 @@ def write_gguf(
         progress: called with weights done and weights in all.
 
     Raises:
-        ModelError: a tensor holds NaN or infinite values.
+        ModelError: a tensor holds NaN or infinite values, or values that its type cannot hold.
         OutputError: the disk is full or the folder cannot be written.
 
     """
@@ -108,12 +110,13 @@ def temporary_sibling(path: Path, keep_failed: bool = False) -> Iterator[Path]:
     """Give a hidden path beside ``path``, renamed to it on success and removed on any failure.
 
     With ``keep_failed`` what was written stays as ``path`` + ``.failed`` when an ordinary error ends the block.
+
+    Raises ``OutputError`` when the file cannot be given its name.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        _publish(temporary, path)
     except Exception:
         if keep_failed and temporary.exists():
             temporary.replace(path.with_name(path.name + ".failed"))
@@ -156,13 +159,12 @@ def _header(model: Model, keys: Mapping[str, GGUFValue], types: Mapping[str, str
         n_bytes = tensor.n_rows * ggml.row_bytes(types[tensor.name], tensor.n_cols)
         ggml_type = GGMLQuantizationType[types[tensor.name]]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, raw_dtype=ggml_type)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "header.gguf"
-        writer.write_header_to_file(file)
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        writer.close()
-        header = file.read_bytes()
+    memory = io.BytesIO()
+    writer.fout, writer.state = [io.BufferedWriter(memory)], WriterState.EMPTY  # as open_output_file would, no disk
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    header = memory.getvalue()
     return header + b"\0" * (-len(header) % ALIGNMENT_BYTES)
 
 
@@ -212,9 +214,17 @@ def _quantized_slab(
     tensor: Tensor, planned: PlannedTensor, start: int, stop: int, importance: Float32 | None
 ) -> NDArray[np.uint8]:
     rows = tensor.read_rows(start, stop)
-    if not math.isfinite(float(rows.sum(dtype=np.float64))):
+    low, high = float(rows.min()), float(rows.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise _not_finite(tensor)
-    return ggml.quantize(rows, planned.type, importance)
+    data = ggml.quantize(rows, planned.type, importance)
+    largest = max(high, -low)
+    if largest > _LARGEST_F16 and not np.isfinite(ggml.dequantize(data, planned.type, tensor.n_cols)).all():
+        raise ModelError(
+            f"tensor {tensor.source}: weights up to {largest:g} overflow {planned.type}: "
+            f"give it a type that holds them, --pin '{re.escape(tensor.name)}=F32'"
+        )
+    return data
 
 
 def _not_finite(tensor: Tensor) -> ModelError:
@@ -233,6 +243,14 @@ def _output_error(path: Path, error: OSError) -> OutputError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return OutputError(f"{path.parent}: disk full or file too large while writing: {os.strerror(error.errno)}")
     return OutputError(f"{path.parent}: cannot write: {error}")
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    try:
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise _output_error(path, error) from error
 
 
 def _sync_folder(folder: Path) -> None:

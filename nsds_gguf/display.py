@@ -126,7 +126,8 @@ def inspection_view(found: Inspection) -> RenderableType:
     keys.add_column(no_wrap=True)
     keys.add_column(overflow="ellipsis", no_wrap=True)
     for key, value in found.metadata.items():
-        keys.add_row(key, value.replace("\n", "⏎"))
+        shown = f"{value:.7g}" if isinstance(value, float) else str(value)
+        keys.add_row(key, Text(shown.replace("\n", "⏎")))
     if not found.tensors:
         return keys
     sums = Text(f"{found.n_weights / 1e6:.2f} M weights; bits per weight: {found.bpw:.4f} of all tensors, "

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader, GGUFValueType, ReaderField
+from gguf.gguf_writer import GGUFValue
 
 from .errors import ModelError
+from .gguf_header import TensorEntry, read_gguf_header
 from .records import UNQUANTIZED
 
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
@@ -32,11 +34,11 @@ class FoundTensor:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A GGUF file: metadata as text and its tensors."""
+    """A GGUF file: its metadata, long arrays as a shortened text, and its tensors."""
 
     path: str
     file_bytes: int
-    metadata: dict[str, str]
+    metadata: dict[str, Any]
     tensors: tuple[FoundTensor, ...]
 
     @property
@@ -77,28 +79,23 @@ def inspect_gguf(path: Path) -> Inspection:
     """Read the metadata and tensor table of a GGUF; raises ``ModelError`` when it is none."""
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, OSError, IndexError, KeyError) as error:
-        raise ModelError(f"{path}: not a readable GGUF file: {error}") from error
-    tensors = []
-    for tensor in reader.tensors:
-        match = _LAYER.fullmatch(tensor.name)
-        role = (match[2] if match else tensor.name).removesuffix(".weight")
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        layer = int(match[1]) if match else None
-        n_weights, n_bytes = int(tensor.n_elements), int(tensor.n_bytes)
-        tensors.append(FoundTensor(tensor.name, role, layer, shape, tensor.tensor_type.name, n_weights, n_bytes))
-    metadata = {key: _shown(field) for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    return Inspection(str(path), path.stat().st_size, metadata, tuple(tensors))
+    header = read_gguf_header(path)
+    metadata = {key: _shown(value) for key, value in header.metadata.items()}
+    return Inspection(str(path), path.stat().st_size, metadata, tuple(_found(entry) for entry in header.tensors))
 
 
-def _shown(field: ReaderField) -> str:
-    if field.types and field.types[0] == GGUFValueType.ARRAY:
-        head = [str(field.contents(i)) for i in range(min(_SHOWN_ITEMS, len(field.data)))]
-        more = f", … {len(field.data)} in all" if len(field.data) > _SHOWN_ITEMS else ""
-        return f"[{', '.join(head)}{more}]"
-    return str(field.contents())
+def _found(entry: TensorEntry) -> FoundTensor:
+    match = _LAYER.fullmatch(entry.name)
+    role = (match[2] if match else entry.name).removesuffix(".weight")
+    layer = int(match[1]) if match else None
+    return FoundTensor(entry.name, role, layer, entry.shape, entry.type, math.prod(entry.shape), entry.n_bytes)
+
+
+def _shown(entry: GGUFValue) -> Any:
+    value = entry.value
+    if not isinstance(value, list) or len(value) <= _SHOWN_ITEMS:
+        return value
+    return f"[{', '.join(map(str, value[:_SHOWN_ITEMS]))}, … {len(value)} in all]"
 
 
 def _bpw(n_bytes: int, n_weights: int) -> float:

@@ -39,6 +39,7 @@ def plot_scores(scores: Scores, path: Path) -> None:
     width = min(max(_MIN_INCHES, 2.5 + _INCHES_PER_LAYER * len(scores.layers)), _MAX_INCHES)
     n_rows = 3 if components else 1
     figure = Figure(figsize=(width, 6.4 if components else 3.2), layout="constrained")
+    figure.suptitle(f"{scores.model_name}: sensitivity by layer (higher = more sensitive)", x=0.02, ha="left")
     grid = figure.subplots(n_rows, 1, sharex=True, squeeze=False, height_ratios=[2, 1, 1][:n_rows])[:, 0]
     _draw_bars(grid[0], scores)
     if components:
@@ -64,9 +65,8 @@ def _draw_bars(axes: Any, scores: Scores) -> None:
             axes.plot(numbers, values, marker, color="#31688e" if name == "P_NV" else "#440154", label=name, ms=4)
     if any(layer.p_nv is not None for layer in layers):
         axes.set_ylim(0, 1)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False)
     axes.set_ylabel(scores.metric)
-    axes.set_title(f"{scores.model_name}: sensitivity by layer (higher = more sensitive)", loc="left")
     axes.locator_params(axis="x", integer=True)
     axes.spines[["top", "right"]].set_visible(False)
 

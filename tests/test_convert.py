@@ -1,0 +1,168 @@
+"""The whole pipeline on the shipped demo model."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+from nsds_gguf import convert
+from nsds_gguf.allocate import Pin, PlanOptions
+from nsds_gguf.errors import PlanError, RecordError
+from nsds_gguf.records import Plan, Scores, Target
+
+DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
+FEW = convert.VerifyOptions(n_chunks=4)
+OFF = convert.VerifyOptions(enabled=False)
+
+
+def bpw(value, **options):
+    return PlanOptions(Target("bpw", value), **options)
+
+
+@pytest.fixture(scope="module")
+def scores():
+    return convert.score_model(DEMO, convert.ScoreOptions())
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The demo model at its own precision."""
+    path = tmp_path_factory.mktemp("reference") / "demo-BF16.gguf"
+    options = PlanOptions(Target("none", 0), "uniform", uniform="BF16")
+    convert.convert(DEMO, [options], output=convert.Output(path), verifying=OFF)
+    return path
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_original_precision_is_the_checkpoint_bit_for_bit(reference):
+    found = {tensor.name: tensor for tensor in GGUFReader(reference).tensors}
+    raw = (DEMO / "model.safetensors").read_bytes()
+    n_header = int.from_bytes(raw[:8], "little")
+    entry = json.loads(raw[8 : 8 + n_header])["model.layers.2.mlp.down_proj.weight"]
+    begin, end = entry["data_offsets"]
+    assert found["blk.2.ffn_down.weight"].data.tobytes() == raw[8 + n_header :][begin:end]
+
+
+def test_one_run_makes_several_files_and_checks_them(tmp_path, scores, reference):
+    stages = []
+
+    class Listener(convert.Silent):
+        def stage(self, name):
+            stages.append(name)
+            return super().stage(name)
+
+    verifying = dataclasses.replace(FEW, against=str(reference))
+    results = convert.convert(
+        DEMO, [bpw(2.8), bpw(4.5)], verifying=verifying, output=convert.Output(tmp_path), report=Listener()
+    )
+    assert [result.path.name.rsplit("-", 1)[1] for result in results] == ["NSDS_2_80BPW.gguf", "NSDS_4_50BPW.gguf"]
+    assert sum(name.startswith("score layers") for name in stages) == stages.count("measure tensors") == 1
+    coarse, fine = (result.perplexity for result in results)
+    assert coarse.reference_ppl == fine.reference_ppl
+    assert 0 < fine.kld_mean < coarse.kld_mean < 1 and fine.same_top > coarse.same_top > 0.5
+    for result in results:
+        assert result.path.stat().st_size == result.plan.file_bytes
+        assert 0 <= result.plan.unused_bytes < 0.001 * result.plan.tensor_bytes
+    assert sorted(tmp_path.iterdir()) == sorted(result.path for result in results)
+
+
+def test_same_input_same_bytes_whatever_the_threads(tmp_path, scores):
+    digests = set()
+    for n_threads in (1, 3):
+        output = convert.Output(tmp_path / "model.gguf", force=True)
+        convert.convert(DEMO, [bpw(3.1)], given=scores, output=output, verifying=OFF, n_threads=n_threads)
+        digests.add(sha256(tmp_path / "model.gguf"))
+    assert len(digests) == 1
+
+
+def test_target_size_counts_the_whole_file(tmp_path, scores):
+    (result,) = convert.convert(
+        DEMO, [PlanOptions(Target("size", 2_000_000))], given=scores, output=convert.Output(tmp_path), verifying=OFF
+    )
+    assert 2_000_000 * 0.999 < result.path.stat().st_size <= 2_000_000
+
+
+def test_scores_and_plans_come_back_from_files(tmp_path, scores):
+    kept = Scores.from_json(json.loads(json.dumps(scores.to_json())))
+    (plan,) = convert.plan(DEMO, [bpw(3.3)], given=kept)
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    convert.convert(DEMO, [bpw(3.3)], given=scores, output=convert.Output(first), verifying=OFF)
+    convert.convert(DEMO, (), given=again, output=convert.Output(second), verifying=OFF)
+    assert sha256(first) == sha256(second)
+
+
+def test_a_plan_edited_by_hand_is_followed_within_its_target(tmp_path, scores):
+    (plan,) = convert.plan(DEMO, [bpw(3.3)], given=scores)
+
+    def with_type(name, type_name):
+        tensors = (dataclasses.replace(t, type=type_name) if t.name == name else t for t in plan.tensors)
+        return dataclasses.replace(plan, tensors=tuple(tensors))
+
+    path = tmp_path / "edited.gguf"
+    convert.convert(
+        DEMO, (), given=with_type("blk.0.ffn_up.weight", "q2_k"), output=convert.Output(path), verifying=OFF
+    )
+    types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
+    assert types["blk.0.ffn_up.weight"] == "Q2_K"
+    with pytest.raises(PlanError, match=r"^the plan exceeds its target 3\.3 bpw by \d+ bytes$"):
+        convert.convert(DEMO, (), given=with_type("output.weight", "F32"), output=convert.Output(path, force=True))
+    with pytest.raises(RecordError, match=r"^the plan is of another model"):
+        convert.convert(DEMO, (), given=dataclasses.replace(plan, model_id="0" * 64))
+
+
+def test_pins_hold_in_the_file(tmp_path):
+    path = tmp_path / "pinned.gguf"
+    options = bpw(3.6, pins=(Pin.parse(r"blk\.[01]\..*=Q5_K"), Pin.parse("output.weight=Q8_0")))
+    convert.convert(DEMO, [options], output=convert.Output(path), verifying=OFF)
+    for tensor in GGUFReader(path).tensors:
+        if tensor.name.startswith(("blk.0.", "blk.1.")) and len(tensor.shape) > 1:
+            assert tensor.tensor_type.name == "Q5_K"
+    assert next(t for t in GGUFReader(path).tensors if t.name == "output.weight").tensor_type.name == "Q8_0"
+
+
+@pytest.mark.parametrize("allocator", ["nsds", "paper"])
+def test_files_say_where_they_come_from(tmp_path, scores, allocator):
+    path = tmp_path / "model.gguf"
+    (result,) = convert.convert(
+        DEMO, [bpw(3.7, allocator=allocator)], given=scores, output=convert.Output(path), verifying=OFF
+    )
+    keys = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+    assert keys["nsds_gguf.allocator"] == allocator and keys["nsds_gguf.target"] == "3.7 bpw"
+    assert keys["nsds_gguf.scores_sha256"] == scores.digest and keys["nsds_gguf.plan_sha256"] == result.plan.digest
+    assert keys["general.quantization_version"] == 2 and keys["general.size_label"] == "4.6M"
+
+
+def test_a_good_plan_beats_uniform_and_paper_at_the_same_bytes(tmp_path, scores, reference):
+    """The reason for all this: less divergence at the same bytes."""
+
+    def divergence(options):
+        path = tmp_path / "model.gguf"
+        verifying = dataclasses.replace(FEW, n_chunks=12, against=str(reference))
+        output = convert.Output(path, force=True)
+        (result,) = convert.convert(DEMO, [options], given=scores, output=output, verifying=verifying)
+        return result.plan.bpw, result.perplexity.kld_mean
+
+    uniform_bpw, uniform = divergence(PlanOptions(Target("none", 0), "uniform", uniform="Q3_K"))
+    paper_bpw, paper = divergence(bpw(uniform_bpw + 0.05, allocator="paper"))
+    _, ours = divergence(bpw(min(uniform_bpw, paper_bpw) + 1e-6))
+    assert ours < 0.8 * uniform and ours < 0.8 * paper
+
+
+def test_tensor_types_file_is_anchored(scores):
+    (plan,) = convert.plan(DEMO, [bpw(3.3)], given=scores)
+    lines = convert.tensor_types_file(plan).splitlines()
+    assert len(lines) == sum(t.type != "F32" for t in plan.tensors)
+    assert any(line.startswith(r"^blk\.1\.attn_q\.weight$=q") for line in lines)
+
+
+def test_costs_fall_with_bits(scores):
+    assert scores.importance == "sweep" and np.isfinite([c.sensitivity for c in scores.costs]).all()
+    assert all(c.errors["Q6_K"] < c.errors["Q4_K"] < c.errors["Q2_K"] for c in scores.costs)

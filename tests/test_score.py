@@ -132,6 +132,7 @@ def close(value: float | None, wanted: float) -> bool:
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make tiles and slabs so small that tests' matrices have several, and a last one that is not full."""
     monkeypatch.setattr(stats, "TILE_ENTRIES", 7 * 24)
+    monkeypatch.setattr(nsds, "GRAM_ENTRIES", 11 * 24)
     monkeypatch.setattr(loading, "SLAB_ENTRIES", 7 * 24)
 
 

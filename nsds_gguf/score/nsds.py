@@ -45,6 +45,10 @@ KEPT_ENERGY = 0.99
 # Triplets of a component that are kept at least.
 MIN_TRIPLETS = 2
 
+# Entries of a slab that goes into a Gram matrix at once: 16 MiB in float64, so that the slab's multiplication outweighs
+# reading and writing the d x d sum.
+GRAM_ENTRIES = 2**21
+
 # Combines spectral magnitude M and spectral entropy E (nats) into SE.
 Reading = Callable[[float, float], float]
 
@@ -234,7 +238,7 @@ def ov_component(tensors: Mapping[str, Tensor], hparams: Hparams, projection: Fl
 
 def ffn_component(matrix: Float32, weight: FfnWeight, reading: Reading) -> Sensitivity:
     """Return NV and SE of an FFN ``matrix`` (n_ff, d), the residual stream last."""
-    sigma, vectors = right_vectors(residual_gram(row_tiles(matrix), matrix.shape[1]))
+    sigma, vectors = right_vectors(residual_gram(row_tiles(matrix, GRAM_ENTRIES), matrix.shape[1]))
     return Sensitivity(matrix_kurtosis(matrix), structural_expressiveness(sigma, weight(vectors), reading))
 
 

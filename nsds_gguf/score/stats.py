@@ -34,11 +34,14 @@ MAD_TO_STD = 1.4826
 MAD_EPSILON = 1e-8
 
 
-def row_tiles(matrix: Matrix) -> Iterator[Float64]:
-    """Yield the rows of ``matrix`` (n, m) in order, as fresh float64 tiles (at most ``TILE_ENTRIES`` or one row)."""
-    n_rows = max(1, TILE_ENTRIES // matrix.shape[1])
+def row_tiles(matrix: Matrix, n_entries: int | None = None) -> Iterator[Float64]:
+    """Yield the rows of ``matrix`` (n, m) in order, as fresh float64 tiles in C order.
+
+    A tile has at most ``n_entries`` entries (``TILE_ENTRIES`` unless told), or one row.
+    """
+    n_rows = max(1, (n_entries or TILE_ENTRIES) // matrix.shape[1])
     for start in range(0, matrix.shape[0], n_rows):
-        yield matrix[start : start + n_rows].astype(np.float64)
+        yield matrix[start : start + n_rows].astype(np.float64, order="C")
 
 
 def sum_of_squares(rows: Matrix) -> Float64:

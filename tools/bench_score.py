@@ -155,17 +155,17 @@ def bench() -> dict[str, Any]:
     }
 
 
-def report(result: dict[str, Any]) -> None:
-    """Print what ``bench`` returns."""
+def report(result: dict[str, Any]) -> str:
+    """Return what ``bench`` measured, in lines."""
     n_all = 2 * TINYLLAMA.n_heads
-    print(f"NSDS per layer at d 2048, ffn 5632, 32 heads, 4 KV heads; BLAS threads: {result['threads']}")
+    lines = [f"NSDS per layer at d 2048, ffn 5632, 32 heads, 4 KV heads; BLAS threads: {result['threads']}"]
     for pair in result["pairs"]:
-        scaled = (
-            "" if pair["products_timed"] == n_all else f" (scaled from {pair['products_timed']} of {n_all} products)"
-        )
-        print(f"full SVDs {pair['baseline_s']:7.1f} s{scaled}, ours {pair['ours_s']:.2f} s: {pair['ratio']:.1f}x")
-    print(f"median ratio {result['ratio']:.1f}x; unembedding, once per model: {result['unembedding_s']:.1f} s")
-    print(f"peak memory of scoring, interpreter included: {result['peak_bytes'] / 2**20:.0f} MiB")
+        n_timed = pair["products_timed"]
+        scaled = "" if n_timed == n_all else f" (scaled from {n_timed} of {n_all} products)"
+        lines.append(f"full SVDs {pair['baseline_s']:.1f} s{scaled}, ours {pair['ours_s']:.2f} s: {pair['ratio']:.1f}x")
+    lines.append(f"median ratio {result['ratio']:.1f}x; unembedding, once per model: {result['unembedding_s']:.1f} s")
+    lines.append(f"peak memory of scoring, interpreter included: {result['peak_bytes'] / 2**20:.0f} MiB")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--peak-of", type=Path, metavar="FOLDER", help="print the peak bytes of scoring this model")
     folder = parser.parse_args().peak_of
     if folder is None:
-        report(bench())
+        print(report(bench()))
         return
     score_layers(synthetic_model(folder, TINYLLAMA))
     print(peak_bytes())

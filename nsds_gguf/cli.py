@@ -6,6 +6,7 @@ Results go to standard output, progress and notes to standard error; with ``--js
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -19,9 +20,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
 from . import allocate, convert, display, ggml, llama
 from .allocate import DEFAULT_TYPES, Pin, PlanOptions
@@ -63,6 +64,8 @@ def _stop(number: int, frame: object) -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     _handle_signals()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # tables have lines and dashes that not every terminal knows
     arguments = build_parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
     screen = Screen(quiet=arguments.quiet, json_to_stdout=arguments.json == "-", verbose=arguments.verbose)
@@ -108,7 +111,10 @@ def _fail(message: str, code: int) -> int:
 
 
 class _Console(Console):
-    """A console that leaves a closed pipe to ``main``."""
+    """A console that shows names and templates as they are, brackets too, and leaves a closed pipe to ``main``."""
+
+    def __init__(self, *, stderr: bool, quiet: bool) -> None:
+        super().__init__(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
@@ -119,8 +125,8 @@ class Screen:
 
     def __init__(self, *, quiet: bool, json_to_stdout: bool, verbose: bool) -> None:
         """Take what the user wants to see."""
-        self.notes = _Console(stderr=True, highlight=False, quiet=quiet)
-        self.results = _Console(stderr=json_to_stdout, highlight=False, quiet=quiet)
+        self.notes = _Console(stderr=True, quiet=quiet)
+        self.results = _Console(stderr=json_to_stdout, quiet=quiet)
         if not self.results.is_terminal:
             self.results.width = _FILE_WIDTH
         self.verbose = verbose
@@ -145,18 +151,18 @@ class Screen:
     def say(self, text: str) -> None:
         """Tell one fact in one line; off a terminal, only to who asked for more."""
         if self.notes.is_terminal or self.verbose:
-            self.notes.print(text, markup=False, soft_wrap=True)
+            self.notes.print(text, soft_wrap=True)
 
     def show(self, view: RenderableType) -> None:
         """Show a result; text is one line, however long."""
-        self.results.print(view, soft_wrap=isinstance(view, str))
+        self.results.print(view, soft_wrap=isinstance(view, Text))
 
 
 def write_json(destination: str | None, data: Any) -> None:
     """Write JSON to a file, or to standard output for ``-``; raises ``OutputError`` when that fails."""
     if destination is None:
         return
-    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(data, indent=1) + "\n"  # ASCII: the terminal's encoding does not matter
     if destination == "-":
         print(text, end="")
         return
@@ -209,7 +215,7 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
             screen.show(display.plan_details(result.plan))
         if result.perplexity is not None:
             screen.show(display.perplexity_view(result.perplexity, result.path.name, arguments.against))
-        screen.show(f"[bold]{escape(str(result.path))}[/]: {result.path.stat().st_size / 2**20:.2f} MiB")
+        screen.show(Text.assemble((str(result.path), "bold"), f": {result.path.stat().st_size / 2**20:.2f} MiB"))
     write_json(arguments.json, [
         {
             "path": str(result.path),

@@ -123,7 +123,7 @@ SE_READINGS: dict[str, Reading] = {"ratio": se_ratio, "product": se_product}
 # --- decompositions -------------------------------------------------------------------------------------------
 
 
-def residual_gram(slabs: Iterable[Float32 | Float64], d: int) -> Float64:
+def residual_gram(slabs: Iterable[Float64], d: int) -> Float64:
     """Return ``W^T W`` of the matrix whose rows come in ``slabs`` (n, d): float64 (d, d), upper triangle only."""
     gram = np.zeros((d, d), order="F")
     for slab in slabs:

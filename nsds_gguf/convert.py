@@ -18,7 +18,7 @@ from typing import Protocol
 import gguf
 
 from . import allocate, ggml, llama, read, score
-from .allocate import PlanOptions, Propagation
+from .allocate import Candidate, PlanOptions, Propagation
 from .errors import OutputError, PlanError, RecordError, TextError, VerifyError
 from .estimate import estimate_seconds
 from .inspect import inspect_gguf
@@ -48,6 +48,8 @@ ORIGINAL = "original"  # --against: a temporary GGUF of the source's own precisi
 # Working memory of scoring and writing, without the page cache: measured in tools/bench.py.
 _BASE_MEMORY_BYTES = 400 << 20
 _THREAD_MEMORY_BYTES = 48 << 20
+
+_ABSURD = 1e30  # no score, sensitivity or relative error is near it; their products must not overflow
 
 _EXTRA_TOKENS = 3  # that a tokenizer may add to a text: BOS, EOS and a space before it all
 
@@ -157,6 +159,7 @@ def convert(
     if isinstance(given, Plan):
         given = checked_plan(model, given)
     else:
+        check_scores(model, given)
         check_targets(model, options, given.metric if given else scoring.metric)
     jobs = [given] if isinstance(given, Plan) else options
     paths = output_paths([default_name(model, job) for job in jobs], output)
@@ -191,6 +194,7 @@ def plan(
     model = open_model(path, pre, report)
     if isinstance(given, Plan):
         return [checked_plan(model, given)]
+    check_scores(model, given)
     check_targets(model, options, given.metric if given else scoring.metric)
     return Work(model, n_threads or llama.default_threads(), report).plans(options, scoring, given)
 
@@ -332,29 +336,54 @@ def open_model(path: Path, pre: str | None, report: Reporter) -> Model:
 def checked_plan(model: Model, plan: Plan) -> Plan:
     """Return a plan read from a file, made consistent with the model: types count, bytes are computed again.
 
-    Raises ``RecordError`` when it is another model's or a type does not fit its rows, ``PlanError`` when edited types
-    exceed the plan's target.
+    Raises ``RecordError`` when it is another model's or a type does not fit its tensor, ``PlanError`` when it was made
+    with options that are not known or edited types exceed its target.
     """
     if plan.model_id != model.model_id:
         raise RecordError(f"the plan is of another model ({plan.model_name}); plan {model.name} again")
-    if [tensor.name for tensor in plan.tensors] != [tensor.name for tensor in model.tensors]:
-        raise RecordError("the plan does not list the model's tensors in their order; plan again")
+    if [(tensor.name, tensor.shape) for tensor in plan.tensors] != [(t.name, t.shape) for t in model.tensors]:
+        raise RecordError("the plan does not list the model's tensors in their order and shapes; plan again")
+    if plan.metric not in (None, *score.METRICS):
+        raise RecordError(f"the plan's metric {plan.metric!r} is not known; plan again")
+    uniform = next(iter(plan.types), None)
+    options = PlanOptions(plan.target, plan.allocator, plan.types, uniform, importance=plan.importance)
+    allocate.check_options(options)
+    found = allocate.candidates(model, options.allowed_types)
+    tensors = tuple(_resized(planned, candidate) for planned, candidate in zip(plan.tensors, found, strict=True))
     n_header = header_bytes(
         model, allocator=plan.allocator, target=plan.target, importance=plan.importance, metric=plan.metric
     )
-    tensors = tuple(_resized(planned) for planned in plan.tensors)
     checked = replace(plan, tensors=tensors, header_bytes=n_header)
     if checked.unused_bytes < 0:
         raise PlanError(f"the plan exceeds its target {plan.target} by {-checked.unused_bytes} bytes")
     return checked
 
 
-def _resized(planned: PlannedTensor) -> PlannedTensor:
+def _resized(planned: PlannedTensor, candidate: Candidate) -> PlannedTensor:
     type_name = allocate.check_type(planned.type, planned.name)
+    if candidate.reason.startswith("kept") and type_name != "F32":
+        raise RecordError(f"plan: {planned.name} cannot be {type_name}: it is {candidate.reason}")
     if not ggml.fits(type_name, planned.shape[-1]):
         raise RecordError(f"plan: {planned.name}: rows of {planned.shape[-1]} weights cannot be {type_name}")
-    n_rows = planned.n_weights // planned.shape[-1]
-    return replace(planned, type=type_name, n_bytes=n_rows * ggml.row_bytes(type_name, planned.shape[-1]))
+    return replace(planned, type=type_name, n_bytes=candidate.n_bytes(type_name))
+
+
+def check_scores(model: Model, scores: Scores | None) -> None:
+    """Raise ``RecordError`` when scores read from a file are another model's or do not cover its layers."""
+    if scores is None:
+        return
+    if scores.model_id != model.model_id:
+        raise RecordError(f"the scores are of another model ({scores.model_name}); score {model.name} again")
+    if [layer.layer for layer in scores.layers] != list(range(model.hparams.n_layers)):
+        raise RecordError(f"the scores do not list layers 0 to {model.hparams.n_layers - 1} in order; score again")
+    limit = 1.0 if scores.metric == "nsds" else _ABSURD
+    damaged = next((layer.layer for layer in scores.layers if abs(layer.score) > limit), None)
+    if damaged is not None:
+        raise RecordError(f"the score of layer {damaged} is beyond what {scores.metric} gives; score again")
+    for cost in scores.costs:
+        numbers = (cost.sensitivity, *cost.errors.values(), *cost.stderr.values())
+        if cost.errors.keys() != cost.stderr.keys() or not all(0 <= number < _ABSURD for number in numbers):
+            raise RecordError(f"the scores' costs of {cost.name} are damaged; score again")
 
 
 def _duration(seconds: float) -> str:

@@ -12,7 +12,7 @@ import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -317,25 +317,32 @@ class LlamaContext:
 class _Worker:
     """A thread for the long calls of llama.cpp.
 
-    While the main thread is inside a foreign function, Python cannot raise KeyboardInterrupt in it. Waiting for
-    another thread it can; ``stopping`` then tells llama.cpp's callbacks to give up, and the call is waited for, so
-    that nothing is freed under it.
+    While the main thread is inside a foreign function, Python cannot raise KeyboardInterrupt in it; while it waits
+    for another thread, it can. ``stopping`` then tells llama.cpp's callbacks to give up, and the call is waited for,
+    so that nothing is freed under it.
     """
 
     def __init__(self) -> None:
         self.stopping = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="llama.cpp")
+        self._pool.submit(int).result()  # the thread runs from here on: a call is either queued in it or not made
 
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
-        self.stopping = False
-        future = self._pool.submit(function, *args)
+        self.stopping = done = False
         try:
-            return future.result()
+            result = self._pool.submit(function, *args).result()
+            done = True
         finally:
-            self.stopping = not future.done()
-            while not future.done():
-                with suppress(KeyboardInterrupt):
-                    wait([future])
+            if not done:
+                self._stop()
+        return result
+
+    def _stop(self) -> None:
+        self.stopping = True
+        while True:
+            with suppress(KeyboardInterrupt):
+                self._pool.submit(int).result()  # runs when all before it is over
+                return
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -36,6 +36,9 @@ GOLDEN = ROOT / "tests" / "golden" / "perplexity.json"
 RELATIVE_TOLERANCE = 1e-3
 ABSOLUTE_TOLERANCE = 5e-6
 
+# The fraction of equal top tokens counts positions: rounding tips a few of them.
+SAME_TOP_TOLERANCE = 4e-3
+
 # llama-perplexity now and then exits 0 without its last lines, more often on a busy machine.
 N_ATTEMPTS = 25
 
@@ -206,7 +209,8 @@ def _compare(theirs: dict[str, float | list[float]], ours: dict[str, float | lis
     for name, wanted in theirs.items():
         got = ours[name]
         wants, gots = (wanted, got) if isinstance(wanted, list) and isinstance(got, list) else ([wanted], [got])
-        off = [abs(a - b) > ABSOLUTE_TOLERANCE + RELATIVE_TOLERANCE * abs(a) for a, b in zip(wants, gots, strict=True)]
+        slack = SAME_TOP_TOLERANCE if name in _PERCENT else ABSOLUTE_TOLERANCE
+        off = [abs(a - b) > slack + RELATIVE_TOLERANCE * abs(a) for a, b in zip(wants, gots, strict=True)]
         worst = max(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(wants, gots, strict=True))
         n_wrong += any(off)
         print(

@@ -1,8 +1,9 @@
 """Stage 1, read: a model folder becomes a ``Model`` of canonical tensors.
 
 ``open_model`` reads JSON and headers only; weights are read later, a slab of rows at a time, through
-``Tensor.read_rows``. Everything that can be refused is refused here: class, rope, activation, tokenizer, and a tensor
-mapping that is not total in both directions.
+``Tensor.read_rows`` (but a stored ``lm_head`` that config.json ties to the embedding is compared with it at once).
+Everything that can be refused is refused here: class, rope, activation, tokenizer, and a tensor mapping that is not
+total in both directions.
 """
 
 from __future__ import annotations
@@ -15,19 +16,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFType, GGUFWriter, Metadata
+from gguf import GGUFType, GGUFWriter
 from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from ..errors import ModelError, UnsupportedError
 from ..records import Float32, Hparams, Model, Tensor
-from .families import ALWAYS, GLOBAL_TENSORS, IGNORED, Family, find_family, supported_classes
+from .card import card_keys
+from .families import (
+    ALWAYS,
+    DEFAULT_FULL_LAYERS,
+    DEFAULT_NORM_EPS,
+    DEFAULT_WINDOW,
+    GLOBAL_TENSORS,
+    IGNORED,
+    Family,
+    find_family,
+    supported_classes,
+)
 from .rope import add_rope_keys, check_rope, llama3_factors, rope_settings
 from .safetensors import StoredTensor, open_checkpoint
-from .vocab import read_vocab
+from .vocab import open_vocab
 
 __all__ = ["open_model", "supported_classes"]
 
+MAX_LAYERS = 512  # llama.cpp's (LLAMA_MAX_LAYERS in llama-hparams.h)
+
+_SLAB_WEIGHTS = 1 << 20  # 4 MiB of float32
 _IDENTITY_BYTES = 4096  # of every tensor: enough to tell two fine-tunes apart, cheap enough to read always
 
 
@@ -57,16 +72,16 @@ def open_model(path: Path, pre: str | None = None) -> Model:
     tensors, notes = _map_tensors(stored, config, family, hparams)
     if rope["rope_type"] == "llama3":
         tensors.append(_constant("rope_freqs.weight", "rope_freqs", llama3_factors(rope, hparams.head_dim)))
-    vocab = read_vocab(folder, hparams.n_vocab, config, pre)
-    keys = _model_keys(folder, config, family, hparams, rope, sum(tensor.n_weights for tensor in tensors))
+    vocab = open_vocab(folder, hparams.n_vocab, config, pre)
+    about, unread = card_keys(folder, config, sum(tensor.n_weights for tensor in tensors))
     return Model(
         path=folder,
         architecture=family.architecture,
         source_class=_class_name(config),
         hparams=hparams,
         tensors=tuple(tensors),
-        metadata={**keys, **vocab},
-        notes=(*_window_note(config, family, hparams), *notes),
+        metadata={**_model_keys(about, config, family, hparams, rope), **vocab.metadata},
+        notes=(*_window_note(config, family, hparams), *notes, *vocab.notes, *unread),
         model_id=_identity(config, stored),
     )
 
@@ -81,8 +96,8 @@ def _read_config(folder: Path, shown: Path) -> dict[str, Any]:
         raise ModelError(f"{shown}: no config.json in it; wanted a Hugging Face model folder")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{file}: not JSON: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file}: wanted an object, got {type(config).__name__}")
     return config
@@ -106,39 +121,56 @@ def _refuse_quantized(config: Mapping[str, Any]) -> None:
 
 
 def _hparams(config: Mapping[str, Any], family: Family) -> Hparams:
-    def integer(key: str, default: int | None = None) -> int:
-        value = config.get(key) if config.get(key) is not None else default
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ModelError(f"config.json: {key}: wanted a positive integer, got {value!r}")
-        return value
-
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise UnsupportedError(f"config.json: hidden_act {activation!r} is not supported; known: silu")
-    n_embd, n_heads = integer("hidden_size"), integer("num_attention_heads")
+    n_layers, n_heads = _integer(config, "num_hidden_layers"), _integer(config, "num_attention_heads")
+    if n_layers > MAX_LAYERS:
+        raise UnsupportedError(f"config.json: num_hidden_layers {n_layers}: llama.cpp takes at most {MAX_LAYERS}")
+    n_kv_heads = _integer(config, "num_key_value_heads", n_heads)
+    if n_heads % n_kv_heads:
+        raise ModelError(f"config.json: {n_heads} heads cannot share {n_kv_heads} key/value heads evenly")
+    return Hparams(
+        n_layers=n_layers,
+        n_embd=_integer(config, "hidden_size"),
+        n_ff=_integer(config, "intermediate_size"),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=_head_dim(config, family, n_heads),
+        n_vocab=_integer(config, "vocab_size"),
+        n_ctx_train=_integer(config, "max_position_embeddings"),
+        norm_eps=_norm_eps(config),
+        qk_norm=family.qk_norm,
+    )
+
+
+def _integer(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = default if config.get(key) is None else config[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31:
+        raise ModelError(f"config.json: {key}: wanted a positive integer, got {value!r}")
+    return value
+
+
+def _head_dim(config: Mapping[str, Any], family: Family, n_heads: int) -> int:
+    n_embd = _integer(config, "hidden_size")
     if config.get("head_dim") is None and n_embd % n_heads:
         raise ModelError(f"config.json: hidden_size {n_embd} is no multiple of num_attention_heads {n_heads}")
-    head_dim = integer("head_dim", n_embd // n_heads)
+    head_dim = _integer(config, "head_dim", n_embd // n_heads)
     if family.fixed_head_dim and head_dim * n_heads != n_embd:
         raise UnsupportedError(
             f"config.json: head_dim {head_dim} x {n_heads} heads is not hidden_size {n_embd}; "
             f"llama.cpp's {family.architecture} demands it"
         )
-    n_kv_heads = integer("num_key_value_heads", n_heads)
-    if n_heads % n_kv_heads:
-        raise ModelError(f"config.json: {n_heads} heads cannot share {n_kv_heads} key/value heads evenly")
-    return Hparams(
-        n_layers=integer("num_hidden_layers"),
-        n_embd=n_embd,
-        n_ff=integer("intermediate_size"),
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-        n_vocab=integer("vocab_size"),
-        n_ctx_train=integer("max_position_embeddings", 2048),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        qk_norm=family.qk_norm,
-    )
+    if head_dim % 2:
+        raise UnsupportedError(f"config.json: head_dim {head_dim} is odd; rope rotates pairs of channels")
+    return head_dim
+
+
+def _norm_eps(config: Mapping[str, Any]) -> float:
+    eps = config.get("rms_norm_eps", DEFAULT_NORM_EPS)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < 1:
+        raise ModelError(f"config.json: rms_norm_eps: wanted a number from 0 to 1, got {eps!r}")
+    return float(eps)
 
 
 def _map_tensors(
@@ -150,7 +182,7 @@ def _map_tensors(
     missing = [source for _, _, source in wanted if source not in stored]
     if missing:
         raise ModelError(
-            f"{len(missing)} tensors are missing from the weights: {_some(missing)}; "
+            f"tensors missing from the weights: {_some(missing)}; "
             "the checkpoint is incomplete or config.json is another model's"
         )
     used = {source for _, _, source in wanted}
@@ -159,13 +191,37 @@ def _map_tensors(
     leftover = [name for name in stored if name not in used and not any(re.fullmatch(p, name) for p in IGNORED)]
     if leftover:
         raise UnsupportedError(
-            f"{len(leftover)} tensors have no place in llama.cpp's {family.architecture}: {_some(leftover)}"
+            f"tensors that llama.cpp's {family.architecture}, as config.json describes it, has no place for: "
+            f"{_some(leftover)}"
         )
-    notes = []
-    if tied and GLOBAL_TENSORS["output.weight"] in stored:
-        notes.append("lm_head.weight is left out: config.json ties it to the embedding.")
+    notes = _tie_notes(stored) if tied else []
     shapes = _shapes(hparams)
     return [_tensor(name, layer, stored[source], shapes, family, hparams) for name, layer, source in wanted], notes
+
+
+def _tie_notes(stored: Mapping[str, StoredTensor]) -> list[str]:
+    """Return the note on a tied output that is stored all the same; raises unless it equals the embedding.
+
+    transformers 4 would drop it and transformers 5 use it, so one that differs cannot be converted faithfully.
+    """
+    embedding, output = (GLOBAL_TENSORS[name] for name in ("token_embd.weight", "output.weight"))
+    if output not in stored:
+        return []
+    if not _same_values(stored[embedding], stored[output]):
+        raise ModelError(
+            f"config.json ties {output} to {embedding}, but the stored ones differ: "
+            f"set tie_word_embeddings to false to keep {output}, or remove it from the weights"
+        )
+    return [f"{output} is left out: it is the embedding, to which config.json ties it."]
+
+
+def _same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Return whether two matrices hold the same numbers, reading a slab of rows at a time up to a difference."""
+    if first.shape != second.shape:
+        return False
+    n_rows, step = first.shape[0], max(1, _SLAB_WEIGHTS // first.shape[-1])
+    slabs = (slice(start, start + step) for start in range(0, n_rows, step))
+    return all(np.array_equal(first.read_rows(slab), second.read_rows(slab)) for slab in slabs)
 
 
 def _wanted_tensors(
@@ -249,14 +305,18 @@ def _reader(stored: StoredTensor, order: NDArray[np.intp] | None) -> Callable[[i
 def _constant(name: str, role: str, values: Float32) -> Tensor:
     """Return a tensor that is computed, not read."""
     return Tensor(
-        name, role, None, values.shape, "F32", "computed from config.json", lambda start, stop: values[None][start:stop]
-    )
+        name, role, None, values.shape, "F32", "computed from config.json",
+        lambda start, stop: values[np.newaxis][start:stop].copy(),
+    )  # fmt: skip
 
 
 def _window_note(config: Mapping[str, Any], family: Family, hparams: Hparams) -> tuple[str, ...]:
-    window = config.get("sliding_window")
-    switched_off = family.window_flag is not None and not config.get(family.window_flag, False)
-    if not window or switched_off or window >= hparams.n_ctx_train:
+    window = config.get("sliding_window", DEFAULT_WINDOW)
+    if not window or not _has_windowed_layers(config, family, hparams):
+        return ()
+    if not isinstance(window, int):
+        raise ModelError(f"config.json: sliding_window: wanted a number of tokens or null, got {window!r}")
+    if window >= hparams.n_ctx_train:
         return ()
     return (
         f"llama.cpp has no sliding window for {family.architecture}: attention is full beyond {window} tokens, "
@@ -264,18 +324,30 @@ def _window_note(config: Mapping[str, Any], family: Family, hparams: Hparams) ->
     )
 
 
+def _has_windowed_layers(config: Mapping[str, Any], family: Family, hparams: Hparams) -> bool:
+    if family.window is None or family.window == ALWAYS:
+        return family.window == ALWAYS
+    if not config.get(family.window):
+        return False
+    layer_types, n_full = config.get("layer_types"), config.get("max_window_layers", DEFAULT_FULL_LAYERS)
+    if isinstance(layer_types, list):
+        return "sliding_attention" in layer_types
+    if not isinstance(n_full, int):
+        raise ModelError(f"config.json: max_window_layers: wanted a number of layers, got {n_full!r}")
+    return n_full < hparams.n_layers
+
+
 def _model_keys(
-    folder: Path,
+    about: Mapping[str, GGUFValue],
     config: Mapping[str, Any],
     family: Family,
     hparams: Hparams,
     rope: Mapping[str, Any],
-    n_weights: int,
 ) -> dict[str, GGUFValue]:
     """Return the ``general.*`` and architecture keys, as llama.cpp's converter writes them."""
     writer = GGUFWriter(None, family.architecture)
     writer.add_type(GGUFType.MODEL)
-    Metadata.load(None, folder, None, n_weights).set_gguf_meta_model(writer)
+    writer.kv_data[0].update(about)
     writer.add_block_count(hparams.n_layers)
     writer.add_context_length(hparams.n_ctx_train)
     writer.add_embedding_length(hparams.n_embd)

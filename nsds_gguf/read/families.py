@@ -42,6 +42,12 @@ IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rota
 
 ALWAYS = "always"
 
+# transformers' defaults: of every supported class; of those that can have a window; of those where only the layers from
+# ``max_window_layers`` on have it.
+DEFAULT_NORM_EPS = 1e-6
+DEFAULT_WINDOW = 4096
+DEFAULT_FULL_LAYERS = 28
+
 
 @dataclass(frozen=True)
 class Family:
@@ -55,7 +61,7 @@ class Family:
         permutes_qk: rows of q and k are interleaved within each head (ggml's rope order "norm").
         qk_norm: has norms on the heads' queries and keys.
         fixed_head_dim: llama.cpp's loader demands ``head_dim * n_heads == n_embd``.
-        window_flag: config flag that must be true for ``sliding_window`` to count; ``None``: it always counts.
+        window: config flag that switches ``sliding_window`` on, or ``ALWAYS``; ``None``: the class has no window.
         writes_rope_dim: the architecture's keys include ``rope.dimension_count`` and ``vocab_size``.
     """
 
@@ -66,7 +72,7 @@ class Family:
     permutes_qk: bool = False
     qk_norm: bool = False
     fixed_head_dim: bool = False
-    window_flag: str | None = None
+    window: str | None = None
     writes_rope_dim: bool = False
 
     @property
@@ -76,17 +82,26 @@ class Family:
 
 
 _QKV = ("attn_q", "attn_k", "attn_v")
+_LLAMA_ROPE_KINDS = ("default", "linear", "yarn", "llama3")
 
 FAMILIES = (
     Family(
-        classes=("LlamaForCausalLM", "MistralForCausalLM"),
+        classes=("LlamaForCausalLM",),
         architecture="llama",
         biases={
             **dict.fromkeys((*_QKV, "attn_output"), "attention_bias"),
             **dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "mlp_bias"),
         },
-        rope_kinds=("default", "linear", "yarn", "llama3"),
+        rope_kinds=_LLAMA_ROPE_KINDS,
         permutes_qk=True,
+        writes_rope_dim=True,
+    ),
+    Family(
+        classes=("MistralForCausalLM",),
+        architecture="llama",
+        rope_kinds=_LLAMA_ROPE_KINDS,
+        permutes_qk=True,
+        window=ALWAYS,
         writes_rope_dim=True,
     ),
     Family(
@@ -94,14 +109,14 @@ FAMILIES = (
         architecture="qwen2",
         biases=dict.fromkeys(_QKV, ALWAYS),
         fixed_head_dim=True,
-        window_flag="use_sliding_window",
+        window="use_sliding_window",
     ),
     Family(
         classes=("Qwen3ForCausalLM",),
         architecture="qwen3",
         biases=dict.fromkeys(_QKV, "attention_bias"),
         qk_norm=True,
-        window_flag="use_sliding_window",
+        window="use_sliding_window",
     ),
 )
 

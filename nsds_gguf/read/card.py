@@ -1,0 +1,79 @@
+"""What a folder says about its model in words: name, author, licence, base model, sampling defaults.
+
+gguf knows where such facts are written and how a name falls into its parts. What it finds is brought to the types that
+GGUF keys have: a README's front matter is written by hand, and holds whatever its author put there.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from gguf import GGUFValueType, GGUFWriter, Metadata, size_label
+from gguf.gguf_writer import GGUFValue
+
+from ..records import kv
+from .vocab_files import read_json
+
+
+def card_keys(folder: Path, config: Mapping[str, Any], n_weights: int) -> tuple[dict[str, GGUFValue], list[str]]:
+    """Return the ``general.*`` keys that describe the model, and a note when the README could not be read.
+
+    Args:
+        folder: model folder; without a better source its name is the model's.
+        config: the parsed config.json.
+        n_weights: weights of all tensors, for the size label.
+
+    Raises:
+        ModelError: generation_config.json is damaged.
+
+    """
+    notes: list[str] = []
+    name = config.get("_name_or_path")
+    named = {"_name_or_path": name} if isinstance(name, str) and name else {}
+    found = Metadata.apply_metadata_heuristic(Metadata(), _front_matter(folder, notes), named, folder, n_weights)
+    for key, value in read_json(folder / "generation_config.json").items():
+        field = "sampling_temp" if key == "temperature" else f"sampling_{key}"
+        if hasattr(found, field):
+            setattr(found, field, value)
+    writer = GGUFWriter(None, "")  # its empty architecture goes the way of all empty values
+    found.set_gguf_meta_model(writer)
+    keys = {key: fitted for key, value in writer.kv_data[0].items() if (fitted := _fitted(value)) is not None}
+    keys.setdefault("general.name", kv(folder.name, GGUFValueType.STRING))
+    keys.setdefault("general.size_label", kv(size_label(n_weights, n_weights, 0, 0), GGUFValueType.STRING))
+    return keys, notes
+
+
+def _front_matter(folder: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        card = dict(Metadata.load_model_card(folder))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        notes.append(f"README.md: its front matter is left out (licence, base model): {reason}")
+        return {}
+    if isinstance(card.get("license"), list):
+        card["license"] = ",".join(filter(None, map(_text, card["license"])))
+    return card
+
+
+def _fitted(entry: GGUFValue) -> GGUFValue | None:
+    """Return the entry with a value of its key's type, or ``None`` when it holds something else."""
+    fitted: Any
+    if entry.type == GGUFValueType.ARRAY:
+        fitted = [text for text in map(_text, entry.value) if text] or None
+    elif entry.type == GGUFValueType.STRING:
+        fitted = _text(entry.value) or None
+    else:
+        numbers = int | float if entry.type == GGUFValueType.FLOAT32 else int
+        fits = isinstance(entry.value, numbers) and not isinstance(entry.value, bool)
+        fitted = entry.value if fits else None
+    return None if fitted is None else kv(fitted, entry.type, entry.sub_type)
+
+
+def _text(value: Any) -> str | None:
+    """Return a scalar of YAML as text; ``None`` for anything else."""
+    is_scalar = isinstance(value, str | int | float | datetime.date) and not isinstance(value, bool)
+    return str(value) if is_scalar else None

@@ -71,16 +71,16 @@ def bench(n_pairs: int = N_PAIRS, n_threads: int | None = None) -> dict[str, flo
         write_gguf(model, uniform_plan(model, "BF16"), {}, source, n_threads=n_threads)
         plan = plan_of(model, cycled_types(model, ggml.K_TYPES))
         importance = random_importance(model)
-        report = {"n_weights": float(model.n_weights), "n_threads": float(n_threads)}
+        found = {"n_weights": float(model.n_weights), "n_threads": float(n_threads)}
         for label, weights in (("plain", {}), ("importance", importance)):
             pairs = compare(model, plan, weights, source, folder, n_threads, n_pairs)
-            report |= {
+            found |= {
                 f"{label}_ours_s": statistics.median(pair.ours for pair in pairs),
                 f"{label}_llama_s": statistics.median(pair.theirs for pair in pairs),
                 f"{label}_speed": statistics.median(pair.speed for pair in pairs),
                 f"{label}_speed_min": min(pair.speed for pair in pairs),
             }
-    return report
+    return found
 
 
 def compare(
@@ -181,17 +181,23 @@ def random_importance(model: Model) -> dict[str, Float32]:
     return {t.name: rng.gamma(1.0, 1.0, t.n_cols).astype(np.float32) + 1e-4 for t in model.tensors if t.is_matrix}
 
 
+def report(found: Mapping[str, float]) -> str:
+    """Return what ``bench`` found as lines for people."""
+    lines = [f"quantizing and writing {found['n_weights'] / 1e6:.0f} M weights, {found['n_threads']:.0f} threads, "
+             f"{llama_build()}"]  # fmt: skip
+    for label in ("plain", "importance"):
+        ours, theirs, speed, least = (found[f"{label}_{key}"] for key in ("ours_s", "llama_s", "speed", "speed_min"))
+        lines.append(f"  {label:10} write_gguf {ours:6.2f} s, llama_model_quantize {theirs:6.2f} s: "
+                     f"{speed:.2f}x its speed (least {least:.2f}x)")  # fmt: skip
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=N_PAIRS)
     parser.add_argument("--threads", type=int)
     arguments = parser.parse_args()
-    print(llama_build())
-    report = bench(arguments.pairs, arguments.threads)
-    print(f"{report['n_weights'] / 1e6:.0f} M weights, {report['n_threads']:.0f} threads")
-    for label in ("plain", "importance"):
-        ours, theirs, speed = (report[f"{label}_{key}"] for key in ("ours_s", "llama_s", "speed"))
-        print(f"{label:10} write_gguf {ours:6.2f} s, llama_model_quantize {theirs:6.2f} s, speed {speed:.2f}x")
+    print(report(bench(arguments.pairs, arguments.threads)))
 
 
 if __name__ == "__main__":

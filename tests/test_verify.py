@@ -171,6 +171,7 @@ def test_a_missing_key(file, model, plan):
         ("llama.context_length", struct.pack("<II", 4, 128), struct.pack("<II", 5, 128)),  # INT32 for UINT32
         ("tokenizer.ggml.scores", struct.pack("<f", -0.7), struct.pack("<f", -0.6999999)),
     ],
+    ids=["string", "array", "number", "type", "rounding"],
 )
 def test_a_key_of_another_value_or_type(key, old, new, file, model, plan):
     name = string(key) if old[:4] == struct.pack("<I", 4) else b""  # small numbers are everywhere

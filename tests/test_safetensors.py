@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import safetensors_bytes, with_header
+from tiny_models import safetensors_bytes
 
 from nsds_gguf.errors import ModelError, UnsupportedError
 from nsds_gguf.read.safetensors import MAX_DIMENSIONS, MAX_HEADER_BYTES, open_checkpoint, read_header
@@ -32,6 +32,11 @@ STRANGE = (
     {}, {"a": 1}, {"dtype": "F32"}, {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},
     {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
 )  # fmt: skip
+
+
+def with_header(header: bytes, data: bytes = b"") -> bytes:
+    """Return a safetensors file of any header, right or wrong."""
+    return len(header).to_bytes(8, "little") + header + data
 
 
 def write(folder: Path, content: bytes, name: str = "model.safetensors") -> Path:
@@ -64,10 +69,10 @@ def test_values_of_every_dtype(tmp_path):
 
 
 def test_bf16_is_the_upper_half_of_float32(tmp_path):
-    halves = np.array([0x3F80, 0xC049, 0x0001, 0x7F80, 0x8000, 0x7F7F], dtype="<u2")
+    halves = np.array([0x3F80, 0xC049, 0x0001, 0xFF7F, 0x8000, 0x7F7F], dtype="<u2")
     header = {"t": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}}
     header_file(tmp_path, header, halves.tobytes())
-    wanted = [[1.0, -3.140625, 2.0**-133], [np.inf, -0.0, (2 - 2**-7) * 2.0**127]]
+    wanted = [[1.0, -3.140625, 2.0**-133], [-(2 - 2**-7) * 2.0**127, -0.0, (2 - 2**-7) * 2.0**127]]
     rows = open_checkpoint(tmp_path)["t"].read_rows(slice(0, 2))
     np.testing.assert_array_equal(rows, np.array(wanted, dtype=np.float32))
     assert np.signbit(rows[1, 1])
@@ -174,6 +179,21 @@ def test_file_that_shrinks_after_opening(tmp_path):
         found["a"].read_rows(slice(0, 1))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_weights_that_are_not_finite_are_counted(tmp_path, dtype):
+    array = np.ones((4, 3), dtype)
+    array[1, :2], array[3, 0], array[3, 2] = np.nan, np.inf, -np.inf
+    file = write(tmp_path, safetensors_bytes({"w": array}))
+    tensor = open_checkpoint(tmp_path)["w"]
+    assert tensor.read_rows(slice(0, 1)).tolist() == [[1, 1, 1]]
+    with pytest.raises(ModelError) as error:
+        tensor.read_rows(slice(0, 2))
+    assert str(error.value) == (
+        f"{file}: tensor w: 2 NaN and 2 infinite of 12 weights; wanted finite numbers: the checkpoint is damaged, "
+        "download it again"
+    )
+
+
 # --- shards ----------------------------------------------------------------------------------------------------------
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -271,6 +291,12 @@ def test_no_weights(tmp_path, files, kind, message):
     for name in files:
         write(tmp_path, b"", name)
     with pytest.raises(kind, match=message):
+        open_checkpoint(tmp_path)
+
+
+def test_link_to_nowhere(tmp_path):
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blobs" / "4d7a")
+    with pytest.raises(ModelError, match=r"model.safetensors: link to a file that is missing: download it again"):
         open_checkpoint(tmp_path)
 
 

@@ -119,7 +119,8 @@ def perplexity(
 ) -> Perplexity:
     """Measure the perplexity of a GGUF on a text and, with ``against``, its KL divergence from another GGUF.
 
-    In memory: both models, and for each the logits of one batch, at most ``n_batch / 2 * n_vocab`` float32.
+    In memory: both models, and for each the logits of one batch: at most ``n_batch * n_vocab`` float32, half of that
+    where whole chunks fit in a batch.
 
     Args:
         file: the GGUF to measure.
@@ -346,11 +347,12 @@ def _nll(logits: Float32, targets: Int32, work: NDArray[np.floating[Any]]) -> Fl
 
 def _check_finite(scores: Scores, files: Sequence[Path], chunk: int, n_chunks: int) -> None:
     """Raise ``VerifyError`` when the scores of a chunk hold NaN or infinity."""
-    for name, file in zip(("nll", "reference_nll"), files, strict=False):
+    culprits = {"nll": files[0], "reference_nll": files[-1], "kld": " or ".join(map(str, files))}
+    for name, culprit in culprits.items():
         n_bad = scores.size - int(np.isfinite(scores[name]).sum())
         if n_bad:
             raise VerifyError(
-                f"{file}: NaN or infinite logits at {n_bad} of {scores.size} scored tokens of chunk {chunk + 1} of "
+                f"{culprit}: NaN or infinite logits at {n_bad} of {scores.size} scored tokens of chunk {chunk + 1} of "
                 f"{n_chunks}; the file is damaged"
             )
 

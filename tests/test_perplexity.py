@@ -314,6 +314,17 @@ def test_nan_and_infinity_name_file_and_chunk(tiny, tmp_path, value):
     assert str(caught.value) == message
 
 
+def test_one_infinite_logit_of_an_unlikely_token():
+    """It leaves the perplexity finite, but not the divergence."""
+    ours, reference = np.random.default_rng(7).standard_normal((2, 3, 50), dtype=np.float32)
+    ours[1, 9] = -np.inf
+    scores = np.zeros(3, dtype=module._SCORE)
+    module._score_rows(scores, [ours, reference], np.zeros(3, dtype=np.int32))
+    assert np.isfinite(scores["nll"]).all()
+    with pytest.raises(VerifyError, match=r"^a or b: NaN or infinite logits at 1 of 3 scored tokens of chunk 5 of 8"):
+        module._check_finite(scores, [Path("a"), Path("b")], 4, 8)
+
+
 def test_absurd_perplexity(tiny, tmp_path):
     check_sane(tiny, perplexity(tiny, TEXT, n_ctx=128))
     weights = tiny_weights()

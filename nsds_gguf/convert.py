@@ -423,7 +423,7 @@ def evaluation_text(verifying: VerifyOptions) -> str:
 def read_text(path: Path) -> str:
     """Return the text of a file; raises ``TextError`` when it is missing or not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode()  # line ends as they are: llama-perplexity counts them too
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror}; wanted a text file") from error
     except UnicodeDecodeError as error:

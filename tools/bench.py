@@ -16,7 +16,7 @@ import bench_quality
 import bench_score
 import bench_write
 
-from nsds_gguf.convert import evaluation_text
+from nsds_gguf.convert import VerifyOptions, evaluation_text
 
 PARTS = ("score", "write", "quality")
 
@@ -34,7 +34,7 @@ def main() -> None:
     if "write" in parts:
         print(bench_write.report(bench_write.bench()), flush=True)
     if "quality" in parts:
-        rows = bench_quality.bench(arguments.model, evaluation_text(arguments.text), n_chunks=arguments.chunks)
+        rows = bench_quality.bench(arguments.model, evaluation_text(VerifyOptions(text=arguments.text)), n_chunks=arguments.chunks)
         print(bench_quality.report(rows))
 
 

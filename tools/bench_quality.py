@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("--chunks", type=int)
     parser.add_argument("--importance", default="sweep")
     arguments = parser.parse_args()
-    text = convert.evaluation_text(arguments.text)
+    text = convert.evaluation_text(convert.VerifyOptions(text=arguments.text))
     stock = arguments.stock.split(",")
     print(report(bench(arguments.model, text, stock, arguments.chunks, importance=arguments.importance)))
 

@@ -34,7 +34,8 @@ def main() -> None:
     if "write" in parts:
         print(bench_write.report(bench_write.bench()), flush=True)
     if "quality" in parts:
-        rows = bench_quality.bench(arguments.model, evaluation_text(VerifyOptions(text=arguments.text)), n_chunks=arguments.chunks)
+        text = evaluation_text(VerifyOptions(text=arguments.text))
+        rows = bench_quality.bench(arguments.model, text, n_chunks=arguments.chunks)
         print(bench_quality.report(rows))
 
 

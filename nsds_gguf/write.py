@@ -51,7 +51,7 @@ FILE_TYPES = {
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
 
-_SLAB_WEIGHTS = 1 << 18  # 1 MiB of float32 at a time in each thread: it stays in the cache
+_SLAB_WEIGHTS = 1 << 19  # 2 MiB of float32 in each thread: stays in the cache, hides Python's 0.1 ms a slab
 _IN_FLIGHT_PER_THREAD = 2
 _LARGEST_F16 = 65504.0  # scales are float16: only weights above can overflow a type
 _NO_DIGEST = "0" * 64  # as long as a real one: the header's size is known before the plan is
@@ -75,7 +75,7 @@ def write_gguf(
 ) -> None:
     """Write the file that the plan describes.
 
-    In memory: about four slabs of 1 MiB per thread and what the page cache keeps of the source.
+    In memory: about four slabs of 2 MiB per thread and what the page cache keeps of the source.
 
     Args:
         model: where the weights come from.

@@ -9,6 +9,7 @@ names that text. To add one: a line in ``KNOWN``, then run the tool, which refus
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,17 +26,19 @@ Chain = tuple[Step, ...]
 BYTE_LEVEL: Step = ("ByteLevel",)
 _DIGITS: Step = ("Digits", "individual")
 
-# Patterns as tokenizer.json files write them. GPT2 is the one that ByteLevel applies by itself (use_regex).
+# Patterns as tokenizer.json files write them, line ends always as \r and \n.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_BLANKS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-_PUNCTUATION = r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + _BLANKS
+_CONTRACTIONS_SPELLED_OUT = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"  # as llama.cpp writes it
 _LEAD = r"[^\r\n\p{L}\p{N}]?"
+_BLANKS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + _BLANKS
+_REST_WITH_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _BLANKS
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_PUNCTUATION_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*" + _BLANKS
-_CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
-_CJK_WIDE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
-_ASCII_SIGN_WORD = "[!\"#$%&'()*+,\\-./:;<=>?@\\[\\\\\\]^_`{|}~][A-Za-z]+"
-_MARKED_WORD = r"[^" + "\r\n" + r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+_TIKTOKEN_WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|"
+_TIKTOKEN_REST = r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+_DEEPSEEK_WORDS = r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
+_DEEPSEEK_CJK = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
+_DEEPSEEK_CJK_WIDE = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 # The letters with case, as DeepSeek LLM lists them.
 _CASED_RANGES = (
     "A-Za-z\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376"
@@ -51,33 +54,28 @@ _CASED_RANGES = (
     "\U000118df\U0001e900-\U0001e943"
 )
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = _CONTRACTIONS + "|" + _LEAD + r"\p{L}+|\p{N}{1,3}" + _PUNCTUATION
-QWEN2 = _CONTRACTIONS + "|" + _LEAD + r"\p{L}+|\p{N}" + _PUNCTUATION
-QWEN35 = _CONTRACTIONS + "|" + _LEAD + r"[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _BLANKS
-MINICPM5 = _CONTRACTIONS + "|" + _LEAD + r"\p{L}+|\p{N}+" + _PUNCTUATION
-TEKKEN = f"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*" + r"|\p{N}" + _PUNCTUATION_SLASH
-GPT4O = (
-    f"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?"
-    + r"|\p{N}{1,3}"
-    + _PUNCTUATION_SLASH
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # ByteLevel's own (use_regex)
+LLAMA3 = f"{_CONTRACTIONS}|{_LEAD}" + r"\p{L}+|\p{N}{1,3}" + _REST
+QWEN2 = f"{_CONTRACTIONS}|{_LEAD}" + r"\p{L}+|\p{N}" + _REST
+QWEN35 = f"{_CONTRACTIONS}|{_LEAD}" + r"[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*" + _BLANKS
+MINICPM5 = f"{_CONTRACTIONS}|{_LEAD}" + r"\p{L}+|\p{N}+" + _REST
+SEED_CODER = f"{_CONTRACTIONS}|{_LEAD}" + r"\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+" + _BLANKS
+TEKKEN = f"{_LEAD}{_UPPER}*{_LOWER}+|{_LEAD}{_UPPER}+{_LOWER}*" + r"|\p{N}" + _REST_WITH_SLASH
+GPT4O = f"{_LEAD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_LEAD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?" + (
+    r"|\p{N}{1,3}" + _REST_WITH_SLASH
 )
 # tiktoken's spelling of LLAMA3 and QWEN2: possessive quantifiers that change no match.
-_TIKTOKEN_WORDS = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|"
-_TIKTOKEN_REST = r"| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 TIKTOKEN_3_DIGITS = _TIKTOKEN_WORDS + r"\p{N}{1,3}" + _TIKTOKEN_REST
 TIKTOKEN_1_DIGIT = _TIKTOKEN_WORDS + r"\p{N}" + _TIKTOKEN_REST
-SEED_CODER = (
-    _CONTRACTIONS + "|[^\r\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}{1}| ?[^\\s\\p{L}\\p{N}\r\n]+|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
-)
-DEEPSEEK_V3 = _ASCII_SIGN_WORD + "|" + _MARKED_WORD + "| ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+"
-SPARK25 = _ASCII_SIGN_WORD + "|" + _MARKED_WORD + "| ?[\\p{P}\\p{S}]+|[\r\n]|\\s+(?!\\S)|\\s+"
+DEEPSEEK_V3 = _DEEPSEEK_WORDS + r"| ?[\p{P}\p{S}]+[\r\n]*" + _BLANKS
+SPARK25 = _DEEPSEEK_WORDS + r"| ?[\p{P}\p{S}]+|[\r\n]|\s+(?!\S)|\s+"
+DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK_WIDE)
 DEEPSEEK_LLM = (
-    "[\r\n]",
-    r"\s?[" + _CASED_RANGES + "]+",
+    r"[\r\n]",
+    rf"\s?[{_CASED_RANGES}]+",
     "\\s?[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
     r"\s+$",
-    _CJK_WIDE,
+    _DEEPSEEK_CJK_WIDE,
 )
 BLOOM = " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
 
@@ -118,7 +116,7 @@ def _digits_last(chain: Chain) -> Chain:
     return (*chain[:-1], _DIGITS, BYTE_LEVEL)
 
 
-_CASED_OR_MARKS = "words with capitals beyond A-Z or with combining marks"
+_CASED_OR_MARKED = "letters beyond A-Z that have case, or combining marks,"
 
 KNOWN: tuple[PreTokenizer, ...] = (
     PreTokenizer("llama-bpe", (*covering(LLAMA3), *covering(TIKTOKEN_3_DIGITS)), ignore_merges=True),
@@ -127,22 +125,22 @@ KNOWN: tuple[PreTokenizer, ...] = (
     PreTokenizer("qwen35", covering(QWEN35)),
     PreTokenizer("gpt-2", covering(GPT2)),
     PreTokenizer("smollm", ((_DIGITS, *split(GPT2)), split(r"\p{N}", GPT2))),
-    PreTokenizer("tekken", covering(TEKKEN), ignore_merges=True, limit=_CASED_OR_MARKS),
-    PreTokenizer("gpt-4o", covering(GPT4O), limit=_CASED_OR_MARKS),
-    PreTokenizer("deepseek-v3", (split(r"\p{N}{1,3}", _CJK, DEEPSEEK_V3),)),
+    PreTokenizer("tekken", covering(TEKKEN), ignore_merges=True, limit=_CASED_OR_MARKED),
+    PreTokenizer("gpt-4o", covering(GPT4O), limit=_CASED_OR_MARKED),
+    PreTokenizer("deepseek-v3", (split(r"\p{N}{1,3}", _DEEPSEEK_CJK, DEEPSEEK_V3),)),
     PreTokenizer(
         "deepseek-coder",
-        (_digits_last(split("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK_WIDE)),),
-        limit="blanks from U+1680 on, such as the ideographic space",
+        (_digits_last(split(*DEEPSEEK_CODER)),),
+        limit="blanks from U+1680 on, such as the ideographic space,",
     ),
     PreTokenizer(
         "deepseek-llm",
         (_digits_last(split(*DEEPSEEK_LLM)),),
-        limit="digits beyond 0-9 and blanks from U+1680 on, such as the ideographic space,",
+        limit="digits beyond 0-9, or blanks from U+1680 on such as the ideographic space,",
     ),
     PreTokenizer("seed-coder", covering(SEED_CODER)),
     PreTokenizer("minicpm5", (split(r"\p{N}{1,3}", MINICPM5),), ignore_merges=True),
-    PreTokenizer("spark2_5", (_digits_last(split(r"\p{N}{1,3}", _CJK, SPARK25)),)),
+    PreTokenizer("spark2_5", (_digits_last(split(r"\p{N}{1,3}", _DEEPSEEK_CJK, SPARK25)),)),
     PreTokenizer("bloom", (split(BLOOM),)),
 )
 
@@ -165,6 +163,12 @@ def check_name(name: str) -> None:
     if name not in NAMES:
         near = get_close_matches(name, NAMES, n=3, cutoff=0.5) or [known.name for known in KNOWN[:5]]
         raise UnsupportedError(f"--pre {name}: llama.cpp knows no such pre-tokenizer; near it: {', '.join(near)}")
+
+
+def table_digests() -> dict[str, str]:
+    """Return what identifies each line of ``KNOWN``, by name: 16 hex digits of the SHA-256 of all that it says."""
+    lines = {known.name: json.dumps([known.chains, known.ignore_merges, known.limit]) for known in KNOWN}
+    return {name: hashlib.sha256(line.encode()).hexdigest()[:16] for name, line in lines.items()}
 
 
 def limit_of(name: str) -> str:
@@ -223,12 +227,17 @@ def _steps(node: Any) -> Iterator[Step]:
         yield BYTE_LEVEL
     elif kind == "Split" and isinstance(node.get("pattern"), Mapping) and "Regex" in node["pattern"]:
         inverted = ("inverted",) if node.get("invert") else ()
-        yield ("Split", str(node["pattern"]["Regex"]), str(node.get("behavior")), *inverted)
+        yield ("Split", _canonical_pattern(str(node["pattern"]["Regex"])), str(node.get("behavior")), *inverted)
     elif kind == "Digits" and node.get("individual_digits"):
         yield _DIGITS
     else:
         options = {key: value for key, value in node.items() if key not in ("type", "trim_offsets")}
         yield (str(kind), json.dumps(options, ensure_ascii=False, sort_keys=True))
+
+
+def _canonical_pattern(pattern: str) -> str:
+    pattern = pattern.replace("\r", r"\r").replace("\n", r"\n")
+    return pattern.replace(_CONTRACTIONS_SPELLED_OUT, _CONTRACTIONS)
 
 
 def _nearest(chain: Chain) -> tuple[str, float]:
@@ -248,5 +257,4 @@ def _spelled(chain: Chain) -> str:
 
 
 def _shortened(text: str, n_chars: int = 200) -> str:
-    printable = text.replace("\r", r"\r").replace("\n", r"\n")
-    return printable if len(printable) <= n_chars else f"{printable[:n_chars]}…"
+    return text if len(text) <= n_chars else f"{text[:n_chars]}…"

@@ -21,7 +21,7 @@ from .pretokenizers import check_name, limit_of, recognise
 from .vocab_bpe import flat, is_byte_level, read_bpe
 from .vocab_files import TokenizerFiles
 from .vocab_special import chat_template_keys, special_keys
-from .vocab_spm import drops_prefix_before_blank, read_converted, read_sentencepiece
+from .vocab_spm import prefix_note, read_converted, read_sentencepiece
 from .vocab_tokens import PADDING_SCORE, Tokens
 
 _SPM_PRE = "default"  # what the converter writes for sentencepiece, where llama.cpp reads none
@@ -104,11 +104,11 @@ def _sentencepiece(files: TokenizerFiles, pre: str | None) -> _Kind:
         raise UnsupportedError(
             f"--pre {pre}: {files.folder} has a sentencepiece tokenizer, which has no pre-tokenizer; leave it out"
         )
-    notes: tuple[str, ...] = ()
     if files.model_path.is_file():
-        read, source = read_sentencepiece(files, any_normalizer=pre is not None), files.model_path
+        read, source, note = read_sentencepiece(files, any_normalizer=pre is not None), files.model_path, ""
     else:
-        read, source, notes = read_converted(files), files.json_path, _leading_blank_note(files)
+        read, source, note = read_converted(files), files.json_path, prefix_note(files.tokenizer)
+    notes = (note,) if note else ()
     return _Kind("llama", _SPM_PRE, read.tokens, source, read.special_ids, True, read.add_space_prefix, notes)
 
 
@@ -165,9 +165,3 @@ def _added_token_note(files: TokenizerFiles) -> tuple[str, ...]:
         f"Added tokens such as {stripping[0]!r} take blanks around them along or match whole words only; "
         "llama.cpp matches them as they stand.",
     )
-
-
-def _leading_blank_note(files: TokenizerFiles) -> tuple[str, ...]:
-    if not drops_prefix_before_blank(files.tokenizer):
-        return ()
-    return ("llama.cpp puts a blank in front of a text even where it begins with one; the original does not.",)

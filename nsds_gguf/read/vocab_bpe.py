@@ -63,11 +63,11 @@ def read_bpe(files: TokenizerFiles) -> Tokens:
     """
     model, path = bpe_model(files), files.json_path
     vocab = model["vocab"]
-    texts = texts_by_id(vocab, files.added_tokens, path)
+    texts = texts_by_id(vocab, files)
     _check_alphabet(model, path)
     types = dict.fromkeys(texts, TokenType.NORMAL)
     types.update({token_id: added_token_type(token) for token_id, token in files.added_tokens.items()})
-    return Tokens(texts, types, merges=tuple(_merge_lines(model.get("merges"), vocab, path)))
+    return Tokens(texts, types, merges=_merge_lines(model.get("merges"), vocab, path))
 
 
 def byte_alphabet() -> tuple[str, ...]:
@@ -80,8 +80,8 @@ def byte_alphabet() -> tuple[str, ...]:
     return tuple(chr(byte if byte in itself else next(others)) for byte in range(256))
 
 
-def merge_pairs(merges: Any, vocab: Mapping[str, int], path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the two halves of each merge, from ``"left right"`` or ``["left", "right"]``.
+def merge_pairs(merges: Any, vocab: Mapping[str, int], path: Path) -> list[tuple[str, str]]:
+    """Return the two halves of each merge, from ``"left right"`` or ``["left", "right"]``.
 
     Raises:
         TokenizerError: a merge is neither, or a half or the whole is no token.
@@ -89,22 +89,28 @@ def merge_pairs(merges: Any, vocab: Mapping[str, int], path: Path) -> Iterator[t
     """
     if not isinstance(merges, list) or not merges:
         raise TokenizerError(f"{path}: wanted a list of merges, got {merges!r}; restore the file")
-    for rank, merge in enumerate(merges):
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(half, str) for half in pair):
-            raise TokenizerError(f"{path}: merge {rank}: wanted two tokens, got {merge!r}; restore the file")
-        left, right = pair
-        if left not in vocab or right not in vocab or left + right not in vocab:
+    pairs: list[tuple[str, str]] = []
+    for merge in merges:
+        try:
+            left, right = merge.split(" ") if isinstance(merge, str) else merge
+            known = left in vocab and right in vocab and left + right in vocab
+        except (TypeError, ValueError) as error:
+            raise TokenizerError(
+                f"{path}: merge {len(pairs)}: wanted two tokens, got {merge!r}; restore the file"
+            ) from error
+        if not known:
             unknown = next(text for text in (left, right, left + right) if text not in vocab)
-            raise TokenizerError(f"{path}: merge {rank} {merge!r}: {unknown!r} is not in the vocabulary")
-        yield left, right
+            raise TokenizerError(f"{path}: merge {len(pairs)} {merge!r}: {unknown!r} is not in the vocabulary")
+        pairs.append((left, right))
+    return pairs
 
 
-def _merge_lines(merges: Any, vocab: Mapping[str, int], path: Path) -> Iterator[str]:
-    for left, right in merge_pairs(merges, vocab, path):
-        if " " in left or " " in right:
-            raise TokenizerError(f"{path}: merge {left!r}, {right!r}: a blank in a byte-level token; restore the file")
-        yield f"{left} {right}"
+def _merge_lines(merges: Any, vocab: Mapping[str, int], path: Path) -> tuple[str, ...]:
+    lines = tuple(f"{left} {right}" for left, right in merge_pairs(merges, vocab, path))
+    blank = next((line for line in lines if line.count(" ") != 1), None)
+    if blank is not None:
+        raise TokenizerError(f"{path}: merge {blank!r}: a blank in a byte-level token; restore the file")
+    return lines
 
 
 def _check_alphabet(model: Mapping[str, Any], path: Path) -> None:

@@ -78,19 +78,20 @@ class TokenizerFiles:
         for key, entry in _mapping(self.tokenizer_config, "added_tokens_decoder", "tokenizer_config.json").items():
             token_id = int(key) if key.isdecimal() else key
             found[_token_id(token_id, key, "tokenizer_config.json")] = _added_token(entry, token_id)
-        own = [_added_token(entry, _field(entry, "id")) for entry in self._json_added_tokens]
-        for token in own:
+        for token in self.json_added_tokens:
             found[token.token_id] = token
-        if len({token.token_id for token in own}) < len(own) or len({token.text for token in own}) < len(own):
-            raise TokenizerError(f"{self.json_path}: added_tokens names the same id or text twice; restore the file")
         return found
 
-    @property
-    def _json_added_tokens(self) -> list[Any]:
+    @cached_property
+    def json_added_tokens(self) -> tuple[AddedToken, ...]:
+        """Added tokens of ``tokenizer.json`` in its order; raises ``TokenizerError`` when it names one twice."""
         entries = self.tokenizer.get("added_tokens") or []
         if not isinstance(entries, list):
             raise TokenizerError(f"{self.json_path}: added_tokens: wanted a list, got {type(entries).__name__}")
-        return entries
+        tokens = tuple(_added_token(entry, _field(entry, "id")) for entry in entries)
+        if min(len({token.token_id for token in tokens}), len({token.text for token in tokens})) < len(tokens):
+            raise TokenizerError(f"{self.json_path}: added_tokens names the same id or text twice; restore the file")
+        return tokens
 
     @cached_property
     def _named_special(self) -> set[str]:

@@ -94,9 +94,9 @@ def read_converted(files: TokenizerFiles) -> SentencePiece:
     path, model = files.json_path, bpe_model(files)
     add_space_prefix = _metaspace_prefix(files.tokenizer, path)
     vocab, added = model["vocab"], files.added_tokens
-    texts = texts_by_id(vocab, added, path)
+    texts = texts_by_id(vocab, files)
     _check_bytes(vocab, path)
-    joined = _scores_by_rank(vocab, list(merge_pairs(model.get("merges"), vocab, path)), added, path)
+    joined = _scores_by_rank(vocab, merge_pairs(model.get("merges"), vocab, path), added, path)
     types = {i: TokenType.BYTE if text in _BYTE_TOKENS else TokenType.NORMAL for i, text in texts.items()}
     scores = {i: joined.get(text, 0.0) for i, text in texts.items()}
     unk = vocab.get(model.get("unk_token"))
@@ -106,9 +106,16 @@ def read_converted(files: TokenizerFiles) -> SentencePiece:
     return SentencePiece(Tokens(texts, types, scores), add_space_prefix, {} if unk is None else {"unk": unk})
 
 
-def drops_prefix_before_blank(tokenizer: Mapping[str, Any]) -> bool:
-    """Tell whether the blank in front is left out when the text begins with one, which llama.cpp never does."""
-    return any(step.get("type") == "Metaspace" and _prepends(step) for step in flat(tokenizer.get("pre_tokenizer")))
+def prefix_note(tokenizer: Mapping[str, Any]) -> str:
+    """Return in a sentence where llama.cpp puts a blank and a converted tokenizer does not; empty when nowhere."""
+    prepending = [step for step in flat(tokenizer.get("pre_tokenizer")) if _prepends(step)]
+    if not prepending:
+        return ""
+    after_special = " and after special tokens" if prepending[0].get("prepend_scheme") == "first" else ""
+    return (
+        "llama.cpp puts a blank in front of every stretch of text; the original leaves it out before another blank"
+        f"{after_special}."
+    )
 
 
 def _overlay(
@@ -169,57 +176,52 @@ def _is_whole_metaspace(step: Mapping[str, Any]) -> bool:
     return is_metaspace and step.get("split", True) is False
 
 
-def _prepends(metaspace: Mapping[str, Any]) -> bool:
-    scheme = metaspace.get("prepend_scheme", "always" if metaspace.get("add_prefix_space", True) else "never")
-    return bool(scheme != "never")
+def _prepends(step: Mapping[str, Any]) -> bool:
+    scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
+    return step.get("type") == "Metaspace" and scheme != "never"
 
 
 def _scores_by_rank(
     vocab: Mapping[str, int], merges: list[tuple[str, str]], added: Mapping[int, AddedToken], path: Path
 ) -> dict[str, float]:
-    """Return a score per joined token that orders joins as the ranks do, from 0 downwards.
+    """Return a score per joined token that orders joins as the ranks do, from -1 downwards.
 
-    Tokens whose merges interleave had the same score and get the same again.
+    Tokens whose merges interleave had the same score and get the same again. That holds for runs of one character, as
+    Llama 2 has them of blanks; for other tokens llama.cpp, which takes the left one of equals, might join differently.
     """
-    spans: dict[str, tuple[int, int]] = {}
-    for rank, (left, right) in enumerate(merges):
-        first, _ = spans.get(left + right, (rank, rank))
-        spans[left + right] = (first, rank)
     _check_complete(vocab, set(merges), {token.text for token in added.values()}, path)
+    last_rank = {left + right: rank for rank, (left, right) in enumerate(merges)}
     scores: dict[str, float] = {}
-    group, end = 0, -1
-    for text, (first, last) in spans.items():  # in order of their first rank
-        if first > end and scores:
-            group += 1
-        end = max(end, last)
+    group, end, previous = 0, -1, ""
+    for rank, (left, right) in enumerate(merges):
+        text = left + right
+        if text in scores:
+            continue
+        if rank <= end and (len(set(previous)) > 1 or len(set(text)) > 1):
+            raise _joins_differently(path, f"merges of {previous!r} and {text!r} interleave")
+        group += rank > end
+        end, previous = max(end, last_rank[text]), text
         scores[text] = -float(group)
     return scores
 
 
 def _check_complete(vocab: Mapping[str, int], merges: set[tuple[str, str]], added: set[str], path: Path) -> None:
     """Raise unless merges hold every split of a token into two: llama.cpp joins whatever makes a token."""
-    characters = {text for text in vocab if len(text) == 1}
-    ordinary = [text for text in vocab if text not in added and text not in _BYTE_TOKENS]
-    for text in ordinary:
-        unknown = next((character for character in text if character not in characters), None)
-        split = next(
-            (
-                (text[:i], text[i:])
-                for i in range(1, len(text))
-                if text[:i] in vocab
-                and text[i:] in vocab
-                and (text[:i], text[i:]) not in merges
-                and text[:i] not in added
-                and text[i:] not in added
-            ),
-            None,
-        )
-        if unknown is not None or split is not None:
-            reason = f"character {unknown!r} is no token" if split is None else f"{split[0]!r} {split[1]!r} is no merge"
-            raise UnsupportedError(
-                f"{path}: token {text!r}: {reason}, so llama.cpp would join text differently; "
-                "add the tokenizer.model that it was made from"
-            )
+    parts = {text for text in vocab if text not in added}
+    for text in parts.difference(_BYTE_TOKENS):
+        for character in text:
+            if character not in parts:
+                raise _joins_differently(path, f"character {character!r} of token {text!r} is no token")
+        for i in range(1, len(text)):
+            left, right = text[:i], text[i:]
+            if left in parts and right in parts and (left, right) not in merges:
+                raise _joins_differently(path, f"{left!r} {right!r} makes a token, but is no merge")
+
+
+def _joins_differently(path: Path, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{path}: {reason}, so llama.cpp would join text differently; add the tokenizer.model that it was made from"
+    )
 
 
 # --- tokenizer.model --------------------------------------------------------------------------------------------------

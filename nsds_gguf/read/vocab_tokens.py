@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from gguf import TokenType
 
 from ..errors import TokenizerError
-from .vocab_files import AddedToken
+from .vocab_files import AddedToken, TokenizerFiles
 
 # Scores that llama.cpp's conversion/base.py (_create_vocab_sentencepiece) gives to added tokens and to padding.
 ADDED_SCORE = -1000.0
@@ -53,31 +52,44 @@ def looks_special(text: str) -> bool:
     )
 
 
-def texts_by_id(vocab: Mapping[str, int], added: Mapping[int, AddedToken], path: Path) -> dict[int, str]:
+def texts_by_id(vocab: Mapping[str, int], files: TokenizerFiles) -> dict[int, str]:
     """Return the text of every id of a ``tokenizer.json`` vocabulary and its added tokens.
 
     Raises:
         TokenizerError: an id is no natural number, two texts share an id, or an added token has two ids.
 
     """
+    path = files.json_path
     texts: dict[int, str] = {}
     for text, token_id in vocab.items():
         if isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0:
             raise TokenizerError(f"{path}: token {text!r}: wanted an id from 0, got {token_id!r}; restore the file")
-        if token_id in texts:
+        if texts.setdefault(token_id, text) != text:
             raise TokenizerError(
                 f"{path}: id {token_id} belongs to both {texts[token_id]!r} and {text!r}; restore the file"
             )
-        texts[token_id] = text
-    for token in added.values():
-        if vocab.get(token.text, token.token_id) != token.token_id:
-            raise TokenizerError(
-                f"{path}: added token {token.text!r} has id {token.token_id}, "
-                f"but id {vocab[token.text]} in the vocabulary; restore the file"
-            )
+    _check_assigned_ids(vocab, files)
+    for token in files.added_tokens.values():
         if texts.setdefault(token.token_id, token.text) != token.text:
             raise TokenizerError(
                 f"{path}: id {token.token_id} belongs to both {texts[token.token_id]!r} and the added token "
                 f"{token.text!r}; restore the file"
             )
     return texts
+
+
+def _check_assigned_ids(vocab: Mapping[str, int], files: TokenizerFiles) -> None:
+    """Raise unless the tokenizers library, which assigns ids in order, gives added tokens the ids in the file.
+
+    A text of the vocabulary keeps its id, another gets the one after the last added token, but none below the size of
+    the vocabulary (``AddedVocabulary::add_tokens``).
+    """
+    last = -1
+    for token in files.json_added_tokens:
+        assigned = vocab.get(token.text, max(last + 1, len(vocab)))
+        if assigned != token.token_id:
+            raise TokenizerError(
+                f"{files.json_path}: added token {token.text!r} has id {token.token_id}, but the tokenizers library "
+                f"gives it id {assigned} after {len(vocab)} tokens of the vocabulary; restore the file"
+            )
+        last = max(last, assigned)

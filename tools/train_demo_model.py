@@ -241,7 +241,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="training text, UTF-8, plain or .xz")
     parser.add_argument("--heldout", type=Path, required=True, help="text to measure on, never trained on")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the model to")
-    parser.add_argument("--steps", type=int, default=4000, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3300, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens a step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread (default: %(default)s)")

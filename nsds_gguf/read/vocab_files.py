@@ -106,7 +106,7 @@ def read_json(path: Path) -> dict[str, Any]:
     data = read_bytes(path)
     try:
         parsed = json.loads(data.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, an integer too long, brackets too deep
         raise TokenizerError(f"{path}: not JSON: {error}; restore the file") from error
     if not isinstance(parsed, dict):
         raise TokenizerError(f"{path}: wanted a JSON object, got {type(parsed).__name__}; restore the file")

@@ -108,8 +108,8 @@ def _special_id(name: str, files: TokenizerFiles, ids: Mapping[str, int], own_id
     for configuration in (files.config, files.generation_config):
         value = configuration.get(f"{name}_token_id")
         for token_id in value if isinstance(value, list) else [value]:
-            if not isinstance(token_id, bool) and token_id in known:
-                return int(token_id)
+            if isinstance(token_id, int) and not isinstance(token_id, bool) and token_id in known:
+                return token_id
     return own_ids.get(name)
 
 

@@ -235,7 +235,7 @@ def test_ids_are_those_of_tokenizers(
     name: str, trained: Callable[[str], Path], strings: list[str], tmp_path: Path
 ) -> None:
     folder = trained(name)
-    texts = comparable(fill_slots(strings, [*CONTROL, *USER_DEFINED]), RECOGNISED[name], tokens_of(folder))
+    texts = fill_slots(comparable(strings, RECOGNISED[name], tokens_of(folder)), [*CONTROL, *USER_DEFINED])
     original = HuggingFace(folder)
     with LlamaCpp(write_vocab(tmp_path / "v.gguf", folder, n_rows(folder) + 5)) as llama:
         assert llama.tokenize(texts, parse_special=True) == original.tokenize(texts, parse_special=True)

@@ -179,6 +179,6 @@ def comparable(strings: Sequence[str], pre: str, tokens: Sequence[str]) -> list[
     alphabet, known = byte_alphabet(), set(tokens)
     missing = {byte for byte in range(256) if alphabet[byte] not in known} if pre != "default" else set()
     removed = REMOVED.get(pre, lambda character: False)
-    characters = {character for text in strings for character in text}
+    characters = {character for text in strings for character in text}.difference(SPECIAL_SLOTS)
     drop = {ord(c): None for c in characters if removed(c) or not missing.isdisjoint(c.encode())}
     return [_LONG_S.sub("", text).translate(drop) for text in strings]

@@ -213,16 +213,17 @@ def _compare(kind: Kind, stored: Stored, folder: Path, gguf: Path, result: Resul
     parses = kind.form != "model"
     original: HuggingFace | SentencePiece = HuggingFace(folder) if parses else SentencePiece(folder)
     special = _special_tokens(stored) if parses else []
-    raw = fill_slots(corpus(), special)[: None if not parses else N_STRINGS_WITH_SPECIAL]
+    raw = corpus()
+    cleaned = comparable(raw, kind.pre, stored.tokens)
+    result.n_cleaned = sum(a != b for a, b in zip(raw, cleaned, strict=True))
+    texts = fill_slots(cleaned, special)[: N_STRINGS_WITH_SPECIAL if parses else None]
     if kind.nfc:
-        raw = [unicodedata.normalize("NFC", text) for text in raw]
-    plain = comparable(raw, kind.pre, stored.tokens)
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
+    texts = list(dict.fromkeys(texts))
     forced = [text for text in FORCED_CONTROL if _is_ordinary(text, stored)]
     hidden = [text for text in special if _is_lookalike(text, stored)]
-    result.n_cleaned = sum(a != b for a, b in zip(raw, plain, strict=True))
-    plain = list(dict.fromkeys(plain))
-    parsed = [text for text in plain if not _holds(text, forced)] if parses else plain
-    unparsed = [t for t in plain if _holds(t, [*special, *forced]) and not _holds(t, hidden)] if parses else []
+    parsed = [text for text in texts if not _holds(text, forced)] if parses else texts
+    unparsed = [t for t in texts if _holds(t, [*special, *forced]) and not _holds(t, hidden)] if parses else []
     result.n_strings, result.n_unparsed = len(parsed), len(unparsed)
     expected = original.tokenize(parsed, parse_special=parses)
     with LlamaCpp(gguf) as llama:

@@ -555,7 +555,7 @@ def test_pins(tmp_path, refused, pin, code, line):
 
 # --- config.json -----------------------------------------------------------------------------------------------------
 
-STRANGE = ("x", "", None, True, 0, -1, 3, 2.5, 10**9, 10**400, math.nan, [], ["x"])
+STRANGE = ("x", "", None, True, 0, -1, 3, 2.5, 10**9, 10**400, math.nan, [], ["x"], {}, {"factor": "x"})
 
 
 def places(data: dict, at: tuple[str, ...] = ()):

@@ -35,7 +35,7 @@ from .records import (
     Target,
     no_progress,
 )
-from .resources import check_disk, check_memory
+from .resources import THREADED_WIDTH, blas_threads, check_disk, check_memory
 from .verify import verify_structure
 from .write import header_bytes, temporary_sibling, write_gguf
 
@@ -227,13 +227,14 @@ class Work:
     def propagation(self) -> Propagation:
         """Return the moment sweep."""
         if self._propagation is None:
-            with self.report.stage("sweep moments") as progress:
+            with self.report.stage("sweep moments") as progress, blas_threads(1):
                 self._propagation = allocate.propagate(self.model, progress)
         return self._propagation
 
     def score(self, options: Sequence[PlanOptions], scoring: ScoreOptions) -> Scores:
         """Score layers and, if an allocator needs it, measure tensors."""
-        with self.report.stage(f"score layers ({scoring.metric})") as progress:
+        n_threads = self.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
+        with self.report.stage(f"score layers ({scoring.metric})") as progress, blas_threads(n_threads):
             scores = score.score_layers(self.model, scoring.metric, scoring.se, progress)
         wanted = next((option for option in options if option.allocator == "nsds"), None)
         return self.measure(scores, wanted) if scoring.measure and wanted is not None else scores
@@ -249,7 +250,7 @@ class Work:
         found = allocate.candidates(self.model, options.types, options.pins)
         propagation = self.propagation()
         importance = propagation.importance(options.importance)
-        with self.report.stage("measure tensors") as progress:
+        with self.report.stage("measure tensors") as progress, blas_threads(1):
             costs = allocate.measure(found, propagation, importance, self.n_threads, progress)
         versions = {**scores.versions, "ggml": ggml.version()}
         return replace(scores, importance=options.importance, costs=costs, versions=versions)
@@ -396,10 +397,11 @@ def _duration(seconds: float) -> str:
 def tensor_types_file(plan: Plan) -> str:
     """Return the plan as lines for ``llama-quantize --tensor-type-file``.
 
-    llama-quantize searches for a pattern anywhere in the name and takes the first hit, so patterns are anchored.
+    llama-quantize searches for a pattern anywhere in the name and takes the first hit, so patterns are anchored. Its
+    base type must be a quantized one (it ignores the file otherwise) that needs no importance matrix: not Q2_K_S.
     """
-    quantized = [tensor for tensor in plan.tensors if tensor.type != "F32"]
-    return "".join(f"^{re.escape(tensor.name)}$={tensor.type.lower()}\n" for tensor in quantized)
+    matrices = [tensor for tensor in plan.tensors if len(tensor.shape) > 1]
+    return "".join(f"^{re.escape(tensor.name)}$={tensor.type.lower()}\n" for tensor in matrices)
 
 
 def evaluation_text(verifying: VerifyOptions) -> str:

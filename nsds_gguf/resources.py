@@ -1,11 +1,18 @@
-"""What this machine has left: disk and memory, asked before work starts rather than found out in the middle."""
+"""What this machine has: disk and memory, asked before work starts rather than found out in the middle, and threads."""
 
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
+import threadpoolctl
+
 from .errors import OutputError
+
+# Width of the residual stream from which a matrix product is worth more than one BLAS thread. Below it, threads that
+# spin for one another on a busy machine cost far more than they save: 33 s against 1.4 s at d 256 (docs/log.md).
+THREADED_WIDTH = 1024
 
 _GIB = 2**30
 
@@ -37,3 +44,9 @@ def check_memory(n_bytes: int, what: str, remedy: str) -> None:
         raise OutputError(
             f"{what} takes {n_bytes / _GIB:.2f} GiB of memory, {available / _GIB:.2f} GiB are available: {remedy}"
         )
+
+
+def blas_threads(n_threads: int) -> AbstractContextManager[object]:
+    """Limit the threads of every BLAS in the process to ``n_threads`` while the context is open."""
+    limits: AbstractContextManager[object] = threadpoolctl.threadpool_limits(n_threads, user_api="blas")
+    return limits

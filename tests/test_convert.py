@@ -120,7 +120,7 @@ def test_a_plan_edited_by_hand_is_followed_within_its_target(tmp_path, scores):
 
 def test_pins_hold_in_the_file(tmp_path):
     path = tmp_path / "pinned.gguf"
-    options = bpw(3.6, pins=(Pin.parse(r"blk\.[01]\..*=Q5_K"), Pin.parse("output.weight=Q8_0")))
+    options = bpw(4.3, pins=(Pin.parse(r"blk\.[01]\..*=Q5_K"), Pin.parse("output.weight=Q8_0")))
     convert.convert(DEMO, [options], output=convert.Output(path), verifying=OFF)
     for tensor in GGUFReader(path).tensors:
         if tensor.name.startswith(("blk.0.", "blk.1.")) and len(tensor.shape) > 1:
@@ -159,7 +159,7 @@ def test_a_good_plan_beats_uniform_and_paper_at_the_same_bytes(tmp_path, scores,
 def test_tensor_types_file_is_anchored(scores):
     (plan,) = convert.plan(DEMO, [bpw(3.3)], given=scores)
     lines = convert.tensor_types_file(plan).splitlines()
-    assert len(lines) == sum(t.type != "F32" for t in plan.tensors)
+    assert len(lines) == sum(len(t.shape) > 1 for t in plan.tensors)
     assert any(line.startswith(r"^blk\.1\.attn_q\.weight$=q") for line in lines)
 
 

@@ -69,7 +69,7 @@ def retold(arrays, h, tied):
         variance = np.mean(logits)
         if h.qk_norm:
             variance = ((t["attn_q_norm.weight"] * t["attn_k_norm.weight"]) ** 2).sum() / h.head_dim
-        alpha[name("attn_v")] = alpha[name("attn_output")] = STREAM_WEIGHT * energy
+        alpha[name("attn_v")] = alpha[name("attn_output")] = STREAM_WEIGHT * energy / ATTENTION_SHRINK
         alpha[name("attn_q")] = alpha[name("attn_k")] = STREAM_WEIGHT * energy * variance
         x2 = stream / (stream.mean() + h.norm_eps) * t["ffn_norm.weight"] ** 2
         inputs[name("ffn_gate")] = inputs[name("ffn_up")] = x2

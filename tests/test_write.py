@@ -125,7 +125,7 @@ def test_llama_quantize_takes_the_plan_as_a_file(tmp_path):
     """Layers 1 and 11: an unanchored pattern of one would match the other."""
     model = small_decoder(n_layers=12, n_embd=32, n_ff=64, head_dim=8)
     source = written(model, uniform_plan(model, "F32"), tmp_path / "F32.gguf")
-    plan = plan_of(model, cycled_types(model, ("F16", "BF16", *ggml.NARROW_TYPES)))
+    plan = plan_of(model, cycled_types(model, ("F32", "F16", "BF16", *ggml.NARROW_TYPES)))
     words = tensor_types_file(plan).split()  # llama-quantize reads words, lower-cases what is left of "="
     patterns = [(word.partition("=")[0].lower(), word.partition("=")[2].upper()) for word in words]
     theirs = tmp_path / "theirs.gguf"

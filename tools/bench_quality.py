@@ -55,9 +55,7 @@ def _bench(
     unchecked = convert.VerifyOptions(enabled=False)
     opened = convert.open_model(model, None, convert.Silent())
     source = folder / "source.gguf"
-    convert.convert(
-        model, (), given=convert.reference_plan(opened), output=convert.Output(source), verifying=unchecked
-    )
+    convert.convert(model, (), given=convert.reference_plan(opened), output=convert.Output(source), verifying=unchecked)
     scores = convert.score_model(model, convert.ScoreOptions(), importance=options.get("importance", "sweep"))
 
     def measure(file: Path) -> Perplexity:

@@ -26,7 +26,7 @@ IMPORTANCES = {
 }
 
 # The two constants that are measured, not derived (docs/log.md, 2026-11-23).
-STREAM_WEIGHT = 0.08  # divergence of relative noise in the stream, over that of the same noise in the output tensor
+STREAM_WEIGHT = 0.14  # divergence of relative noise in the stream, over that of the same noise in the output tensor
 ATTENTION_SHRINK = 0.3  # energy of a value after averaging over the attended positions, over that of one value
 
 FLOOR_OF_IMPORTANCE = 1e-4  # of the mean: a block of zero weights would make ggml divide by zero
@@ -127,8 +127,9 @@ class _Sweep:
         written = _matrix_moments(o, o2)
         self.write(o.name, written + _bias_moments(layer, "attn_output", o.n_rows))
         energy = float(written.sum())
+        of_values = energy / ATTENTION_SHRINK  # noise of a matrix is alike at all positions: no averaging shrinks it
         of_logits = energy * self.logit_variance(layer, x2)
-        self.record({v.name: energy, o.name: energy, q.name: of_logits, k.name: of_logits})
+        self.record({v.name: of_values, o.name: of_values, q.name: of_logits, k.name: of_logits})
 
     def logit_variance(self, layer: Mapping[str, Tensor], x2: Float64) -> float:
         """Return the second moment of the attention logits, mean over heads.

@@ -64,7 +64,7 @@ def _draw_bars(axes: Any, scores: Scores) -> None:
         if None not in values:
             axes.plot(numbers, values, marker, color="#31688e" if name == "P_NV" else "#440154", label=name, ms=4)
     if any(layer.p_nv is not None for layer in layers):
-        axes.set_ylim(0, 1)
+        axes.set_ylim(0, 1.03)
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False)
     axes.set_ylabel(scores.metric)
     axes.locator_params(axis="x", integer=True)

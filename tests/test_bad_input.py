@@ -6,6 +6,7 @@ ways in which one thing can be wrong.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -622,3 +623,84 @@ NOT_A_CONFIG = [
 def test_config_that_is_none(model, refused, content):
     file("config.json", content)(model)
     assert "config.json" in refused(3, "plan", model, *PLAIN)
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def edited_records(record: dict):
+    """Yield a record with one value, the first of every list, replaced by every strange one or taken away."""
+
+    def places(data: object, at: tuple = ()):
+        items = data.items() if isinstance(data, dict) else enumerate(data[:1]) if isinstance(data, list) else ()
+        for key, value in items:
+            if key != "sums":
+                yield (*at, key)
+                yield from places(value, (*at, key))
+
+    for place in places(record):
+        for value in (*STRANGE, "\ud800", 1e300, ...):
+            changed = copy.deepcopy(record)
+            at = changed
+            for key in place[:-1]:
+                at = at[key]
+            if value is ...:
+                del at[place[-1]]
+            else:
+                at[place[-1]] = value
+            yield place, value, changed
+
+
+@pytest.mark.parametrize("kind", ["scores", "plan"])
+def test_record_with_any_value_wrong(model, kind):
+    made = {
+        "scores": ("score", model, "--metric", "zd"),
+        "plan": ("plan", model, "--target-bpw", "4", "--metric", "zd"),
+    }
+    record = json.loads(call(*made[kind], "--json", "-", "-q").out)
+    use = {
+        "scores": ("plan", model, "--target-bpw", "4", "--scores", "record.json", "-q"),
+        "plan": ("plan", model, "--plan", "record.json", "-q"),
+    }
+    codes = []
+    everything = list(edited_records(record))
+    for i in np.random.default_rng(3).choice(len(everything), 150, replace=False):
+        place, value, changed = everything[i]
+        Path("record.json").write_text(json.dumps(changed))
+        outcome = call(*use[kind])
+        assert outcome.code in (0, 4), (place, value, outcome)
+        if outcome.code:
+            message(outcome, 4)
+        codes.append(outcome.code)
+    assert codes.count(0) < codes.count(4) / 4
+
+
+RECORDS = {
+    "not JSON": ("{", "r.json: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1); "
+                      "write it again"),
+    "no JSON at all": ("\udcff", "r.json: not JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start "
+                                 "byte; write it again"),
+    "another file": ("[]", "r.json: wanted a file of format 'nsds-gguf scores 1', got None"),
+    "nothing in it": ('{"format": "nsds-gguf scores 1"}', "r.json: the record lacks 'metric'; write the file again"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "line"), RECORDS.values(), ids=RECORDS)
+def test_record_that_is_none(model, refused, content, line):
+    Path("r.json").write_text(content, errors="surrogateescape")
+    assert refused(4, "plan", model, "--target-bpw", "4", "--scores", "r.json") == line
+
+
+def test_record_that_is_missing(model, refused):
+    given = ("plan", model, "--target-bpw", "4", "--scores")
+    assert refused(4, *given, "none.json") == "none.json: cannot be read: No such file or directory"
+    assert refused(4, *given, "model") == "model: cannot be read: Is a directory"
+
+
+def test_record_says_which_value_is_wrong(model, refused):
+    scores = json.loads(call("score", model, "--metric", "zd", "--json", "-", "-q").out)
+    scores["costs"][1]["errors"]["Q3_K"] = "0.1"
+    Path("r.json").write_text(json.dumps(scores))
+    assert refused(4, "plan", model, "--target-bpw", "4", "--scores", "r.json") == (
+        "r.json: costs[1].errors.Q3_K: wanted a number, got '0.1'; write the file again"
+    )

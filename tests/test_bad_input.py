@@ -625,6 +625,38 @@ def test_config_that_is_none(model, refused, content):
     assert "config.json" in refused(3, "plan", model, *PLAIN)
 
 
+# --- tokenizer files -------------------------------------------------------------------------------------------------
+
+TOKENIZERS = {
+    "merge of numbers": (
+        entries("tokenizer.json", ("model", "merges"), [[1, 2]]),
+        "{tmp}/model/tokenizer.json: merge 0: wanted two tokens, got [1, 2]; restore the file",
+    ),
+    "template that is not UTF-8": (
+        file("chat_template.jinja", b"\xff"),
+        "{tmp}/model/chat_template.jinja: not UTF-8: 'utf-8' codec can't decode byte 0xff in position 0: invalid start "
+        "byte; restore the file",
+    ),
+    "template with half a letter": (
+        file("chat_template.json", json.dumps({"chat_template": "\ud800"})),
+        "{tmp}/model: tokenizer.chat_template is not UTF-8: '\\ud800'; correct it where it comes from: a file of the "
+        "model, or the folder's name",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "line"), TOKENIZERS.values(), ids=TOKENIZERS)
+def test_tokenizer_files(model, refused, edit, line):
+    edit(model)
+    assert refused(3, "plan", model, *PLAIN) == line.format(tmp=Path.cwd())
+
+
+def test_folder_whose_name_is_not_utf8(model, refused):
+    model.rename(os.fsdecode(b"mod\xffel"))
+    line = refused(3, "plan", os.fsdecode(b"mod\xffel"), *PLAIN)
+    assert r"mod\udcffel: general." in line and "the folder's name" in line
+
+
 # --- records ---------------------------------------------------------------------------------------------------------
 
 

@@ -74,13 +74,15 @@ def open_model(path: Path, pre: str | None = None) -> Model:
         tensors.append(_constant("rope_freqs.weight", "rope_freqs", llama3_factors(rope, hparams.head_dim)))
     vocab = open_vocab(folder, hparams.n_vocab, config, pre)
     about, unread = card_keys(folder, config, sum(tensor.n_weights for tensor in tensors))
+    metadata = {**_model_keys(about, config, family, hparams, rope), **vocab.metadata}
+    _check_letters(folder, metadata)
     return Model(
         path=folder,
         architecture=family.architecture,
         source_class=_class_name(config),
         hparams=hparams,
         tensors=tuple(tensors),
-        metadata={**_model_keys(about, config, family, hparams, rope), **vocab.metadata},
+        metadata=metadata,
         notes=(*_window_note(config, family, hparams), *notes, *vocab.notes, *unread),
         model_id=_identity(config, stored),
     )
@@ -363,6 +365,19 @@ def _model_keys(
         writer.add_vocab_size(hparams.n_vocab)
     add_rope_keys(writer, rope)
     return dict(writer.kv_data[0])
+
+
+def _check_letters(folder: Path, metadata: Mapping[str, GGUFValue]) -> None:
+    """Raise ``ModelError`` for text that no UTF-8 file can hold: JSON may spell halves of a letter, file names too."""
+    for key, entry in metadata.items():
+        texts = entry.value if isinstance(entry.value, list) else [entry.value]
+        try:
+            "".join(text for text in texts if isinstance(text, str)).encode()
+        except UnicodeEncodeError as error:
+            raise ModelError(
+                f"{folder}: {key} is not UTF-8: {error.object[error.start]!r}; correct it where it comes from: "
+                "a file of the model, or the folder's name"
+            ) from error
 
 
 def _identity(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> str:

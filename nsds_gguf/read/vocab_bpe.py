@@ -91,14 +91,11 @@ def merge_pairs(merges: Any, vocab: Mapping[str, int], path: Path) -> list[tuple
         raise TokenizerError(f"{path}: wanted a list of merges, got {merges!r}; restore the file")
     pairs: list[tuple[str, str]] = []
     for merge in merges:
-        try:
-            left, right = merge.split(" ") if isinstance(merge, str) else merge
-            known = left in vocab and right in vocab and left + right in vocab
-        except (TypeError, ValueError) as error:
-            raise TokenizerError(
-                f"{path}: merge {len(pairs)}: wanted two tokens, got {merge!r}; restore the file"
-            ) from error
-        if not known:
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise TokenizerError(f"{path}: merge {len(pairs)}: wanted two tokens, got {merge!r}; restore the file")
+        left, right = pair
+        if not (left in vocab and right in vocab and left + right in vocab):
             unknown = next(text for text in (left, right, left + right) if text not in vocab)
             raise TokenizerError(f"{path}: merge {len(pairs)} {merge!r}: {unknown!r} is not in the vocabulary")
         pairs.append((left, right))

@@ -121,6 +121,14 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file; raises ``TokenizerError`` when it is not UTF-8."""
+    try:
+        return read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{path}: not UTF-8: {error}; restore the file") from error
+
+
 def token_text(entry: Any) -> str | None:
     """Return the text of a token as configuration files write it: a string or an object with ``content``."""
     text = entry.get("content") if isinstance(entry, Mapping) else entry

@@ -13,7 +13,7 @@ from gguf.gguf_writer import GGUFValue
 from ..errors import TokenizerError, UnsupportedError
 from ..records import kv
 from .vocab_bpe import flat
-from .vocab_files import TokenizerFiles, read_json, token_text
+from .vocab_files import TokenizerFiles, read_json, read_text, token_text
 
 _ID_KEYS = {
     "bos": Keys.Tokenizer.BOS_ID,
@@ -163,11 +163,11 @@ def _template_affixes(template: Mapping[str, Any], files: TokenizerFiles) -> Aff
 def _template_files(files: TokenizerFiles) -> dict[str, str]:
     templates = {}
     if (path := files.folder / "chat_template.jinja").is_file():
-        templates["default"] = path.read_text(encoding="utf-8")
+        templates["default"] = read_text(path)
     elif isinstance(template := read_json(files.folder / "chat_template.json").get("chat_template"), str):
         templates["default"] = template
     for path in sorted((files.folder / "additional_chat_templates").glob("*.jinja")):
-        templates[path.stem] = path.read_text(encoding="utf-8")
+        templates[path.stem] = read_text(path)
     return templates
 
 

@@ -29,6 +29,7 @@ from .allocate import DEFAULT_TYPES, Pin, PlanOptions
 from .errors import NsdsError, OutputError, PlanError
 from .inspect import inspect_gguf
 from .perplexity import MIN_CTX, perplexity
+from .plot import check_plot, plot_scores
 from .records import Plan, Progress, Scores, Target, read_json
 from .score import METRICS, SE_READINGS
 from .version import __version__
@@ -178,7 +179,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_destinations(arguments: argparse.Namespace) -> None:
-    """Raise ``OutputError`` for a small output that cannot be where it is wanted, before the work that fills it."""
+    """Refuse small outputs that cannot be what or where they are wanted, before the work that fills them."""
     for flag in ("json", "plot", "tensor_types"):
         wanted = getattr(arguments, flag, None)
         if wanted is None or wanted == "-":
@@ -188,6 +189,8 @@ def check_destinations(arguments: argparse.Namespace) -> None:
             raise OutputError(f"{option} {path}: is a folder; give a file name")
         if not path.parent.is_dir():
             raise OutputError(f"{option} {path}: no folder {path.parent}; create it first")
+        if flag == "plot":
+            check_plot(path)
 
 
 # --- verbs -----------------------------------------------------------------------------------------------------------
@@ -262,8 +265,6 @@ def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
     )
     screen.show(display.scores_view(scores))
     if arguments.plot is not None:
-        from .plot import plot_scores  # matplotlib is an extra, and slow to import
-
         plot_scores(scores, arguments.plot)
         screen.say(f"picture: {arguments.plot}")
     write_json(arguments.json, scores.to_json())

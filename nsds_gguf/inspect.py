@@ -77,8 +77,10 @@ class Inspection:
 
 def inspect_gguf(path: Path) -> Inspection:
     """Read the metadata and tensor table of a GGUF; raises ``ModelError`` when it is none."""
+    if path.is_dir():
+        raise ModelError(f"{path}: is a folder; wanted a GGUF file")
     if not path.is_file():
-        raise ModelError(f"{path}: no such file")
+        raise ModelError(f"{path}: no such file; wanted a GGUF file")
     header = read_gguf_header(path)
     metadata = {key: _shown(value) for key, value in header.metadata.items()}
     return Inspection(str(path), path.stat().st_size, metadata, tuple(_found(entry) for entry in header.tensors))

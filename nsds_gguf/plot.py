@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,14 @@ _COMPONENT_NAMES = {"qk": "QK", "ov": "OV", "gate": "gate", "up": "up", "down": 
 _INCHES_PER_LAYER, _MIN_INCHES, _MAX_INCHES = 0.28, 7.0, 24.0
 
 
+def check_plot(path: Path) -> None:
+    """Raise ``PlanError`` when no picture of this name can be drawn: a wrong ending, or matplotlib is missing."""
+    if path.suffix.lower() not in FORMATS:
+        raise PlanError(f"--plot {path}: wanted a name ending in {', '.join(FORMATS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise PlanError("--plot needs matplotlib; run: pip install 'nsds-gguf[plot]'")
+
+
 def plot_scores(scores: Scores, path: Path) -> None:
     """Draw layer scores to a file.
 
@@ -29,12 +38,9 @@ def plot_scores(scores: Scores, path: Path) -> None:
         OutputError: the file cannot be written.
 
     """
-    if path.suffix.lower() not in FORMATS:
-        raise PlanError(f"--plot {path}: wanted a name ending in {', '.join(FORMATS)}")
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlanError("--plot needs matplotlib; run: pip install 'nsds-gguf[plot]'") from error
+    check_plot(path)
+    from matplotlib.figure import Figure
+
     components = [name for name in _COMPONENT_NAMES if any(name in layer.nv for layer in scores.layers)]
     width = min(max(_MIN_INCHES, 2.5 + _INCHES_PER_LAYER * len(scores.layers)), _MAX_INCHES)
     n_rows = 3 if components else 1

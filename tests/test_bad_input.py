@@ -27,6 +27,8 @@ from tiny_gguf import write_tiny_gguf
 from tiny_models import SPECS, Spec, safetensors_bytes, tiny_config, tiny_weights, write_tiny
 
 from nsds_gguf import resources
+from nsds_gguf.allocate.candidates import budget_bytes, nearest_bpw
+from nsds_gguf.records import Target
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 23093576\n"
 SHARDED = replace(TINY, n_shards=3)
@@ -475,7 +477,7 @@ def test_text(model, refused, verb, content, line):
 
 def test_reference_is_checked_before_the_work(model, refused):
     spoilt("lm_head.weight", {0: math.nan})(model)  # reading a weight would end otherwise
-    assert refused(3, *CONVERT, "--against", "none.gguf") == "none.gguf: no such file"
+    assert refused(3, *CONVERT, "--against", "none.gguf") == "none.gguf: no such file; wanted a GGUF file"
     assert refused(3, *CONVERT, "--against", "model/config.json").startswith("model/config.json: not a readable GGUF")
     write_tiny_gguf(Path("other.gguf"))
     os.truncate("other.gguf", 20_000)
@@ -534,6 +536,28 @@ def test_floor(tmp_path, refused, spec, options, cause, flag, first):
     n_weights = sum(array.size for array in sound.values())
     n_bytes = int(found["bytes"]) - int(found["header"] or 0)
     assert float(found["bpw"]) == pytest.approx(n_bytes * 8 / n_weights, abs=5.1e-4)
+
+
+def test_nearest_bpw_is_the_first_that_is_accepted():
+    rng = np.random.default_rng(5)
+    for n_weights in rng.integers(1000, 10**10, 2000):
+        for floor in (int(n_weights) // 3, -(-int(n_weights) // 8000) * int(rng.integers(1000, 32000))):
+            nearest = nearest_bpw(floor, int(n_weights))
+            budgets = [budget_bytes(Target("bpw", round(nearest - step, 3)), int(n_weights), 0) for step in (0, 0.001)]
+            assert budgets[0] >= floor > budgets[1]
+    assert nearest_bpw(12604285, 5633200) == 17.901  # 17.9 exactly, but 17.9 * n / 8 is a byte short in floats
+
+
+def test_uniform_above_the_target(model, refused):
+    assert refused(4, "convert", model, "--uniform", "Q4_K", "--target-bpw", "3") == (
+        "--uniform Q4_K takes 529856 bytes of tensors, the target 3 bpw allows 350304; raise or drop the target, or "
+        "choose a smaller type"
+    )
+
+
+def test_folder_in_place_of_a_gguf(model, refused):
+    assert refused(3, "inspect", model) == "model: is a folder; wanted a GGUF file"
+    assert refused(3, "perplexity", model) == "model: is a folder; wanted a GGUF file"
 
 
 PINS = {

@@ -77,7 +77,11 @@ def test_version():
 def test_package_runs_as_a_module(folder):
     arguments = [sys.executable, "-m", "nsds_gguf", "inspect", "none.gguf"]
     found = subprocess.run(arguments, env=ENVIRONMENT, capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stdout, found.stderr) == (3, "", "error: none.gguf: no such file\n")
+    assert (found.returncode, found.stdout, found.stderr) == (
+        3,
+        "",
+        "error: none.gguf: no such file; wanted a GGUF file\n",
+    )
 
 
 @pytest.mark.parametrize(
@@ -418,6 +422,8 @@ def test_small_outputs_are_checked_before_the_work(folder):
     assert line == "--plot no/x.png: no folder no; create it first"
     line = message(call("plan", "model", *PLAIN, "--tensor-types", "no/x"), 5)
     assert line == "--tensor-types no/x: no folder no; create it first"
+    line = message(call("score", "model", "--plot", "scores.gif"), 4)
+    assert line == "--plot scores.gif: wanted a name ending in .png, .svg, .pdf"
     full = call("plan", "model", *PLAIN, "--json", "/dev/full", "-q")
     assert message(full, 5) == "/dev/full: cannot write: No space left on device"
 

@@ -142,7 +142,10 @@ def allocate_uniform(problem: Problem) -> Choice:
     types = tuple(_fitting(wanted, c) if c.is_open else c.types[0] for c in problem.found)
     used = sum(c.cost(name, problem.padded) for c, name in zip(problem.found, types, strict=True))
     if problem.budget is not None and used > problem.budget:
-        raise PlanError(f"--uniform {wanted} takes {used} bytes, the target {problem.options.target} allows less")
+        raise PlanError(
+            f"--uniform {wanted} takes {used} bytes of tensors, the target {problem.options.target} allows "
+            f"{max(problem.budget, 0)}; raise or drop the target, or choose a smaller type"
+        )
     return Choice(types)
 
 

@@ -147,12 +147,20 @@ def check_target(found: Sequence[Candidate], target: Target, header_bytes: int) 
         nearest = f"--target-size {floor + header_bytes}"
         have = f"{floor + header_bytes} bytes for the whole file ({header_bytes} of them header and tokenizer)"
     else:
-        nearest = f"--target-bpw {math.ceil(floor_bpw * 1000) / 1000:g}"
+        nearest = f"--target-bpw {nearest_bpw(floor, n_weights):g}"
         have = f"{floor} bytes for the tensors"
     raise TargetError(
         f"target {target} is out of reach: the floor is {floor_bpw:.3f} bpw, {have}, "
         f"set by {_floor_causes(found, floor)}; nearest feasible: {nearest}"
     )
+
+
+def nearest_bpw(floor_bytes: int, n_weights: int) -> float:
+    """Return the smallest thousandth of a bit per weight whose budget holds ``floor_bytes``."""
+    thousandths = floor_bytes * 8000 // n_weights  # rounded down; as floats, a few exact ones fall a byte short
+    while math.floor(thousandths / 1000 * n_weights / 8) < floor_bytes:
+        thousandths += 1
+    return thousandths / 1000
 
 
 def _floor_causes(found: Sequence[Candidate], floor: int) -> str:

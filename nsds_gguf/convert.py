@@ -37,7 +37,7 @@ from .records import (
 )
 from .resources import THREADED_WIDTH, blas_threads, check_disk, check_memory
 from .verify import verify_structure
-from .write import header_bytes, temporary_sibling, write_gguf
+from .write import header_bytes, temporary_sibling, write_gguf, write_vocabulary
 
 SHIPPED_TEXT = "old_curiosity_shop.txt"
 
@@ -164,7 +164,7 @@ def convert(
     jobs = [given] if isinstance(given, Plan) else options
     paths = output_paths([default_name(model, job) for job in jobs], output)
     check_writable(paths)
-    check_reference(model, verifying)
+    check_vocabulary(model, verifying, text)
     work = Work(model, n_threads, report)
     work.check_resources([largest_file_bytes(model, job) for job in jobs], paths[0].parent, verifying)
     work.tell_time(given, options, len(paths), verifying)
@@ -520,19 +520,32 @@ def check_writable(paths: Sequence[Path]) -> None:
             raise OutputError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from error
 
 
-def check_reference(model: Model, verifying: VerifyOptions) -> None:
-    """Refuse a GGUF to compare with that cannot be the model's, before the work that would be compared with it.
+def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
+    """Let llama.cpp load the vocabulary and tokenize the text before the work that would be verified with it.
 
-    Raises ``ModelError`` when it is no GGUF, ``VerifyError`` when llama.cpp refuses it or its vocabulary is another.
+    Raises ``VerifyError`` when it refuses the vocabulary, ``TextError`` when the text is too short, and for a GGUF to
+    compare with ``ModelError`` when it is none and ``VerifyError`` when its vocabulary is another.
     """
-    if not verifying.enabled or verifying.against in (None, ORIGINAL):
+    if not verifying.enabled:
         return
-    path = Path(str(verifying.against))
-    inspect_gguf(path)
-    with llama.open_model(path, vocab_only=True) as reference:
-        if reference.n_vocab != model.hparams.n_vocab:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocabulary.gguf"
+        write_vocabulary(model, path)
+        with llama.open_model(path, vocab_only=True) as vocabulary:
+            n_tokens, n_vocab = len(vocabulary.tokenize(text)), vocabulary.n_vocab
+    if n_tokens < 2 * verifying.n_ctx:
+        raise TextError(
+            f"{verifying.text or SHIPPED_TEXT}: text too short: wanted at least {2 * verifying.n_ctx} tokens for a "
+            f"context of {verifying.n_ctx}, got {n_tokens}; use a longer text or a smaller --ctx"
+        )
+    if verifying.against in (None, ORIGINAL):
+        return
+    against = Path(str(verifying.against))
+    inspect_gguf(against)
+    with llama.open_model(against, vocab_only=True) as reference:
+        if reference.n_vocab != n_vocab:
             raise VerifyError(
-                f"--against {path}: wanted a vocabulary of {model.hparams.n_vocab}, got {reference.n_vocab}; "
+                f"--against {against}: wanted a vocabulary of {n_vocab}, got {reference.n_vocab}; "
                 f"compare with a GGUF of {model.name}"
             )
 

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -62,6 +63,11 @@ def header_bytes(model: Model, *, allocator: str, target: Target, importance: st
     settings = _settings(allocator, target, importance, metric)
     types = {tensor.name: "F32" for tensor in model.tensors}
     return len(_header(model, _keys(settings, "F32", _NO_DIGEST, _NO_DIGEST), types))
+
+
+def write_vocabulary(model: Model, path: Path) -> None:
+    """Write a GGUF of the model's keys without its tensors: enough for llama.cpp to tokenize with."""
+    path.write_bytes(_header(replace(model, tensors=()), {}, {}))
 
 
 def write_gguf(

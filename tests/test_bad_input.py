@@ -231,7 +231,8 @@ CASES = {
     ),
     "text too short": Case(
         6,
-        "text: too short: wanted at least 64 tokens for a context of 32, got 40; use a longer text or a smaller --ctx",
+        "short.txt: text too short: wanted at least 64 tokens for a context of 32, got 40; use a longer text or a "
+        "smaller --ctx",
         file("../short.txt", "the " * 20),
         (*CONVERT, "--text", "short.txt"),
     ),
@@ -475,8 +476,12 @@ def test_text(model, refused, verb, content, line):
     assert refused(6, *what, *QUICK, "--text", "evaluation.txt") == line
 
 
-def test_reference_is_checked_before_the_work(model, refused):
+def test_text_and_reference_are_checked_before_the_work(model, refused):
     spoilt("lm_head.weight", {0: math.nan})(model)  # reading a weight would end otherwise
+    Path("short.txt").write_text("the " * 20)
+    assert refused(6, *CONVERT, "--text", "short.txt").startswith(
+        "short.txt: text too short: wanted at least 64 tokens"
+    )
     assert refused(3, *CONVERT, "--against", "none.gguf") == "none.gguf: no such file; wanted a GGUF file"
     assert refused(3, *CONVERT, "--against", "model/config.json").startswith("model/config.json: not a readable GGUF")
     write_tiny_gguf(Path("other.gguf"))

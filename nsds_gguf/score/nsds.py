@@ -49,6 +49,10 @@ MIN_TRIPLETS = 2
 # reading and writing the d x d sum.
 GRAM_ENTRIES = 2**21
 
+# Ratio of the largest to the smallest diagonal entry of R up to which Cholesky-QR is used: a factor 100 below the
+# condition number at which it loses digits.
+MAX_CHOLESKY_CONDITION = 1e6
+
 # Combines spectral magnitude M and spectral entropy E (nats) into SE.
 Reading = Callable[[float, float], float]
 
@@ -187,8 +191,28 @@ def heads(lefts: Float32, rights: Float32) -> Iterator[Head]:
 
 
 def thin_qr(matrix: Float32) -> tuple[Float64, Float64]:
-    """Return the thin QR factors of ``matrix`` (n, m) in float64: (n, min(n, m)) and (min(n, m), m)."""
-    q, r = linalg.qr(matrix.astype(np.float64), mode="economic", overwrite_a=True, check_finite=False)
+    """Return thin QR factors of ``matrix`` (n, m) in float64: (n, min(n, m)) and (min(n, m), m).
+
+    Cholesky-QR, twice: as accurate as Householder's up to a condition number of about 1e8 (Yamamoto et al. 2015,
+    CholeskyQR2) and an order of magnitude faster for tall matrices. Beyond ``MAX_CHOLESKY_CONDITION``, and where the
+    matrix is not tall or not of full rank, LAPACK's QR.
+    """
+    a = matrix.astype(np.float64)
+    try:
+        q, first = _cholesky_qr(a)
+        diagonal = np.abs(np.diagonal(first))
+        if a.shape[0] >= a.shape[1] and diagonal.min() * MAX_CHOLESKY_CONDITION > diagonal.max():
+            q, second = _cholesky_qr(q)
+            return q, second @ first
+    except linalg.LinAlgError:
+        pass  # rank-deficient: the general way below
+    q, r = linalg.qr(a, mode="economic", overwrite_a=True, check_finite=False)
+    return q, r
+
+
+def _cholesky_qr(a: Float64) -> tuple[Float64, Float64]:
+    r = linalg.cholesky(a.T @ a, check_finite=False)
+    q: Float64 = linalg.solve_triangular(r, a.T, trans="T", check_finite=False).T
     return q, r
 
 

@@ -50,3 +50,9 @@ def blas_threads(n_threads: int) -> AbstractContextManager[object]:
     """Limit the threads of every BLAS in the process to ``n_threads`` while the context is open."""
     limits: AbstractContextManager[object] = threadpoolctl.threadpool_limits(n_threads, user_api="blas")
     return limits
+
+
+def n_blas_threads() -> int:
+    """Return the threads that the BLAS of this process may use now."""
+    return max((int(pool["num_threads"]) for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"),
+               default=1)  # fmt: skip

@@ -18,13 +18,15 @@ Names: ``d`` is the width of the residual stream; ``u`` and ``v`` hold left and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import linalg
 
 from ..records import Float32, Float64, Hparams, LayerScore, Model, Progress, Tensor
+from ..resources import blas_threads, n_blas_threads
 from .loading import load_matrix, read_slabs
 from .stats import (
     column_kurtosis,
@@ -172,22 +174,19 @@ class Head:
     v: Float64
 
 
-def heads(lefts: Float32, rights: Float32) -> Iterator[Head]:
-    """Decompose every head's product of rank ``head_dim``: thin QR of both factors, then an SVD of the small core.
+def decompose_head(left: Float32, right: Float32, right_factors: tuple[Float64, Float64]) -> Head:
+    """Decompose a product of rank ``head_dim``: thin QR of both factors, then an SVD of the small core.
 
     Args:
-        lefts: (n_heads, d, head_dim).
-        rights: (n_kv_heads, head_dim, d); head h uses ``h // (n_heads // n_kv_heads)``, factored once per group.
+        left: (d, head_dim).
+        right: (head_dim, d).
+        right_factors: ``thin_qr(right.T)``, shared by the heads of a group.
     """
-    n_per_group = len(lefts) // len(rights)
-    for group, right in enumerate(rights):
-        q_right, r_right = thin_qr(right.T)
-        for left in lefts[group * n_per_group : (group + 1) * n_per_group]:
-            q_left, r_left = thin_qr(left)
-            core_u, sigma, core_vt = linalg.svd(r_left @ r_right.T, full_matrices=False, check_finite=False)
-            k = n_leading(sigma, MIN_TRIPLETS)
-            u, v = q_left @ core_u[:, :k], q_right @ core_vt[:k].T
-            yield Head(left, right, float((sigma**2).sum()), sigma[:k], u, v)
+    q_left, r_left = thin_qr(left)
+    q_right, r_right = right_factors
+    core_u, sigma, core_vt = linalg.svd(r_left @ r_right.T, full_matrices=False, check_finite=False)
+    k = n_leading(sigma, MIN_TRIPLETS)
+    return Head(left, right, float((sigma**2).sum()), sigma[:k], q_left @ core_u[:, :k], q_right @ core_vt[:k].T)
 
 
 def thin_qr(matrix: Float32) -> tuple[Float64, Float64]:
@@ -235,12 +234,29 @@ class Sensitivity:
 
 
 def attention_component(lefts: Float32, rights: Float32, weight: HeadWeight, reading: Reading) -> Sensitivity:
-    """Return NV and SE of QK or OV: the means over the heads (see ``heads`` for the arguments)."""
-    nv, se = [], []
-    for head in heads(lefts, rights):
-        nv.append(product_kurtosis(head.left, head.right, head.energy))
-        se.append(structural_expressiveness(head.sigma, weight(head.u, head.v), reading))
-    return Sensitivity(float(np.mean(nv)), float(np.mean(se)))
+    """Return NV and SE of QK or OV: the means over the heads.
+
+    Heads are worked on side by side, each with one BLAS thread: their matrices are too small to share.
+
+    Args:
+        lefts: (n_heads, d, head_dim).
+        rights: (n_kv_heads, head_dim, d); head h uses ``h // (n_heads // n_kv_heads)``, factored once per group.
+        weight: of each singular value, from its vectors.
+        reading: of structural expressiveness.
+    """
+    n_per_group = len(lefts) // len(rights)
+    n_threads = n_blas_threads()
+
+    def of_head(index: int) -> Sensitivity:
+        group = index // n_per_group
+        head = decompose_head(lefts[index], rights[group], right_factors[group])
+        se = structural_expressiveness(head.sigma, weight(head.u, head.v), reading)
+        return Sensitivity(product_kurtosis(head.left, head.right, head.energy), se)
+
+    with blas_threads(1), ThreadPoolExecutor(n_threads) as pool:
+        right_factors = list(pool.map(thin_qr, [right.T for right in rights]))
+        found = list(pool.map(of_head, range(len(lefts))))
+    return Sensitivity(float(np.mean([head.nv for head in found])), float(np.mean([head.se for head in found])))
 
 
 def qk_component(tensors: Mapping[str, Tensor], hparams: Hparams, reading: Reading) -> Sensitivity:

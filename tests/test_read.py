@@ -12,7 +12,8 @@ import pytest
 from tiny_models import N_VOCAB, SPECS, Spec, Weights, tiny_config, tiny_weights, write_model, write_tiny
 
 from nsds_gguf.errors import ModelError, UnsupportedError
-from nsds_gguf.read import open_model, rope_row_order, supported_classes
+from nsds_gguf.read import open_model, supported_classes
+from nsds_gguf.read.folder import rope_row_order
 from nsds_gguf.read.rope import llama3_factors, rope_settings, yarn_attention_factor
 from nsds_gguf.records import Model
 

@@ -1,6 +1,6 @@
-"""Stage 1, read: a model folder becomes a ``Model`` of canonical tensors.
+"""A Hugging Face model folder becomes a ``Model`` of canonical tensors.
 
-``open_model`` reads JSON and headers only; weights are read later, a slab of rows at a time, through
+``open_folder`` reads JSON and headers only; weights are read later, a slab of rows at a time, through
 ``Tensor.read_rows`` (but a stored ``lm_head`` that config.json ties to the embedding is compared with it at once).
 Everything that can be refused is refused here: class, rope, activation, tokenizer, and a tensor mapping that is not
 total in both directions.
@@ -32,13 +32,10 @@ from .families import (
     IGNORED,
     Family,
     find_family,
-    supported_classes,
 )
 from .rope import add_rope_keys, check_rope, llama3_factors, rope_settings
 from .safetensors import StoredTensor, open_checkpoint
 from .vocab import open_vocab
-
-__all__ = ["open_model", "supported_classes"]
 
 MAX_LAYERS = 512  # llama.cpp's (LLAMA_MAX_LAYERS in llama-hparams.h)
 
@@ -46,7 +43,7 @@ _SLAB_WEIGHTS = 1 << 20  # 4 MiB of float32
 _IDENTITY_BYTES = 4096  # of every tensor: enough to tell two fine-tunes apart, cheap enough to read always
 
 
-def open_model(path: Path, pre: str | None = None) -> Model:
+def open_folder(path: Path, pre: str | None = None) -> Model:
     """Open a Hugging Face model folder.
 
     Args:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import reprlib
 import sys
 from collections.abc import Callable, Mapping
@@ -45,6 +46,22 @@ def no_progress(done: int, total: int) -> None:
 # ggml's constant block alignment of tensor data in a GGUF file (GGUF_DEFAULT_ALIGNMENT).
 ALIGNMENT_BYTES = 32
 
+# Types of tables and indices, not of weights: such tensors are copied as they are (ggml.h, enum ggml_type).
+COPIED_TYPES = ("I8", "I16", "I32", "I64", "F64")
+
+_LAYER_NAME = re.compile(r"blk\.(\d+)\.(.+)")
+
+
+def role_and_layer(name: str) -> tuple[str, int | None]:
+    """Return the role of a GGUF tensor name and its layer; ``None`` for tensors outside the layers of a decoder.
+
+    ``blk.3.attn_q.weight`` is ``("attn_q", 3)``, ``blk.3.attn_q.bias`` is ``("attn_q.bias", 3)``, ``output.weight`` is
+    ``("output", None)``.
+    """
+    match = _LAYER_NAME.fullmatch(name)
+    role = (match[2] if match else name).removesuffix(".weight")
+    return role, int(match[1]) if match else None
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -56,11 +73,14 @@ class Tensor:
             ``attn_norm``; a bias keeps its suffix (``attn_q.bias``).
         layer: 0-based layer number; ``None`` for tensors outside the layers.
         shape: numpy order, slowest first.
-        dtype: how the source stores it: ``F32``, ``F16`` or ``BF16``.
+        dtype: how the source stores it: ``F32``, ``F16``, ``BF16``; from a GGUF also ``Q8_0``, one of
+            ``COPIED_TYPES`` or whatever the user allowed to be quantized once more.
         source: its name in the checkpoint, for messages.
         read_rows: ``read_rows(start, stop) -> (stop - start, n_cols) float32``, rows in GGUF order (for q and k
             of the llama architecture the permuted order), leading dimensions flattened; a fresh array that
             the caller may change. Raises ``ModelError`` when the file has shrunk since it was opened.
+        copy_rows: ``copy_rows(start, stop) -> (stop - start, row bytes) uint8``, the rows as they are stored; only
+            for tensors that are copied, not quantized.
     """
 
     name: str
@@ -70,6 +90,7 @@ class Tensor:
     dtype: str
     source: str
     read_rows: Callable[[int, int], Float32] = field(repr=False, compare=False)
+    copy_rows: Callable[[int, int], NDArray[np.uint8]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def n_cols(self) -> int:
@@ -88,8 +109,8 @@ class Tensor:
 
     @property
     def is_matrix(self) -> bool:
-        """True for what may be quantized: two or more dimensions and a ``.weight``."""
-        return len(self.shape) >= 2 and self.name.endswith(".weight")
+        """True for what may be quantized: two or more dimensions, a ``.weight``, not integers."""
+        return len(self.shape) >= 2 and self.name.endswith(".weight") and self.dtype not in COPIED_TYPES
 
     def load(self) -> Float32:
         """Return the whole tensor, ``shape`` float32."""
@@ -98,9 +119,31 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Hparams:
-    """The numbers of a decoder that the stages after reading need.
+    """The numbers of a decoder that the stages after reading need; 0 where the model does not say.
 
-    ``rope_dim`` and ``head_dim`` are in channels, ``n_ctx_train`` in tokens.
+    Of numbers that differ between layers the largest; a layer's own are in the shapes of its tensors.
+
+    Attributes:
+        n_layers: blocks.
+        n_embd: width of the residual stream.
+        n_ff: hidden units of a feed-forward block.
+        n_heads: query heads.
+        n_kv_heads: key/value heads.
+        head_dim: channels of a query or key head.
+        n_vocab: rows of the embedding.
+        n_ctx_train: tokens.
+        norm_eps: epsilon of the norms.
+        activation: ``silu``, ``gelu``, ``relu``, ``relu2`` (squared), ``swiglu_oai`` or ``unknown``.
+        qk_norm: whether queries and keys are normalised.
+        value_dim: channels of a value head; ``None`` where it is ``head_dim``.
+        norm: ``rms``, ``layer`` (subtracts the mean) or ``unknown``.
+        parallel_residual: attention and feed-forward block both read what the layer reads although each has its norm.
+        embedding_scale: factor on the embedding.
+        residual_scale: factor on what each block writes.
+        attention_scale: factor on the attention logits; ``None`` where it is ``1 / sqrt(head_dim)``.
+        n_experts: routed experts of a layer.
+        n_experts_used: of them, how many a token visits.
+        experts_scale: factor on the routed experts' sum.
     """
 
     n_layers: int
@@ -114,6 +157,15 @@ class Hparams:
     norm_eps: float
     activation: str = "silu"
     qk_norm: bool = False
+    value_dim: int | None = None
+    norm: Literal["rms", "layer", "unknown"] = "rms"
+    parallel_residual: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    n_experts: int = 0
+    n_experts_used: int = 0
+    experts_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -130,6 +182,7 @@ class Model:
             ``general.quantization_version``, ``nsds_gguf.*``).
         notes: facts that the user must see (in the plan and on the screen), one sentence each.
         model_id: hex SHA-256 over config, tensor names, types, shapes and the first 4 KiB of every tensor.
+        files: the GGUF files it was opened from, in order; empty for a folder.
     """
 
     path: Path
@@ -140,6 +193,7 @@ class Model:
     metadata: Mapping[str, GGUFValue]
     notes: tuple[str, ...]
     model_id: str
+    files: tuple[Path, ...] = ()
 
     @cached_property
     def by_name(self) -> Mapping[str, Tensor]:
@@ -153,9 +207,11 @@ class Model:
 
     @property
     def name(self) -> str:
-        """``general.name``, or the file name when there is none."""
+        """``general.name``, or what the file or folder is called when there is none."""
         entry = self.metadata.get("general.name")
-        return str(entry.value) if entry is not None else self.path.name
+        if entry is not None:
+            return str(entry.value)
+        return self.path.stem if self.files else self.path.name
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """Return the tensors of one layer by role."""
@@ -293,7 +349,7 @@ class PlannedTensor:
 
 
 # Types that hold weights as they are: everything else counts as quantized.
-UNQUANTIZED = ("F32", "F16", "BF16")
+UNQUANTIZED = ("F32", "F16", "BF16", *COPIED_TYPES)
 
 
 @dataclass(frozen=True)

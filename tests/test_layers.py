@@ -15,6 +15,7 @@ ROOT = Path(nsds_gguf.__file__).parent
 LAYERS = [
     ["errors", "version"],
     ["records"],
+    ["anatomy"],
     ["ggml", "gguf_header", "llama", "resources"],
     ["estimate", "read", "score", "allocate", "write", "verify", "perplexity", "inspect"],
     ["convert", "display", "plot"],

@@ -27,6 +27,7 @@ from rich.text import Text
 from . import allocate, convert, display, ggml, llama
 from .allocate import DEFAULT_TYPES, Pin, PlanOptions
 from .errors import NsdsError, OutputError, PlanError
+from .gguf_header import is_gguf
 from .inspect import inspect_gguf
 from .perplexity import MIN_CTX, perplexity
 from .plot import check_plot, plot_scores
@@ -189,6 +190,8 @@ def check_destinations(arguments: argparse.Namespace) -> None:
             raise OutputError(f"{option} {path}: is a folder; give a file name")
         if not path.parent.is_dir():
             raise OutputError(f"{option} {path}: no folder {path.parent}; create it first")
+        if is_gguf(path):
+            raise OutputError(f"{option} {path}: is a GGUF file, which is not replaced; choose another name")
         if flag == "plot":
             check_plot(path)
 
@@ -209,6 +212,7 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
         output=output_options(arguments),
         given=given_record(arguments),
         pre=arguments.pre,
+        allow_requantize=arguments.allow_requantize,
         n_threads=arguments.threads,
         report=screen,
     )
@@ -240,6 +244,7 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
         scoring=scoring_options(arguments),
         given=given_record(arguments),
         pre=arguments.pre,
+        allow_requantize=arguments.allow_requantize,
         n_threads=arguments.threads,
         report=screen,
     )
@@ -260,6 +265,7 @@ def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
         types=arguments.types,
         importance=arguments.importance,
         pre=arguments.pre,
+        allow_requantize=arguments.allow_requantize,
         n_threads=arguments.threads,
         report=screen,
     )
@@ -478,7 +484,8 @@ def _add_verb(verbs: Any, name: str, run: Callable[[argparse.Namespace, Screen],
 def _add_convert(verbs: Any) -> None:
     parser = _add_verb(verbs, "convert", run_convert, "convert a model to a GGUF within a budget",
                        "nsds-gguf convert model/ --target-bpw 3.0")  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder")
+    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder or GGUF file")
+    _add_requantize(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="output file or existing folder")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--keep", action="store_true", help="keep a file that failed verification as FILE.failed")
@@ -489,8 +496,8 @@ def _add_convert(verbs: Any) -> None:
     group = parser.add_argument_group("verification")
     _add_text(group, chunks=8)
     group.add_argument("--against", metavar="REF",
-                       help="also show perplexity of, and divergence from: 'original' (writes a temporary GGUF of the "
-                       "source's precision) or a GGUF file")  # fmt: skip
+                       help="also show perplexity of, and divergence from: 'original' (a GGUF input itself; of a "
+                       "folder, a temporary GGUF of its precision) or a GGUF file")  # fmt: skip
     group.add_argument("--no-verify", action="store_true", help="skip the perplexity check; structure is still checked")
     _add_general(parser)
     parser.set_defaults(tensor_types=None)
@@ -499,7 +506,8 @@ def _add_convert(verbs: Any) -> None:
 def _add_plan(verbs: Any) -> None:
     parser = _add_verb(verbs, "plan", run_plan, "show the types that convert would choose",
                        "nsds-gguf plan model/ --target-size 700M --scores scores.json --json plan.json")  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder")
+    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder or GGUF file")
+    _add_requantize(parser)
     parser.add_argument("--tensor-types", metavar="FILE", type=Path,
                         help="write the plan for llama-quantize --tensor-type-file")  # fmt: skip
     _add_budget(parser)
@@ -511,7 +519,8 @@ def _add_plan(verbs: Any) -> None:
 def _add_score(verbs: Any) -> None:
     parser = _add_verb(verbs, "score", run_score, "score layers and measure tensors, without data",
                        "nsds-gguf score model/ --json scores.json --plot scores.png")  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder")
+    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder or GGUF file")
+    _add_requantize(parser)
     parser.add_argument("--layers-only", action="store_true", help="skip the tensor measurements that plans need")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a picture, .png or .svg")
     _add_types(parser)
@@ -532,6 +541,11 @@ def _add_inspect(verbs: Any) -> None:
     parser = _add_verb(verbs, "inspect", run_inspect, "show what a GGUF holds", "nsds-gguf inspect model-Q3.gguf")
     parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file")
     _add_general(parser)
+
+
+def _add_requantize(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--allow-requantize", action="store_true",
+                        help="take a GGUF that is quantized already, whose errors add to the new ones")  # fmt: skip
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:

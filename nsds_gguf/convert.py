@@ -17,7 +17,7 @@ from typing import Protocol
 
 import gguf
 
-from . import allocate, ggml, llama, read, score
+from . import allocate, ggml, gguf_header, llama, read, score
 from .allocate import Candidate, PlanOptions, Propagation
 from .errors import OutputError, PlanError, RecordError, TextError, VerifyError
 from .estimate import estimate_seconds
@@ -41,9 +41,10 @@ from .write import header_bytes, temporary_sibling, write_gguf, write_vocabulary
 
 SHIPPED_TEXT = "old_curiosity_shop.txt"
 
-_GGUF_MAGIC = b"GGUF"
-
 ORIGINAL = "original"  # --against: a temporary GGUF of the source's own precision
+
+# Architectures that decode only what their encoder has read (llama.cpp, llama_model_has_encoder).
+WITH_ENCODER = ("t5", "t5encoder", "eagle3", "dflash")
 
 # Working memory of scoring and writing, without the page cache: measured in tools/bench.py.
 _BASE_MEMORY_BYTES = 400 << 20
@@ -127,19 +128,21 @@ def convert(
     output: Output | None = None,
     given: Scores | Plan | None = None,
     pre: str | None = None,
+    allow_requantize: bool = False,
     n_threads: int | None = None,
     report: Reporter | None = None,
 ) -> list[Converted]:
-    """Convert a model folder to one GGUF per budget; scoring and measuring are done once.
+    """Convert a model to one GGUF per budget; scoring and measuring are done once.
 
     Args:
-        path: Hugging Face model folder.
+        path: Hugging Face model folder or GGUF file.
         options: one entry per budget.
         scoring: how layers are scored; ignored when scores or a plan are given.
         verifying: how finished files are checked.
         output: where files go.
         given: scores or a plan from an earlier run, in place of making them.
         pre: name of the pre-tokenizer, overriding the one recognised.
+        allow_requantize: take a GGUF whose weights are quantized already to less than Q8_0.
         n_threads: threads for everything; ``None`` for one a core.
         report: who is told.
 
@@ -155,7 +158,7 @@ def convert(
     report, n_threads = report or Silent(), n_threads or llama.default_threads()
     text = evaluation_text(verifying) if verifying.enabled else ""
     check_output_folder(output)
-    model = open_model(path, pre, report)
+    model = open_model(path, pre, allow_requantize, report)
     if isinstance(given, Plan):
         given = checked_plan(model, given)
     else:
@@ -163,6 +166,7 @@ def convert(
         check_targets(model, options, given.metric if given else scoring.metric)
     jobs = [given] if isinstance(given, Plan) else options
     paths = output_paths([default_name(model, job) for job in jobs], output)
+    check_not_input(paths, model)
     check_writable(paths)
     check_vocabulary(model, verifying, text)
     work = Work(model, n_threads, report)
@@ -186,12 +190,13 @@ def plan(
     scoring: ScoreOptions | None = None,
     given: Scores | Plan | None = None,
     pre: str | None = None,
+    allow_requantize: bool = False,
     n_threads: int | None = None,
     report: Reporter | None = None,
 ) -> list[Plan]:
     """Return the plans that ``convert`` would carry out; arguments and errors are the same."""
     scoring, report = scoring or ScoreOptions(), report or Silent()
-    model = open_model(path, pre, report)
+    model = open_model(path, pre, allow_requantize, report)
     if isinstance(given, Plan):
         return [checked_plan(model, given)]
     check_scores(model, given)
@@ -206,12 +211,13 @@ def score_model(
     types: tuple[str, ...] = allocate.DEFAULT_TYPES,
     importance: str = "sweep",
     pre: str | None = None,
+    allow_requantize: bool = False,
     n_threads: int | None = None,
     report: Reporter | None = None,
 ) -> Scores:
     """Return layer scores and, with ``scoring.measure``, what every type costs every tensor."""
     report = report or Silent()
-    model = open_model(path, pre, report)
+    model = open_model(path, pre, allow_requantize, report)
     options = PlanOptions(Target("none", 0), types=types, importance=importance)
     return Work(model, n_threads or llama.default_threads(), report).score([options], scoring)
 
@@ -270,8 +276,9 @@ class Work:
     def check_resources(self, sizes: Sequence[int], folder: Path, verifying: VerifyOptions) -> None:
         """Check disk and memory for files of these bytes before the heavy work."""
         against_original = verifying.enabled and verifying.against == ORIGINAL
-        reference = reference_plan(self.model).file_bytes if against_original else 0
-        check_disk(folder, sum(sizes) + reference, "the output" + (" with the reference" if reference else ""))
+        reference = original_bytes(self.model) if against_original else 0
+        written = 0 if self.model.files else reference
+        check_disk(folder, sum(sizes) + written, "the output" + (" with the reference" if written else ""))
         working = _BASE_MEMORY_BYTES + self.n_threads * _THREAD_MEMORY_BYTES
         check_memory(working, "converting", "close other programs or lower --threads")
         if verifying.enabled:
@@ -325,10 +332,10 @@ class Work:
         return found
 
 
-def open_model(path: Path, pre: str | None, report: Reporter) -> Model:
+def open_model(path: Path, pre: str | None, allow_requantize: bool, report: Reporter) -> Model:
     """Read the model's headers and tell its notes."""
     with report.stage("read headers"):
-        model = read.open_model(path, pre)
+        model = read.open_model(path, pre, allow_requantize)
     for note in model.notes:
         report.say(note)
     return model
@@ -361,9 +368,11 @@ def checked_plan(model: Model, plan: Plan) -> Plan:
 
 
 def _resized(planned: PlannedTensor, candidate: Candidate) -> PlannedTensor:
+    if candidate.reason.startswith("kept"):
+        if planned.type.upper() != candidate.types[0]:
+            raise RecordError(f"plan: {planned.name} cannot be {planned.type}: it is {candidate.reason}")
+        return replace(planned, type=candidate.types[0], n_bytes=candidate.n_bytes(candidate.types[0]))
     type_name = allocate.check_type(planned.type, planned.name)
-    if candidate.reason.startswith("kept") and type_name != "F32":
-        raise RecordError(f"plan: {planned.name} cannot be {type_name}: it is {candidate.reason}")
     if not ggml.fits(type_name, planned.shape[-1]):
         raise RecordError(f"plan: {planned.name}: rows of {planned.shape[-1]} weights cannot be {type_name}")
     return replace(planned, type=type_name, n_bytes=candidate.n_bytes(type_name))
@@ -400,7 +409,7 @@ def tensor_types_file(plan: Plan) -> str:
     llama-quantize searches for a pattern anywhere in the name and takes the first hit, so patterns are anchored. Its
     base type must be a quantized one (it ignores the file otherwise) that needs no importance matrix: not Q2_K_S.
     """
-    matrices = [tensor for tensor in plan.tensors if len(tensor.shape) > 1]
+    matrices = [tensor for tensor in plan.tensors if len(tensor.shape) > 1 and tensor.type in ggml.TYPES]
     return "".join(f"^{re.escape(tensor.name)}$={tensor.type.lower()}\n" for tensor in matrices)
 
 
@@ -502,12 +511,19 @@ def output_paths(names: Sequence[str], output: Output) -> list[Path]:
     return paths
 
 
+def check_not_input(paths: Sequence[Path], model: Model) -> None:
+    """Raise ``OutputError`` when an output is a file that the model is read from, by whatever name or link."""
+    for path in filter(Path.exists, paths):
+        if any(path.samefile(file) for file in model.files):
+            raise OutputError(f"{path}: is the input, which is never replaced; choose another name")
+
+
 def _may_replace(path: Path) -> bool:
     """Return whether a path is a GGUF or an empty file: devices, weights and texts are not for ``--force``."""
     if not path.is_file():
         return False
     with path.open("rb") as stream:
-        return stream.read(len(_GGUF_MAGIC)) in (_GGUF_MAGIC, b"")
+        return stream.read(len(gguf_header.MAGIC)) in (gguf_header.MAGIC, b"")
 
 
 def check_writable(paths: Sequence[Path]) -> None:
@@ -523,11 +539,13 @@ def check_writable(paths: Sequence[Path]) -> None:
 def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
     """Let llama.cpp load the vocabulary and tokenize the text before the work that would be verified with it.
 
-    Raises ``VerifyError`` when it refuses the vocabulary, ``TextError`` when the text is too short, and for a GGUF to
-    compare with ``ModelError`` when it is none and ``VerifyError`` when its vocabulary is another.
+    Raises ``VerifyError`` when the model has no perplexity or llama.cpp refuses the vocabulary, ``TextError`` when the
+    text is too short, and for a GGUF to compare with ``ModelError`` when it is none and ``VerifyError`` when its
+    vocabulary is another.
     """
     if not verifying.enabled:
         return
+    check_predicts(model)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "vocabulary.gguf"
         write_vocabulary(model, path)
@@ -550,6 +568,16 @@ def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
             )
 
 
+def check_predicts(model: Model) -> None:
+    """Raise ``VerifyError`` when a model does not predict the next token: no perplexity says whether it works."""
+    causal = model.metadata.get(f"{model.architecture}.attention.causal")
+    if model.architecture in WITH_ENCODER or (causal is not None and not causal.value):
+        raise VerifyError(
+            f"{model.path}: architecture {model.architecture} does not predict the next token, so that perplexity "
+            "cannot check it; pass --no-verify"
+        )
+
+
 @contextmanager
 def named(target: Path, temporary: Path, output: Output) -> Iterator[None]:
     """Let a failed check speak of the file that the user asked for, and say what became of it."""
@@ -568,13 +596,23 @@ def reference_plan(model: Model) -> Plan:
     return allocate.make_plan(model, None, options, _header_bytes(model, options, None))
 
 
+def original_bytes(model: Model) -> int:
+    """Return the bytes of the file, or files, that ``--against original`` compares with."""
+    return sum(file.stat().st_size for file in model.files) or reference_plan(model).file_bytes
+
+
 @contextmanager
 def reference_file(work: Work, options: VerifyOptions, folder: Path) -> Iterator[Path | None]:
-    """Give the GGUF to compare with; the original's is written beside the output and removed on every exit."""
+    """Give the GGUF to compare with.
+
+    The original of a folder is written beside the output and removed on every exit; a GGUF is its own original.
+    """
     if not options.enabled or options.against is None:
         yield None
     elif options.against != ORIGINAL:
         yield Path(options.against)
+    elif work.model.files:
+        yield work.model.files[0]
     else:
         plan = reference_plan(work.model)
         path = folder / f".reference-{os.getpid()}.gguf"

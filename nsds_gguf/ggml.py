@@ -26,6 +26,12 @@ K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 NARROW_TYPES = ("Q4_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0")  # blocks of 32, for rows that K-quants cannot cut
 TYPES = (*FLOAT_TYPES, *K_TYPES, *NARROW_TYPES)
 
+# Further types that ggml dequantizes, which files that are quantized already may hold; gguf may be too old for some.
+READ_TYPES = (*TYPES, *(
+    name for name in ("Q4_1", "MXFP4", "NVFP4", "Q1_0", "TQ1_0", "TQ2_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS",
+                      "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS") if name in GGMLQuantizationType.__members__
+))  # fmt: skip
+
 _LIBRARY_NAMES = {"darwin": "libggml-base.dylib", "win32": "ggml-base.dll"}
 _SYMBOLS = ("ggml_quantize_chunk", "ggml_get_type_traits", "ggml_type_name", "ggml_row_size", "ggml_commit")
 
@@ -106,7 +112,7 @@ def dequantize(data: NDArray[np.uint8], type_name: str, n_cols: int) -> Float32:
 
     Args:
         data: ``(n_rows, row_bytes)`` uint8, as ``quantize`` returns it.
-        type_name: one of ``TYPES``.
+        type_name: one of ``READ_TYPES``.
         n_cols: weights in a row.
 
     Returns:
@@ -170,7 +176,7 @@ def _library_path() -> Path:
 
 
 def _check_types(library: ctypes.CDLL, path: Path) -> None:
-    for name in TYPES:
+    for name in READ_TYPES:
         traits = library.ggml_get_type_traits(GGMLQuantizationType[name]).contents
         found = (traits.type_name.decode().upper(), traits.blck_size, traits.type_size)
         if found != (name, *block(name)):

@@ -17,12 +17,16 @@ data       each tensor padded to the alignment
 =========  ============================================================================================
 
 A string is a u64 length and UTF-8 bytes; an array a u32 item type, a u64 length and the items.
+
+A model may be split over several files, ``NAME-00001-of-00003.gguf`` and so on. Each part has the keys ``split.no``
+(counted from 0) and ``split.count``; the other keys are those of the first part (llama.cpp, llama-model-loader.cpp).
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -37,9 +41,13 @@ from .errors import ModelError
 from .records import ALIGNMENT_BYTES, kv
 
 MAX_DIMS = 4  # GGML_MAX_DIMS
-_MAGIC = b"GGUF"
+MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # of one layout; 1 had 32-bit lengths
 _START = struct.Struct("<4sIQQ")
+
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
+_SPLIT_NAME = re.compile(r"(?P<name>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 _SCALARS: dict[GGUFValueType, np.dtype[Any]] = {
@@ -75,6 +83,74 @@ class GgufHeader:
     metadata: Mapping[str, GGUFValue]
     tensors: tuple[TensorEntry, ...]
     n_bytes: int
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether a path is a file that is a GGUF or is called one."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return path.suffix.lower() == ".gguf" or stream.read(len(MAGIC)) == MAGIC
+
+
+@dataclass(frozen=True)
+class GgufPart:
+    """One file of a GGUF: where it lies and what it begins with."""
+
+    path: Path
+    header: GgufHeader
+
+
+def read_gguf_parts(path: Path) -> tuple[GgufPart, ...]:
+    """Read the header of a GGUF and, where it is one part of a split model, those of all parts, in order.
+
+    Raises ``ModelError`` when a file is missing, no GGUF or damaged, or the parts contradict one another.
+    """
+    header = read_gguf_header(path)
+    paths = part_paths(path, header)
+    if paths == (path,):
+        return (GgufPart(path, header),)
+    missing = next((part for part in paths if not part.is_file()), None)
+    if missing:
+        raise ModelError(f"{missing}: missing part; the model is split into {len(paths)} files: put them together")
+    parts = tuple(GgufPart(part, read_gguf_header(part)) for part in paths)
+    for number, part in enumerate(parts):
+        found = split_number(part.header, SPLIT_NO), split_number(part.header, SPLIT_COUNT)
+        if found != (number, len(parts)):
+            raise ModelError(f"{part.path}: its keys say part {found[0]} of {found[1]} (counted from 0), "
+                             f"its name says {number} of {len(parts)}; download it again")  # fmt: skip
+    names = [tensor.name for part in parts for tensor in part.header.tensors]
+    if len(set(names)) < len(names):
+        raise ModelError(f"{path}: a tensor is in two parts of the split model; download it again")
+    wanted = split_number(header, SPLIT_TENSORS)
+    if wanted not in (None, len(names)):
+        raise ModelError(f"{path}: the split model has {len(names)} tensors, wanted {wanted}; download it again")
+    return parts
+
+
+def part_paths(path: Path, header: GgufHeader) -> tuple[Path, ...]:
+    """Return the paths of all parts of the model that a file belongs to, whether they exist or not.
+
+    Raises ``ModelError`` when the file is a part but is not called so.
+    """
+    n_parts = split_number(header, SPLIT_COUNT) or 1
+    if n_parts == 1:
+        return (path,)
+    match = _SPLIT_NAME.fullmatch(path.name)
+    if match is None or int(match["count"]) != n_parts or int(match["number"]) > n_parts:
+        raise ModelError(
+            f"{path}: is a part of a model split into {n_parts} files; wanted a name such as "
+            f"NAME-00001-of-{n_parts:05d}.gguf: rename the parts as they were"
+        )
+    return tuple(path.with_name(f"{match['name']}-{i + 1:05d}-of-{n_parts:05d}.gguf") for i in range(n_parts))
+
+
+def split_number(header: GgufHeader, key: str) -> int | None:
+    """Return the value of a ``split.*`` key, ``None`` where there is none or no number from 0 up."""
+    entry = header.metadata.get(key)
+    if entry is None or type(entry.value) is not int or entry.value < 0:
+        return None
+    return int(entry.value)
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
@@ -113,6 +189,10 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.u64()).decode()
 
+    def text(self) -> str:
+        """Take a string that may hold bytes which are not UTF-8, as tokens do; they become lone surrogates."""
+        return self.take(self.u64()).decode(errors="surrogateescape")
+
     def numbers(self, kind: GGUFValueType, n: int) -> list[Any]:
         dtype = _SCALARS[kind]
         values: list[Any] = np.frombuffer(self.take(n * dtype.itemsize), dtype).tolist()
@@ -121,7 +201,7 @@ class _Cursor:
     def value(self) -> GGUFValue:
         kind = GGUFValueType(self.u32())
         if kind == GGUFValueType.STRING:
-            return kv(self.string(), kind)
+            return kv(self.text(), kind)
         if kind != GGUFValueType.ARRAY:
             return kv(self.numbers(kind, 1)[0], kind)
         item, n = GGUFValueType(self.u32()), self.u64()
@@ -129,13 +209,15 @@ class _Cursor:
             raise ValueError("an array of arrays, which llama.cpp does not read either")
         if item != GGUFValueType.STRING:
             return kv(self.numbers(item, n), kind, item)
-        return kv([self.string() for _ in range(n)], kind, item)
+        return kv([self.text() for _ in range(n)], kind, item)
 
 
 def _header(cursor: _Cursor) -> GgufHeader:
     magic, version, n_tensors, n_keys = cursor.unpack(_START)
-    if magic != _MAGIC or version not in _VERSIONS:
-        raise ValueError(f"wanted {_MAGIC!r} and version 2 or 3, got {magic!r} and {version}")
+    if magic == MAGIC and version & 0xFFFF == 0:
+        raise ValueError("it is big-endian; wanted a little-endian file: convert it with gguf-convert-endian")
+    if magic != MAGIC or version not in _VERSIONS:
+        raise ValueError(f"wanted {MAGIC!r} and version 2 or 3, got {magic!r} and {version}")
     metadata: dict[str, GGUFValue] = {}
     for _ in range(n_keys):
         name = cursor.string()
@@ -159,7 +241,10 @@ def _entry(cursor: _Cursor) -> TensorEntry:
     if not 0 < n_dims <= MAX_DIMS:
         raise ValueError(f"tensor {name}: {n_dims} dimensions")
     dims = [cursor.u64() for _ in range(n_dims)]
-    kind = GGMLQuantizationType(cursor.u32())
+    number = cursor.u32()
+    if number not in GGMLQuantizationType.__members__.values():
+        raise ValueError(f"tensor {name}: type {number} is not known; upgrade the package gguf if the file is newer")
+    kind = GGMLQuantizationType(number)
     block_weights, block_bytes = GGML_QUANT_SIZES[kind]
     if dims[0] % block_weights:
         raise ValueError(f"tensor {name}: rows of {dims[0]} weights cannot be {kind.name}")

@@ -80,7 +80,7 @@ def _same_value(found: GGUFValue, wanted: GGUFValue) -> bool:
 def _plain(value: object) -> object:
     """Return a value as it is read back: tokens that were given as bytes are text."""
     if isinstance(value, bytes | bytearray):
-        return value.decode()
+        return value.decode(errors="surrogateescape")
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 

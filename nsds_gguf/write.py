@@ -15,13 +15,14 @@ import io
 import math
 import os
 import re
+import struct
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
@@ -134,7 +135,8 @@ def temporary_sibling(path: Path, keep_failed: bool = False) -> Iterator[Path]:
 def _main_type(plan: Plan) -> str:
     n_bytes: dict[str, int] = {}
     for tensor in plan.tensors:
-        n_bytes[tensor.type] = n_bytes.get(tensor.type, 0) + tensor.n_bytes
+        if tensor.type in FILE_TYPES:
+            n_bytes[tensor.type] = n_bytes.get(tensor.type, 0) + tensor.n_bytes
     return max(n_bytes, key=lambda name: (n_bytes[name], -ggml.TYPES.index(name)))
 
 
@@ -157,9 +159,21 @@ def _keys(settings: Mapping[str, str], main_type: str, scores_digest: str, plan_
     }
 
 
+class _HeaderWriter(GGUFWriter):
+    """gguf's writer, which refuses arrays without items; llama.cpp writes and reads them."""
+
+    def _pack_val(
+        self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
+    ) -> bytes:
+        if vtype != GGUFValueType.ARRAY or len(val) > 0 or sub_type is None:
+            packed: bytes = super()._pack_val(val, vtype, add_vtype, sub_type)
+            return packed
+        return struct.pack("<I", vtype) * add_vtype + struct.pack("<IQ", sub_type, 0)
+
+
 def _header(model: Model, keys: Mapping[str, GGUFValue], types: Mapping[str, str]) -> bytes:
     """Return everything before the tensor data, as gguf's writer makes it, padded to the alignment."""
-    writer = GGUFWriter(None, model.architecture)
+    writer = _HeaderWriter(None, model.architecture)
     writer.kv_data[0] = {**model.metadata, **keys}
     for tensor in model.tensors:
         n_bytes = tensor.n_rows * ggml.row_bytes(types[tensor.name], tensor.n_cols)
@@ -219,6 +233,8 @@ def _slabs(tensor: Tensor) -> Iterator[tuple[int, int]]:
 def _quantized_slab(
     tensor: Tensor, planned: PlannedTensor, start: int, stop: int, importance: Float32 | None
 ) -> NDArray[np.uint8]:
+    if tensor.copy_rows is not None:
+        return tensor.copy_rows(start, stop)
     rows = tensor.read_rows(start, stop)
     low, high = float(rows.min()), float(rows.max())
     if not (math.isfinite(low) and math.isfinite(high)):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .. import ggml
 from ..errors import PlanError, TargetError
-from ..records import ALIGNMENT_BYTES, Model, Target, Tensor
+from ..records import ALIGNMENT_BYTES, COPIED_TYPES, Model, Target, Tensor
 
 ROUTERS = ("ffn_gate_inp",)
 
@@ -90,6 +90,8 @@ def candidates(model: Model, types: Sequence[str], pins: Sequence[Pin] = ()) -> 
 
 
 def _candidate(tensor: Tensor, types: Sequence[str], pins: Sequence[Pin]) -> Candidate:
+    if tensor.dtype in COPIED_TYPES:
+        return Candidate(tensor, (tensor.dtype,), f"kept {tensor.dtype}: no weights")
     kept = _kept_reason(tensor)
     if kept:
         return Candidate(tensor, ("F32",), f"kept F32: {kept}")

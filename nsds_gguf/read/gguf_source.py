@@ -1,0 +1,215 @@
+"""A GGUF file becomes a ``Model``: any architecture, keys and tokenizer as they are, weights read a slab at a time.
+
+``open_gguf`` reads headers only. What a file says about its own quantization does not survive a new one and is left
+out: ``general.file_type``, ``general.quantization_version``, the alignment, the keys of a split file, those of
+an importance matrix and our own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType
+from gguf.gguf_writer import GGUFValue
+from numpy.typing import NDArray
+
+from .. import ggml
+from ..anatomy import read_hparams
+from ..errors import ModelError, UnsupportedError
+from ..gguf_header import GgufPart, TensorEntry, read_gguf_parts
+from ..records import COPIED_TYPES, Float32, Model, Tensor, kv, role_and_layer
+
+# Types that hold the weights as good as they were: quantizing again loses nothing to speak of.
+SOURCE_TYPES = (*ggml.FLOAT_TYPES, "Q8_0")
+
+# Keys, or beginnings of keys, that describe the file's quantization and layout and not the model.
+LEFT_OUT = (
+    "general.file_type",
+    "general.quantization_version",
+    "general.alignment",
+    "split.",
+    "quantize.imatrix.",
+    "nsds_gguf.",
+)
+
+# What a GGUF that holds no language model calls itself in general.type, and how people know it (gguf, GGUFType).
+OTHER_KINDS = {
+    "mmproj": "the image or audio encoder of a multimodal model",
+    "adapter": "an adapter (LoRA)",
+    "imatrix": "an importance matrix",
+    "vocab": "a vocabulary",
+}
+
+_STORED: dict[str, np.dtype[Any]] = {
+    "I8": np.dtype("i1"),
+    "I16": np.dtype("<i2"),
+    "I32": np.dtype("<i4"),
+    "I64": np.dtype("<i8"),
+    "F64": np.dtype("<f8"),
+}
+_COUNTED_AT_ONCE = 1 << 20  # weights, 4 MiB as float32
+_IDENTITY_BYTES = 4096  # of every tensor
+
+
+def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False) -> Model:
+    """Open a GGUF, or all parts of a split one of which any is named.
+
+    Args:
+        path: the file.
+        pre: name of llama.cpp's pre-tokenizer, replacing the one that the file states.
+        allow_requantize: take weights that are quantized already to less than Q8_0.
+
+    Returns:
+        The model; no weights have been read.
+
+    Raises:
+        ModelError: a file is missing, damaged or contradicts another part.
+        UnsupportedError: it holds no language model, or weights that are quantized already.
+
+    """
+    parts = read_gguf_parts(path)
+    stated = parts[0].header.metadata
+    architecture = _architecture(path, stated)
+    entries = [(part, entry) for part in parts for entry in part.header.tensors]
+    if not entries:
+        raise UnsupportedError(f"{path}: holds a vocabulary and no weights; wanted a GGUF of a model")
+    tensors = tuple(_tensor(part.path, entry) for part, entry in entries)
+    notes = _requantize_notes(path, tensors, allow_requantize)
+    metadata = {key: value for key, value in stated.items() if not key.startswith(LEFT_OUT)}
+    if pre is not None:
+        metadata["tokenizer.ggml.pre"] = kv(pre, GGUFValueType.STRING)
+    return Model(
+        path=parts[0].path,
+        architecture=architecture,
+        source_class="",
+        hparams=read_hparams(architecture, metadata, tensors),
+        tensors=tensors,
+        metadata={key: _writable(value) for key, value in metadata.items()},
+        notes=notes,
+        model_id=_identity(metadata, entries),
+        files=tuple(part.path for part in parts),
+    )
+
+
+def _architecture(path: Path, metadata: Mapping[str, GGUFValue]) -> str:
+    """Return the architecture; raises ``UnsupportedError`` for what is not a language model."""
+    kind = _text(metadata, "general.type")
+    architecture = _text(metadata, "general.architecture")
+    if kind in OTHER_KINDS or architecture == "clip":
+        what = OTHER_KINDS.get(kind or "", OTHER_KINDS["mmproj"])
+        raise UnsupportedError(f"{path}: holds {what}; wanted a GGUF of a language model")
+    if not architecture:
+        raise ModelError(f"{path}: has no key general.architecture; wanted a GGUF of a language model")
+    return architecture
+
+
+def _text(metadata: Mapping[str, GGUFValue], key: str) -> str | None:
+    entry = metadata.get(key)
+    return entry.value if entry is not None and isinstance(entry.value, str) else None
+
+
+def _tensor(file: Path, entry: TensorEntry) -> Tensor:
+    if entry.type not in (*ggml.READ_TYPES, *COPIED_TYPES):
+        raise UnsupportedError(f"{file}: tensor {entry.name}: ggml cannot read type {entry.type} back; "
+                               f"wanted one of {', '.join(SOURCE_TYPES)}")  # fmt: skip
+    if 0 in entry.shape:
+        raise ModelError(f"{file}: tensor {entry.name}: has no weights, shape {entry.shape}; download it again")
+    role, layer = role_and_layer(entry.name)
+    is_copied = entry.type in COPIED_TYPES
+    read = _integer_reader(file, entry) if is_copied else _weight_reader(file, entry)
+    copy = _row_copier(file, entry) if is_copied else None
+    return Tensor(entry.name, role, layer, entry.shape, entry.type, entry.name, read, copy)
+
+
+def _rows(file: Path, entry: TensorEntry) -> NDArray[np.uint8]:
+    """Map the data read-only: ``(n_rows, row bytes)`` uint8."""
+    row_bytes = ggml.row_bytes(entry.type, entry.shape[-1])
+    try:
+        return np.memmap(file, np.uint8, "r", entry.offset, (entry.n_bytes // row_bytes, row_bytes))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: tensor {entry.name} can no longer be read: {error}") from error
+
+
+def _weight_reader(file: Path, entry: TensorEntry) -> Callable[[int, int], Float32]:
+    def read_rows(start: int, stop: int) -> Float32:
+        rows = ggml.dequantize(_rows(file, entry)[start:stop], entry.type, entry.shape[-1])
+        if not np.isfinite(rows).all():
+            raise _not_finite(file, entry)
+        return rows
+
+    return read_rows
+
+
+def _integer_reader(file: Path, entry: TensorEntry) -> Callable[[int, int], Float32]:
+    return lambda start, stop: _rows(file, entry)[start:stop].view(_STORED[entry.type]).astype(np.float32)
+
+
+def _row_copier(file: Path, entry: TensorEntry) -> Callable[[int, int], NDArray[np.uint8]]:
+    return lambda start, stop: np.array(_rows(file, entry)[start:stop])
+
+
+def _not_finite(file: Path, entry: TensorEntry) -> ModelError:
+    """Return the error that counts what is not finite in the whole tensor."""
+    n_nan = n_infinite = 0
+    data, n_cols = _rows(file, entry), entry.shape[-1]
+    step = max(1, _COUNTED_AT_ONCE // n_cols)
+    for start in range(0, len(data), step):
+        rows = ggml.dequantize(data[start : start + step], entry.type, n_cols)
+        n_nan += int(np.isnan(rows).sum())
+        n_infinite += int(np.isinf(rows).sum())
+    return ModelError(
+        f"{file}: tensor {entry.name}: {n_nan} NaN and {n_infinite} infinite of {len(data) * n_cols} weights; "
+        "wanted finite numbers: the file is damaged, download it again"
+    )
+
+
+def _requantize_notes(path: Path, tensors: tuple[Tensor, ...], allowed: bool) -> tuple[str, ...]:
+    """Return the note on weights that are quantized already; raises ``UnsupportedError`` unless that is allowed."""
+    counts = Counter(t.dtype for t in tensors if t.dtype not in (*SOURCE_TYPES, *COPIED_TYPES))
+    if not counts:
+        return ()
+    held = ", ".join(f"{count} of {name}" for name, count in counts.most_common())
+    if not allowed:
+        raise UnsupportedError(
+            f"{path}: is quantized already (tensors: {held}): its errors would add to the new ones and scores would "
+            "measure them; use the F32, F16, BF16 or Q8_0 file of the model, or pass --allow-requantize"
+        )
+    return (f"The input is quantized already (tensors: {held}): its errors add to the new ones, and the scores "
+            "see them too.",)  # fmt: skip
+
+
+def _writable(entry: GGUFValue) -> GGUFValue:
+    """Return a value whose text is bytes where they are no UTF-8, as gguf's writer takes it."""
+    if isinstance(entry.value, list):
+        return kv([_bytes_unless_utf8(item) for item in entry.value], entry.type, entry.sub_type)
+    return kv(_bytes_unless_utf8(entry.value), entry.type)
+
+
+def _bytes_unless_utf8(value: Any) -> Any:
+    """Return text that holds lone surrogates as the bytes which they stand for, anything else as it is."""
+    if not isinstance(value, str) or value.isascii():
+        return value
+    data = value.encode(errors="surrogateescape")
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return data
+    return value
+
+
+def _identity(metadata: Mapping[str, GGUFValue], entries: list[tuple[GgufPart, TensorEntry]]) -> str:
+    """Return the hex SHA-256 that tells models apart: the same for a split file and a whole one."""
+    keys = {key: [int(entry.type), entry.value] for key, entry in metadata.items()}
+    digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode())
+    for part, entry in entries:
+        digest.update(f"\n{entry.name} {entry.type} {entry.shape}\n".encode())
+        with part.path.open("rb") as stream:
+            stream.seek(entry.offset)
+            digest.update(stream.read(min(_IDENTITY_BYTES, entry.n_bytes)))
+    return digest.hexdigest()

@@ -208,9 +208,9 @@ CASES = {
     },
     "quantized weights": Case(
         3,
-        "{tmp}/model/model.safetensors: tensor model.embed_tokens.weight: stored as 'F8_E4M3'; wanted F32, F16 or "
-        "BF16: use the unquantized checkpoint",
-        lambda model: (model / "model.safetensors").write_bytes(_with_dtype("F8_E4M3")),
+        "{tmp}/model/model.safetensors: tensor model.embed_tokens.weight: stored as 'I16'; wanted F32, F16, "
+        "BF16 or FP8 (F8_E4M3): use the unquantized checkpoint",
+        lambda model: (model / "model.safetensors").write_bytes(_with_dtype("I16")),
     ),
     "no tokenizer": Case(
         3,

@@ -11,7 +11,8 @@ import pytest
 from tiny_models import safetensors_bytes
 
 from nsds_gguf.errors import ModelError, UnsupportedError
-from nsds_gguf.read.safetensors import MAX_DIMENSIONS, MAX_HEADER_BYTES, open_checkpoint, read_header
+from nsds_gguf.read import checkpoint
+from nsds_gguf.read.safetensors import MAX_DIMENSIONS, MAX_HEADER_BYTES, read_header
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 23093576\n"
 
@@ -32,6 +33,10 @@ STRANGE = (
     {}, {"a": 1}, {"dtype": "F32"}, {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]},
     {"dtype": "F32", "shape": [], "data_offsets": [0, 4]},
 )  # fmt: skip
+
+
+def open_checkpoint(folder: Path) -> dict[str, checkpoint.StoredTensor]:
+    return checkpoint.open_checkpoint(folder, {})
 
 
 def with_header(header: bytes, data: bytes = b"") -> bytes:
@@ -139,11 +144,47 @@ def test_lying_header(tmp_path, header, message):
     assert not isinstance(error.value, UnsupportedError)
 
 
-@pytest.mark.parametrize("dtype", ["I8", "U8", "F8_E4M3", "F64", "I32", "BOOL", "f32", "", None, 4, ["F32"], {"a": 1}])
-def test_dtype_that_is_not_read(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", ["f32", "", "X8", None, 4, ["F32"], {"a": 1}])
+def test_dtype_that_the_format_does_not_know(tmp_path, dtype):
     header_file(tmp_path, edited("a", dtype=dtype))
-    with pytest.raises(UnsupportedError, match=r"tensor a: stored as .*; wanted F32, F16 or BF16: use the unquantized"):
+    with pytest.raises(UnsupportedError, match=r"tensor a: stored as .*, which safetensors does not know"):
         open_checkpoint(tmp_path)
+
+
+# Of every dtype, a shape that takes 24 bytes; safetensors' own numbers, see test_sizes_are_those_of_safetensors.
+SHAPES_OF_24_BYTES = {
+    "BOOL": [24], "U8": [2, 12], "I8": [24], "F8_E5M2": [24], "F8_E8M0": [24], "I16": [12], "U16": [12], "I32": [6],
+    "U32": [6], "I64": [3], "U64": [3], "F64": [3], "C64": [3], "F4": [48], "F6_E2M3": [32], "F6_E3M2": [32],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "shape"), SHAPES_OF_24_BYTES.items(), ids=SHAPES_OF_24_BYTES)
+def test_dtype_that_is_not_read_is_listed_and_fails_on_reading(tmp_path, dtype, shape):
+    """GPT-2 stores its causal masks, others their rope frequencies or integer buffers: nobody needs them."""
+    file = header_file(tmp_path, edited("a", dtype=dtype, shape=shape))
+    found = open_checkpoint(tmp_path)
+    assert (found["a"].dtype, found["a"].shape) == (dtype, tuple(shape))
+    assert found["a"].first_bytes(100) == DATA[:24]
+    found["b"].read_rows(slice(0, 1))
+    for read in (lambda: found["a"].read_rows(slice(0, 1)), lambda: found["a"].read_columns(0, 1),
+                 found["a"].require_readable):  # fmt: skip
+        with pytest.raises(UnsupportedError) as error:
+            read()
+        assert str(error.value) == (
+            f"{file}: tensor a: stored as {dtype!r}; wanted F32, F16, BF16 or FP8 (F8_E4M3): use the unquantized "
+            "checkpoint"
+        )
+
+
+def test_rows_columns_and_first_bytes(tmp_path):
+    stack = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    write(tmp_path, safetensors_bytes({"stack": stack}))
+    tensor = open_checkpoint(tmp_path)["stack"]
+    assert (tensor.n_rows, tensor.n_cols) == (6, 4)
+    np.testing.assert_array_equal(tensor.read_rows(np.array([5, 0])), [[20, 21, 22, 23], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(tensor.read_columns(1, 3), stack.reshape(6, 4)[:, 1:3])
+    assert tensor.read_columns(1, 3).flags.writeable
+    assert tensor.first_bytes(10) == stack.tobytes()[:10]
 
 
 def test_header_beyond_the_limit_is_refused_unread(tmp_path):
@@ -315,7 +356,9 @@ def check_survives(folder: Path, content: bytes) -> bool:
     for tensor in found.values():
         assert tensor.offset_bytes + tensor.n_bytes <= len(content)
         if tensor.n_bytes:
-            assert tensor.read_rows(slice(0, 1)).nbytes <= 4 * len(content)
+            assert tensor.first_bytes(1 << 30) == content[tensor.offset_bytes :][: tensor.n_bytes]
+            if tensor.dtype in ("F32", "F16", "BF16"):
+                assert tensor.read_rows(slice(0, 1)).nbytes <= 4 * len(content)
     return True
 
 

@@ -29,7 +29,7 @@ from plans import cycled_types, llama_keys, plan_of, uniform_plan  # noqa: E402
 from nsds_gguf import ggml  # noqa: E402
 from nsds_gguf.llama import default_threads, llama_build  # noqa: E402
 from nsds_gguf.read.folder import rope_row_order  # noqa: E402
-from nsds_gguf.read.safetensors import StoredTensor  # noqa: E402
+from nsds_gguf.read.safetensors import SafetensorsTensor  # noqa: E402
 from nsds_gguf.records import Float32, Hparams, Model, Plan, Tensor  # noqa: E402
 from nsds_gguf.write import write_gguf  # noqa: E402
 
@@ -135,7 +135,7 @@ def synthetic_model(folder: Path, hparams: Hparams) -> Model:
             weights = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
             data = (weights.view(np.uint32) >> 16).astype(np.uint16)
             stream.write(data.tobytes())
-            stored = StoredTensor(name, "BF16", shape, file, offset)
+            stored = SafetensorsTensor(name, "BF16", shape, file, offset)
             offset += data.nbytes
             n_heads = {"attn_q": h.n_heads, "attn_k": h.n_kv_heads}.get(role)
             order = rope_row_order(n_heads, h.head_dim) if n_heads else None
@@ -143,7 +143,7 @@ def synthetic_model(folder: Path, hparams: Hparams) -> Model:
     return Model(folder, "llama", "LlamaForCausalLM", h, tuple(tensors), llama_keys(h), (), "0" * 64)
 
 
-def reader(stored: StoredTensor, order: NDArray[np.intp] | None) -> Callable[[int, int], Float32]:
+def reader(stored: SafetensorsTensor, order: NDArray[np.intp] | None) -> Callable[[int, int], Float32]:
     """Return ``read_rows`` of a tensor, permuted as q and k are."""
     if order is None:
         return lambda start, stop: stored.read_rows(slice(start, stop))

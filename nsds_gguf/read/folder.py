@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from ..errors import ModelError, UnsupportedError
 from ..records import Float32, Hparams, Model, Tensor
 from .card import card_keys
+from .checkpoint import open_checkpoint
 from .families import (
     ALWAYS,
     DEFAULT_FULL_LAYERS,
@@ -34,7 +35,7 @@ from .families import (
     find_family,
 )
 from .rope import add_rope_keys, check_rope, llama3_factors, rope_settings
-from .safetensors import StoredTensor, open_checkpoint
+from .stored import StoredTensor
 from .vocab import open_vocab
 
 MAX_LAYERS = 512  # llama.cpp's (LLAMA_MAX_LAYERS in llama-hparams.h)
@@ -61,11 +62,10 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
     folder = path.resolve()
     config = _read_config(folder, path)
     family = find_family(_class_name(config))
-    _refuse_quantized(config)
     hparams = _hparams(config, family)
     rope = rope_settings(config)
     check_rope(rope, family.architecture, family.rope_kinds)
-    stored = open_checkpoint(folder)
+    stored = open_checkpoint(folder, config)
     tensors, notes = _map_tensors(stored, config, family, hparams)
     if rope["rope_type"] == "llama3":
         tensors.append(_constant("rope_freqs.weight", "rope_freqs", llama3_factors(rope, hparams.head_dim)))
@@ -107,16 +107,6 @@ def _class_name(config: Mapping[str, Any]) -> str:
     if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise ModelError(f"config.json: wanted one class name in architectures, got {architectures!r}")
     return architectures[0]
-
-
-def _refuse_quantized(config: Mapping[str, Any]) -> None:
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedError(
-            f"config.json: the checkpoint is already quantized (method {method}); "
-            "use the original F32, F16 or BF16 checkpoint"
-        )
 
 
 def _hparams(config: Mapping[str, Any], family: Family) -> Hparams:
@@ -274,6 +264,7 @@ def _tensor(
     role = name.split(".", 2)[2] if layer is not None else name
     kind = role.removesuffix(".weight").removesuffix(".bias")
     wanted = shapes[kind][:1] if role.endswith(".bias") else shapes[kind]
+    stored.require_readable()
     if stored.shape != wanted:
         hint = "vocabulary size and embedding rows disagree" if kind in ("token_embd", "output") else "see config.json"
         raise ModelError(f"{stored.file}: tensor {stored.name}: wanted shape {wanted}, got {stored.shape}: {hint}")
@@ -382,9 +373,7 @@ def _identity(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> 
     for name in sorted(stored):
         tensor = stored[name]
         digest.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
-        with tensor.file.open("rb") as stream:
-            stream.seek(tensor.offset_bytes)
-            digest.update(stream.read(min(_IDENTITY_BYTES, tensor.n_bytes)))
+        digest.update(tensor.first_bytes(_IDENTITY_BYTES))
     return digest.hexdigest()
 
 

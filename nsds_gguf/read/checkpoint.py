@@ -1,0 +1,98 @@
+"""The weights of a model folder: one file or shards with an index, of whatever format, become one dict of tensors."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError, UnsupportedError
+from .safetensors import LFS_MARK, read_header
+from .stored import StoredTensor
+
+
+def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """Read the headers of ``model.safetensors`` or of all shards named by its index.
+
+    Args:
+        folder: model folder.
+        config: the parsed config.json; says how the weights are quantized, if they are.
+
+    Returns:
+        The tensors by checkpoint name, in file order. Any dtype may be among them; those that are not read fail when
+        they are asked for their values.
+
+    Raises:
+        ModelError: no weights, a missing shard, a git-lfs pointer, an index that leaves the folder, or a header
+            that is truncated, contradicts itself or the index.
+        UnsupportedError: weights in a format that is not read, or quantized by a method that is not known.
+
+    """
+    _refuse_quantized(config)
+    try:
+        return _open_files(folder)
+    except OSError as error:
+        raise ModelError(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
+
+
+def _refuse_quantized(config: Mapping[str, Any]) -> None:
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
+        raise UnsupportedError(
+            f"config.json: the checkpoint is already quantized (method {method}); "
+            "use the original F32, F16 or BF16 checkpoint"
+        )
+
+
+def _open_files(folder: Path) -> dict[str, StoredTensor]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file() and not index.is_file():
+        return dict(read_header(single))
+    if not index.is_file():
+        raise _no_weights(folder)
+    weight_map = _read_index(index)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (folder / shard).is_file():
+            raise ModelError(f"{folder / shard}: shard is missing; {index.name} names it: download it")
+        for name, tensor in read_header(folder / shard).items():
+            if weight_map.get(name) != shard:
+                where = weight_map.get(name, "no shard")
+                raise ModelError(f"{folder / shard}: holds tensor {name}, but {index.name} places it in {where}")
+            tensors[name] = tensor
+    lost = sorted(set(weight_map) - set(tensors))
+    if lost:
+        raise ModelError(f"{index}: names {len(lost)} tensors that are in no shard, first {lost[0]}")
+    return tensors
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    raw = index.read_bytes()
+    if raw.startswith(LFS_MARK):
+        raise ModelError(f"{index}: is a git-lfs pointer: run `git lfs pull` in {index.parent}")
+    try:
+        items = dict(json.loads(raw)["weight_map"].items())
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index}: damaged: wanted JSON with a weight_map: {error}: download it again") from error
+    for name, shard in items.items():
+        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
+            raise ModelError(
+                f"{index}: places tensor {name} in {reprlib.repr(shard)}; wanted the name of a file in the same folder"
+            )
+    return items
+
+
+def _no_weights(folder: Path) -> ModelError:
+    other = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in folder.glob(pattern))
+    if other:
+        return UnsupportedError(f"{folder}: holds {other[0]} but no model.safetensors: get the safetensors weights")
+    links = sorted(path for path in folder.glob("*.safetensors") if path.is_symlink() and not path.exists())
+    if links:
+        return ModelError(f"{links[0]}: link to a file that is missing: download it again")
+    shards = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    if shards:
+        return ModelError(f"{folder}: holds {shards[0]} but no model.safetensors.index.json: download the index")
+    return ModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json in it")

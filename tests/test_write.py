@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from arrays import random_arrays
-from gguf import GGUFReader, GGUFValueType
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from llama_quantize import (
     assert_same_bytes,
     extreme_rows,
@@ -234,6 +234,24 @@ def test_the_header_is_as_long_as_foreseen(tmp_path):
     reader = GGUFReader(path)
     assert reader.data_offset == reader.tensors[0].data_offset == n_bytes
     assert n_bytes % 32 == 0
+
+
+def test_keys_are_packed_as_gguf_packs_them(tmp_path):
+    """Arrays are packed at once; gguf packs them item by item."""
+    numbers = [kind for kind in GGUFValueType if kind not in (GGUFValueType.STRING, GGUFValueType.ARRAY)]
+    arrays = {f"test.{kind.name}": kv([0, 1, 1], GGUFValueType.ARRAY, kind) for kind in numbers}
+    arrays["test.bytes"] = kv(bytes(range(256)), GGUFValueType.ARRAY, GGUFValueType.UINT8)
+    arrays["test.texts"] = kv(["", "a\0b", "Grüße", "😀"], GGUFValueType.ARRAY, GGUFValueType.STRING)
+    scalars = {"test.text": kv("Grüße", GGUFValueType.STRING), "test.yes": kv(True, GGUFValueType.BOOL)}
+    model = replace(small_decoder(), metadata={**arrays, **scalars})
+    write.write_vocabulary(model, tmp_path / "ours.gguf")
+    writer = GGUFWriter(tmp_path / "theirs.gguf", model.architecture)
+    writer.kv_data[0] = dict(model.metadata)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    theirs = (tmp_path / "theirs.gguf").read_bytes()
+    assert (tmp_path / "ours.gguf").read_bytes() == theirs + b"\0" * (-len(theirs) % 32)
 
 
 def test_a_plan_with_another_header_is_refused(tmp_path):

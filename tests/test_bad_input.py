@@ -267,7 +267,7 @@ CASES = {
     "no such model": Case(3, "models: no such folder", arguments=("convert", "models", *PLAIN)),
     "the model is a file": Case(
         3,
-        "model/model.safetensors: is a file; wanted a Hugging Face model folder with config.json",
+        "model/model.safetensors: is a file; wanted a Hugging Face model folder with config.json, or a .gguf",
         arguments=("convert", "model/model.safetensors", *PLAIN),
     ),
     "config is not JSON": Case(

@@ -13,7 +13,7 @@ from tiny_models import N_VOCAB, SPECS, Spec, Weights, tiny_config, tiny_weights
 
 from nsds_gguf.errors import ModelError, UnsupportedError
 from nsds_gguf.read import open_model, supported_classes
-from nsds_gguf.read.folder import rope_row_order
+from nsds_gguf.read.mapping import rope_row_order
 from nsds_gguf.read.rope import llama3_factors, rope_settings, yarn_attention_factor
 from nsds_gguf.records import Model
 
@@ -292,7 +292,7 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path / "nowhere", f"{tmp_path}/nowhere: no such folder"),
         (tmp_path, f"{tmp_path}: no config.json in it; wanted a Hugging Face model folder"),
-        (file, f"{file}: is a file; wanted a Hugging Face model folder with config.json"),
+        (file, f"{file}: is a file; wanted a Hugging Face model folder with config.json, or a .gguf"),
     ):
         with pytest.raises(ModelError) as caught:
             open_model(path)
@@ -315,19 +315,24 @@ def test_damaged_config(text: str, message: str, tmp_path: Path) -> None:
     assert refusal(ModelError, folder).startswith(message)
 
 
-@pytest.mark.parametrize(
-    ("class_name", "nearest"),
-    [("LlamaForCausalM", "LlamaForCausalLM"), ("Qwen2MoeForCausalLM", "Qwen2ForCausalLM")],
-)
-def test_an_unsupported_class_names_the_nearest(class_name: str, nearest: str, tmp_path: Path) -> None:
-    assert refusal(UnsupportedError, changed(tmp_path, config={"architectures": [class_name]})) == (
-        f"config.json: class {class_name} is not supported; nearest is {nearest}, "
-        "all: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM"
+def test_an_unsupported_class_names_the_nearest(tmp_path: Path) -> None:
+    assert refusal(UnsupportedError, changed(tmp_path, config={"architectures": ["LlamaForCausalM"]})) == (
+        "config.json: class LlamaForCausalM is not supported; nearest is LlamaForCausalLM, "
+        "and llama.cpp does not know it either"
     )
 
 
-def test_supported_classes() -> None:
-    assert supported_classes() == ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+def test_a_class_that_llama_cpp_knows_is_pointed_there(tmp_path: Path) -> None:
+    assert refusal(UnsupportedError, changed(tmp_path, config={"architectures": ["Glm4MoeForCausalLM"]})) == (
+        "config.json: class Glm4MoeForCausalLM is not supported; nearest is OlmoeForCausalLM; llama.cpp converts "
+        "it: python convert_hf_to_gguf.py MODEL --outtype bf16 --outfile model.gguf, then nsds-gguf convert model.gguf"
+    )
+
+
+def test_no_class_is_in_two_families() -> None:
+    classes = supported_classes()
+    assert len(set(classes)) == len(classes)
+    assert {"LlamaForCausalLM", "Gemma3ForConditionalGeneration", "MixtralForCausalLM"} < set(classes)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
@@ -342,7 +347,7 @@ def test_a_quantized_checkpoint_is_refused(method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "kind", "message"),
     [
-        ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act 'gelu' is not supported; known: silu"),
+        ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act 'gelu' is not supported for llama; known: silu, swish"),
         ({"hidden_size": ...}, ModelError, "hidden_size: wanted a positive integer, got None"),
         ({"hidden_size": "64"}, ModelError, "hidden_size: wanted a positive integer, got '64'"),
         ({"intermediate_size": 0}, ModelError, "intermediate_size: wanted a positive integer, got 0"),
@@ -570,7 +575,7 @@ def test_llama3_factors_by_hand(tmp_path: Path) -> None:
             QWEN3,
             {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}},
             UnsupportedError,
-            "rope_parameters: full_attention has settings of its own; wanted one for all layers",
+            "layers with a sliding window have rope settings of their own; llama.cpp's llama has one for all layers",
         ),
         (
             LLAMA,

@@ -28,7 +28,7 @@ from plans import cycled_types, llama_keys, plan_of, uniform_plan  # noqa: E402
 
 from nsds_gguf import ggml  # noqa: E402
 from nsds_gguf.llama import default_threads, llama_build  # noqa: E402
-from nsds_gguf.read.folder import rope_row_order  # noqa: E402
+from nsds_gguf.read.mapping import rope_row_order  # noqa: E402
 from nsds_gguf.read.safetensors import SafetensorsTensor  # noqa: E402
 from nsds_gguf.records import Float32, Hparams, Model, Plan, Tensor  # noqa: E402
 from nsds_gguf.write import write_gguf  # noqa: E402

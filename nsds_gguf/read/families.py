@@ -1,52 +1,101 @@
-"""Model families as tables: which class is which architecture, and where each tensor comes from.
+"""Model families as tables: which class is which architecture, and where each tensor and key comes from.
 
-A family states its differences from ``Family``'s defaults; nothing is overridden. Checkpoint names appear only in
-this package: everything later speaks GGUF names.
+A family states its differences from the defaults; nothing is overridden. Checkpoint names appear only in this package:
+everything later speaks GGUF names.
 
-Sources: transformers' modeling files for the checkpoint side, llama.cpp ``src/models/*.cpp`` for what each architecture
-loads (a bias or rope kind that it would not load is an error here, not a loss there).
+Sources: transformers' configuration and modeling files for the checkpoint side (defaults of config.json, names), and
+llama.cpp ``src/models/*.cpp`` for what each architecture loads and computes: a bias, rope kind or setting that it would
+not load or compute is an error here, not a loss there. llama.cpp's ``conversion/*.py`` decides what a key is called.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from typing import Any
+
+from gguf import GGUFValueType
 
 from ..errors import UnsupportedError
 
-# GGUF name -> checkpoint name; {i} is the layer. Weights that every supported decoder has.
-GLOBAL_TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-LAYER_TENSORS = {
-    "attn_norm.weight": "model.layers.{i}.input_layernorm.weight",
-    "attn_q.weight": "model.layers.{i}.self_attn.q_proj.weight",
-    "attn_k.weight": "model.layers.{i}.self_attn.k_proj.weight",
-    "attn_v.weight": "model.layers.{i}.self_attn.v_proj.weight",
-    "attn_output.weight": "model.layers.{i}.self_attn.o_proj.weight",
-    "ffn_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
-    "ffn_gate.weight": "model.layers.{i}.mlp.gate_proj.weight",
-    "ffn_up.weight": "model.layers.{i}.mlp.up_proj.weight",
-    "ffn_down.weight": "model.layers.{i}.mlp.down_proj.weight",
-}
-QK_NORM_TENSORS = {
-    "attn_q_norm.weight": "model.layers.{i}.self_attn.q_norm.weight",
-    "attn_k_norm.weight": "model.layers.{i}.self_attn.k_norm.weight",
-}
+Config = Mapping[str, Any]  # canonical: see ``config.canonical``
+Condition = Callable[[Config], bool]
 
-# Checkpoint tensors that hold nothing the GGUF needs: tables that rope recomputes, saved by old transformers.
-IGNORED = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 
-ALWAYS = "always"
+def always(_: Config) -> bool:
+    """Hold for every model of the family."""
+    return True
 
-# transformers' defaults: of every supported class; of those that can have a window; of those where only the layers from
-# ``max_window_layers`` on have it.
-DEFAULT_NORM_EPS = 1e-6
-DEFAULT_WINDOW = 4096
-DEFAULT_FULL_LAYERS = 28
+
+def never(_: Config) -> bool:
+    """Hold for no model of the family."""
+    return False
+
+
+def flag(key: str) -> Condition:
+    """Hold where config.json switches ``key`` on."""
+    return lambda config: bool(config.get(key))
+
+
+def unless(key: str) -> Condition:
+    """Hold where config.json does not switch ``key`` on."""
+    return lambda config: not config.get(key)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one GGUF tensor comes from.
+
+    Attributes:
+        source: checkpoint name within the layer (or the model) without ``.weight``. ``{e}`` numbers tensors that are
+            stacked along the first dimension: experts, or the norms of single heads.
+        shape: names of the GGUF tensor's dimensions, slowest first (``mapping.dimensions``).
+        order: key of ``mapping.ROW_ORDERS``: which stored row becomes which; empty where they stay as they are.
+        stored: names of the stored dimensions where ``order`` takes rows of something larger.
+        bias: whether there is a bias too.
+        when: whether the model has it.
+        transposed: stored as ``(in, out)``, the way of GPT-2's Conv1D.
+        shift: added to every weight, where the checkpoint holds the difference from it.
+        suffix: what follows ``source`` in the checkpoint.
+    """
+
+    source: str
+    shape: tuple[str, ...]
+    order: str = ""
+    stored: tuple[str, ...] = ()
+    bias: Condition = never
+    when: Condition = always
+    transposed: bool = False
+    shift: float = 0.0
+    suffix: str = ".weight"
+
+
+@dataclass(frozen=True)
+class Key:
+    """A GGUF key of the architecture, its type, and the setting of config.json that it holds.
+
+    A setting that is null or absent is left out.
+    """
+
+    name: str
+    setting: str
+    type: GGUFValueType = GGUFValueType.FLOAT32
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sliding-window attention.
+
+    Attributes:
+        flag: setting that switches it on; empty where the window's own number does.
+        period: every ``period``-th layer attends to everything, as llama.cpp assumes without a key; 0 where it
+            computes no window for the architecture.
+    """
+
+    flag: str = ""
+    period: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,83 +105,735 @@ class Family:
     Attributes:
         classes: names under ``architectures`` in config.json.
         architecture: llama.cpp's name.
-        biases: role -> config flag that switches the bias on, or ``ALWAYS``.
-        rope_kinds: rope scaling kinds that llama.cpp computes for this architecture.
-        permutes_qk: rows of q and k are interleaved within each head (ggml's rope order "norm").
-        qk_norm: has norms on the heads' queries and keys.
+        layer: role -> part, within ``layer_prefix``, in GGUF order.
+        outside: role -> part of what is not in a layer; the output projection is last.
+        defaults: what transformers assumes where config.json is silent.
+        prefix, layer_prefix: of the checkpoint's names; ``{i}`` is the layer.
+        activations: the ones that llama.cpp computes for the architecture.
+        rope_kinds: rope scaling kinds that llama.cpp computes; empty without rope.
+        keys: keys beyond the ones that every architecture has.
+        fixed: settings for which llama.cpp computes one value only: the value, or what gives it.
+        norm: kind of norm, ``rms`` or ``layer``.
         fixed_head_dim: llama.cpp's loader demands ``head_dim * n_heads == n_embd``.
-        window: config flag that switches ``sliding_window`` on, or ``ALWAYS``; ``None``: the class has no window.
-        writes_rope_dim: the architecture's keys include ``rope.dimension_count`` and ``vocab_size``.
+        window: the sliding window, if the class may have one.
+        writes_rope_dim, writes_vocab_size, writes_kv_heads: keys that the converter writes or leaves to defaults.
+        output: ``own`` (or tied to the embedding), ``tied`` where llama.cpp has no output projection of its own, and
+            ``required`` where it demands one: a tied embedding is then written twice.
+        ignored: patterns of checkpoint tensors that hold nothing the GGUF needs.
+        example: a repository people know.
     """
 
     classes: tuple[str, ...]
     architecture: str
-    biases: Mapping[str, str] = field(default_factory=dict)
+    layer: Mapping[str, Part]
+    outside: Mapping[str, Part]
+    defaults: Config = field(default_factory=dict)
+    prefix: str = "model."
+    layer_prefix: str = "model.layers.{i}."
+    activations: tuple[str, ...] = ("silu", "swish")
     rope_kinds: tuple[str, ...] = ("default", "linear", "yarn")
-    permutes_qk: bool = False
-    qk_norm: bool = False
+    keys: tuple[Key, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    norm: str = "rms"
     fixed_head_dim: bool = False
-    window: str | None = None
+    window: Window | None = None
     writes_rope_dim: bool = False
+    writes_vocab_size: bool = False
+    writes_kv_heads: bool = True
+    output: str = "own"
+    ignored: tuple[str, ...] = ()
+    example: str = ""
 
     @property
-    def layer_tensors(self) -> dict[str, str]:
-        """GGUF name within a layer -> checkpoint name template."""
-        return {**LAYER_TENSORS, **(QK_NORM_TENSORS if self.qk_norm else {})}
+    def embedding(self) -> str:
+        """Checkpoint name of the token embedding."""
+        return self.outside["token_embd"].source + ".weight"
+
+    @property
+    def unembedding(self) -> str:
+        """Checkpoint name of the output projection, which a tied model may lack."""
+        return self.outside["output"].source + ".weight"
 
 
-_QKV = ("attn_q", "attn_k", "attn_v")
+Parts = dict[str, Part]
+
+
+def biased(parts: Mapping[str, Part], roles: str, bias: Condition) -> Parts:
+    """Return the parts with biases on ``roles`` (separated by blanks)."""
+    return {**parts, **{role: replace(parts[role], bias=bias) for role in roles.split()}}
+
+
+def shifted(parts: Mapping[str, Part]) -> Parts:
+    """Return the parts with 1 added to every norm's gain, which Gemma stores less 1."""
+    return {role: replace(part, shift=1.0) if role.endswith("norm") else part for role, part in parts.items()}
+
+
+def without(parts: Mapping[str, Part], roles: str) -> Parts:
+    """Return the parts but those of ``roles`` (separated by blanks)."""
+    return {role: part for role, part in parts.items() if role not in roles.split()}
+
+
+# --- parts ----------------------------------------------------------------------------------------------------
+
+OUTSIDE: Parts = {
+    "token_embd": Part("model.embed_tokens", ("vocab", "embd")),
+    "output_norm": Part("model.norm", ("embd",)),
+    "output": Part("lm_head", ("vocab", "embd")),
+}
+ATTENTION_NORM: Parts = {"attn_norm": Part("input_layernorm", ("embd",))}
+ATTENTION: Parts = {
+    "attn_q": Part("self_attn.q_proj", ("q", "embd")),
+    "attn_k": Part("self_attn.k_proj", ("kv", "embd")),
+    "attn_v": Part("self_attn.v_proj", ("kv", "embd")),
+    "attn_output": Part("self_attn.o_proj", ("embd", "q")),
+}
+# ggml's rope order "norm" rotates neighbouring channels, transformers the two halves of a head.
+ROTATED_ATTENTION: Parts = {
+    **ATTENTION,
+    "attn_q": replace(ATTENTION["attn_q"], order="rope_q"),
+    "attn_k": replace(ATTENTION["attn_k"], order="rope_k"),
+}
+QK_NORMS: Parts = {
+    "attn_q_norm": Part("self_attn.q_norm", ("head",)),
+    "attn_k_norm": Part("self_attn.k_norm", ("head",)),
+}
+WIDE_QK_NORMS: Parts = {
+    "attn_q_norm": Part("self_attn.q_norm", ("q",)),
+    "attn_k_norm": Part("self_attn.k_norm", ("kv",)),
+}
+FFN_NORM: Parts = {"ffn_norm": Part("post_attention_layernorm", ("embd",))}
+FFN: Parts = {
+    "ffn_gate": Part("mlp.gate_proj", ("ff", "embd")),
+    "ffn_up": Part("mlp.up_proj", ("ff", "embd")),
+    "ffn_down": Part("mlp.down_proj", ("embd", "ff")),
+}
+EXPERTS: Parts = {
+    "ffn_gate_inp": Part("mlp.gate", ("experts", "embd")),
+    "ffn_gate_exps": Part("mlp.experts.{e}.gate_proj", ("experts", "ff_exp", "embd")),
+    "ffn_up_exps": Part("mlp.experts.{e}.up_proj", ("experts", "ff_exp", "embd")),
+    "ffn_down_exps": Part("mlp.experts.{e}.down_proj", ("experts", "embd", "ff_exp")),
+}
+SANDWICH_NORMS: Parts = {  # Gemma 2 and 3: norms in front of and behind both blocks
+    "post_attention_norm": Part("post_attention_layernorm", ("embd",)),
+    "ffn_norm": Part("pre_feedforward_layernorm", ("embd",)),
+    "post_ffw_norm": Part("post_feedforward_layernorm", ("embd",)),
+}
+POST_NORMS: Parts = {  # OLMo 2: norms behind both blocks only
+    "post_attention_norm": Part("post_attention_layernorm", ("embd",)),
+    "post_ffw_norm": Part("post_feedforward_layernorm", ("embd",)),
+}
+
+LAYER: Parts = {**ATTENTION_NORM, **ATTENTION, **FFN_NORM, **FFN}
+LLAMA_LAYER: Parts = {**ATTENTION_NORM, **ROTATED_ATTENTION, **FFN_NORM, **FFN}
+
+_QKV = "attn_q attn_k attn_v"
+_ALL_ATTENTION = f"{_QKV} attn_output"
+_ALL_FFN = "ffn_gate ffn_up ffn_down"
+
+# --- settings -------------------------------------------------------------------------------------------------
+
+_UNTIED = {"tie_word_embeddings": False}
+_RMS = {**_UNTIED, "norm_eps": 1e-6}
+_LAYER_NORM = {"norm_eps": 1e-5}
 _LLAMA_ROPE_KINDS = ("default", "linear", "yarn", "llama3")
+_TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu")  # ggml's GELU is the tanh form
+
+_GEMMA_KEYS = (
+    Key("attn_logit_softcapping", "attn_logit_softcapping"),
+    Key("final_logit_softcapping", "final_logit_softcapping"),
+)
+_GRANITE_KEYS = (
+    Key("attention.scale", "attention_multiplier"),
+    Key("embedding_scale", "embedding_multiplier"),
+    Key("residual_scale", "residual_multiplier"),
+    Key("logit_scale", "logits_scaling"),
+)
+_GRANITE_DEFAULTS = {
+    **_RMS,
+    "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+}
+_EXPERT_FF_KEY = Key("expert_feed_forward_length", "moe_intermediate_size", GGUFValueType.UINT32)
+_SHARED_FF_KEY = Key(
+    "expert_shared_feed_forward_length", "shared_expert_intermediate_size", GGUFValueType.UINT32
+)  # fmt: skip
+_PARALLEL_KEY = Key("use_parallel_residual", "use_parallel_residual", GGUFValueType.BOOL)
+_LOGIT_SCALE_KEY = Key("logit_scale", "logit_scale")
+_ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
+_CAUSAL = {"use_bidirectional_attention": False}
+
+
+def attention_scale(n_layers_of_27b: int) -> Callable[[Config], float]:
+    """Return what gives the ``query_pre_attn_scalar`` that llama.cpp computes with (gemma2.cpp, gemma3.cpp)."""
+
+    def scalar(config: Config) -> float:
+        if config["num_hidden_layers"] == n_layers_of_27b:
+            return float(config["hidden_size"] // config["num_attention_heads"])
+        return float(config["head_dim"])
+
+    return scalar
+
+
+def every_fourth(config: Config) -> list[int]:
+    """Return SmolLM3's layers with (1) and without (0) rope as llama.cpp has them (smollm3.cpp)."""
+    return [int((i + 1) % 4 != 0) for i in range(config["num_hidden_layers"])]
+
+
+def has_many_layers(config: Config) -> bool:
+    """Tell whether llama.cpp expects q and k norms in a Command-R model (command-r.cpp)."""
+    return int(config["num_hidden_layers"]) >= 64
+
+
+# --- families -------------------------------------------------------------------------------------------------
+
+_LLAMA = Family(
+    classes=("LlamaForCausalLM", "LLaMAForCausalLM", "IQuestCoderForCausalLM"),
+    architecture="llama",
+    layer=biased(biased(LLAMA_LAYER, _ALL_ATTENTION, flag("attention_bias")), _ALL_FFN, flag("mlp_bias")),
+    outside=OUTSIDE,
+    defaults={**_RMS, "attention_bias": False, "mlp_bias": False},
+    rope_kinds=_LLAMA_ROPE_KINDS,
+    writes_rope_dim=True,
+    writes_vocab_size=True,
+    example="Llama 2 and 3, Yi, DeepSeek-LLM, TinyLlama, SmolLM 1 and 2",
+)
+_QWEN2_MOE_LAYER: Parts = {
+    **ATTENTION_NORM,
+    **biased(ATTENTION, _QKV, flag("qkv_bias")),
+    **FFN_NORM,
+    **EXPERTS,
+    "ffn_gate_inp_shexp": Part("mlp.shared_expert_gate", ("one", "embd")),
+    "ffn_gate_shexp": Part("mlp.shared_expert.gate_proj", ("ff_shexp", "embd")),
+    "ffn_up_shexp": Part("mlp.shared_expert.up_proj", ("ff_shexp", "embd")),
+    "ffn_down_shexp": Part("mlp.shared_expert.down_proj", ("embd", "ff_shexp")),
+}
+_GRANITE_EXPERTS: Parts = {
+    "ffn_gate_inp": Part("block_sparse_moe.router.layer", ("experts", "embd")),
+    "ffn_gate_exps": Part(
+        "block_sparse_moe.input_linear", ("experts", "ff_exp", "embd"), "first_half_exps",
+        ("experts", "2ff_exp", "embd"),
+    ),
+    "ffn_up_exps": Part(
+        "block_sparse_moe.input_linear", ("experts", "ff_exp", "embd"), "second_half_exps",
+        ("experts", "2ff_exp", "embd"),
+    ),
+    "ffn_down_exps": Part("block_sparse_moe.output_linear", ("experts", "embd", "ff_exp")),
+}  # fmt: skip
+_GRANITE_SHARED: Parts = {
+    "ffn_gate_shexp": Part(
+        "shared_mlp.input_linear", ("ff_shexp", "embd"), "first_half_shexp", ("2ff_shexp", "embd"),
+        when=flag("shared_intermediate_size"),
+    ),
+    "ffn_up_shexp": Part(
+        "shared_mlp.input_linear", ("ff_shexp", "embd"), "second_half_shexp", ("2ff_shexp", "embd"),
+        when=flag("shared_intermediate_size"),
+    ),
+    "ffn_down_shexp": Part(
+        "shared_mlp.output_linear", ("embd", "ff_shexp"), when=flag("shared_intermediate_size")
+    ),
+}  # fmt: skip
+_FUSED_QKV = ("qkv", "embd")
+_INTERNLM2_LAYER: Parts = {
+    "attn_norm": Part("attention_norm", ("embd",)),
+    "attn_q": Part("attention.wqkv", ("q", "embd"), "grouped_q", _FUSED_QKV),
+    "attn_k": Part("attention.wqkv", ("kv", "embd"), "grouped_k", _FUSED_QKV),
+    "attn_v": Part("attention.wqkv", ("kv", "embd"), "grouped_v", _FUSED_QKV),
+    "attn_output": Part("attention.wo", ("embd", "q")),
+    "ffn_norm": Part("ffn_norm", ("embd",)),
+    "ffn_gate": Part("feed_forward.w1", ("ff", "embd")),
+    "ffn_up": Part("feed_forward.w3", ("ff", "embd")),
+    "ffn_down": Part("feed_forward.w2", ("embd", "ff")),
+}
+_GPT2_LAYER: Parts = {
+    "attn_norm": Part("ln_1", ("embd",), bias=always),
+    "attn_qkv": Part("attn.c_attn", _FUSED_QKV, transposed=True, bias=always),
+    "attn_output": Part("attn.c_proj", ("embd", "q"), transposed=True, bias=always),
+    "ffn_norm": Part("ln_2", ("embd",), bias=always),
+    "ffn_up": Part("mlp.c_fc", ("ff", "embd"), transposed=True, bias=always),
+    "ffn_down": Part("mlp.c_proj", ("embd", "ff"), transposed=True, bias=always),
+}
+_NEOX_LAYER: Parts = {
+    "attn_norm": Part("input_layernorm", ("embd",), bias=always),
+    "attn_qkv": Part("attention.query_key_value", _FUSED_QKV, "by_head_qkv", bias=flag("attention_bias")),
+    "attn_output": Part("attention.dense", ("embd", "q"), bias=flag("attention_bias")),
+    "ffn_norm": Part("post_attention_layernorm", ("embd",), bias=always),
+    "ffn_up": Part("mlp.dense_h_to_4h", ("ff", "embd"), bias=always),
+    "ffn_down": Part("mlp.dense_4h_to_h", ("embd", "ff"), bias=always),
+}
+_PHI2_LAYER: Parts = {
+    "attn_norm": Part("input_layernorm", ("embd",), bias=always),
+    **biased(ATTENTION, _QKV, always),
+    "attn_output": Part("self_attn.dense", ("embd", "q"), bias=always),
+    "ffn_up": Part("mlp.fc1", ("ff", "embd"), bias=always),
+    "ffn_down": Part("mlp.fc2", ("embd", "ff"), bias=always),
+}
+_PHI3_LAYER: Parts = {
+    **ATTENTION_NORM,
+    "attn_qkv": Part("self_attn.qkv_proj", _FUSED_QKV),
+    "attn_output": ATTENTION["attn_output"],
+    **FFN_NORM,
+    "ffn_up": Part("mlp.gate_up_proj", ("2ff", "embd")),
+    "ffn_down": FFN["ffn_down"],
+}
+_STABLELM_LAYER: Parts = {
+    **biased(ATTENTION_NORM, "attn_norm", always),
+    **biased(ATTENTION, _QKV, flag("use_qkv_bias")),
+    "attn_q_norm": Part("self_attn.q_layernorm.norms.{e}", ("heads", "head"), when=flag("qk_layernorm")),
+    "attn_k_norm": Part("self_attn.k_layernorm.norms.{e}", ("kv_heads", "head"), when=flag("qk_layernorm")),
+    "ffn_norm": replace(FFN_NORM["ffn_norm"], bias=always, when=unless("use_parallel_residual")),
+    **FFN,
+}
+_STARCODER2_LAYER: Parts = {
+    **biased(ATTENTION_NORM, "attn_norm", always),
+    **biased(ATTENTION, _ALL_ATTENTION, flag("use_bias")),
+    **biased(FFN_NORM, "ffn_norm", always),
+    "ffn_up": Part("mlp.c_fc", ("ff", "embd"), bias=flag("use_bias")),
+    "ffn_down": Part("mlp.c_proj", ("embd", "ff"), bias=flag("use_bias")),
+}
+_BIASED_OUTSIDE = biased(OUTSIDE, "output_norm", always)
 
 FAMILIES = (
-    Family(
-        classes=("LlamaForCausalLM",),
-        architecture="llama",
-        biases={
-            **dict.fromkeys((*_QKV, "attn_output"), "attention_bias"),
-            **dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), "mlp_bias"),
-        },
-        rope_kinds=_LLAMA_ROPE_KINDS,
-        permutes_qk=True,
-        writes_rope_dim=True,
-    ),
-    Family(
+    _LLAMA,
+    replace(
+        _LLAMA,
         classes=("MistralForCausalLM",),
-        architecture="llama",
-        rope_kinds=_LLAMA_ROPE_KINDS,
-        permutes_qk=True,
-        window=ALWAYS,
-        writes_rope_dim=True,
+        layer=LLAMA_LAYER,
+        defaults={**_RMS, "sliding_window": 4096},
+        window=Window(),
+        example="Mistral 7B",
+    ),
+    replace(
+        _LLAMA,
+        classes=("MixtralForCausalLM",),
+        layer={
+            **ATTENTION_NORM,
+            **ROTATED_ATTENTION,
+            **FFN_NORM,
+            "ffn_gate_inp": Part("block_sparse_moe.gate", ("experts", "embd")),
+            "ffn_gate_exps": Part("block_sparse_moe.experts.{e}.w1", ("experts", "ff", "embd")),
+            "ffn_up_exps": Part("block_sparse_moe.experts.{e}.w3", ("experts", "ff", "embd")),
+            "ffn_down_exps": Part("block_sparse_moe.experts.{e}.w2", ("experts", "embd", "ff")),
+        },
+        defaults={**_UNTIED, "norm_eps": 1e-5, "rope_theta": 1e6, "num_experts": 8, "num_experts_per_tok": 2},
+        window=Window(),
+        example="Mixtral 8x7B",
     ),
     Family(
         classes=("Qwen2ForCausalLM",),
         architecture="qwen2",
-        biases=dict.fromkeys(_QKV, ALWAYS),
+        layer=biased(LAYER, _QKV, always),
+        outside=OUTSIDE,
+        defaults={**_RMS, "sliding_window": 4096, "max_window_layers": 28},
         fixed_head_dim=True,
-        window="use_sliding_window",
+        window=Window("use_sliding_window"),
+        example="Qwen 2 and 2.5",
     ),
     Family(
         classes=("Qwen3ForCausalLM",),
         architecture="qwen3",
-        biases=dict.fromkeys(_QKV, "attention_bias"),
-        qk_norm=True,
-        window="use_sliding_window",
+        layer={**ATTENTION_NORM, **biased(ATTENTION, _QKV, flag("attention_bias")), **QK_NORMS, **FFN_NORM, **FFN},
+        outside=OUTSIDE,
+        defaults={**_RMS, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+        window=Window("use_sliding_window"),
+        example="Qwen 3",
     ),
+    Family(
+        classes=("Qwen2MoeForCausalLM",),
+        architecture="qwen2moe",
+        layer=_QWEN2_MOE_LAYER,
+        outside=OUTSIDE,
+        defaults={
+            **_RMS, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "qkv_bias": True,
+            "shared_expert_intermediate_size": 5632, "sliding_window": 4096, "max_window_layers": 28,
+        },
+        keys=(_EXPERT_FF_KEY, _SHARED_FF_KEY),
+        fixed={"norm_topk_prob": False, **_ALL_SPARSE},
+        fixed_head_dim=True,
+        window=Window("use_sliding_window"),
+        output="required",
+        example="Qwen 1.5 MoE, Qwen 2 57B-A14B",
+    ),
+    Family(
+        classes=("Qwen3MoeForCausalLM",),
+        architecture="qwen3moe",
+        layer={**ATTENTION_NORM, **biased(ATTENTION, _QKV, flag("attention_bias")), **QK_NORMS, **FFN_NORM, **EXPERTS},
+        outside=OUTSIDE,
+        defaults={
+            **_RMS, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False,
+            "sliding_window": 4096, "max_window_layers": 28,
+        },
+        keys=(_EXPERT_FF_KEY,),
+        fixed={"norm_topk_prob": True, **_ALL_SPARSE},
+        window=Window("use_sliding_window"),
+        example="Qwen 3 30B-A3B",
+    ),
+    Family(
+        classes=("GemmaForCausalLM",),
+        architecture="gemma",
+        layer=shifted(LAYER),
+        outside=shifted(OUTSIDE),
+        defaults={"norm_eps": 1e-6, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"},
+        activations=_TANH_GELU,
+        fixed={"attention_bias": False, **_CAUSAL},
+        rope_kinds=("default",),
+        output="tied",
+        example="Gemma 2B and 7B",
+    ),
+    Family(
+        classes=("Gemma2ForCausalLM",),
+        architecture="gemma2",
+        layer=shifted({**ATTENTION_NORM, **ATTENTION, **SANDWICH_NORMS, **FFN}),
+        outside=shifted(OUTSIDE),
+        defaults={
+            "norm_eps": 1e-6, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+            "sliding_window": 4096, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+        },
+        activations=_TANH_GELU,
+        keys=_GEMMA_KEYS,
+        fixed={"attention_bias": False, "query_pre_attn_scalar": attention_scale(46), **_CAUSAL},
+        rope_kinds=("default",),
+        window=Window(period=2),
+        output="tied",
+        example="Gemma 2",
+    ),
+    Family(
+        classes=("Gemma3ForCausalLM",),
+        architecture="gemma3",
+        layer=shifted({**ATTENTION_NORM, **ATTENTION, **QK_NORMS, **SANDWICH_NORMS, **FFN}),
+        outside=shifted(OUTSIDE),
+        defaults={
+            "norm_eps": 1e-6, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
+            "sliding_window": 4096, "num_attention_heads": 8, "num_key_value_heads": 4, "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4, "max_position_embeddings": 131072, "vocab_size": 262208,
+        },
+        activations=_TANH_GELU,
+        keys=_GEMMA_KEYS,
+        fixed={
+            "attention_bias": False, "attn_logit_softcapping": None, "query_pre_attn_scalar": attention_scale(62),
+            **_CAUSAL,
+        },
+        rope_kinds=("default", "linear"),
+        window=Window(period=6),
+        example="Gemma 3",
+    ),
+    Family(
+        classes=("PhiForCausalLM",),
+        architecture="phi2",
+        layer=_PHI2_LAYER,
+        outside={
+            **OUTSIDE,
+            "output_norm": Part("model.final_layernorm", ("embd",), bias=always),
+            "output": replace(OUTSIDE["output"], bias=always),
+        },
+        defaults={**_UNTIED, **_LAYER_NORM, "partial_rotary_factor": 0.5, "hidden_act": "gelu_new"},
+        activations=_TANH_GELU,
+        norm="layer",
+        fixed={"qk_layernorm": False},
+        fixed_head_dim=True,
+        rope_kinds=("default",),
+        writes_rope_dim=True,
+        output="required",
+        example="Phi 1.5 and 2",
+    ),
+    Family(
+        classes=("Phi3ForCausalLM",),
+        architecture="phi3",
+        layer=_PHI3_LAYER,
+        outside=OUTSIDE,
+        defaults={**_UNTIED, "norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        fixed_head_dim=True,
+        rope_kinds=("default", "longrope"),
+        window=Window(),
+        writes_rope_dim=True,
+        example="Phi 3, 3.5 and 4",
+    ),
+    Family(
+        classes=("GPT2LMHeadModel",),
+        architecture="gpt2",
+        layer=_GPT2_LAYER,
+        outside={
+            "token_embd": Part("transformer.wte", ("vocab", "embd")),
+            "position_embd": Part("transformer.wpe", ("ctx", "embd")),
+            "output_norm": Part("transformer.ln_f", ("embd",), bias=always),
+            "output": OUTSIDE["output"],
+        },
+        prefix="transformer.",
+        layer_prefix="transformer.h.{i}.",
+        defaults={**_LAYER_NORM, "hidden_act": "gelu_new", "max_position_embeddings": 1024},
+        activations=_TANH_GELU,
+        norm="layer",
+        fixed={
+            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+        },
+        fixed_head_dim=True,
+        rope_kinds=(),
+        writes_kv_heads=False,
+        ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
+        example="GPT-2, DistilGPT-2",
+    ),
+    Family(
+        classes=("GPTNeoXForCausalLM",),
+        architecture="gptneox",
+        layer=_NEOX_LAYER,
+        outside={
+            "token_embd": Part("gpt_neox.embed_in", ("vocab", "embd")),
+            "output_norm": Part("gpt_neox.final_layer_norm", ("embd",), bias=always),
+            "output": Part("embed_out", ("vocab", "embd")),
+        },
+        prefix="gpt_neox.",
+        layer_prefix="gpt_neox.layers.{i}.",
+        defaults={
+            **_UNTIED, **_LAYER_NORM, "hidden_act": "gelu", "partial_rotary_factor": 0.25, "attention_bias": True,
+            "use_parallel_residual": True,
+        },
+        activations=_TANH_GELU,
+        keys=(_PARALLEL_KEY,),
+        norm="layer",
+        fixed={"attention_bias": True},
+        fixed_head_dim=True,
+        rope_kinds=("default",),
+        writes_rope_dim=True,
+        writes_kv_heads=False,
+        output="required",
+        ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+        example="GPT-NeoX, Pythia",
+    ),
+    Family(
+        classes=("StableLmForCausalLM", "StableLMEpochForCausalLM"),
+        architecture="stablelm",
+        layer=_STABLELM_LAYER,
+        outside=_BIASED_OUTSIDE,
+        defaults={**_UNTIED, **_LAYER_NORM, "partial_rotary_factor": 0.25, "use_parallel_residual": False},
+        keys=(_PARALLEL_KEY,),
+        norm="layer",
+        fixed_head_dim=True,
+        rope_kinds=("default",),
+        writes_rope_dim=True,
+        output="required",
+        example="StableLM 2",
+    ),
+    Family(
+        classes=("OlmoForCausalLM",),
+        architecture="olmo",
+        layer={**ROTATED_ATTENTION, **FFN},
+        outside=without(OUTSIDE, "output_norm"),
+        defaults={**_UNTIED, "norm_eps": 1e-5},
+        keys=(Key("attention.clamp_kqv", "clip_qkv"),),
+        norm="layer",
+        fixed={"attention_bias": False},
+        fixed_head_dim=True,
+        rope_kinds=("default",),
+        example="OLMo 1",
+    ),
+    Family(
+        classes=("Olmo2ForCausalLM",),
+        architecture="olmo2",
+        layer={**ATTENTION, **WIDE_QK_NORMS, **POST_NORMS, **FFN},
+        outside=OUTSIDE,
+        defaults={**_UNTIED, "norm_eps": 1e-5},
+        fixed={"attention_bias": False},
+        fixed_head_dim=True,
+        output="required",
+        example="OLMo 2",
+    ),
+    Family(
+        classes=("Olmo3ForCausalLM",),
+        architecture="olmo2",
+        layer={**ATTENTION, **WIDE_QK_NORMS, **POST_NORMS, **FFN},
+        outside=OUTSIDE,
+        defaults={**_UNTIED, "norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
+        fixed={"attention_bias": False},
+        fixed_head_dim=True,
+        window=Window(period=4),
+        output="required",
+        example="OLMo 3",
+    ),
+    Family(
+        classes=("OlmoeForCausalLM",),
+        architecture="olmoe",
+        layer={**ATTENTION_NORM, **ATTENTION, **WIDE_QK_NORMS, **FFN_NORM, **{
+            role: replace(part, shape=tuple("ff" if dim == "ff_exp" else dim for dim in part.shape))
+            for role, part in EXPERTS.items()
+        }},
+        outside=OUTSIDE,
+        defaults={**_UNTIED, "norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
+        fixed={"attention_bias": False, "norm_topk_prob": False, "clip_qkv": None},
+        fixed_head_dim=True,
+        output="required",
+        example="OLMoE 1B-7B",
+    ),
+    Family(
+        classes=("GraniteForCausalLM",),
+        architecture="granite",
+        layer=biased(biased(LLAMA_LAYER, _ALL_ATTENTION, flag("attention_bias")), _ALL_FFN, flag("mlp_bias")),
+        outside=OUTSIDE,
+        defaults=_GRANITE_DEFAULTS,
+        keys=_GRANITE_KEYS,
+        fixed_head_dim=True,
+        rope_kinds=_LLAMA_ROPE_KINDS,
+        writes_rope_dim=True,
+        writes_vocab_size=True,
+        example="Granite 3",
+    ),
+    Family(
+        classes=("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
+        architecture="granitemoe",
+        layer={
+            **ATTENTION_NORM, **biased(ROTATED_ATTENTION, _ALL_ATTENTION, flag("attention_bias")), **FFN_NORM,
+            **_GRANITE_EXPERTS, **_GRANITE_SHARED,
+        },
+        outside=OUTSIDE,
+        defaults={**_GRANITE_DEFAULTS, "num_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 0},
+        keys=(
+            *_GRANITE_KEYS,
+            Key("expert_shared_feed_forward_length", "shared_intermediate_size", GGUFValueType.UINT32),
+        ),
+        fixed_head_dim=True,
+        rope_kinds=_LLAMA_ROPE_KINDS,
+        writes_rope_dim=True,
+        writes_vocab_size=True,
+        example="Granite 3 MoE",
+    ),
+    Family(
+        classes=("CohereForCausalLM",),
+        architecture="command-r",
+        layer={
+            **ATTENTION_NORM,
+            **ATTENTION,
+            "attn_q_norm": Part("self_attn.q_norm", ("heads", "head"), when=flag("use_qk_norm")),
+            "attn_k_norm": Part("self_attn.k_norm", ("kv_heads", "head"), when=flag("use_qk_norm")),
+            **FFN,
+        },
+        outside=OUTSIDE,
+        defaults={**_LAYER_NORM, "logit_scale": 0.0625, "use_qk_norm": False, "rope_theta": 10000.0},
+        keys=(_LOGIT_SCALE_KEY,),
+        norm="layer",
+        fixed={"attention_bias": False, "use_qk_norm": has_many_layers},
+        fixed_head_dim=True,
+        rope_kinds=("default",),
+        output="tied",
+        example="Command R, Aya",
+    ),
+    Family(
+        classes=("Cohere2ForCausalLM",),
+        architecture="cohere2",
+        layer={**ATTENTION_NORM, **ATTENTION, **FFN},
+        outside=OUTSIDE,
+        defaults={**_LAYER_NORM, "logit_scale": 0.0625, "sliding_window": 4096},
+        keys=(_LOGIT_SCALE_KEY,),
+        norm="layer",
+        fixed={"attention_bias": False, "use_qk_norm": False},
+        fixed_head_dim=True,
+        rope_kinds=("default",),
+        window=Window(period=4),
+        writes_rope_dim=True,
+        writes_vocab_size=True,
+        output="tied",
+        example="Command R7B",
+    ),
+    Family(
+        classes=("InternLM2ForCausalLM",),
+        architecture="internlm2",
+        layer=_INTERNLM2_LAYER,
+        outside={
+            "token_embd": Part("model.tok_embeddings", ("vocab", "embd")),
+            "output_norm": Part("model.norm", ("embd",)),
+            "output": Part("output", ("vocab", "embd")),
+        },
+        defaults={**_UNTIED, "norm_eps": 1e-6, "bias": False},
+        fixed={"bias": False},
+        fixed_head_dim=True,
+        rope_kinds=("default", "linear"),
+        output="required",
+        example="InternLM 2 and 2.5",
+    ),
+    Family(
+        classes=("SmolLM3ForCausalLM",),
+        architecture="smollm3",
+        layer=LLAMA_LAYER,
+        outside=OUTSIDE,
+        defaults={"norm_eps": 1e-6, "rope_theta": 2e6, "sliding_window": None},
+        fixed={"attention_bias": False, "mlp_bias": False, "no_rope_layers": every_fourth},
+        rope_kinds=("default", "linear", "yarn"),
+        window=Window("use_sliding_window"),
+        writes_rope_dim=True,
+        writes_vocab_size=True,
+        example="SmolLM3",
+    ),
+    Family(
+        classes=("Starcoder2ForCausalLM",),
+        architecture="starcoder2",
+        layer=_STARCODER2_LAYER,
+        outside=_BIASED_OUTSIDE,
+        defaults={**_LAYER_NORM, "hidden_act": "gelu_pytorch_tanh", "use_bias": True, "sliding_window": None},
+        activations=_TANH_GELU,
+        norm="layer",
+        fixed={"use_bias": True},
+        fixed_head_dim=True,
+        rope_kinds=("default", "linear", "yarn"),
+        window=Window(),
+        example="StarCoder 2",
+    ),
+)  # fmt: skip
+
+# Multimodal classes whose language model is taken, by the ``model_type`` of their text_config.
+WRAPPERS = (
+    "Gemma3ForConditionalGeneration",
+    "Idefics3ForConditionalGeneration",
+    "LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration",
+    "Mistral3ForConditionalGeneration",
+    "SmolVLMForConditionalGeneration",
+)
+TEXT_MODELS = {
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+# How names begin: those within the model and those beside it (the output projection). First as the class has them, then
+# as the language model of a larger one, then saved without its head.
+LAYOUTS = (
+    ("{prefix}", ""),
+    ("language_model.{prefix}", "language_model."),
+    ("model.language_model.", ""),
+    ("model.text_model.", ""),
+    ("", ""),
+)
+
+# Checkpoint tensors that hold nothing the GGUF needs: tables that rope recomputes, saved by old transformers.
+IGNORED = (r"(.*\.)?rotary_emb\.inv_freq",)
+
+
+# How a model that is not read here converts all the same.
+ROUTE_THROUGH_GGUF = (
+    "llama.cpp converts it: python convert_hf_to_gguf.py MODEL --outtype bf16 --outfile model.gguf, "
+    "then nsds-gguf convert model.gguf"
 )
 
 
 def supported_classes() -> tuple[str, ...]:
-    """Return every checkpoint class that converts."""
-    return tuple(name for family in FAMILIES for name in family.classes)
+    """Return every checkpoint class that converts, multimodal ones included."""
+    return (*(name for family in FAMILIES for name in family.classes), *WRAPPERS)
 
 
 def find_family(class_name: str) -> Family:
-    """Return the family of a checkpoint class; raises ``UnsupportedError`` naming the nearest supported one."""
+    """Return the family of a checkpoint class.
+
+    Raises ``UnsupportedError`` naming the nearest supported class, and the way through a GGUF where llama.cpp has one.
+    """
     for family in FAMILIES:
         if class_name in family.classes:
             return family
     nearest = difflib.get_close_matches(class_name, supported_classes(), n=1, cutoff=0.0)
-    raise UnsupportedError(
-        f"config.json: class {class_name} is not supported; nearest is {nearest[0]}, "
-        f"all: {', '.join(supported_classes())}"
-    )
+    known = (resources.files("nsds_gguf") / "data" / "llama_cpp_classes.txt").read_text(encoding="utf-8").splitlines()
+    route = f"; {ROUTE_THROUGH_GGUF}" if class_name in known else ", and llama.cpp does not know it either"
+    raise UnsupportedError(f"config.json: class {class_name} is not supported; nearest is {nearest[0]}{route}")

@@ -1,0 +1,210 @@
+"""config.json: read, brought to one set of names, and turned into the dimensions of the tensors.
+
+transformers' classes name the same things differently, and leave out what is their default. From ``canonical`` on there
+is one name for each setting, and none that a family's defaults give is missing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import ModelError, UnsupportedError
+from .families import TEXT_MODELS, WRAPPERS, Config, Family
+
+MAX_LAYERS = 512  # llama.cpp's (LLAMA_MAX_LAYERS in llama-hparams.h)
+
+# Canonical name -> names in order of precedence.
+ALIASES = {
+    "hidden_act": ("hidden_activation", "hidden_act", "activation_function"),
+    "hidden_size": ("hidden_size", "n_embd"),
+    "intermediate_size": ("intermediate_size", "n_inner"),
+    "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx"),
+    "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
+    "num_attention_heads": ("num_attention_heads", "n_head"),
+    "num_experts": ("num_local_experts", "num_experts"),
+    "num_hidden_layers": ("num_hidden_layers", "n_layer"),
+    "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct", "rope_pct"),
+    "rope_theta": ("rope_theta", "rotary_emb_base"),
+}
+
+# Defaults that ``rope.rope_settings`` applies.
+ROPE_SETTINGS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "original_max_position_embeddings")
+
+_LFS_MARK = "version https://git-lfs"
+_FF_FACTOR = 4  # width of the feed-forward block over the stream's where config.json has none (GPT-2)
+
+
+def read_config(folder: Path, shown: Path) -> dict[str, Any]:
+    """Return the parsed config.json of a model folder; ``shown`` is the folder as the user named it.
+
+    Raises ``ModelError`` when there is none or it is damaged, ``UnsupportedError`` for a file in place of a folder.
+    """
+    if not folder.exists():
+        raise ModelError(f"{shown}: no such folder")
+    if not folder.is_dir():
+        raise UnsupportedError(f"{shown}: is a file; wanted a Hugging Face model folder with config.json, or a .gguf")
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ModelError(f"{shown}: no config.json in it; wanted a Hugging Face model folder")
+    try:
+        text = file.read_text(encoding="utf-8")
+        if text.startswith(_LFS_MARK):
+            raise ModelError(f"{file}: is a git-lfs pointer, not the file itself: run `git lfs pull` in {folder}")
+        config = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file}: wanted an object, got {type(config).__name__}")
+    return config
+
+
+def class_name(config: Mapping[str, Any]) -> str:
+    """Return the class under ``architectures``; raises ``ModelError`` when there is not one."""
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise ModelError(f"config.json: wanted one class name in architectures, got {architectures!r}")
+    return architectures[0]
+
+
+def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return class and settings of the language model: config.json's own, or those in a multimodal one's text_config.
+
+    Raises ``UnsupportedError`` when the language model within is of a kind that is not known.
+    """
+    name = class_name(config)
+    inner = config.get("text_config")
+    if name not in WRAPPERS or not isinstance(inner, Mapping):
+        return name, dict(config)
+    kind = inner.get("model_type", config.get("model_type"))
+    if kind not in TEXT_MODELS:
+        raise UnsupportedError(
+            f"config.json: {name} around a language model of type {kind!r}; known: {', '.join(TEXT_MODELS)}"
+        )
+    # What belongs to both stands outside, or inside only: the inner one counts.
+    shared = {key: value for key, value in config.items() if key in ("tie_word_embeddings", "torch_dtype", "dtype")}
+    return TEXT_MODELS[kind], {**shared, **inner}
+
+
+def canonical(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the settings under their canonical names, the family's defaults where config.json is silent.
+
+    Defaults of rope are left to ``rope.rope_settings``: config.json has two more places for these settings.
+    """
+    settings = dict(config)
+    for name, aliases in ALIASES.items():
+        values = [settings.pop(alias) for alias in aliases if alias in settings]
+        given = [value for value in values if value is not None]
+        if values:
+            settings[name] = given[0] if given else None
+    for name, value in family.defaults.items():
+        if name in ROPE_SETTINGS:
+            continue
+        if settings.get(name) is None and not (name in settings and name in _MAY_BE_NULL):
+            settings[name] = value
+    if settings.get("intermediate_size") is None and isinstance(settings.get("hidden_size"), int):
+        settings["intermediate_size"] = _FF_FACTOR * settings["hidden_size"]
+    settings.setdefault("tie_word_embeddings", True)  # transformers' default for a class that has none of its own
+    return settings
+
+
+# Settings for which null is a value.
+_MAY_BE_NULL = ("norm_eps", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+
+
+def check_settings(config: Config, family: Family) -> None:
+    """Raise ``UnsupportedError`` for a setting that llama.cpp's architecture computes otherwise, or not at all."""
+    activation = config.get("hidden_act", family.activations[0])
+    if activation not in family.activations:
+        raise UnsupportedError(
+            f"config.json: hidden_act {activation!r} is not supported for {family.architecture}; "
+            f"known: {', '.join(family.activations)}"
+        )
+    for key, value in family.fixed.items():
+        wanted = value(config) if callable(value) else value
+        found = config.get(key, wanted)
+        if found != wanted and (found or wanted):  # null, false, 0 and nothing are alike
+            raise UnsupportedError(
+                f"config.json: {key} {found!r}: llama.cpp's {family.architecture} computes with {wanted!r} only"
+            )
+
+
+def dimensions(config: Config, family: Family) -> dict[str, int]:
+    """Return the size of every dimension that a ``Part`` names.
+
+    Raises:
+        ModelError: a size is missing, or sizes contradict one another.
+        UnsupportedError: sizes that llama.cpp cannot take.
+
+    """
+    n_layers, n_heads = integer(config, "num_hidden_layers"), integer(config, "num_attention_heads")
+    if n_layers > MAX_LAYERS:
+        raise UnsupportedError(f"config.json: num_hidden_layers {n_layers}: llama.cpp takes at most {MAX_LAYERS}")
+    n_kv_heads = integer(config, "num_key_value_heads", n_heads)
+    if n_heads % n_kv_heads:
+        raise ModelError(f"config.json: {n_heads} heads cannot share {n_kv_heads} key/value heads evenly")
+    head, ff = _head_dim(config, family, n_heads), integer(config, "intermediate_size")
+    n_experts = integer(config, "num_experts", 0, at_least=0)
+    ff_exp = integer(config, "moe_intermediate_size", ff)
+    ff_shexp = integer(config, _shared_ff(config), 0, at_least=0)
+    sizes = {
+        "one": 1,
+        "layers": n_layers,
+        "embd": integer(config, "hidden_size"),
+        "vocab": integer(config, "vocab_size"),
+        "ctx": integer(config, "max_position_embeddings"),
+        "heads": n_heads,
+        "kv_heads": n_kv_heads,
+        "head": head,
+        "q": n_heads * head,
+        "kv": n_kv_heads * head,
+        "qkv": (n_heads + 2 * n_kv_heads) * head,
+        "ff": ff,
+        "2ff": 2 * ff,
+        "experts": n_experts,
+        "ff_exp": ff_exp,
+        "2ff_exp": 2 * ff_exp,
+        "ff_shexp": ff_shexp,
+        "2ff_shexp": 2 * ff_shexp,
+    }
+    if n_experts and integer(config, "num_experts_per_tok") > n_experts:
+        raise ModelError(f"config.json: {config['num_experts_per_tok']} experts a token of {n_experts} in all")
+    return sizes
+
+
+def _shared_ff(config: Config) -> str:
+    """Return the setting that holds the width of the shared expert: two classes, two names."""
+    return next((key for key in ("shared_intermediate_size",) if key in config), "shared_expert_intermediate_size")
+
+
+def integer(config: Config, key: str, default: int | None = None, at_least: int = 1) -> int:
+    """Return a whole number of config.json; raises ``ModelError`` when it is none or out of range."""
+    value = default if config.get(key) is None else config[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value < 2**31:
+        raise ModelError(f"config.json: {key}: wanted a positive integer, got {value!r}")
+    return value
+
+
+def _head_dim(config: Config, family: Family, n_heads: int) -> int:
+    n_embd = integer(config, "hidden_size")
+    if config.get("head_dim") is None and n_embd % n_heads:
+        raise ModelError(f"config.json: hidden_size {n_embd} is no multiple of num_attention_heads {n_heads}")
+    head_dim = integer(config, "head_dim", n_embd // n_heads)
+    if family.fixed_head_dim and head_dim * n_heads != n_embd:
+        raise UnsupportedError(
+            f"config.json: head_dim {head_dim} x {n_heads} heads is not hidden_size {n_embd}; "
+            f"llama.cpp's {family.architecture} demands it"
+        )
+    if head_dim % 2 and family.rope_kinds:
+        raise UnsupportedError(f"config.json: head_dim {head_dim} is odd; rope rotates pairs of channels")
+    return head_dim
+
+
+def norm_eps(config: Config, family: Family) -> float:
+    """Return the epsilon of the norms; raises ``ModelError`` when it is no number from 0 to 1."""
+    eps, key = config.get("norm_eps"), f"{family.norm}_norm_eps"
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < 1:
+        raise ModelError(f"config.json: {key}: wanted a number from 0 to 1, got {eps!r}")
+    return float(eps)

@@ -1,0 +1,314 @@
+"""From the tensors of a checkpoint to those of a GGUF: every one placed, none missing, rows in GGUF order."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelError, UnsupportedError
+from ..records import Float32, Tensor
+from .families import IGNORED, LAYOUTS, Config, Family, Part
+from .stored import StoredTensor
+
+Stored = Mapping[str, StoredTensor]
+Sizes = Mapping[str, int]  # by name of the dimension, from ``config.dimensions``
+Rows = NDArray[np.intp]
+
+_SLAB_WEIGHTS = 1 << 20  # 4 MiB of float32
+
+# Names of what a multimodal checkpoint holds beside its language model.
+_OTHER_MODELS = re.compile(
+    r"(^|\.)(vision_tower|vision_model|multi_modal_projector|multimodal_projector|connector|image_newline|audio_tower)"
+    r"(\.|$)"
+)
+
+
+# --- orders of rows -------------------------------------------------------------------------------------------
+
+
+def rope_row_order(n_heads: int, head_dim: int) -> Rows:
+    """Return the checkpoint row behind each GGUF row of q or k, ``(n_heads * head_dim,)``.
+
+    transformers rotates channel ``j`` of a head with ``j + head_dim / 2``, ggml's order "norm" neighbours
+    ``2j`` with ``2j + 1``: rows of the two halves are interleaved (llama.cpp conversion, ``permute``).
+    """
+    rows = np.arange(n_heads * head_dim, dtype=np.intp).reshape(n_heads, 2, head_dim // 2)
+    order: Rows = rows.swapaxes(1, 2).ravel()
+    return order
+
+
+def _by_head_qkv(sizes: Sizes) -> Rows:
+    """GPT-NeoX stores q, k and v of each head together; GGUF all of q, then all of k, then all of v."""
+    rows = np.arange(sizes["qkv"], dtype=np.intp).reshape(sizes["heads"], 3, sizes["head"])
+    order: Rows = rows.swapaxes(0, 1).ravel()
+    return order
+
+
+def _grouped(sizes: Sizes) -> Rows:
+    """InternLM 2 stores, for each key/value head, its queries, its key and its value: the rows by group and part."""
+    per_group = sizes["heads"] // sizes["kv_heads"]
+    return np.arange(sizes["qkv"], dtype=np.intp).reshape(sizes["kv_heads"], per_group + 2, sizes["head"])
+
+
+def _grouped_q(sizes: Sizes) -> Rows:
+    return _grouped(sizes)[:, :-2].ravel()[rope_row_order(sizes["heads"], sizes["head"])]
+
+
+def _grouped_k(sizes: Sizes) -> Rows:
+    return _grouped(sizes)[:, -2].ravel()[rope_row_order(sizes["kv_heads"], sizes["head"])]
+
+
+def _half(n: int, n_rows: int, which: int) -> Rows:
+    """Return the rows of the first (0) or second (1) half of each of ``n`` stacked matrices of ``2 n_rows``."""
+    return np.arange(n * 2 * n_rows, dtype=np.intp).reshape(n, 2, n_rows)[:, which].ravel()
+
+
+# Stored row behind each GGUF row, leading dimensions flattened.
+ROW_ORDERS: Mapping[str, Callable[[Sizes], Rows]] = {
+    "rope_q": lambda sizes: rope_row_order(sizes["heads"], sizes["head"]),
+    "rope_k": lambda sizes: rope_row_order(sizes["kv_heads"], sizes["head"]),
+    "by_head_qkv": _by_head_qkv,
+    "grouped_q": _grouped_q,
+    "grouped_k": _grouped_k,
+    "grouped_v": lambda sizes: _grouped(sizes)[:, -1].ravel(),
+    "first_half_exps": lambda sizes: _half(sizes["experts"], sizes["ff_exp"], 0),
+    "second_half_exps": lambda sizes: _half(sizes["experts"], sizes["ff_exp"], 1),
+    "first_half_shexp": lambda sizes: _half(1, sizes["ff_shexp"], 0),
+    "second_half_shexp": lambda sizes: _half(1, sizes["ff_shexp"], 1),
+}
+
+
+# --- from names to tensors ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One GGUF tensor that the model must have; ``part`` as it is for a bias too."""
+
+    name: str
+    role: str
+    layer: int | None
+    part: Part
+    is_bias: bool = False
+
+    def sources(self, sizes: Sizes, actual: Callable[[str], str]) -> list[str]:
+        """Return the checkpoint's names, several when they are stacked."""
+        suffix = ".bias" if self.is_bias else self.part.suffix
+        count = sizes[self.part.shape[0]] if "{e}" in self.part.source else 1
+        return [actual(self.part.source.replace("{e}", str(e)) + suffix) for e in range(count)]
+
+
+def map_tensors(
+    stored: Stored, config: Config, family: Family, sizes: Sizes, is_wrapped: bool
+) -> tuple[list[Tensor], list[str]]:
+    """Return the tensors in GGUF order and the notes; raises unless every tensor is placed and none is missing.
+
+    Args:
+        stored: the checkpoint's tensors by name.
+        config: canonical settings.
+        family: where things are.
+        sizes: of the dimensions.
+        is_wrapped: whether other models (vision, audio) may lie beside the language model.
+
+    Raises:
+        ModelError: a tensor is missing, has another shape than config.json says, or contradicts the tie.
+        UnsupportedError: a tensor is left over.
+
+    """
+    actual = _names(stored, family)
+    tied = bool(config["tie_word_embeddings"])
+    wanted = _wanted(config, family, sizes, tied)
+    sources = {item.name: item.sources(sizes, actual) for item in wanted}
+    missing = [name for names in sources.values() for name in names if name not in stored]
+    if missing:
+        raise ModelError(
+            f"tensors missing from the weights: {_some(missing)}; "
+            "the checkpoint is incomplete or config.json is another model's"
+        )
+    used = {name for names in sources.values() for name in names}
+    if tied:
+        used.add(actual(family.unembedding))
+    notes = _tie_notes(stored, family, actual) if tied else []
+    left_out = _left_over(stored, used, family, is_wrapped, actual)
+    if left_out:
+        notes.append(f"Only the language model is taken; left out: {left_out}.")
+    return [_tensor(item, [stored[name] for name in sources[item.name]], sizes) for item in wanted], notes
+
+
+def _names(stored: Stored, family: Family) -> Callable[[str], str]:
+    """Return what turns the family's names into the checkpoint's, by where the embedding is found."""
+
+    def renaming(inner: str, outer: str) -> Callable[[str], str]:
+        inner = inner.format(prefix=family.prefix)
+
+        def actual(name: str) -> str:
+            return inner + name.removeprefix(family.prefix) if name.startswith(family.prefix) else outer + name
+
+        return actual
+
+    layouts = [renaming(*layout) for layout in LAYOUTS]
+    return next((actual for actual in layouts if actual(family.embedding) in stored), layouts[0])
+
+
+def _wanted(config: Config, family: Family, sizes: Sizes, tied: bool) -> list[Wanted]:
+    """Return every tensor that the model must have, in GGUF order: embeddings, layers, output."""
+    if tied and family.output == "required":
+        output = {"output": Part(family.outside["token_embd"].source, family.outside["output"].shape)}
+    elif tied:
+        output = {}
+    elif family.output == "tied":
+        raise UnsupportedError(
+            f"config.json: tie_word_embeddings false: llama.cpp's {family.architecture} has no output projection "
+            "of its own"
+        )
+    else:
+        output = {"output": family.outside["output"]}
+    outside = {role: part for role, part in family.outside.items() if role != "output"}
+    before = {role: part for role, part in outside.items() if role.endswith("_embd")}
+    after = {role: part for role, part in outside.items() if role not in before}
+    found = list(_with_biases("", None, before, config))
+    for i in range(sizes["layers"]):
+        prefix = family.layer_prefix.format(i=i)
+        parts = {role: _placed(part, prefix) for role, part in family.layer.items()}
+        found += _with_biases(f"blk.{i}.", i, parts, config)
+    return [*found, *_with_biases("", None, {**after, **output}, config)]
+
+
+def _placed(part: Part, prefix: str) -> Part:
+    return Part(**{**part.__dict__, "source": prefix + part.source})
+
+
+def _with_biases(prefix: str, layer: int | None, parts: Mapping[str, Part], config: Config) -> Iterator[Wanted]:
+    for role, part in parts.items():
+        if part.when(config):
+            yield Wanted(f"{prefix}{role}.weight", role, layer, part)
+            if part.bias(config):
+                yield Wanted(f"{prefix}{role}.bias", f"{role}.bias", layer, part, is_bias=True)
+
+
+def _tie_notes(stored: Stored, family: Family, actual: Callable[[str], str]) -> list[str]:
+    """Return the note on a tied output that is stored all the same; raises unless it equals the embedding.
+
+    transformers 4 would drop it and transformers 5 use it, so one that differs cannot be converted faithfully.
+    """
+    embedding, output = actual(family.embedding), actual(family.unembedding)
+    if output not in stored or embedding not in stored:
+        return []
+    if not _same_values(stored[embedding], stored[output]):
+        raise ModelError(
+            f"config.json ties {output} to {embedding}, but the stored ones differ: "
+            f"set tie_word_embeddings to false to keep {output}, or remove it from the weights"
+        )
+    return [f"{output} is left out: it is the embedding, to which config.json ties it."]
+
+
+def _same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Return whether two matrices hold the same numbers, reading a slab of rows at a time up to a difference."""
+    if first.shape != second.shape:
+        return False
+    n_rows, step = first.shape[0], max(1, _SLAB_WEIGHTS // first.shape[-1])
+    slabs = (slice(start, start + step) for start in range(0, n_rows, step))
+    return all(np.array_equal(first.read_rows(slab), second.read_rows(slab)) for slab in slabs)
+
+
+def _left_over(stored: Stored, used: set[str], family: Family, is_wrapped: bool, actual: Callable[[str], str]) -> str:
+    """Return what other models' tensors are left out, in words; raises for a tensor of this model without a place."""
+    patterns = [*IGNORED, *(re.escape(actual("")) + pattern for pattern in family.ignored)]
+    left = [name for name in stored if name not in used and not any(re.fullmatch(p, name) for p in patterns)]
+    foreign = {name for name in left if is_wrapped and _OTHER_MODELS.search(name)}
+    unplaced = [name for name in left if name not in foreign]
+    if unplaced:
+        raise UnsupportedError(
+            f"tensors that llama.cpp's {family.architecture}, as config.json describes it, has no place for: "
+            f"{_some(unplaced)}"
+        )
+    groups: dict[str, int] = {}
+    for name in foreign:
+        match = _OTHER_MODELS.search(name)
+        group = match[2] if match else name
+        groups[group] = groups.get(group, 0) + 1
+    return ", ".join(f"{group} ({count} tensors)" for group, count in sorted(groups.items()))
+
+
+def _tensor(wanted: Wanted, stored: Sequence[StoredTensor], sizes: Sizes) -> Tensor:
+    part = wanted.part
+    shape = tuple(sizes[name] for name in part.shape)
+    in_file = tuple(sizes[name] for name in part.stored or part.shape)
+    if len(stored) > 1 or "{e}" in part.source:
+        in_file = in_file[1:]
+    if wanted.is_bias:
+        shape, in_file = shape[:1], in_file[:1]
+    elif part.transposed:
+        in_file = in_file[::-1]
+    for tensor in stored:
+        if tensor.shape != in_file:
+            disagree = "vocabulary size and embedding rows disagree"
+            hint = disagree if wanted.role in ("token_embd", "output") else "see config.json"
+            raise ModelError(f"{tensor.file}: tensor {tensor.name}: wanted shape {in_file}, got {tensor.shape}: {hint}")
+    order = ROW_ORDERS[part.order](sizes) if part.order else None
+    reader = _reader(stored, order, transposed=part.transposed and not wanted.is_bias, shift=part.shift)
+    return Tensor(
+        wanted.name, wanted.role, wanted.layer, shape, stored[0].dtype, stored[0].name, reader
+    )  # fmt: skip
+
+
+Reader = Callable[[int, int], Float32]
+
+
+def _reader(stored: Sequence[StoredTensor], order: Rows | None, transposed: bool, shift: float) -> Reader:
+    first = stored[0]
+    if len(stored) > 1:
+        read = _stacked_reader(stored)
+    elif transposed:
+        read = _transposed_reader(first)
+    elif order is None:
+        read = _plain_reader(first)
+    elif len(first.shape) == 1:  # a bias is one row whose entries are permuted
+        read = _permuted_reader(first, order)
+    else:
+        read = _gathering_reader(first, order)
+    return _shifted_reader(read, shift) if shift else read
+
+
+def _plain_reader(stored: StoredTensor) -> Reader:
+    return lambda start, stop: stored.read_rows(slice(start, stop))
+
+
+def _permuted_reader(stored: StoredTensor, order: Rows) -> Reader:
+    return lambda start, stop: stored.read_rows(slice(start, stop))[:, order]
+
+
+def _gathering_reader(stored: StoredTensor, order: Rows) -> Reader:
+    return lambda start, stop: stored.read_rows(order[start:stop])
+
+
+def _transposed_reader(stored: StoredTensor) -> Reader:
+    return lambda start, stop: np.ascontiguousarray(stored.read_columns(start, stop).T)
+
+
+def _stacked_reader(stored: Sequence[StoredTensor]) -> Reader:
+    """Read rows of matrices (or vectors) that lie one below the other."""
+    n_rows = stored[0].shape[0] if len(stored[0].shape) > 1 else 1
+
+    def read(start: int, stop: int) -> Float32:
+        pieces = []
+        for index in range(start // n_rows, -(-stop // n_rows)):
+            first = index * n_rows
+            rows = slice(max(start - first, 0), min(stop - first, n_rows))
+            pieces.append(stored[index].read_rows(rows))
+        return np.concatenate(pieces)
+
+    return read
+
+
+def _shifted_reader(read: Reader, shift: float) -> Reader:
+    return lambda start, stop: read(start, stop) + np.float32(shift)
+
+
+def _some(names: list[str], n_shown: int = 3) -> str:
+    shown = ", ".join(names[:n_shown])
+    return f"{shown}, … ({len(names) - n_shown} more)" if len(names) > n_shown else shown

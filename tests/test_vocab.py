@@ -25,6 +25,7 @@ from tokenizer_oracles import (
     LlamaCpp,
     SentencePiece,
     Stored,
+    added_token,
     bos_template,
     byte_level,
     write_converted_folder,
@@ -185,8 +186,20 @@ def train_sentencepiece(folder: Path, strings: list[str], **options: Any) -> Non
     latin_to_cyrillic = (text for text in strings if text.strip() and max(text) < "\u0500")
     sentences = (line for text in latin_to_cyrillic for line in text.splitlines() if line.strip())
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=sentences, model_writer=model, **settings)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+
+# As sentencepiece's own defaults: characters normalized, extra blanks removed, unknown ones unknown.
+UNIGRAM = {
+    "model_type": "unigram",
+    "byte_fallback": False,
+    "normalization_rule_name": "nmt_nfkc",
+    "remove_extra_whitespaces": True,
+    "hard_vocab_limit": False,
+    "vocab_size": 400,
+    "character_coverage": 0.99,
+}
 
 
 def n_rows(folder: Path) -> int:
@@ -316,6 +329,154 @@ def stored(folder: Path) -> Stored:
         for i in ids
     ]
     return Stored([model.id_to_piece(i) for i in ids], [int(t) for t in types], [model.get_score(i) for i in ids], [])
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        ({}, None),
+        ({"normalization_rule_name": "nmt_nfkc_cf"}, None),
+        ({"normalization_rule_name": "identity"}, None),
+        ({"remove_extra_whitespaces": False}, "llama.cpp puts no blank in front of text that is nothing but blanks"),
+        ({"remove_extra_whitespaces": False, "add_dummy_prefix": False}, None),
+        ({"split_by_whitespace": False}, None),
+    ],
+)
+def test_ids_of_a_unigram_model(options: dict[str, Any], note: str | None, strings: list[str], tmp_path: Path) -> None:
+    """Splits of equal score excepted, which sentencepiece tells apart by rounding to float32."""
+    folder = tmp_path / "model"
+    train_sentencepiece(folder, strings, **{**UNIGRAM, **options})
+    # Without a normalization that makes blanks of U+2581, sentencepiece removes it as one.
+    texts = [text.replace("▁", "_") for text in fill_slots(strings, [])]
+    expected = SentencePiece(folder).tokenize(texts, parse_special=False)
+    pieces = stored(folder)
+    vocab = open_vocab(folder, len(pieces.tokens), {})
+    assert vocab.notes == (() if note is None else (f"{note}, the original does.",))
+    if note is not None:
+        blank = {i for i, token in enumerate(pieces.tokens) if not token.strip("▁")}
+        kept = [i for i, ids in enumerate(expected) if not blank.issuperset(ids[1:])]
+        texts, expected = [texts[i] for i in kept], [expected[i] for i in kept]
+    with LlamaCpp(write_vocab(tmp_path / "v.gguf", folder, len(pieces.tokens))) as llama:
+        ids = llama.tokenize(texts, parse_special=False)
+    differing = [(a, b) for a, b in zip(expected, ids, strict=True) if a != b]
+    assert len(differing) < 20
+    assert all(sorted(a) == sorted(b) and pieces.text_of(a) == pieces.text_of(b) for a, b in differing)
+    removes = options.get("remove_extra_whitespaces", True)
+    with LlamaCpp(tmp_path / "v.gguf", {"tokenizer.ggml.remove_extra_whitespaces": not removes}) as llama:
+        assert llama.tokenize(texts[:100], parse_special=False) != ids[:100]
+
+
+@pytest.mark.parametrize("scheme", ["always", "never", "split", "prepend"])
+def test_ids_of_a_converted_unigram_model(scheme: str, strings: list[str], tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path / "model", strings, **{**UNIGRAM, "normalization_rule_name": "identity"})
+    pieces = stored(tmp_path / "model")
+    folder = tmp_path / "converted"
+    write_json(folder / "tokenizer.json", unigram_json(pieces, scheme))
+    write_json(folder / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+    texts = fill_slots(strings, ["<s>", "</s>"])
+    if scheme != "never":  # the blank in front of blanks
+        texts = [text for text in texts if "s>" not in text and not text.startswith((" ", "▁"))]
+    vocab = open_vocab(folder, len(pieces.tokens), {})
+    assert vocab.metadata["tokenizer.ggml.model"].value == "t5"
+    assert len(vocab.notes) == (scheme != "never")
+    with LlamaCpp(write_vocab(tmp_path / "v.gguf", folder, len(pieces.tokens))) as llama:
+        assert llama.tokenize(texts, parse_special=True) == HuggingFace(folder).tokenize(texts, parse_special=True)
+
+
+def unigram_json(pieces: Stored, scheme: str) -> dict[str, Any]:
+    """Return a unigram model as a ``tokenizer.json`` that does not normalize characters."""
+    blank = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    prepended = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, blank]}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": scheme == "split"}
+    if scheme == "never":
+        metaspace["prepend_scheme"] = "never"
+    scored = [[text, score] for text, score in zip(pieces.tokens, pieces.scores, strict=True)]
+    return {
+        "added_tokens": [added_token(i, pieces.tokens[i], special=True) for i in range(3)],
+        "normalizer": prepended if scheme == "prepend" else None,
+        "pre_tokenizer": None if scheme == "prepend" else metaspace,
+        "post_processor": bos_template("<s>", 1),
+        "model": {"type": "Unigram", "unk_id": 0, "vocab": scored},
+    }
+
+
+def test_keys_of_a_unigram_model(strings: list[str], tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path, strings, **UNIGRAM)
+    pieces, processor = stored(tmp_path), sentencepiece.SentencePieceProcessor()
+    processor.Load(str(tmp_path / "tokenizer.model"))
+    keys = {key.removeprefix("tokenizer.ggml."): entry for key, entry in read_vocab(tmp_path, 900, {}).items()}
+    n_padding = 900 - len(pieces.tokens)
+    assert keys["scores"].value == pieces.scores + [-10000.0] * n_padding
+    assert keys["token_type"].value == pieces.types + [TokenType.UNUSED] * n_padding
+    assert [keys[f"{name}_token_id"].value for name in ("unknown", "bos", "eos")] == [0, 1, 2]
+    assert [keys[f"add_{name}"].value for name in ("space_prefix", "bos_token", "eos_token")] == [True, True, False]
+    charsmap = keys["precompiled_charsmap"]
+    assert charsmap.value in processor.serialized_model_proto()
+    assert (charsmap.type, charsmap.sub_type) == (gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT8)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"byte_fallback": True}, "unigram model with byte fallback: llama.cpp has it for BPE only"),
+        ({"add_dummy_prefix": False}, "with remove_extra_whitespaces without a blank in front: llama.cpp has it not"),
+        ({"treat_whitespace_as_suffix": True}, "unigram model with blanks as suffix of words: llama.cpp has it not"),
+    ],
+)
+def test_other_unigram_models_are_refused(
+    options: dict[str, Any], message: str, strings: list[str], tmp_path: Path
+) -> None:
+    train_sentencepiece(tmp_path, strings, **{**UNIGRAM, "vocab_size": 600, **options})
+    with pytest.raises(UnsupportedError, match=message):
+        read_vocab(tmp_path, 1000, {})
+
+
+def test_user_defined_symbols_of_a_unigram_model_are_noted(strings: list[str], tmp_path: Path) -> None:
+    symbols = {"user_defined_symbols": ["abc"], "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+    train_sentencepiece(tmp_path, strings, **{**UNIGRAM, **symbols})
+    note = "llama.cpp does not normalize a character with which 'abc' or its like begins."
+    assert open_vocab(tmp_path, 1000, {}).notes == (note,)
+    text = ["a\u0308", "o\u0308"]
+    with LlamaCpp(write_vocab(tmp_path / "v.gguf", tmp_path, 1000)) as llama:
+        ids = llama.tokenize(text, parse_special=False)
+    expected = SentencePiece(tmp_path).tokenize(text, parse_special=False)
+    assert [a == b for a, b in zip(ids, expected, strict=True)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"byte_fallback": True}, "unigram model with byte fallback"),
+        ({"unk_id": None}, "unk_id: wanted the id of a token, got None"),
+        ({"unk_id": 3}, "unk_id: wanted the id of a token, got 3"),
+        ({"vocab": [["<unk>", 0.0], ["a", "b"]]}, "wanted a list of pieces with scores, got \\['a', 'b'\\]"),
+        ({"vocab": {"<unk>": 0}}, "wanted a list of pieces with scores"),
+        ({"vocab": [["<unk>", 0], ["a", -1.0], ["a", -2.0]]}, "token 'a' has two ids"),
+        ({"vocab": [["<unk>", 0], ["a", -1.0], ["a▁", -2.0]]}, "normalizer and pre-tokenizer: Metaspace"),
+    ],
+)
+def test_damaged_unigram_models(model: dict[str, Any], message: str, tmp_path: Path) -> None:
+    plain = unigram_json(Stored(["<unk>", "<s>", "</s>"], [], [0.0, 0.0, 0.0], []), "split")
+    write_json(tmp_path / "tokenizer.json", {**plain, "added_tokens": [], "model": {**plain["model"], **model}})
+    with pytest.raises((UnsupportedError, TokenizerError), match=message):
+        read_vocab(tmp_path, 10, {})
+
+
+def test_the_normalizer_of_a_converted_unigram_model_is_refused(tmp_path: Path) -> None:
+    plain = unigram_json(Stored(["<unk>", "<s>", "</s>"], [], [0.0, 0.0, 0.0], []), "split")
+    precompiled = {"type": "Precompiled", "precompiled_charsmap": ""}
+    write_json(tmp_path / "tokenizer.json", {**plain, "normalizer": precompiled})
+    with pytest.raises(UnsupportedError, match=r"Precompiled > Metaspace\); add the tokenizer.model"):
+        read_vocab(tmp_path, 10, {})
+
+
+def test_a_damaged_charsmap_is_refused(strings: list[str], tmp_path: Path) -> None:
+    train_sentencepiece(tmp_path, strings, **UNIGRAM)
+    charsmap = read_vocab(tmp_path, 1000, {})["tokenizer.ggml.precompiled_charsmap"].value
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(path.read_bytes().replace(charsmap, b"\xff\xff\xff\x7f" + charsmap[4:]))
+    with pytest.raises(TokenizerError, match=rf"precompiled_charsmap of {len(charsmap)} bytes is damaged"):
+        read_vocab(tmp_path, 1000, {})
 
 
 def test_keys_of_a_sentencepiece_model_are_what_sentencepiece_says(spm: Path) -> None:
@@ -892,7 +1053,7 @@ def test_contradicting_files(trained: Callable[[str], Path], spm: Path, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "unigram", "vocab_size": 500}, "sentencepiece unigram models are not supported; known: BPE"),
+        ({"model_type": "char", "vocab_size": 500}, "sentencepiece char models are not supported; known: BPE and uni"),
         ({"byte_fallback": False}, "no byte fallback: 256 of 256 byte tokens are missing, the first <0x00>"),
         ({"treat_whitespace_as_suffix": True}, "blanks as suffix of words: llama.cpp has them in front only"),
         ({"normalization_rule_name": "nmt_nfkc"}, "character normalization 'nmt_nfkc': llama.cpp does not apply it"),

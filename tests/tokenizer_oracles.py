@@ -31,6 +31,10 @@ class Stored:
     scores: list[float]
     merges: list[str]
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the texts of tokens, joined."""
+        return "".join(self.tokens[i] for i in ids)
+
 
 # --- folders ----------------------------------------------------------------------------------------------------------
 

@@ -1,14 +1,15 @@
 """The tokenizer of a model folder as GGUF keys, ready for llama.cpp.
 
-Two kinds: byte-level BPE (``tokenizer.ggml.model`` = ``gpt2``) and sentencepiece BPE (``llama``). Keys are those of
-llama.cpp's converter (conversion/base.py: ``_set_vocab_gpt2``, ``_set_vocab_sentencepiece``); how the pre-tokenizer is
-found is in ``pretokenizers``. docs/tokenizers.md lists what llama.cpp does differently.
+Three kinds: byte-level BPE (``tokenizer.ggml.model`` = ``gpt2``), sentencepiece BPE (``llama``) and sentencepiece
+unigram (``t5``). Keys are those of llama.cpp's converter (conversion/base.py: ``_set_vocab_gpt2``,
+``_set_vocab_sentencepiece``; conversion/t5.py); how the pre-tokenizer is found is in ``pretokenizers``.
+docs/tokenizers.md lists what llama.cpp does differently.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from ..records import kv
 from .pretokenizers import check_name, limit_of, recognise
 from .vocab_bpe import flat, is_byte_level, read_bpe
 from .vocab_files import TokenizerFiles
+from .vocab_metaspace import prefix_note
+from .vocab_proto import read_proto
 from .vocab_special import chat_template_keys, special_keys
-from .vocab_spm import prefix_note, read_converted, read_sentencepiece
+from .vocab_spm import SentencePiece, read_converted, read_sentencepiece
 from .vocab_tokens import PADDING_SCORE, Tokens
+from .vocab_unigram import Unigram, read_converted_unigram, read_unigram
 
 _SPM_PRE = "default"  # what the converter writes for sentencepiece, where llama.cpp reads none
 
@@ -37,7 +41,7 @@ class Vocab:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What the two kinds of vocabulary differ in; ``add_space_prefix`` is ``None`` where llama.cpp has none."""
+    """What the kinds of vocabulary differ in; ``keys`` are those that only this kind has."""
 
     model: str
     pre: str
@@ -45,8 +49,8 @@ class _Kind:
     source: Path
     own_ids: Mapping[str, int]
     adds_bos_by_default: bool
-    add_space_prefix: bool | None
     notes: tuple[str, ...]
+    keys: Mapping[str, GGUFValue] = field(default_factory=dict)
 
 
 def read_vocab(folder: Path, n_vocab: int, config: Mapping[str, Any], pre: str | None = None) -> dict[str, GGUFValue]:
@@ -81,9 +85,8 @@ def open_vocab(folder: Path, n_vocab: int, config: Mapping[str, Any], pre: str |
         **_token_keys(kind.tokens, n_vocab, kind.source),
         **special_keys(files, ids, kind.own_ids, kind.adds_bos_by_default),
         **chat_template_keys(files),
+        **kind.keys,
     }
-    if kind.add_space_prefix is not None:
-        metadata[Keys.Tokenizer.ADD_PREFIX] = kv(kind.add_space_prefix, GGUFValueType.BOOL)
     return Vocab(metadata, (*kind.notes, *_added_token_note(files)))
 
 
@@ -96,7 +99,7 @@ def _byte_level(files: TokenizerFiles, pre: str | None) -> _Kind:
             notes.append("Text is expected in Unicode normalization form C: llama.cpp does not normalize it.")
     if limit := limit_of(pre):
         notes.append(f"llama.cpp's pre-tokenizer {pre!r} may give {limit} other token ids than the original.")
-    return _Kind("gpt2", pre, tokens, files.json_path, {}, False, None, tuple(notes))
+    return _Kind("gpt2", pre, tokens, files.json_path, {}, False, tuple(notes))
 
 
 def _sentencepiece(files: TokenizerFiles, pre: str | None) -> _Kind:
@@ -105,11 +108,28 @@ def _sentencepiece(files: TokenizerFiles, pre: str | None) -> _Kind:
             f"--pre {pre}: {files.folder} has a sentencepiece tokenizer, which has no pre-tokenizer; leave it out"
         )
     if files.model_path.is_file():
-        read, source, note = read_sentencepiece(files, any_normalizer=pre is not None), files.model_path, ""
-    else:
-        read, source, note = read_converted(files), files.json_path, prefix_note(files.tokenizer)
+        proto = read_proto(files.model_path)
+        if proto.algorithm == "unigram":
+            return _unigram(read_unigram(files, proto), files.model_path)
+        return _bpe(read_sentencepiece(files, proto, any_normalizer=pre is not None), files.model_path, "")
+    if _is_unigram(files.tokenizer):
+        return _unigram(read_converted_unigram(files), files.json_path)
+    return _bpe(read_converted(files), files.json_path, prefix_note(files.tokenizer))
+
+
+def _is_unigram(tokenizer: Mapping[str, Any]) -> bool:
+    model = tokenizer.get("model")
+    return isinstance(model, Mapping) and model.get("type") == "Unigram"
+
+
+def _bpe(read: SentencePiece, source: Path, note: str) -> _Kind:
+    keys = {Keys.Tokenizer.ADD_PREFIX: kv(read.add_space_prefix, GGUFValueType.BOOL)}
     notes = (note,) if note else ()
-    return _Kind("llama", _SPM_PRE, read.tokens, source, read.special_ids, True, read.add_space_prefix, notes)
+    return _Kind("llama", _SPM_PRE, read.tokens, source, read.special_ids, True, notes, keys)
+
+
+def _unigram(read: Unigram, source: Path) -> _Kind:
+    return _Kind("t5", _SPM_PRE, read.tokens, source, read.special_ids, True, read.notes, read.keys)
 
 
 def _check_normalizer(files: TokenizerFiles) -> bool:

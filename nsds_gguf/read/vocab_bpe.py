@@ -92,7 +92,7 @@ def merge_pairs(merges: Any, vocab: Mapping[str, int], path: Path) -> list[tuple
     pairs: list[tuple[str, str]] = []
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        if type(pair) is not list or len(pair) != 2 or type(pair[0]) is not str or type(pair[1]) is not str:
             raise TokenizerError(f"{path}: merge {len(pairs)}: wanted two tokens, got {merge!r}; restore the file")
         left, right = pair
         if not (left in vocab and right in vocab and left + right in vocab):

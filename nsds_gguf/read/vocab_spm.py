@@ -6,31 +6,21 @@ has the highest score, as sentencepiece does; it knows no normalization but the 
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
 
-from ..errors import TokenizerError, UnsupportedError
-from .vocab_bpe import bpe_model, flat, merge_pairs
-from .vocab_files import AddedToken, TokenizerFiles, read_bytes
-from .vocab_tokens import ADDED_SCORE, METASPACE, Tokens, added_token_type, texts_by_id
+from ..errors import UnsupportedError
+from .vocab_bpe import bpe_model, merge_pairs
+from .vocab_files import AddedToken, TokenizerFiles
+from .vocab_metaspace import metaspace_prefix
+from .vocab_proto import ModelProto, Piece
+from .vocab_tokens import Tokens, overlay, piece_text, texts_by_id
 
-_BYTE_TOKENS = tuple(f"<0x{byte:02X}>" for byte in range(256))
-
-# Field numbers of sentencepiece_model.proto: https://github.com/google/sentencepiece
-_PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
-_PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1, 2, 3
-_MODEL_TYPE, _WHITESPACE_AS_SUFFIX = 3, 24
-_PIECE_NAMES = {"unk": (45, b"<unk>"), "bos": (46, b"<s>"), "eos": (47, b"</s>"), "pad": (48, b"<pad>")}
-_CHARSMAP, _DUMMY_PREFIX, _EXTRA_WHITESPACES, _ESCAPE_WHITESPACES = 2, 3, 4, 5
-_MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
-
-# Wire types of protocol buffers: https://protobuf.dev/programming-guides/encoding
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 
 @dataclass(frozen=True)
@@ -45,39 +35,29 @@ class SentencePiece:
     special_ids: Mapping[str, int]
 
 
-def read_sentencepiece(files: TokenizerFiles, any_normalizer: bool) -> SentencePiece:
-    """Read ``tokenizer.model`` and the added tokens beside it.
+def read_sentencepiece(files: TokenizerFiles, proto: ModelProto, any_normalizer: bool) -> SentencePiece:
+    """Read a BPE ``tokenizer.model`` and the added tokens beside it.
 
     Args:
         files: the tokenizer files.
+        proto: the parsed ``tokenizer.model``.
         any_normalizer: accept a normalization that llama.cpp does not apply.
 
     Raises:
         UnsupportedError: not BPE with byte fallback, or text handling that llama.cpp has not.
-        TokenizerError: the file is damaged.
 
     """
-    path = files.model_path
-    pieces, trainer, normalizer = _model_proto(path)
-    _check_algorithm(trainer, path)
+    _check_algorithm(proto)
     if not any_normalizer:
-        _check_normalizer(normalizer, path)
-    texts, types, scores = {}, {}, {}
-    for token_id, (text, score, kind) in enumerate(pieces):
-        user_defined = kind == TokenType.USER_DEFINED  # matched in raw text by llama.cpp, hence with true blanks
-        texts[token_id] = text.replace(METASPACE, " ") if user_defined else text
-        types[token_id], scores[token_id] = kind, score
-    _check_bytes(set(texts.values()), path)
-    special_ids = {
-        name: token_id
-        for name, (number, default) in _PIECE_NAMES.items()
-        for token_id, text in texts.items()
-        if types[token_id] in (TokenType.CONTROL, TokenType.UNKNOWN) and text.encode() == trainer.get(number, default)
-    }
-    _overlay(texts, types, scores, files.added_tokens)
+        _check_normalizer(proto)
+    texts = {i: piece_text(piece.text, piece.type) for i, piece in enumerate(proto.pieces)}
+    types = {i: _piece_type(piece) for i, piece in enumerate(proto.pieces)}
+    scores = {i: piece.score for i, piece in enumerate(proto.pieces)}
+    _check_bytes(set(texts.values()), proto.path)
+    overlay(texts, types, scores, files.added_tokens)
     prefix = files.tokenizer_config.get("add_prefix_space")
-    add_space_prefix = prefix if isinstance(prefix, bool) else bool(normalizer.get(_DUMMY_PREFIX, 1))
-    return SentencePiece(Tokens(texts, types, scores), add_space_prefix, special_ids)
+    add_space_prefix = prefix if isinstance(prefix, bool) else proto.adds_dummy_prefix
+    return SentencePiece(Tokens(texts, types, scores), add_space_prefix, proto.special_ids)
 
 
 def read_converted(files: TokenizerFiles) -> SentencePiece:
@@ -92,7 +72,7 @@ def read_converted(files: TokenizerFiles) -> SentencePiece:
 
     """
     path, model = files.json_path, bpe_model(files)
-    add_space_prefix = _metaspace_prefix(files.tokenizer, path)
+    add_space_prefix = metaspace_prefix(files.tokenizer, path)
     vocab, added = model["vocab"], files.added_tokens
     texts = texts_by_id(vocab, files)
     _check_bytes(vocab, path)
@@ -102,29 +82,8 @@ def read_converted(files: TokenizerFiles) -> SentencePiece:
     unk = vocab.get(model.get("unk_token"))
     if unk is not None:
         types[unk] = TokenType.UNKNOWN
-    _overlay(texts, types, scores, added)
+    overlay(texts, types, scores, added)
     return SentencePiece(Tokens(texts, types, scores), add_space_prefix, {} if unk is None else {"unk": unk})
-
-
-def prefix_note(tokenizer: Mapping[str, Any]) -> str:
-    """Return in a sentence where llama.cpp puts a blank and a converted tokenizer does not; empty when nowhere."""
-    prepending = [step for step in flat(tokenizer.get("pre_tokenizer")) if _prepends(step)]
-    if not prepending:
-        return ""
-    after_special = " and after special tokens" if prepending[0].get("prepend_scheme") == "first" else ""
-    return (
-        "llama.cpp puts a blank in front of every stretch of text; the original leaves it out before another blank"
-        f"{after_special}."
-    )
-
-
-def _overlay(
-    texts: dict[int, str], types: dict[int, TokenType], scores: dict[int, float], added: Mapping[int, AddedToken]
-) -> None:
-    for token_id, token in added.items():
-        kind = added_token_type(token)
-        texts[token_id] = token.text.replace(METASPACE, " ") if kind == TokenType.USER_DEFINED else token.text
-        types[token_id], scores[token_id] = kind, ADDED_SCORE
 
 
 def _check_bytes(texts: Any, path: Path) -> None:
@@ -137,48 +96,6 @@ def _check_bytes(texts: Any, path: Path) -> None:
 
 
 # --- tokenizer.json ---------------------------------------------------------------------------------------------------
-
-
-def _metaspace_prefix(tokenizer: Mapping[str, Any], path: Path) -> bool:
-    """Return whether a blank is put in front; raises unless blanks become U+2581 and nothing else happens."""
-    normalizers = list(flat(tokenizer.get("normalizer")))
-    steps = list(flat(tokenizer.get("pre_tokenizer")))
-    prepends = bool(normalizers) and _is_prepend(normalizers[0])
-    replaces = bool(normalizers) and _is_replace(normalizers[-1])
-    metaspace = len(steps) == 1 and _is_whole_metaspace(steps[0])
-    plain = not steps or (len(steps) == 1 and _is_split_at_blank(steps[0]))
-    if replaces and plain and len(normalizers) == 1 + prepends:
-        return prepends
-    if metaspace and not normalizers:
-        return _prepends(steps[0])
-    described = " > ".join(str(step.get("type")) for step in (*normalizers, *steps)) or "none"
-    raise UnsupportedError(
-        f"{path}: BPE without bytes or sentencepiece's text handling (normalizer and pre-tokenizer: {described}); "
-        "add the tokenizer.model that it was made from"
-    )
-
-
-def _is_prepend(step: Mapping[str, Any]) -> bool:
-    return step.get("type") == "Prepend" and step.get("prepend") == METASPACE
-
-
-def _is_replace(step: Mapping[str, Any]) -> bool:
-    return (step.get("type"), step.get("pattern"), step.get("content")) == ("Replace", {"String": " "}, METASPACE)
-
-
-def _is_split_at_blank(step: Mapping[str, Any]) -> bool:
-    """Tell whether a step splits at blanks, which cuts nothing after all of them were replaced (Gemma)."""
-    return step.get("type") == "Split" and step.get("pattern") in ({"String": " "}, {"Regex": " "})
-
-
-def _is_whole_metaspace(step: Mapping[str, Any]) -> bool:
-    is_metaspace = step.get("type") == "Metaspace" and step.get("replacement") == METASPACE
-    return is_metaspace and step.get("split", True) is False
-
-
-def _prepends(step: Mapping[str, Any]) -> bool:
-    scheme = step.get("prepend_scheme", "always" if step.get("add_prefix_space", True) else "never")
-    return step.get("type") == "Metaspace" and scheme != "never"
 
 
 def _scores_by_rank(
@@ -227,74 +144,31 @@ def _joins_differently(path: Path, reason: str) -> UnsupportedError:
 # --- tokenizer.model --------------------------------------------------------------------------------------------------
 
 
-def _check_algorithm(trainer: Mapping[int, Any], path: Path) -> None:
-    kind = trainer.get(_MODEL_TYPE, 1)
-    if kind != 2:
+def _piece_type(piece: Piece) -> TokenType:
+    """Return the type of a piece; those that InternLM 2 names unused have it (llama.cpp's conversion/internlm.py)."""
+    if piece.type == TokenType.NORMAL and piece.text.startswith("[UNUSED_TOKEN_"):
+        return TokenType.UNUSED
+    return piece.type
+
+
+def _check_algorithm(proto: ModelProto) -> None:
+    if proto.algorithm != "BPE":
         raise UnsupportedError(
-            f"{path}: sentencepiece {_MODEL_TYPES.get(kind, kind)} models are not supported; known: BPE"
+            f"{proto.path}: sentencepiece {proto.algorithm} models are not supported; known: BPE and unigram"
         )
-    if trainer.get(_WHITESPACE_AS_SUFFIX):
-        raise UnsupportedError(f"{path}: blanks as suffix of words: llama.cpp has them in front only")
+    if proto.blanks_are_suffixes:
+        raise UnsupportedError(f"{proto.path}: blanks as suffix of words: llama.cpp has them in front only")
 
 
-def _check_normalizer(normalizer: Mapping[int, Any], path: Path) -> None:
-    name = bytes(normalizer.get(1, b"")).decode(errors="replace")
+def _check_normalizer(proto: ModelProto) -> None:
     unsupported = {
-        f"character normalization {name!r}": bool(normalizer.get(_CHARSMAP)),
-        "remove_extra_whitespaces": bool(normalizer.get(_EXTRA_WHITESPACES, 1)),
-        "unescaped blanks": not normalizer.get(_ESCAPE_WHITESPACES, 1),
+        f"character normalization {proto.normalization!r}": bool(proto.charsmap),
+        "remove_extra_whitespaces": proto.removes_extra_whitespaces,
+        "unescaped blanks": not proto.escapes_whitespaces,
     }
     found = [what for what, is_set in unsupported.items() if is_set]
     if found:
         raise UnsupportedError(
-            f"{path}: {', '.join(found)}: llama.cpp does not apply it, ids of such text would differ; "
+            f"{proto.path}: {', '.join(found)}: llama.cpp does not apply it, ids of such text would differ; "
             "--pre default converts it nevertheless"
         )
-
-
-def _model_proto(path: Path) -> tuple[list[tuple[str, float, TokenType]], dict[int, Any], dict[int, Any]]:
-    """Parse a sentencepiece ``ModelProto``: pieces ``(text, score, type)``, trainer and normalizer fields."""
-    pieces: list[tuple[str, float, TokenType]] = []
-    settings: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}}
-    try:
-        for number, value in _fields(read_bytes(path)):
-            if number == _PIECES:
-                piece = dict(_fields(value))
-                (score,) = struct.unpack("<f", piece.get(_PIECE_SCORE, bytes(4)))
-                pieces.append((piece[_PIECE_TEXT].decode(), score, TokenType(piece.get(_PIECE_TYPE, 1))))
-            elif number in settings:
-                settings[number].update(_fields(value))
-    except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
-        raise TokenizerError(f"{path}: not a sentencepiece model ({error}); restore the file") from error
-    if not pieces:
-        raise TokenizerError(f"{path}: not a sentencepiece model (no pieces); restore the file")
-    return pieces, settings[_TRAINER], settings[_NORMALIZER]
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield ``(field number, value)`` of a protocol buffers message: integers for varints, else bytes."""
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        wire_type = key & 7
-        if wire_type == _VARINT:
-            value: int | bytes
-            value, at = _varint(data, at)
-        elif wire_type in (_FIXED32, _FIXED64, _BYTES):
-            size, at = _varint(data, at) if wire_type == _BYTES else (4 if wire_type == _FIXED32 else 8, at)
-            if at + size > len(data):
-                raise ValueError(f"truncated at byte {len(data)}")
-            value, at = data[at : at + size], at + size
-        else:
-            raise ValueError(f"wire type {wire_type} at byte {at}")
-        yield key >> 3, value
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at

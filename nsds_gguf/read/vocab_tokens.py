@@ -93,3 +93,17 @@ def _check_assigned_ids(vocab: Mapping[str, int], files: TokenizerFiles) -> None
                 f"gives it id {assigned} after {len(vocab)} tokens of the vocabulary; restore the file"
             )
         last = max(last, assigned)
+
+
+def piece_text(text: str, kind: TokenType) -> str:
+    """Return the text that llama.cpp matches a sentencepiece token with: in raw text, blanks are blanks."""
+    return text.replace(METASPACE, " ") if kind == TokenType.USER_DEFINED else text
+
+
+def overlay(
+    texts: dict[int, str], types: dict[int, TokenType], scores: dict[int, float], added: Mapping[int, AddedToken]
+) -> None:
+    """Put added tokens into a sentencepiece vocabulary, in place of what has their ids."""
+    for token_id, token in added.items():
+        types[token_id], scores[token_id] = added_token_type(token), ADDED_SCORE
+        texts[token_id] = piece_text(token.text, types[token_id])

@@ -14,26 +14,22 @@ import sys
 from pathlib import Path
 
 from nsds_gguf.cli import EXIT_CODES, build_parser
-from nsds_gguf.read.families import FAMILIES
+from nsds_gguf.read.families import FAMILIES, TEXT_MODELS, WRAPPERS, find_family
 
 ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "README.md", ROOT / "docs" / "cli.md")
 
-# What people know the classes by.
-KNOWN_AS = {
-    "LlamaForCausalLM": "Llama 2, 3, 3.1, 3.2, TinyLlama, SmolLM2",
-    "MistralForCausalLM": "Mistral 7B and its fine-tunes",
-    "Qwen2ForCausalLM": "Qwen 2, Qwen 2.5",
-    "Qwen3ForCausalLM": "Qwen 3 (dense)",
-}
-
 
 def models_table() -> str:
-    lines = ["| class | models | llama.cpp architecture | rope scaling |", "|---|---|---|---|"]
-    for family in FAMILIES:
-        for name in family.classes:
-            kinds = ", ".join("none" if kind == "default" else kind for kind in family.rope_kinds)
-            lines.append(f"| `{name}` | {KNOWN_AS[name]} | {family.architecture} | {kinds} |")
+    """Return the families, a line each, and the multimodal classes whose language model is taken."""
+    lines = ["| models | class | llama.cpp architecture | rope scaling |", "|---|---|---|---|"]
+    for family in sorted(FAMILIES, key=lambda family: family.example.lower()):
+        classes = ", ".join(f"`{name}`" for name in family.classes)
+        kinds = ", ".join(kind for kind in family.rope_kinds if kind != "default") or "none"
+        lines.append(f"| {family.example} | {classes} | {family.architecture} | {kinds} |")
+    wrappers = ", ".join(f"`{name}`" for name in sorted(WRAPPERS))
+    within = ", ".join(sorted({find_family(name).architecture for name in TEXT_MODELS.values()}))
+    lines += ["", f"Of multimodal models ({wrappers}) the language model is taken, when it is one of: {within}."]
     return "\n".join(lines)
 
 

@@ -11,9 +11,11 @@ Facts that a GGUF does not store (activation, scales fixed in code) come from th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from gguf.gguf_writer import GGUFValue
 
 from .records import Hparams, Tensor
@@ -110,10 +112,15 @@ class _Keys:
         return default if entry is None else entry.value
 
     def number(self, name: str) -> float:
-        """Return a finite number, the largest of a list; 0 where there is none."""
+        """Return a finite number, the largest of a list; 0 where there is none.
+
+        Fractions are rounded to float32, as a GGUF holds them: a folder and its GGUF then give the same.
+        """
         value = self.first(name)
         values = value if isinstance(value, list | tuple) else [value]
-        return max((float(v) for v in values if isinstance(v, int | float) and math.isfinite(v)), default=0.0)
+        with np.errstate(over="ignore"):
+            numbers = [float(np.float32(v)) if isinstance(v, float) else v for v in values]
+        return max((float(v) for v in numbers if isinstance(v, int | float) and math.isfinite(v)), default=0.0)
 
     def integer(self, name: str) -> int:
         return int(self.number(name))
@@ -148,3 +155,36 @@ def _attention_scale(architecture: str, keys: _Keys, n_layers: int, n_embd: int,
     if WIDTH_SCALED_ATTENTION.get(architecture) == n_layers and n_heads:
         return 1.0 / math.sqrt(n_embd / n_heads)
     return keys.number("attention.scale") or None
+
+
+# --- what may be quantized ------------------------------------------------------------------------------------
+
+# Parts of the names of matrices that llama.cpp leaves as they are, and why (tensor_allows_quantization in
+# src/llama-quant.cpp).
+_KEPT = {
+    r"_norm\.weight": "norm",
+    r"ffn_gate_inp\.weight|ffn_gate_tid2eid\.weight": "router",
+    r"altup|laurel|per_layer_model_proj|indexer\.[kq]_proj\.weight": "small",
+    r"ssm_conv1d|shortconv\.conv\.weight": "convolution",
+    r"time_mix_(first|[wva][012]|g[12]|decay_w[12]|lerp_fused)\.weight": "recurrence",
+    r"^position_embd\.weight|^token_types\.weight|\.position_embd|sam\.pos_embd|\.rel_pos|attn_rel_b\.weight":
+        "positions",
+    r"sam\.neck\.|sam\.net_|\.patch_embd|\.patch_merger": "pictures",
+    r"a\.rvq\.codebook|mm\.a\.code_embd": "sound",
+}  # fmt: skip
+_KEPT_BY_ARCHITECTURE = {
+    "glm5-next": (
+        r"hc_|indexer\.(attn_q_b|attn_k|proj)|indexer_compressor_(gate|ape)|ssm_(f_[ab]|g_[ab]|beta)\.weight"
+        r"|attn_(kv_a_mqa|k_b|v_b)\.weight"
+    )
+}
+
+
+def kept_reason(tensor: Tensor, architecture: str = "") -> str:
+    """Return why llama.cpp does not quantize a tensor, in a word or two; empty when it does."""
+    if not tensor.is_matrix or tensor.n_rows == 1:  # ggml counts no dimension of 1 behind the first
+        return "vector"
+    special = _KEPT_BY_ARCHITECTURE.get(architecture)
+    if special is not None and re.search(special, tensor.name):
+        return "small"
+    return next((why for pattern, why in _KEPT.items() if re.search(pattern, tensor.name)), "")

@@ -292,9 +292,7 @@ class Work:
         n_tokens = verifying.n_ctx * (verifying.n_chunks or 0) * n_files * (2 if verifying.against else 1)
         seconds = estimate_seconds(
             self.model,
-            types=sorted(
-                {tensor.type for tensor in given.tensors} if isinstance(given, Plan) else options[0].allowed_types
-            ),
+            types=_quantized_types(given) if isinstance(given, Plan) else options[0].allowed_types,
             n_threads=self.n_threads,
             n_files=n_files,
             scores=given is None and any(option.allocator != "uniform" for option in options),
@@ -623,6 +621,11 @@ def reference_file(work: Work, options: VerifyOptions, folder: Path) -> Iterator
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+
+def _quantized_types(plan: Plan) -> list[str]:
+    """Return the types that ggml makes of weights in a plan; some tensors may be copied instead."""
+    return sorted({tensor.type for tensor in plan.tensors} & set(ggml.TYPES)) or ["F32"]
 
 
 def _header_bytes(model: Model, option: PlanOptions, metric: str | None) -> int:

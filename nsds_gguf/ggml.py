@@ -87,9 +87,11 @@ def quantize(rows: Float32, type_name: str, importance: Float32 | None = None) -
         ``(n_rows, row_bytes)`` uint8.
 
     Raises:
-        GgmlError: the row length does not fit the type, or ggml wrote another number of bytes.
+        GgmlError: the type or the row length is not one that ggml quantizes, or it wrote another number of bytes.
 
     """
+    if type_name not in TYPES:  # ggml would end the process
+        raise GgmlError(f"cannot quantize to {type_name}; wanted one of {', '.join(TYPES)}")
     rows = np.ascontiguousarray(rows, dtype=np.float32)
     n_rows, n_cols = rows.shape
     out = np.empty((n_rows, row_bytes(type_name, n_cols)), dtype=np.uint8)

@@ -71,7 +71,7 @@ def write_tiny_gguf(
     writer.add_layer_norm_rms_eps(NORM_EPS)
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_rope_freq_base(ROPE_THETA)
-    _add_vocabulary(writer, vocabulary or tiny_vocabulary(), add_bos, add_eos)
+    add_vocabulary(writer, vocabulary or tiny_vocabulary(), add_bos, add_eos)
     for name, tensor in (weights or tiny_weights()).items():
         kind = GGMLQuantizationType[type_name] if tensor.ndim == 2 else GGMLQuantizationType.F32
         writer.add_tensor(name, quantize(tensor, kind), raw_dtype=kind)
@@ -87,7 +87,7 @@ def tiny_vocabulary() -> list[str]:
     return [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
 
 
-def _add_vocabulary(writer: GGUFWriter, tokens: list[str], add_bos: bool, add_eos: bool) -> None:
+def add_vocabulary(writer: GGUFWriter, tokens: list[str], add_bos: bool = True, add_eos: bool = False) -> None:
     kinds = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
     kinds += [TokenType.BYTE if token.startswith("<0x") else TokenType.NORMAL for token in tokens[len(SPECIALS) :]]
     writer.add_tokenizer_model("llama")

@@ -236,8 +236,9 @@ def kv(value: Any, vtype: GGUFValueType, sub_type: GGUFValueType | None = None) 
 class LayerScore:
     """Sensitivity of one layer; higher = more sensitive.
 
-    ``nv`` and ``se`` hold the raw value per component (``qk``, ``ov``, ``gate``, ``up``, ``down``), ``p_nv`` and
-    ``p_se`` their aggregates in [0, 1]; baselines leave these empty and give ``score`` alone, in their own unit.
+    ``nv`` and ``se`` hold the raw value per component (``qk``, ``ov``, ``gate``, ``up``, ``down``, and ``rest``, which
+    has no ``se``), ``p_nv`` and ``p_se`` their aggregates in [0, 1], ``None`` where the layer has no component;
+    baselines leave these empty and give ``score`` alone, in their own unit.
     """
 
     layer: int
@@ -274,7 +275,8 @@ class Scores:
     """Result of scoring, small enough to keep: one score a layer and, when measured, one cost a tensor.
 
     ``importance`` names the column importance under which ``costs`` was measured; both are empty when only
-    layers were scored. ``settings`` records what else shaped the numbers (``se`` reading).
+    layers were scored. ``settings`` records what else shaped the numbers (``se`` reading), ``notes`` what the method
+    cannot see of the model, one sentence each.
     """
 
     metric: str
@@ -284,6 +286,7 @@ class Scores:
     settings: Mapping[str, str] = field(default_factory=dict)
     importance: str | None = None
     costs: tuple[TensorCost, ...] = ()
+    notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

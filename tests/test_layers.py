@@ -16,6 +16,7 @@ LAYERS = [
     ["errors", "version"],
     ["records"],
     ["anatomy"],
+    ["views"],
     ["ggml", "gguf_header", "llama", "resources"],
     ["estimate", "read", "score", "allocate", "write", "verify", "perplexity", "inspect"],
     ["convert", "display", "plot"],

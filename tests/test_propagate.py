@@ -5,13 +5,9 @@ import pytest
 from arrays import random_arrays
 from models import make_model
 
-from nsds_gguf.allocate.propagation import (
-    ATTENTION_SHRINK,
-    FLOOR_OF_IMPORTANCE,
-    STREAM_WEIGHT,
-    gated_unit_moments,
-    propagate,
-)
+from nsds_gguf.allocate.blocks import ATTENTION_SHRINK
+from nsds_gguf.allocate.moments import Signal, gated_unit_moments
+from nsds_gguf.allocate.propagation import FLOOR_OF_IMPORTANCE, STREAM_WEIGHT, propagate
 from nsds_gguf.errors import ModelError, PlanError
 
 
@@ -26,13 +22,15 @@ def test_gated_unit_moments_equal_sampling(gate, up, rho):
     g, u = np.sqrt(gate) * z, np.sqrt(up) * (rho * z + np.sqrt(1 - rho**2) * w)
     s = 1 / (1 + np.exp(-g))
     slope = s * (1 + g * (1 - s))
-    unit, noise = gated_unit_moments(np.array([gate]), np.array([up]), np.array([rho * np.sqrt(gate * up)]))
+    unit, noise = gated_unit_moments(
+        Signal(np.array([gate])), Signal(np.array([up])), np.array([rho * np.sqrt(gate * up)])
+    )
     assert unit[0] == pytest.approx(((silu(g) * u) ** 2).mean(), rel=2e-2)
     assert noise[0] == pytest.approx(((slope * np.sqrt(gate) * u) ** 2).mean(), rel=2e-2)
 
 
 def test_dead_units_have_no_moments():
-    unit, noise = gated_unit_moments(np.zeros(1), np.ones(1), np.zeros(1))
+    unit, noise = gated_unit_moments(Signal(np.zeros(1)), Signal(np.ones(1)), np.zeros(1))
     assert unit[0] == noise[0] == 0.0
 
 
@@ -74,7 +72,7 @@ def retold(arrays, h, tied):
         x2 = stream / (stream.mean() + h.norm_eps) * t["ffn_norm.weight"] ** 2
         inputs[name("ffn_gate")] = inputs[name("ffn_up")] = x2
         gate, up = t["ffn_gate.weight"], t["ffn_up.weight"]
-        h2, noise = gated_unit_moments(gate**2 @ x2, up**2 @ x2, (gate * up) @ x2)
+        h2, noise = gated_unit_moments(Signal(gate**2 @ x2), Signal(up**2 @ x2), (gate * up) @ x2)
         inputs[name("ffn_down")] = h2
         write = t["ffn_down.weight"] ** 2 @ h2
         stream = stream + write

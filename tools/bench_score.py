@@ -27,6 +27,7 @@ from scipy import linalg
 from nsds_gguf.records import Float32, Hparams, Model, Tensor
 from nsds_gguf.score import SE_READINGS, score_layers
 from nsds_gguf.score.nsds import layer_components, output_projection
+from nsds_gguf.views import view_layer
 
 TINYLLAMA = Hparams(
     n_layers=1,
@@ -123,7 +124,7 @@ def pair(model: Model, projection: Float32, n_products: int) -> dict[str, Any]:
     """Measure one layer both ways; ours before, amid and after the full SVDs (median), as other load comes and goes."""
 
     def score_layer() -> float:
-        return seconds(lambda: layer_components(model.layer(0), model.hparams, projection, SE_READINGS["ratio"]))
+        return seconds(lambda: layer_components(view_layer(model, 0), projection, SE_READINGS["ratio"]))
 
     ours = [score_layer()]
     baseline_s = attention_baseline_seconds(model, n_products)

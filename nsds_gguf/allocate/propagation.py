@@ -7,17 +7,38 @@ columns reads, the *importance* that ggml's quantizers take.
 The theory: divergence is about ``sum_t alpha_t e_t``, additive in small independent errors (HIGGS, arXiv 2411.17525),
 with ``alpha_t = E_t / R_l``: the energy of the write that tensor ``t`` takes part in over that of the stream after it.
 Second moments are per channel; channels are treated as uncorrelated, positions as independent draws.
+
+What differs between architectures: ``wiring`` says where the norms sit, ``views`` what the blocks are made of,
+``Hparams`` the scales. A stream that is read through layer norms alone never shows the mean of its channels: it is
+followed without. Left out: caps on logits, sinks, windows, rope; they bound or move attention, not what values carry.
+
+A block put together in a way not known here (latent attention, recurrence, ...) writes nothing in the sweep; its
+tensors get the typical sensitivity of their kind, and a note.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..anatomy import kept_reason
 from ..errors import ModelError, PlanError
 from ..records import Float32, Float64, Model, Progress, Tensor, no_progress
+from ..views import Layer, view_layer
+from .blocks import (
+    ATTENTION_SHRINK,
+    Write,
+    attention_write,
+    feed_forward_write,
+    has_known_gate,
+    has_known_qk_norms,
+)
+from .moments import ACTIVATIONS, Norm, Signal, column_moments
+from .wiring import BlockWiring, has_plain_experts, is_plain_stream, read_wiring, reads_as_attention
+
+__all__ = ["ATTENTION_SHRINK", "IMPORTANCES", "STREAM_WEIGHT", "Propagation", "propagate"]
 
 IMPORTANCES = {
     "sweep": "second moment of each column's input, swept through the model",
@@ -25,15 +46,16 @@ IMPORTANCES = {
     "none": "every column weighs the same",
 }
 
-# The two constants that are measured, not derived (docs/log.md, 2026-11-23).
-STREAM_WEIGHT = 0.14  # divergence of relative noise in the stream, over that of the same noise in the output tensor
-ATTENTION_SHRINK = 0.3  # energy of a value after averaging over the attended positions, over that of one value
+# Divergence of relative noise in the stream, over that of the same noise in the output tensor: measured, not derived
+# (docs/log.md, 2026-11-23).
+STREAM_WEIGHT = 0.14
 
 FLOOR_OF_IMPORTANCE = 1e-4  # of the mean: a block of zero weights would make ggml divide by zero
 
-_SLAB_WEIGHTS = 1 << 22  # 16 MiB of float32 at a time
-_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
-_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # quadrature for a standard normal
+# Architectures whose gate on attention's output is no sigmoid, or that mix attention with a linear one.
+_OTHER_ATTENTION = ("laguna", "minimax-01")
+
+MAX_SHOWN_ROLES = 4  # in the note on tensors that the sweep does not reach
 
 
 @dataclass(frozen=True)
@@ -41,15 +63,17 @@ class Propagation:
     """Result of the sweep, by tensor name.
 
     ``sensitivity`` is in units of the output tensor's; ``inputs`` holds ``(n_cols,)`` float64 second moments of what
-    each matrix multiplies, ``gains`` the squared gain of the norm in front of it where there is one.
+    each matrix multiplies, ``(n_experts, n_cols)`` where stacked matrices multiply different things; ``gains`` the
+    squared gain of the norm in front of it where there is one; ``notes`` says what the sweep did not reach.
     """
 
     sensitivity: Mapping[str, float]
     inputs: Mapping[str, Float64]
     gains: Mapping[str, Float64]
+    notes: tuple[str, ...] = ()
 
     def importance(self, kind: str) -> dict[str, Float32]:
-        """Return ``(n_cols,)`` float32 weights of mean 1 by tensor name; no entry where columns weigh the same.
+        """Return float32 weights of mean 1 by tensor name, shaped as ``inputs``; no entry where columns weigh alike.
 
         Raises ``PlanError`` for a kind that is not one of ``IMPORTANCES``.
         """
@@ -63,199 +87,174 @@ def propagate(model: Model, progress: Progress = no_progress) -> Propagation:
     """Sweep second moments through the model.
 
     Args:
-        model: a pre-norm decoder with RMS norms and (gated) feed-forward blocks.
+        model: any model; where the theory does not cover it, it degrades block by block.
         progress: called with layers done and layers in all.
 
     Returns:
-        Sensitivity and column moments of every matrix that the theory covers.
+        Sensitivity of every matrix that may be quantized, and column moments of those that the theory covers.
 
     Raises:
         ModelError: the moments overflow or are not finite: the weights are damaged.
 
     """
     sweep = _Sweep(model)
-    progress(0, model.hparams.n_layers)
-    for index in range(model.hparams.n_layers):
-        layer = model.layer(index)
-        sweep.attention(layer)
-        sweep.feed_forward(layer)
-        progress(index + 1, model.hparams.n_layers)
+    n_layers = model.hparams.n_layers
+    progress(0, n_layers)
+    for index in range(n_layers):
+        sweep.layer(view_layer(model, index))
+        progress(index + 1, n_layers)
     sweep.output()
-    return Propagation(sweep.sensitivity, sweep.inputs, sweep.gains)
+    missed = [t for t in model.tensors if t.name not in sweep.sensitivity and not kept_reason(t, model.architecture)]
+    typical = typical_sensitivities(model, sweep.sensitivity, missed)
+    return Propagation({**sweep.sensitivity, **typical}, sweep.inputs, sweep.gains, _notes(missed))
 
 
 class _Sweep:
-    """State of the sweep: ``stream`` is the second moment of each residual channel, ``(n_embd,)``."""
+    """State of the sweep: ``stream`` is the second moment of each residual channel, ``(n_embd,)``.
+
+    It is ``None`` when there is no embedding to start from; then nothing is reached.
+    """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.hparams = model.hparams
+        self.centred = model.hparams.norm == "layer"
         self.sensitivity: dict[str, float] = {}
         self.inputs: dict[str, Float64] = {}
         self.gains: dict[str, Float64] = {}
-        embedding = model.by_name["token_embd.weight"]
-        self.stream = _column_moments(embedding)
+        self.stream = self.embed()
+
+    def embed(self) -> Float64 | None:
+        """Return the second moment of what enters the first layer."""
+        embedding = self.model.by_name.get("token_embd.weight")
+        if embedding is None or embedding.n_cols != self.hparams.n_embd:
+            return None
         self.sensitivity[embedding.name] = STREAM_WEIGHT
+        stream = column_moments(embedding, self.centred) * self.hparams.embedding_scale**2
+        for name in ("position_embd.weight", "token_types.weight"):
+            table = self.model.by_name.get(name)
+            if table is not None and table.n_cols == len(stream):
+                stream = stream + column_moments(table, self.centred)
+        norm = None if self.output_norm_role() == "token_embd_norm" else self.norm("token_embd_norm")
+        return stream if norm is None else norm.apply(stream, self.hparams.norm_eps).second
 
-    def normed(self, norm: Tensor, readers: list[Tensor]) -> Float64:
-        """Return the second moment after an RMS norm, and record it for the matrices that read it."""
-        gain = norm.load().astype(np.float64) ** 2
-        moment: Float64 = self.stream / (self.stream.mean() + self.hparams.norm_eps) * gain
-        for tensor in readers:
-            self.inputs[tensor.name], self.gains[tensor.name] = moment, gain
-        return moment
+    def norm(self, role: str) -> Norm | None:
+        """Return a norm outside the layers."""
+        gain = self.model.by_name.get(f"{role}.weight")
+        return None if gain is None else Norm(gain, self.model.by_name.get(f"{role}.bias"))
 
-    def write(self, name: str, moment: Float64) -> None:
-        """Add a block's write to the stream; raises ``ModelError`` when it is not finite."""
-        if not np.isfinite(moment).all():
-            raise ModelError(f"tensor {name}: its output has no finite second moment; the weights are damaged")
-        self.stream = self.stream + moment
+    def output_norm_role(self) -> str:
+        """Return the role of the norm in front of the output; lfm2 files have it under another name."""
+        is_odd = self.model.architecture.startswith("lfm2") and "output_norm.weight" not in self.model.by_name
+        return "token_embd_norm" if is_odd else "output_norm"
 
-    def record(self, energies: Mapping[str, float]) -> None:
-        """Turn energies of writes into sensitivities, relative to the stream that now holds them."""
-        total = float(self.stream.sum())
-        for name, energy in energies.items():
-            self.sensitivity[name] = STREAM_WEIGHT * energy / total
+    def layer(self, view: Layer) -> None:
+        """Take the stream through one layer, as far as its wiring is known."""
+        if self.stream is None or not is_plain_stream(view.tensors):
+            return
+        wiring, entry = read_wiring(view.tensors, self.hparams), self.stream
+        writes = self.attention(view, wiring.attention, entry)
+        if wiring.parallel:
+            writes += self.feed_forward(view, wiring.feed_forward, entry)
+        else:
+            entry = self.commit(entry, writes, wiring.attention)
+            writes = self.feed_forward(view, wiring.feed_forward, entry)
+        stream = self.commit(entry, writes, wiring.feed_forward)
+        scale = view.tensors.get("layer_output_scale")
+        self.stream = stream if scale is None else stream * float(scale.load().ravel()[0]) ** 2
 
-    def attention(self, layer: Mapping[str, Tensor]) -> None:
-        q, k, v, o = (layer[role] for role in ("attn_q", "attn_k", "attn_v", "attn_output"))
-        x2 = self.normed(layer["attn_norm"], [q, k, v])
-        value = ATTENTION_SHRINK * _matrix_moments(v, x2) + _bias_moments(layer, "attn_v", v.n_rows)
-        grouped = value.reshape(self.hparams.n_kv_heads, -1)
-        o2 = np.repeat(grouped, self.hparams.n_heads // self.hparams.n_kv_heads, axis=0).ravel()
-        self.inputs[o.name] = o2
-        written = _matrix_moments(o, o2)
-        self.write(o.name, written + _bias_moments(layer, "attn_output", o.n_rows))
-        energy = float(written.sum())
-        of_values = energy / ATTENTION_SHRINK  # noise of a matrix is alike at all positions: no averaging shrinks it
-        of_logits = energy * self.logit_variance(layer, x2)
-        self.record({v.name: of_values, o.name: of_values, q.name: of_logits, k.name: of_logits})
+    def attention(self, view: Layer, wiring: BlockWiring, stream: Float64) -> list[Write]:
+        """Return the write of plain attention; nothing where the layer has none that is known."""
+        a, x = view.attention, self.read(wiring, stream)
+        self.record_readers([t.name for t in view.rest if reads_as_attention(t)], wiring, x)
+        known = a is not None and has_known_gate(a, view.tensors) and has_known_qk_norms(a, view.tensors)
+        if a is None or not known or self.model.architecture in _OTHER_ATTENTION:
+            return []
+        return [self.finished(attention_write(a, view.tensors, x, self.hparams), wiring, x)]
 
-    def logit_variance(self, layer: Mapping[str, Tensor], x2: Float64) -> float:
-        """Return the second moment of the attention logits, mean over heads.
+    def feed_forward(self, view: Layer, wiring: BlockWiring, stream: Float64) -> list[Write]:
+        """Return the write of the feed-forward blocks; nothing where the layer has none that are known."""
+        if not view.feed_forward or self.hparams.activation not in ACTIVATIONS or not has_plain_experts(view.tensors):
+            return []
+        x = self.read(wiring, stream)
+        return [self.finished(feed_forward_write(view.feed_forward, view.tensors, x, self.hparams), wiring, x)]
 
-        ``tr(M_q M_k) / head_dim`` with ``M = W diag(x2) W^T + b b^T``; with norms on q and k only their gains count.
-        """
-        h = self.hparams
-        if h.qk_norm:
-            gains = layer["attn_q_norm"].load().astype(np.float64) * layer["attn_k_norm"].load()
-            return float((gains**2).sum() / h.head_dim)
-        total = 0.0
-        per_group = h.n_heads // h.n_kv_heads
-        for group in range(h.n_kv_heads):
-            key_moment = self.head_moment(layer, "attn_k", group, x2)
-            for head in range(group * per_group, (group + 1) * per_group):
-                total += float((self.head_moment(layer, "attn_q", head, x2) * key_moment).sum())
-        return total / (h.n_heads * h.head_dim)
+    def read(self, wiring: BlockWiring, stream: Float64) -> Signal:
+        """Return what a block reads of the stream."""
+        return Signal(stream) if wiring.before is None else wiring.before.apply(stream, self.hparams.norm_eps)
 
-    def head_moment(self, layer: Mapping[str, Tensor], role: str, head: int, x2: Float64) -> Float64:
-        """Return ``W diag(x2) W^T + b b^T`` of one head, ``(head_dim, head_dim)``."""
-        start, stop = head * self.hparams.head_dim, (head + 1) * self.hparams.head_dim
-        rows = layer[role].read_rows(start, stop) * np.sqrt(x2).astype(np.float32)
-        moment: Float64 = (rows @ rows.T).astype(np.float64)
-        bias = layer.get(f"{role}.bias")
-        if bias is not None:
-            values = bias.load()[start:stop].astype(np.float64)
-            moment = moment + np.outer(values, values)
-        return moment
+    def finished(self, write: Write, wiring: BlockWiring, x: Signal) -> Write:
+        """Return a block's write as it reaches the stream, normed and scaled; record what its matrices multiply."""
+        self.record_readers(write.readers, wiring, x)
+        self.inputs.update(write.inputs)
+        if not np.isfinite(write.moment).all():
+            raise ModelError(f"tensor {write.name}: its output has no finite second moment; the weights are damaged")
+        if wiring.behind is not None:
+            normed = wiring.behind.apply(write.moment, self.hparams.norm_eps)
+            factor = wiring.behind.gain2(len(write.moment)) / (write.moment.mean() + self.hparams.norm_eps)
+            write = write.scaled(factor, normed.mean_square)
+        return write.scaled(self.hparams.residual_scale**2)
 
-    def feed_forward(self, layer: Mapping[str, Tensor]) -> None:
-        gate, up, down = layer["ffn_gate"], layer["ffn_up"], layer["ffn_down"]
-        x2 = self.normed(layer["ffn_norm"], [gate, up])
-        gate2, up2, both = _gated_moments(gate, up, x2)
-        gate2 = gate2 + _bias_moments(layer, "ffn_gate", gate.n_rows)
-        up2 = up2 + _bias_moments(layer, "ffn_up", up.n_rows)
-        h2, gate_noise2 = gated_unit_moments(gate2, up2, both)
-        self.inputs[down.name] = h2
-        written = _matrix_moments(down, h2)
-        self.write(down.name, written + _bias_moments(layer, "ffn_down", down.n_rows))
-        energy, gate_energy = float(written.sum()), float(_matrix_moments(down, gate_noise2).sum())
-        self.record({down.name: energy, up.name: energy, gate.name: gate_energy})
+    def record_readers(self, names: Iterable[str], wiring: BlockWiring, x: Signal) -> None:
+        """Record what matrices behind a norm multiply, and its gain."""
+        for name in names:
+            self.inputs[name] = x.second
+            if wiring.before is not None:
+                self.gains[name] = wiring.before.gain2(len(x.second))
+
+    def commit(self, stream: Float64, writes: Sequence[Write], wiring: BlockWiring) -> Float64:
+        """Return the stream with writes added; their noise becomes sensitivity, relative to the stream with them."""
+        for write in writes:
+            stream = stream + write.moment
+        total = float(stream.sum())
+        for write in writes:
+            for name, noise in write.noise.items():
+                self.sensitivity[name] = STREAM_WEIGHT * float(noise.sum()) / total
+        return stream if wiring.on_stream is None else wiring.on_stream.apply(stream, self.hparams.norm_eps).second
 
     def output(self) -> None:
         """Record the output tensor, or add its part to the embedding that doubles as it."""
-        tensor = self.model.unembedding()
-        self.normed(self.model.by_name["output_norm.weight"], [tensor])
+        if self.stream is None:
+            return
+        tensor, norm = self.model.unembedding(), self.norm(self.output_norm_role())
+        if norm is None and self.hparams.norm == "layer":
+            norm = Norm()
+        wiring = BlockWiring(norm)
+        self.record_readers([tensor.name], wiring, self.read(wiring, self.stream))
         self.sensitivity[tensor.name] = 1.0 + (STREAM_WEIGHT if self.model.is_tied else 0.0)
 
 
-def gated_unit_moments(gate2: Float64, up2: Float64, both: Float64) -> tuple[Float64, Float64]:
-    """Return ``E[(silu(g) u)^2]`` and ``E[(silu'(g) sigma_g u)^2]`` of jointly Gaussian g and u.
+# --- what the sweep does not reach ----------------------------------------------------------------------------
 
-    Args:
-        gate2: ``(n_ff,)`` variance of g.
-        up2: ``(n_ff,)`` variance of u.
-        both: ``(n_ff,)`` covariance of g and u.
 
-    Gauss-Hermite quadrature over ``g = sigma_g z``; given z, ``E[u^2] = sigma_u^2 (1 - rho^2 + rho^2 z^2)``.
+def typical_sensitivities(model: Model, known: Mapping[str, float], missed: Sequence[Tensor]) -> dict[str, float]:
+    """Return sensitivities of tensors that the sweep does not reach, by name.
 
+    The median of the known ones of the same kind: of feed-forward blocks, or of what mixes positions. Without any, and
+    outside the layers, the share of a block's write in a stream of blocks that all write alike: 1 / (2 n_layers).
     """
-    sigma = np.sqrt(gate2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rho2 = np.where(gate2 * up2 > 0, both**2 / (gate2 * up2), 0.0)
-    rho2 = np.clip(rho2, 0.0, 1.0)
-    unit = np.zeros_like(gate2)
-    noise = np.zeros_like(gate2)
-    for z, weight in zip(_NODES, _WEIGHTS, strict=True):
-        up_given = up2 * (1 - rho2 + rho2 * z * z)
-        unit += weight * _silu(sigma * z) ** 2 * up_given
-        noise += weight * (_silu_slope(sigma * z) * sigma) ** 2 * up_given
-    return unit, noise
+    alike = STREAM_WEIGHT / (2 * max(model.hparams.n_layers, 1))
+    by_kind: dict[str, list[float]] = {}
+    for tensor in model.tensors:
+        if tensor.name in known and tensor.layer is not None:
+            by_kind.setdefault(_kind(tensor), []).append(known[tensor.name])
+    medians = {kind: float(np.median(values)) for kind, values in by_kind.items()}
+    return {t.name: alike if t.layer is None else medians.get(_kind(t), alike) for t in missed}
 
 
-def _silu(x: Float64) -> Float64:
-    return x * _sigmoid(x)
+def _kind(tensor: Tensor) -> str:
+    return "feed-forward" if tensor.role.startswith(("ffn_", "channel_mix_")) else "mixing"
 
 
-def _silu_slope(x: Float64) -> Float64:
-    s = _sigmoid(x)
-    return s * (1 + x * (1 - s))
-
-
-def _sigmoid(x: Float64) -> Float64:
-    return 0.5 * (1 + np.tanh(0.5 * x))  # no overflow at either end
-
-
-def _slabs(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    step = max(1, _SLAB_WEIGHTS // tensor.n_cols)
-    for start in range(0, tensor.n_rows, step):
-        yield start, min(start + step, tensor.n_rows)
-
-
-def _matrix_moments(tensor: Tensor, x2: Float64) -> Float64:
-    """Return ``(W ** 2) @ x2``, ``(n_rows,)``."""
-    out = np.empty(tensor.n_rows)
-    narrow = x2.astype(np.float32)
-    for start, stop in _slabs(tensor):
-        rows = tensor.read_rows(start, stop)
-        out[start:stop] = np.square(rows, out=rows) @ narrow
-    return out
-
-
-def _gated_moments(gate: Tensor, up: Tensor, x2: Float64) -> tuple[Float64, Float64, Float64]:
-    """Return second moments of gate and up and their covariance, each ``(n_ff,)``."""
-    out = np.empty((3, gate.n_rows))
-    narrow = x2.astype(np.float32)
-    for start, stop in _slabs(gate):
-        g, u = gate.read_rows(start, stop), up.read_rows(start, stop)
-        out[2, start:stop] = (g * u) @ narrow
-        out[0, start:stop] = np.square(g, out=g) @ narrow
-        out[1, start:stop] = np.square(u, out=u) @ narrow
-    return out[0], out[1], out[2]
-
-
-def _column_moments(tensor: Tensor) -> Float64:
-    """Return the mean of the squared rows, ``(n_cols,)``."""
-    total = np.zeros(tensor.n_cols)
-    for start, stop in _slabs(tensor):
-        rows = tensor.read_rows(start, stop)
-        total += np.square(rows, out=rows).sum(axis=0, dtype=np.float64)
-    return total / tensor.n_rows
-
-
-def _bias_moments(layer: Mapping[str, Tensor], role: str, n_rows: int) -> Float64:
-    bias = layer.get(f"{role}.bias")
-    return np.zeros(n_rows) if bias is None else bias.load().astype(np.float64) ** 2
+def _notes(missed: Sequence[Tensor]) -> tuple[str, ...]:
+    if not missed:
+        return ()
+    roles = sorted({tensor.role for tensor in missed})
+    shown = ", ".join(roles[:MAX_SHOWN_ROLES]) + (", ..." if len(roles) > MAX_SHOWN_ROLES else "")
+    return (
+        f"{len(missed)} tensors ({shown}) belong to blocks that the moment sweep does not follow: "
+        "they get the median sensitivity of the others of their kind.",
+    )
 
 
 def _normalized(moment: Float64) -> Float32:

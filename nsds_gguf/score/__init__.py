@@ -16,7 +16,7 @@ from ..errors import PlanError
 from ..records import LayerScore, Model, Progress, Scores, no_progress
 from ..version import __version__
 from .baselines import Metric, baseline, boost_jumps, ewq, mean_kurtosis, mse, zd
-from .nsds import SE_READINGS, score_nsds
+from .nsds import SE_READINGS, rest_notes, score_nsds
 
 __all__ = ["METRICS", "SE_READINGS", "Metric", "score_layers"]
 
@@ -54,6 +54,7 @@ def score_layers(model: Model, metric: str = "nsds", se: str = "ratio", progress
         model_id=model.model_id,
         model_name=model.name,
         settings={"se": se} if metric == "nsds" else {},
+        notes=rest_notes(model) if metric == "nsds" else (),
         versions={"nsds-gguf": __version__, "numpy": np.__version__, "scipy": scipy.__version__},
     )
 

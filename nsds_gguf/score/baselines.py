@@ -1,17 +1,18 @@
 """The data-free baselines that the NSDS paper compares with (arXiv 2603.17354), one number per layer.
 
-Each looks at a layer's q, k, v, o, gate, up and down matrices separately, in float64 over row tiles. Higher = more
-sensitive. They are here to be compared with, under the same contract as NSDS.
+Each looks at a layer's matrices separately (q, k, v, o, gate, up, down and whatever else it has), in float64 over row
+tiles. Higher = more sensitive. They are here to be compared with, under the same contract as NSDS.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from ..records import Float32, Float64, LayerScore, Model, Progress, Tensor
+from ..records import Float32, Float64, LayerScore, Model, Progress
+from ..views import Layer, view_layer
 from .loading import load_matrix
 from .stats import matrix_kurtosis, matrix_mean, row_tiles
 
@@ -20,8 +21,6 @@ Measure = Callable[[Iterator[Float32]], float]
 
 # Scores every layer of a model; the name of the SE reading concerns NSDS alone.
 Metric = Callable[[Model, str, Progress], tuple[LayerScore, ...]]
-
-ROLES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 # Largest quantized magnitude of the symmetric 2-bit quantizer of MSE: levels -1, 0, 1.
 MSE_QMAX = 1
@@ -103,9 +102,12 @@ def boost_jumps(kurtosis: Float64) -> Float64:
     return kurtosis * np.where(np.concatenate([[False], is_jump]), JUMP_FACTOR, 1.0)
 
 
-def layer_matrices(tensors: Mapping[str, Tensor]) -> Iterator[Float32]:
-    """Yield the matrices of one layer that the baselines look at, one in memory at a time."""
-    return (load_matrix(tensors[role]) for role in ROLES if role in tensors)
+def layer_matrices(layer: Layer) -> Iterator[Float32]:
+    """Yield the matrices of one layer that the baselines look at, one in memory at a time.
+
+    Its logical matrices: the parts of fused ones apart, every expert's own, and what is none of the paper's.
+    """
+    return (load_matrix(matrix) for matrix in layer.matrices())
 
 
 def unchanged(scores: Float64) -> Float64:
@@ -121,7 +123,8 @@ def baseline(measure: Measure, adjust: Callable[[Float64], Float64] = unchanged)
         scores = np.zeros(n_layers)
         for layer in range(n_layers):
             progress(layer, n_layers)
-            scores[layer] = measure(layer_matrices(model.layer(layer)))
+            view = view_layer(model, layer)
+            scores[layer] = 0.0 if view.is_empty else measure(layer_matrices(view))
         progress(n_layers, n_layers)
         return tuple(LayerScore(layer, float(score)) for layer, score in enumerate(adjust(scores)))
 

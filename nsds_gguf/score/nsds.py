@@ -25,8 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import linalg
 
-from ..records import Float32, Float64, Hparams, LayerScore, Model, Progress, Tensor
+from ..records import Float32, Float64, LayerScore, Model, Progress
 from ..resources import blas_threads, n_blas_threads
+from ..views import Attention, FeedForward, Layer, view_layer
 from .loading import load_matrix, read_slabs
 from .stats import (
     column_kurtosis,
@@ -39,7 +40,12 @@ from .stats import (
     soft_or,
 )
 
-COMPONENTS = ("qk", "ov", "gate", "up", "down")
+FFN_COMPONENTS = ("gate", "up", "down")
+
+# Matrices of a layer that are none of the paper's components (latent attention, recurrence, ...): NV alone.
+REST = "rest"
+
+COMPONENTS = ("qk", "ov", *FFN_COMPONENTS, REST)
 
 # Share of sum(sigma**2) that the kept singular triplets hold (the paper's 99 %).
 KEPT_ENERGY = 0.99
@@ -54,6 +60,8 @@ GRAM_ENTRIES = 2**21
 # Ratio of the largest to the smallest diagonal entry of R up to which Cholesky-QR is used: a factor 100 below the
 # condition number at which it loses digits.
 MAX_CHOLESKY_CONDITION = 1e6
+
+MAX_SHOWN_ROLES = 4  # of the matrices without components, in the note on them
 
 # Combines spectral magnitude M and spectral entropy E (nats) into SE.
 Reading = Callable[[float, float], float]
@@ -216,8 +224,13 @@ def _cholesky_qr(a: Float64) -> tuple[Float64, Float64]:
 
 
 def output_projection(model: Model) -> Float32:
-    """Return P: the leading right singular vectors of the unembedding that hold 99 % of its energy, float32 (d, r)."""
-    unembedding = model.unembedding()
+    """Return P: the leading right singular vectors of the unembedding that hold 99 % of its energy, float32 (d, r).
+
+    Without an unembedding of the stream's width all directions count alike: the identity.
+    """
+    unembedding = model.by_name.get("output.weight") or model.by_name.get("token_embd.weight")
+    if unembedding is None or unembedding.n_cols != model.hparams.n_embd:
+        return np.eye(model.hparams.n_embd, dtype=np.float32)
     gram = residual_gram((slab.astype(np.float64) for slab in read_slabs(unembedding)), unembedding.n_cols)
     return right_vectors(gram, at_least=1)[1].astype(np.float32)
 
@@ -259,20 +272,20 @@ def attention_component(lefts: Float32, rights: Float32, weight: HeadWeight, rea
     return Sensitivity(float(np.mean([head.nv for head in found])), float(np.mean([head.se for head in found])))
 
 
-def qk_component(tensors: Mapping[str, Tensor], hparams: Hparams, reading: Reading) -> Sensitivity:
+def qk_component(attention: Attention, reading: Reading) -> Sensitivity:
     """Return NV and SE of ``W_Q[h]^T @ W_K[g(h)]``, a detector on both sides.
 
     GGUF permutes the rows of q and k within each head, both alike: a sum over those rows does not see it.
     """
-    q = load_matrix(tensors["attn_q"]).reshape(hparams.n_heads, hparams.head_dim, -1)
-    k = load_matrix(tensors["attn_k"]).reshape(hparams.n_kv_heads, hparams.head_dim, -1)
+    q = load_matrix(attention.q.weight).reshape(attention.n_heads, attention.head_dim, -1)
+    k = load_matrix(attention.k.weight).reshape(attention.n_kv_heads, attention.head_dim, -1)
     return attention_component(q.transpose(0, 2, 1), k, detector_qk_weight, reading)
 
 
-def ov_component(tensors: Mapping[str, Tensor], hparams: Hparams, projection: Float32, reading: Reading) -> Sensitivity:
+def ov_component(attention: Attention, projection: Float32, reading: Reading) -> Sensitivity:
     """Return NV and SE of ``W_O[:, h] @ W_V[g(h)]``, a writer."""
-    o = load_matrix(tensors["attn_output"]).reshape(-1, hparams.n_heads, hparams.head_dim)
-    v = load_matrix(tensors["attn_v"]).reshape(hparams.n_kv_heads, hparams.head_dim, -1)
+    o = load_matrix(attention.o.weight).reshape(-1, attention.n_heads, attention.value_dim)
+    v = load_matrix(attention.v.weight).reshape(attention.n_kv_heads, attention.value_dim, -1)
     return attention_component(o.transpose(1, 0, 2), v, lambda u, _: writer_weight(u, projection), reading)
 
 
@@ -282,20 +295,40 @@ def ffn_component(matrix: Float32, weight: FfnWeight, reading: Reading) -> Sensi
     return Sensitivity(matrix_kurtosis(matrix), structural_expressiveness(sigma, weight(vectors), reading))
 
 
-def layer_components(
-    tensors: Mapping[str, Tensor], hparams: Hparams, projection: Float32, reading: Reading
-) -> dict[str, Sensitivity]:
-    """Return NV and SE of every component that the layer has, by component; biases and gains are left out."""
-    components = {
-        "qk": qk_component(tensors, hparams, reading),
-        "ov": ov_component(tensors, hparams, projection, reading),
-    }
-    for name, role in (("gate", "ffn_gate"), ("up", "ffn_up")):
-        if role in tensors:
-            components[name] = ffn_component(load_matrix(tensors[role]), detector_ffn_weight, reading)
-    down = load_matrix(tensors["ffn_down"])
+def ffn_components(block: FeedForward, projection: Float32, reading: Reading) -> dict[str, Sensitivity]:
+    """Return NV and SE of the gate, up and down matrices of one feed-forward block or expert."""
+    components = {}
+    for name, part in (("gate", block.gate), ("up", block.up)):
+        if part is not None:
+            components[name] = ffn_component(load_matrix(part.weight), detector_ffn_weight, reading)
+    down = load_matrix(block.down.weight)
     components["down"] = ffn_component(down.T, lambda u: writer_weight(u, projection), reading)
     return components
+
+
+def layer_components(layer: Layer, projection: Float32, reading: Reading) -> dict[str, Sensitivity]:
+    """Return NV and SE of every component that the layer has, by component; biases and gains are left out.
+
+    With experts, the mean over them; an expert that every token visits counts as one more. Matrices that are none of
+    the components have no SE (which side of them is the stream's is not known): NaN.
+    """
+    components = {}
+    if layer.attention is not None:
+        components["qk"] = qk_component(layer.attention, reading)
+        components["ov"] = ov_component(layer.attention, projection, reading)
+    experts = [ffn_components(block, projection, reading) for block in layer.feed_forward]
+    for name in FFN_COMPONENTS:
+        found = [expert[name] for expert in experts if name in expert]
+        if found:
+            components[name] = _mean(found)
+    if layer.rest:
+        nv = np.mean([matrix_kurtosis(load_matrix(tensor)) for tensor in layer.rest])
+        components[REST] = Sensitivity(float(nv), math.nan)
+    return components
+
+
+def _mean(found: Sequence[Sensitivity]) -> Sensitivity:
+    return Sensitivity(float(np.mean([one.nv for one in found])), float(np.mean([one.se for one in found])))
 
 
 # --- aggregation ----------------------------------------------------------------------------------------------
@@ -305,7 +338,8 @@ def aggregate(raw: Sequence[Mapping[str, float]]) -> Float64:
     """Return the soft-OR over components of each layer's standing among the layers: float64 (n_layers,) in [0, 1].
 
     Args:
-        raw: per layer the value of each component; a component that a layer lacks does not count for it.
+        raw: per layer the value of each component; a component that a layer lacks does not count for it. A layer
+            without any gets NaN.
     """
     standing: list[list[float]] = [[] for _ in raw]
     for component in COMPONENTS:
@@ -314,7 +348,7 @@ def aggregate(raw: Sequence[Mapping[str, float]]) -> Float64:
             p = sigmoid(robust_z(np.array([raw[layer][component] for layer in owners])))
             for layer, value in zip(owners, p, strict=True):
                 standing[layer].append(value)
-    return np.array([soft_or(np.array(values)) for values in standing])
+    return np.array([soft_or(np.array(values)) if values else math.nan for values in standing])
 
 
 def score_nsds(model: Model, se: str, progress: Progress) -> tuple[LayerScore, ...]:
@@ -331,12 +365,36 @@ def score_nsds(model: Model, se: str, progress: Progress) -> tuple[LayerScore, .
     layers = []
     for index in range(n_layers):
         progress(index + 1, n_layers + 1)
-        layers.append(layer_components(model.layer(index), model.hparams, projection, SE_READINGS[se]))
+        layers.append(layer_components(view_layer(model, index), projection, SE_READINGS[se]))
     progress(n_layers + 1, n_layers + 1)
     nv = [{name: value.nv for name, value in layer.items()} for layer in layers]
-    structural = [{name: value.se for name, value in layer.items()} for layer in layers]
+    structural = [{name: value.se for name, value in layer.items() if name != REST} for layer in layers]
     p_nv, p_se = aggregate(nv), aggregate(structural)
     return tuple(
-        LayerScore(i, soft_or(np.array([p_nv[i], p_se[i]])), nv[i], structural[i], float(p_nv[i]), float(p_se[i]))
+        LayerScore(i, combined(p_nv[i], p_se[i]), nv[i], structural[i], _known(p_nv[i]), _known(p_se[i]))
         for i in range(n_layers)
+    )
+
+
+def combined(p_nv: float, p_se: float) -> float:
+    """Return NSDS of a layer, the soft-OR of its two halves, or of the one that is not NaN; 0 without any matrix."""
+    halves = [p for p in (p_nv, p_se) if not math.isnan(p)]
+    return soft_or(np.array(halves)) if halves else 0.0
+
+
+def _known(p: float) -> float | None:
+    return None if math.isnan(p) else float(p)
+
+
+def rest_notes(model: Model) -> tuple[str, ...]:
+    """Return the note on layers' matrices that NSDS scores by their kurtosis alone."""
+    layers = [view_layer(model, index) for index in range(model.hparams.n_layers)]
+    n_layers, n_rest = sum(bool(layer.rest) for layer in layers), sum(len(layer.rest) for layer in layers)
+    if not n_rest:
+        return ()
+    roles = sorted({tensor.role for layer in layers for tensor in layer.rest})
+    shown = ", ".join(roles[:MAX_SHOWN_ROLES]) + (", ..." if len(roles) > MAX_SHOWN_ROLES else "")
+    return (
+        f"{n_rest} tensors of {n_layers} layers are none of NSDS's components (QK, OV, gate, up, down) and are scored "
+        f"by their kurtosis alone: {shown}.",
     )

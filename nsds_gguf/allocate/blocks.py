@@ -1,0 +1,254 @@
+"""What attention and feed-forward blocks write to the stream, and what noise in their matrices adds to it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..records import Float64, Hparams, Tensor
+from ..views import ROUTED, SHARED, Attention, FeedForward, Linear, rows_of
+from .moments import (
+    UP_OFFSETS,
+    Norm,
+    Signal,
+    centred_matrix_moments,
+    covariance,
+    gated_unit_moments,
+    matrix_moments,
+    product,
+    product_mean,
+    sigmoid_square,
+    unit_moments,
+)
+
+# Energy of a value after averaging over the attended positions, over that of one value: measured, not derived
+# (docs/log.md, 2026-11-23).
+ATTENTION_SHRINK = 0.3
+
+# ``(W ** 2) @ x2`` of a matrix that writes to the stream, as far as the stream's readers can see it: ``(n_embd,)``.
+Writer = Callable[[Tensor, Float64], Float64]
+
+WRITERS: dict[str, Writer] = {"layer": centred_matrix_moments}  # by kind of norm; others see everything
+
+
+@dataclass(frozen=True)
+class Write:
+    """What a block adds to the stream.
+
+    Attributes:
+        name: tensor that writes, for messages.
+        moment: second moment of each channel, ``(n_embd,)``.
+        noise: by tensor name, the second moment that relative noise of 1 in the tensor adds, ``(n_embd,)``.
+        readers: tensors that multiply what the block reads of the stream.
+        inputs: by name of the other tensors, the second moment of what each column multiplies, ``(n_cols,)``, or
+            ``(n_experts, n_cols)``.
+    """
+
+    name: str
+    moment: Float64
+    noise: dict[str, Float64]
+    readers: tuple[str, ...]
+    inputs: dict[str, Float64]
+
+    def scaled(self, factor: Float64 | float, constant: Float64 | float = 0.0) -> Write:
+        """Return the write times a factor on second moments, plus a constant without noise."""
+        noise = {name: value * factor for name, value in self.noise.items()}
+        return replace(self, moment=self.moment * factor + constant, noise=noise)
+
+    def plus(self, other: Write) -> Write:
+        """Return the sum of two independent writes; of a tensor that takes part in both the noises add up."""
+        noise = added(self.noise, other.noise)
+        readers, inputs = (*self.readers, *other.readers), {**self.inputs, **other.inputs}
+        return Write(self.name, self.moment + other.moment, noise, readers, inputs)
+
+
+def added(first: Mapping[str, Float64], second: Mapping[str, Float64]) -> dict[str, Float64]:
+    """Return the sums of two mappings by key."""
+    return {**first, **{name: first[name] + value if name in first else value for name, value in second.items()}}
+
+
+def _of_parts(parts: Sequence[tuple[Linear, Float64]]) -> dict[str, Float64]:
+    """Return noise by stored tensor: that of the parts of a fused one adds up."""
+    noise: dict[str, Float64] = {}
+    for part, value in parts:
+        noise = added(noise, {part.name: value})
+    return noise
+
+
+def _written(linear: Linear, x2: Float64, hparams: Hparams) -> tuple[Float64, Float64 | float]:
+    """Return the second moments that a matrix writes, and those of its bias."""
+    bias = 0.0 if linear.bias is None else linear.bias.load().astype(np.float64)
+    if hparams.norm == "layer":
+        bias = bias - np.mean(bias)
+    return WRITERS.get(hparams.norm, matrix_moments)(linear.weight, x2), bias**2
+
+
+# --- attention ------------------------------------------------------------------------------------------------
+
+
+def attention_write(a: Attention, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> Write:
+    """Return what attention writes.
+
+    Args:
+        a: the attention.
+        tensors: the layer's tensors by role: norms on queries, keys and output, gate.
+        x: what q, k and v read, ``(n_embd,)``.
+        hparams: scales.
+
+    """
+    value = product(a.v, x)
+    attended = ATTENTION_SHRINK * value.variance + value.mean_square
+    o2 = np.repeat(attended.reshape(a.n_kv_heads, -1), a.n_heads // a.n_kv_heads, axis=0).ravel()
+    sub_norm = tensors.get("attn_sub_norm")
+    if sub_norm is not None:
+        o2 = Norm(sub_norm).apply(o2, hparams.norm_eps).second
+    ungated, gate = o2, tensors.get("attn_gate")
+    if gate is not None:
+        opening, gate_noise = sigmoid_square(product(Linear(gate, tensors.get("attn_gate.bias")), x))
+        o2 = o2 * np.repeat(opening, a.value_dim if len(opening) == a.n_heads else 1)
+    written, constant = _written(a.o, o2, hparams)
+    of_values = written / ATTENTION_SHRINK  # noise of a matrix is alike at all positions: no averaging shrinks it
+    of_logits = written * logit_variance(a, tensors, x, hparams)
+    noise = _of_parts([(a.v, of_values), (a.o, of_values), (a.q, of_logits), (a.k, of_logits)])
+    if gate is not None:
+        gated = ungated * np.repeat(gate_noise, a.value_dim if len(gate_noise) == a.n_heads else 1)
+        noise = added(noise, {gate.name: _written(a.o, gated, hparams)[0]})
+    readers = (a.q.name, a.k.name, a.v.name, *([] if gate is None else [gate.name]))
+    return Write(a.o.name, written + constant, noise, readers, {a.o.name: o2})
+
+
+def has_known_gate(a: Attention, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether the gate on attention's output, if any, is one number a head or one a channel."""
+    gate = tensors.get("attn_gate")
+    return gate is None or gate.n_rows in (a.n_heads, a.n_heads * a.value_dim)
+
+
+def logit_variance(a: Attention, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> float:
+    """Return the second moment of the attention logits, mean over heads.
+
+    ``tr(M_q M_k) scale^2`` with ``M`` the second moments of a head's queries or keys; ``scale^2`` is 1 / head_dim
+    unless the model says otherwise.
+    """
+    scale2 = 1 / a.head_dim if hparams.attention_scale is None else hparams.attention_scale**2
+    heads_q, heads_k = _head_moments(a, "q", tensors, x), _head_moments(a, "k", tensors, x)
+    per_group, total = a.n_heads // a.n_kv_heads, 0.0
+    for group in range(a.n_kv_heads):
+        keys = heads_k(group)
+        for head in range(group * per_group, (group + 1) * per_group):
+            total += float((heads_q(head) * keys).sum())
+    return total / a.n_heads * scale2
+
+
+def _head_moments(a: Attention, part: str, tensors: Mapping[str, Tensor], x: Signal) -> Callable[[int], Float64]:
+    """Return the function from a head to the second moments of its queries or keys, ``(head_dim, head_dim)``."""
+    linear, n_heads = (a.q, a.n_heads) if part == "q" else (a.k, a.n_kv_heads)
+    norm = tensors.get(f"attn_{part}_norm")
+    if norm is not None:
+        gain2 = np.resize(norm.load().astype(np.float64).ravel() ** 2, (n_heads, a.head_dim))
+        return lambda head: np.diag(gain2[head])
+    mean = product_mean(linear, x)
+    deviation = np.sqrt(x.variance).astype(np.float32)
+
+    def moments(head: int) -> Float64:
+        start, stop = head * a.head_dim, (head + 1) * a.head_dim
+        rows = linear.weight.read_rows(start, stop) * deviation
+        moment: Float64 = (rows @ rows.T).astype(np.float64)
+        return moment if mean is None else moment + np.outer(mean[start:stop], mean[start:stop])
+
+    return moments
+
+
+def has_known_qk_norms(a: Attention, tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether norms on queries and keys, if any, have a gain per channel: of one head, or of all."""
+    sizes = {"q": a.n_heads * a.head_dim, "k": a.n_kv_heads * a.head_dim}
+    norms = {part: tensors.get(f"attn_{part}_norm") for part in sizes}
+    return all(norm is None or norm.n_weights in (a.head_dim, sizes[part]) for part, norm in norms.items())
+
+
+# --- feed-forward ---------------------------------------------------------------------------------------------
+
+
+def feed_forward_write(
+    blocks: Sequence[FeedForward], tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams
+) -> Write:
+    """Return what the feed-forward blocks of a layer write together: a dense one, or experts, or both.
+
+    Args:
+        blocks: at least one.
+        tensors: the layer's tensors by role: routers and inner norms.
+        x: what the blocks read, ``(n_embd,)``.
+        hparams: activation and experts in use; the activation is one of ``ACTIVATIONS``.
+
+    """
+    n_experts = sum(block.kind == ROUTED for block in blocks)
+    parts = [
+        block_write(block, tensors, x, hparams).scaled(expected_use(block, tensors, x, hparams, n_experts))
+        for block in blocks
+    ]
+    total = functools.reduce(Write.plus, parts)
+    routed = [(block.down.name, part) for block, part in zip(blocks, parts, strict=True) if block.kind == ROUTED]
+    if not routed:
+        return total
+    name = routed[0][0]
+    return replace(total, inputs={**total.inputs, name: np.stack([part.inputs[name] for _, part in routed])})
+
+
+def expected_use(
+    block: FeedForward, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams, n_experts: int
+) -> float:
+    """Return the mean squared weight that the router gives a block's output.
+
+    Of ``n`` routed experts a token visits ``k``, all alike likely, and weighs them alike: ``(k / n) (scale / k)^2``. A
+    shared expert counts in full, or through the sigmoid of its own router.
+    """
+    if block.kind == ROUTED:
+        n_used = min(hparams.n_experts_used or n_experts, n_experts)
+        return hparams.experts_scale**2 / (n_used * n_experts)
+    router = tensors.get("ffn_gate_inp_shexp")
+    if block.kind != SHARED or router is None:
+        return 1.0
+    return float(sigmoid_square(product(Linear(rows_of(router, 0, 1)), x))[0][0])
+
+
+def block_write(block: FeedForward, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> Write:
+    """Return what one dense block or expert writes, as if every token went through it."""
+    up = product(block.up, x)
+    offset = UP_OFFSETS.get(hparams.activation, 0.0)
+    if block.gate is None:
+        unit, noise = unit_moments(up, hparams.activation)
+        hidden = [(block.up, noise * noise_ratio(block.up, x, up, up.variance))]
+    else:
+        if offset:
+            mean = (0.0 if up.mean is None else up.mean) + np.full(len(up.second), offset)
+            up = Signal(up.variance + mean**2, mean)
+        gate = product(block.gate, x)
+        both = covariance(block.gate.weight, block.up.weight, x.variance)
+        unit, noise = gated_unit_moments(gate, up, both, hparams.activation)
+        hidden = [
+            (block.gate, noise * noise_ratio(block.gate, x, gate, gate.variance)),
+            (block.up, unit * noise_ratio(block.up, x, up, up.second)),
+        ]
+    sub_norm = tensors.get("ffn_sub_norm")
+    if sub_norm is not None:
+        normed = Norm(sub_norm).apply(unit, hparams.norm_eps).second
+        hidden = [(part, value * _ratio(normed, unit)) for part, value in hidden]
+        unit = normed
+    written, constant = _written(block.down, unit, hparams)
+    through_down = [(part, _written(block.down, value, hparams)[0]) for part, value in hidden]
+    noise_by_name = _of_parts([*through_down, (block.down, written)])
+    readers = tuple(part.name for part, _ in hidden)
+    return Write(block.down.name, written + constant, noise_by_name, readers, {block.down.name: unit})
+
+
+def noise_ratio(linear: Linear, x: Signal, out: Signal, of: Float64) -> Float64 | float:
+    """Return the second moment ``W^2 x^2`` that noise in the weights is relative to, over ``of``, ``(n_rows,)``."""
+    if out.mean is None:
+        return 1.0
+    return _ratio(out.variance if x.mean is None else matrix_moments(linear.weight, x.second), of)
+
+
+def _ratio(above: Float64, below: Float64) -> Float64:
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)

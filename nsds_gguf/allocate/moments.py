@@ -1,0 +1,221 @@
+"""Moments of what flows through a decoder: the formulas that the sweep puts together.
+
+All take and give second moments (mean squared values) per channel, float64; weights are read in slabs and squared in
+float32. Channels are treated as uncorrelated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..records import Float32, Float64, Tensor
+from ..views import Linear
+
+_SLAB_WEIGHTS = 1 << 22  # 16 MiB of float32 at a time
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
+_WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # quadrature for a standard normal
+
+
+@dataclass(frozen=True)
+class Signal:
+    """Channels by their second moment ``(n,)`` and, where it is known not to be 0, their mean ``(n,)``."""
+
+    second: Float64
+    mean: Float64 | None = None
+
+    @property
+    def variance(self) -> Float64:
+        """Second moment about the mean, ``(n,)``."""
+        return self.second if self.mean is None else np.maximum(self.second - self.mean**2, 0.0)
+
+    @property
+    def mean_square(self) -> Float64 | float:
+        """Square of the mean, ``(n,)``, or 0."""
+        return 0.0 if self.mean is None else self.mean**2
+
+
+# --- norms ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm's gain and bias, ``(n,)`` each; ``None`` where it has none."""
+
+    gain: Tensor | None = None
+    bias: Tensor | None = None
+
+    def gain2(self, n: int) -> Float64:
+        """Return the squared gain, ``(n,)``."""
+        return np.ones(n) if self.gain is None else self.gain.load().astype(np.float64).ravel() ** 2
+
+    def apply(self, second: Float64, eps: float) -> Signal:
+        """Return what comes out of an RMS norm, or of a layer norm when the channels' mean is taken out already.
+
+        ``gain^2 r / (mean(r) + eps)``, plus a constant where there is a bias.
+        """
+        scaled: Float64 = second / (second.mean() + eps) * self.gain2(len(second))
+        if self.bias is None:
+            return Signal(scaled)
+        mean = self.bias.load().astype(np.float64).ravel()
+        return Signal(scaled + mean**2, mean)
+
+
+# --- matrices -------------------------------------------------------------------------------------------------
+
+
+def product(linear: Linear, x: Signal) -> Signal:
+    """Return the moments of ``W x + b``: variance ``W^2 var(x)``, mean ``W mean(x) + b``; each ``(n_rows,)``."""
+    variance, mean = matrix_moments(linear.weight, x.variance), product_mean(linear, x)
+    return Signal(variance) if mean is None else Signal(variance + mean**2, mean)
+
+
+def product_mean(linear: Linear, x: Signal) -> Float64 | None:
+    """Return the mean of ``W x + b``, ``(n_rows,)``; ``None`` where neither has one."""
+    bias = None if linear.bias is None else linear.bias.load().astype(np.float64)
+    if x.mean is None:
+        return bias
+    mean = np.concatenate([rows @ x.mean for rows in _rows(linear.weight)])
+    return mean if bias is None else mean + bias
+
+
+def matrix_moments(tensor: Tensor, x2: Float64) -> Float64:
+    """Return ``(W ** 2) @ x2``, ``(n_rows,)``."""
+    narrow = x2.astype(np.float32)
+    return np.concatenate([np.square(rows, out=rows) @ narrow for rows in _rows(tensor)]).astype(np.float64)
+
+
+def centred_matrix_moments(tensor: Tensor, x2: Float64) -> Float64:
+    """Return ``(W - mean of its rows)^2 @ x2``: what a writer adds to a stream whose channel mean never counts."""
+    narrow = x2.astype(np.float32)
+    mean_row = (sum(rows.sum(axis=0, dtype=np.float64) for rows in _rows(tensor)) / tensor.n_rows).astype(np.float32)
+    return np.concatenate([np.square(rows - mean_row) @ narrow for rows in _rows(tensor)]).astype(np.float64)
+
+
+def covariance(first: Tensor, second: Tensor, x2: Float64) -> Float64:
+    """Return the covariance of each row's product with that of the other matrix's row, ``(n_rows,)``."""
+    narrow = x2.astype(np.float32)
+    pairs = zip(_rows(first), _rows(second), strict=True)
+    return np.concatenate([(a * b) @ narrow for a, b in pairs]).astype(np.float64)
+
+
+def column_moments(tensor: Tensor, centred: bool) -> Float64:
+    """Return the mean of the squared rows, ``(n_cols,)``; ``centred`` takes each row's mean out first."""
+    total = np.zeros(tensor.n_cols)
+    for rows in _rows(tensor):
+        if centred:
+            rows -= rows.mean(axis=1, keepdims=True)
+        total += np.square(rows, out=rows).sum(axis=0, dtype=np.float64)
+    return total / tensor.n_rows
+
+
+def _rows(tensor: Tensor) -> Iterator[Float32]:
+    """Yield the rows of a matrix in slabs, fresh arrays."""
+    step = max(1, _SLAB_WEIGHTS // tensor.n_cols)
+    for start in range(0, tensor.n_rows, step):
+        yield tensor.read_rows(start, min(start + step, tensor.n_rows))
+
+
+# --- activations ----------------------------------------------------------------------------------------------
+
+# An activation and its slope.
+Activation = tuple[Callable[[Float64], Float64], Callable[[Float64], Float64]]
+
+
+def _sigmoid(x: Float64) -> Float64:
+    return 0.5 * (1 + np.tanh(0.5 * x))  # no overflow at either end
+
+
+def _swish(beta: float) -> Activation:
+    """Return ``x sigmoid(beta x)`` and its slope; ``beta`` 1 is SiLU."""
+
+    def value(x: Float64) -> Float64:
+        return x * _sigmoid(beta * x)
+
+    def slope(x: Float64) -> Float64:
+        s = _sigmoid(beta * x)
+        return s * (1 + beta * x * (1 - s))
+
+    return value, slope
+
+
+_GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715  # the tanh form, as ggml computes it
+
+
+def _gelu(x: Float64) -> Float64:
+    out: Float64 = 0.5 * x * (1 + np.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x**3)))
+    return out
+
+
+def _gelu_slope(x: Float64) -> Float64:
+    t = np.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x**3))
+    out: Float64 = 0.5 * (1 + t) + 0.5 * x * (1 - t**2) * _GELU_SCALE * (1 + 3 * _GELU_CUBIC * x**2)
+    return out
+
+
+def _relu(x: Float64) -> Float64:
+    return np.maximum(x, 0.0)
+
+
+def _step(x: Float64) -> Float64:
+    return (x > 0).astype(np.float64)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": _swish(1.0),
+    "gelu": (_gelu, _gelu_slope),
+    "relu": (_relu, _step),
+    "relu2": (lambda x: _relu(x) ** 2, lambda x: 2 * _relu(x)),
+    "swiglu_oai": _swish(1.702),  # its clamp at 7 is left out: pre-activations rarely get there
+}
+
+# What the gated product adds to ``up`` before it multiplies (gpt-oss: ``(up + 1) gate sigmoid(1.702 gate)``).
+UP_OFFSETS = {"swiglu_oai": 1.0}
+
+
+# --- units of a feed-forward block ----------------------------------------------------------------------------
+
+
+def gated_unit_moments(gate: Signal, up: Signal, both: Float64, activation: str = "silu") -> tuple[Float64, Float64]:
+    """Return ``E[(f(g) u)^2]`` and ``E[(f'(g) s_g u)^2]`` of jointly Gaussian g and u, ``(n_ff,)`` each.
+
+    ``s_g`` is the deviation that relative noise in the gate's weights scales with.
+
+    Args:
+        gate: moments of g, ``(n_ff,)``.
+        up: moments of u.
+        both: ``(n_ff,)`` covariance of g and u.
+        activation: name of f, a key of ``ACTIVATIONS``.
+
+    Gauss-Hermite quadrature over ``g = mean + s_g z``; given z, u is normal with mean ``m + rho s_u z`` and variance
+    ``s_u^2 (1 - rho^2)``.
+
+    """
+    value, slope = ACTIVATIONS[activation]
+    gate2, up2 = gate.variance, up.variance
+    sigma, mean_up = np.sqrt(gate2), 0.0 if up.mean is None else up.mean
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rho2 = np.clip(np.where(gate2 * up2 > 0, both**2 / (gate2 * up2), 0.0), 0.0, 1.0)
+        shared = 2 * mean_up * np.where(sigma > 0, both / sigma, 0.0)
+    unit, noise = np.zeros_like(gate2), np.zeros_like(gate2)
+    for z, weight in zip(_NODES, _WEIGHTS, strict=True):
+        x = sigma * z if gate.mean is None else gate.mean + sigma * z
+        up_given = up2 * (1 - rho2 + rho2 * z * z) + (shared * z + mean_up**2)
+        unit += weight * value(x) ** 2 * up_given
+        noise += weight * (slope(x) * sigma) ** 2 * up_given
+    return unit, noise
+
+
+def unit_moments(x: Signal, activation: str) -> tuple[Float64, Float64]:
+    """Return ``E[f(x)^2]`` and ``E[(f'(x) s)^2]`` of Gaussian x, ``(n,)`` each; the gated ones with u = 1."""
+    return gated_unit_moments(x, Signal(np.ones_like(x.second), np.ones_like(x.second)), np.zeros(1), activation)
+
+
+def sigmoid_square(x: Signal) -> tuple[Float64, Float64]:
+    """Return ``E[sigmoid(x)^2]`` and ``E[(sigmoid'(x) s)^2]`` of Gaussian x, ``(n,)`` each."""
+    sigma, mean = np.sqrt(x.variance), 0.0 if x.mean is None else x.mean
+    s = _sigmoid(np.add.outer(_NODES, np.zeros_like(sigma)) * sigma + mean)  # (n_nodes, n)
+    return _WEIGHTS @ s**2, _WEIGHTS @ (s * (1 - s) * sigma) ** 2

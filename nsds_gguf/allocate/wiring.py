@@ -1,0 +1,99 @@
+"""Where a layer's norms sit: what its blocks read, and what happens to what they write.
+
+llama.cpp has one graph per architecture; what distinguishes them here can be told from which norms a layer has.
+
+=========================================  ====================================================================
+norms of the layer                         wiring
+=========================================  ====================================================================
+attn_norm, ffn_norm                        each block reads the stream through its norm (llama, gpt2, ...)
+... and post_attention_norm, post_ffw_norm what a block writes is normed too (gemma 2 and 3, glm4, plamo2)
+... and attn_output_norm, layer_output...  the same under other names (grok)
+post_attention_norm, post_ffw_norm alone   blocks read the bare stream (olmo2, exaone4)
+attn_norm, post_attention_norm             the latter is the feed-forward block's own (qwen3next, glm4moe, gpt-oss)
+attn_norm, attn_output_norm                so here (dbrx)
+attn_norm alone                            both blocks read what it gives, at once (command-r, phi2, falcon)
+... and attn_norm_2                        attention reads this one instead (falcon 40B)
+attn_output_norm, layer_output_norm alone  the stream itself is normed after each block (bert)
+none                                       each block reads the stream through a norm without gain (olmo)
+=========================================  ====================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..records import Hparams, Tensor
+from .moments import Norm
+
+
+@dataclass(frozen=True)
+class BlockWiring:
+    """Norm in front of a block, norm on what it writes, norm on the stream after it; ``None``: there is none."""
+
+    before: Norm | None
+    behind: Norm | None = None
+    on_stream: Norm | None = None
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Wiring of a layer's two blocks; ``parallel``: the feed-forward block reads what the layer reads."""
+
+    attention: BlockWiring
+    feed_forward: BlockWiring
+    parallel: bool
+
+
+def read_wiring(tensors: Mapping[str, Tensor], hparams: Hparams) -> Wiring:
+    """Return the wiring of a layer from its tensors by role."""
+
+    def norm(role: str) -> Norm | None:
+        gain = tensors.get(role)
+        return None if gain is None else Norm(gain, tensors.get(f"{role}.bias"))
+
+    first, second, own = norm("attn_norm"), norm("attn_norm_2"), norm("ffn_norm")
+    attention_out, layer_out = norm("attn_output_norm"), norm("layer_output_norm")
+    after_attention, after_ffn = norm("post_attention_norm"), norm("post_ffw_norm")
+    if first is None and attention_out is not None:
+        on_stream = BlockWiring(None, None, attention_out), BlockWiring(None, None, layer_out)
+        return Wiring(*on_stream, parallel=False)
+    if own is not None:
+        ahead = BlockWiring(second or first, after_attention or attention_out)
+        return Wiring(ahead, BlockWiring(own, after_ffn or layer_out), hparams.parallel_residual)
+    if after_ffn is not None:
+        return Wiring(BlockWiring(second or first, after_attention), BlockWiring(None, after_ffn), parallel=False)
+    own = after_attention or attention_out
+    if own is not None:
+        return Wiring(BlockWiring(second or first), BlockWiring(own), parallel=False)
+    if first is not None:
+        return Wiring(BlockWiring(second or first), BlockWiring(first), parallel=True)
+    return Wiring(BlockWiring(Norm()), BlockWiring(Norm()), parallel=False)
+
+
+# Parts of layers whose wiring is known to be another: several streams mixed (gemma3n, hyper-connections), experts that
+# read something else than the dense block (gemma4, arctic).
+_OTHER_STREAM = re.compile(r"altup_|hc_|attn_res_score|ffn_res_score")
+_OTHER_EXPERTS = ("pre_ffw_norm_2", "ffn_norm_exps")
+
+# Matrices that read what attention reads, whatever is done with it: linear attention, latent queries and keys, ...
+_ATTENTION_READERS = (
+    "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_gate", "attn_q_a", "attn_kv_a_mqa", "ssm_in", "ssm_ba",
+    "ssm_alpha", "ssm_beta", "ssm_f_a", "ssm_g_a", "shortconv.in_proj",
+)  # fmt: skip
+
+
+def is_plain_stream(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether a layer adds to one stream."""
+    return not any(_OTHER_STREAM.match(role) for role in tensors)
+
+
+def has_plain_experts(tensors: Mapping[str, Tensor]) -> bool:
+    """Return whether all feed-forward blocks of a layer read the same."""
+    return not any(role in tensors for role in _OTHER_EXPERTS)
+
+
+def reads_as_attention(tensor: Tensor) -> bool:
+    """Return whether a matrix outside plain attention reads the stream through attention's norm."""
+    return tensor.role in _ATTENTION_READERS

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, UnsupportedError
-from .families import TEXT_MODELS, WRAPPERS, Config, Family
+from .families import TEXT_MODELS, WRAPPERS
+from .family import Config, Family
 
 MAX_LAYERS = 512  # llama.cpp's (LLAMA_MAX_LAYERS in llama-hparams.h)
 
@@ -24,7 +25,7 @@ ALIASES = {
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx"),
     "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     "num_attention_heads": ("num_attention_heads", "n_head"),
-    "num_experts": ("num_local_experts", "num_experts"),
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct", "rope_pct"),
     "rope_theta": ("rope_theta", "rotary_emb_base"),
@@ -169,9 +170,19 @@ def dimensions(config: Config, family: Family) -> dict[str, int]:
         "ff_shexp": ff_shexp,
         "2ff_shexp": 2 * ff_shexp,
     }
+    sizes |= _checked_sizes(config, family)
     if n_experts and integer(config, "num_experts_per_tok") > n_experts:
         raise ModelError(f"config.json: {config['num_experts_per_tok']} experts a token of {n_experts} in all")
     return sizes
+
+
+def _checked_sizes(config: Config, family: Family) -> dict[str, int]:
+    """Return the family's own dimensions; raises ``ModelError`` when config.json does not give them."""
+    try:
+        found = family.sizes(config)
+    except (KeyError, TypeError, ZeroDivisionError) as error:
+        raise ModelError(f"config.json: no sizes of {family.architecture}: {error!r}") from error
+    return {name: integer(found, name, at_least=0) for name in found}
 
 
 def _shared_ff(config: Config) -> str:

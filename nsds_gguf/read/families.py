@@ -11,167 +11,33 @@ not load or compute is an error here, not a loss there. llama.cpp's ``conversion
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from importlib import resources
-from typing import Any
 
 from gguf import GGUFValueType
+from gguf.constants import ExpertGatingFuncType
+from gguf.gguf_writer import GGUFValue
 
 from ..errors import UnsupportedError
-
-Config = Mapping[str, Any]  # canonical: see ``config.canonical``
-Condition = Callable[[Config], bool]
-
-
-def always(_: Config) -> bool:
-    """Hold for every model of the family."""
-    return True
-
-
-def never(_: Config) -> bool:
-    """Hold for no model of the family."""
-    return False
-
-
-def flag(key: str) -> Condition:
-    """Hold where config.json switches ``key`` on."""
-    return lambda config: bool(config.get(key))
-
-
-def unless(key: str) -> Condition:
-    """Hold where config.json does not switch ``key`` on."""
-    return lambda config: not config.get(key)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where one GGUF tensor comes from.
-
-    Attributes:
-        source: checkpoint name within the layer (or the model) without ``.weight``. ``{e}`` numbers tensors that are
-            stacked along the first dimension: experts, or the norms of single heads.
-        shape: names of the GGUF tensor's dimensions, slowest first (``mapping.dimensions``).
-        order: key of ``mapping.ROW_ORDERS``: which stored row becomes which; empty where they stay as they are.
-        stored: names of the stored dimensions where ``order`` takes rows of something larger.
-        bias: whether there is a bias too.
-        when: whether the model has it.
-        transposed: stored as ``(in, out)``, the way of GPT-2's Conv1D.
-        shift: added to every weight, where the checkpoint holds the difference from it.
-        suffix: what follows ``source`` in the checkpoint.
-    """
-
-    source: str
-    shape: tuple[str, ...]
-    order: str = ""
-    stored: tuple[str, ...] = ()
-    bias: Condition = never
-    when: Condition = always
-    transposed: bool = False
-    shift: float = 0.0
-    suffix: str = ".weight"
-
-
-@dataclass(frozen=True)
-class Key:
-    """A GGUF key of the architecture, its type, and the setting of config.json that it holds.
-
-    A setting that is null or absent is left out.
-    """
-
-    name: str
-    setting: str
-    type: GGUFValueType = GGUFValueType.FLOAT32
-
-
-@dataclass(frozen=True)
-class Window:
-    """Sliding-window attention.
-
-    Attributes:
-        flag: setting that switches it on; empty where the window's own number does.
-        period: every ``period``-th layer attends to everything, as llama.cpp assumes without a key; 0 where it
-            computes no window for the architecture.
-    """
-
-    flag: str = ""
-    period: int = 0
-
-
-@dataclass(frozen=True)
-class Family:
-    """One architecture of llama.cpp and the checkpoint classes that convert to it.
-
-    Attributes:
-        classes: names under ``architectures`` in config.json.
-        architecture: llama.cpp's name.
-        layer: role -> part, within ``layer_prefix``, in GGUF order.
-        outside: role -> part of what is not in a layer; the output projection is last.
-        defaults: what transformers assumes where config.json is silent.
-        prefix, layer_prefix: of the checkpoint's names; ``{i}`` is the layer.
-        activations: the ones that llama.cpp computes for the architecture.
-        rope_kinds: rope scaling kinds that llama.cpp computes; empty without rope.
-        keys: keys beyond the ones that every architecture has.
-        fixed: settings for which llama.cpp computes one value only: the value, or what gives it.
-        norm: kind of norm, ``rms`` or ``layer``.
-        fixed_head_dim: llama.cpp's loader demands ``head_dim * n_heads == n_embd``.
-        window: the sliding window, if the class may have one.
-        writes_rope_dim, writes_vocab_size, writes_kv_heads: keys that the converter writes or leaves to defaults.
-        output: ``own`` (or tied to the embedding), ``tied`` where llama.cpp has no output projection of its own, and
-            ``required`` where it demands one: a tied embedding is then written twice.
-        ignored: patterns of checkpoint tensors that hold nothing the GGUF needs.
-        example: a repository people know.
-    """
-
-    classes: tuple[str, ...]
-    architecture: str
-    layer: Mapping[str, Part]
-    outside: Mapping[str, Part]
-    defaults: Config = field(default_factory=dict)
-    prefix: str = "model."
-    layer_prefix: str = "model.layers.{i}."
-    activations: tuple[str, ...] = ("silu", "swish")
-    rope_kinds: tuple[str, ...] = ("default", "linear", "yarn")
-    keys: tuple[Key, ...] = ()
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    norm: str = "rms"
-    fixed_head_dim: bool = False
-    window: Window | None = None
-    writes_rope_dim: bool = False
-    writes_vocab_size: bool = False
-    writes_kv_heads: bool = True
-    output: str = "own"
-    ignored: tuple[str, ...] = ()
-    example: str = ""
-
-    @property
-    def embedding(self) -> str:
-        """Checkpoint name of the token embedding."""
-        return self.outside["token_embd"].source + ".weight"
-
-    @property
-    def unembedding(self) -> str:
-        """Checkpoint name of the output projection, which a tied model may lack."""
-        return self.outside["output"].source + ".weight"
-
-
-Parts = dict[str, Part]
-
-
-def biased(parts: Mapping[str, Part], roles: str, bias: Condition) -> Parts:
-    """Return the parts with biases on ``roles`` (separated by blanks)."""
-    return {**parts, **{role: replace(parts[role], bias=bias) for role in roles.split()}}
-
-
-def shifted(parts: Mapping[str, Part]) -> Parts:
-    """Return the parts with 1 added to every norm's gain, which Gemma stores less 1."""
-    return {role: replace(part, shift=1.0) if role.endswith("norm") else part for role, part in parts.items()}
-
-
-def without(parts: Mapping[str, Part], roles: str) -> Parts:
-    """Return the parts but those of ``roles`` (separated by blanks)."""
-    return {role: part for role, part in parts.items() if role not in roles.split()}
-
+from ..records import kv
+from .family import (
+    Config,
+    Family,
+    Key,
+    Part,
+    Parts,
+    Sizes,
+    Window,
+    always,
+    biased,
+    flag,
+    no_sizes,
+    shifted,
+    unless,
+    where,
+    without,
+)
 
 # --- parts ----------------------------------------------------------------------------------------------------
 
@@ -393,6 +259,281 @@ _STARCODER2_LAYER: Parts = {
     "ffn_down": Part("mlp.c_proj", ("embd", "ff"), bias=flag("use_bias")),
 }
 _BIASED_OUTSIDE = biased(OUTSIDE, "output_norm", always)
+
+# --- multi-head latent attention: DeepSeek 2 and 3 --------------------------------------------------------------
+
+_MLA_ATTENTION: Parts = {
+    "attn_q": Part("self_attn.q_proj", ("q", "embd"), when=unless("q_lora_rank")),
+    "attn_q_a": Part("self_attn.q_a_proj", ("q_lora", "embd"), when=flag("q_lora_rank")),
+    "attn_q_a_norm": Part("self_attn.q_a_layernorm", ("q_lora",), when=flag("q_lora_rank")),
+    "attn_q_b": Part("self_attn.q_b_proj", ("q", "q_lora"), when=flag("q_lora_rank")),
+    "attn_kv_a_mqa": Part("self_attn.kv_a_proj_with_mqa", ("kv_a", "embd")),
+    "attn_kv_a_norm": Part("self_attn.kv_a_layernorm", ("kv_lora",)),
+    "attn_k_b": Part(
+        "self_attn.kv_b_proj", ("heads", "kv_lora", "nope"), "first_part_of_heads", ("kv_b", "kv_lora"), transposed=True
+    ),
+    "attn_v_b": Part("self_attn.kv_b_proj", ("heads", "v_head", "kv_lora"), "last_part_of_heads", ("kv_b", "kv_lora")),
+    "attn_output": Part("self_attn.o_proj", ("embd", "v")),
+}
+
+
+def is_dense_layer(config: Config, layer: int) -> bool:
+    """Tell whether a layer of a DeepSeek model has one feed-forward block in place of experts."""
+    return not config.get("num_experts") or layer < (config.get("first_k_dense_replace") or 0)
+
+
+def is_sparse_layer(config: Config, layer: int) -> bool:
+    """Tell whether a layer of a DeepSeek model has experts."""
+    return not is_dense_layer(config, layer)
+
+
+def mla_sizes(config: Config) -> dict[str, int]:
+    """Return the dimensions of latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1)."""
+    heads, nope, rope = config["num_attention_heads"], config["qk_nope_head_dim"], config["qk_rope_head_dim"]
+    v_head, kv_lora = config["v_head_dim"], config["kv_lora_rank"]
+    return {
+        "nope": nope,
+        "rope": rope,
+        "v_head": v_head,
+        "kv_lora": kv_lora,
+        "kv_a": kv_lora + rope,
+        "kv_b": heads * (nope + v_head),
+        "q_lora": config.get("q_lora_rank") or 0,
+        "q": heads * (nope + rope),
+        "v": heads * v_head,
+        "head": rope,
+        "ff_shexp": (config.get("n_shared_experts") or 0) * config["moe_intermediate_size"],
+    }
+
+
+def mla_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
+    """Return DeepSeek's keys: llama.cpp computes latent attention as one wide key/value head (deepseek2.cpp)."""
+    numbers = {
+        "attention.head_count_kv": 1,
+        "attention.q_lora_rank": sizes["q_lora"],
+        "attention.kv_lora_rank": sizes["kv_lora"],
+        "attention.key_length": sizes["kv_a"],
+        "attention.value_length": sizes["kv_lora"],
+        "attention.key_length_mla": sizes["nope"] + sizes["rope"],
+        "attention.value_length_mla": sizes["v_head"],
+        "leading_dense_block_count": sum(is_dense_layer(config, i) for i in range(sizes["layers"])),
+        "expert_shared_count": config.get("n_shared_experts") or 0,
+        "expert_group_count": config.get("n_group"),
+        "expert_group_used_count": config.get("topk_group"),
+    }
+    keys = {name: kv(value, GGUFValueType.UINT32) for name, value in numbers.items() if value is not None}
+    gating = "SIGMOID" if config["scoring_func"] == "sigmoid" else "SOFTMAX"
+    keys["expert_gating_func"] = kv(int(ExpertGatingFuncType[gating]), GGUFValueType.UINT32)
+    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if scaling.get("mscale_all_dim"):  # llama.cpp divides by 0.1 again
+        keys["rope.scaling.yarn_log_multiplier"] = kv(0.1 * scaling["mscale_all_dim"], GGUFValueType.FLOAT32)
+    return keys
+
+
+_DEEPSEEK2 = Family(
+    classes=("DeepseekV2ForCausalLM",),
+    architecture="deepseek2",
+    layer={
+        **ATTENTION_NORM,
+        **_MLA_ATTENTION,
+        **FFN_NORM,
+        **where(FFN, is_dense_layer),
+        **where(EXPERTS, is_sparse_layer),
+        **where(
+            {
+                "exp_probs_b.bias": Part(
+                    "mlp.gate.e_score_correction_bias", ("experts",), when=flag("has_correction_bias"), suffix=""
+                ),
+                "ffn_gate_shexp": Part("mlp.shared_experts.gate_proj", ("ff_shexp", "embd")),
+                "ffn_up_shexp": Part("mlp.shared_experts.up_proj", ("ff_shexp", "embd")),
+                "ffn_down_shexp": Part("mlp.shared_experts.down_proj", ("embd", "ff_shexp")),
+            },
+            is_sparse_layer,
+        ),
+    },
+    outside=OUTSIDE,
+    defaults={
+        **_RMS, "attention_bias": False, "mlp_bias": False, "num_experts": 64, "n_shared_experts": 2,
+        "num_experts_per_tok": 6, "moe_intermediate_size": 1407, "routed_scaling_factor": 1.0, "norm_topk_prob": False,
+        "first_k_dense_replace": 0, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
+        "v_head_dim": 128, "scoring_func": "softmax", "topk_method": "greedy",
+    },
+    keys=(
+        _EXPERT_FF_KEY,
+        Key("expert_weights_scale", "routed_scaling_factor"),
+        Key("expert_weights_norm", "norm_topk_prob", GGUFValueType.BOOL),
+    ),
+    fixed={
+        "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1, "norm_topk_prob": False,
+        "scoring_func": "softmax", "topk_method": "greedy",
+    },
+    rope_kinds=("default", "yarn"),
+    writes_rope_dim=True,
+    writes_vocab_size=True,
+    sizes=mla_sizes,
+    more_keys=mla_keys,
+    example="DeepSeek-V2-Lite",
+)  # fmt: skip
+_DEEPSEEK3_DEFAULTS = {
+    **_DEEPSEEK2.defaults,
+    "num_experts": 256,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "first_k_dense_replace": 3,
+    "q_lora_rank": 1536,
+    "n_group": 8,
+    "topk_group": 4,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "has_correction_bias": True,
+}
+
+# --- state spaces: Mamba, and Granite 4 with attention between ---------------------------------------------------
+
+_MAMBA_LAYER: Parts = {
+    "attn_norm": Part("norm", ("embd",)),
+    "ssm_in": Part("mixer.in_proj", ("2ff", "embd"), bias=flag("use_bias")),
+    "ssm_conv1d": Part("mixer.conv1d", ("ff", "conv"), stored=("ff", "one", "conv"), bias=flag("use_conv_bias")),
+    "ssm_x": Part("mixer.x_proj", ("x", "ff")),
+    "ssm_dt": Part("mixer.dt_proj", ("ff", "dt"), bias=always),
+    "ssm_a": Part("mixer.A_log", ("ff", "state"), change="minus_exp", suffix="", bare=True),
+    "ssm_d": Part("mixer.D", ("ff",), suffix="", bare=True),
+    "ssm_out": Part("mixer.out_proj", ("embd", "ff"), bias=flag("use_bias")),
+}
+_UNLIMITED_CONTEXT = 1 << 20  # what llama.cpp's converter writes for models without positions
+
+
+def mamba_sizes(config: Config) -> dict[str, int]:
+    """Return Mamba's dimensions (arXiv 2312.00752, section 3)."""
+    rank, n_embd = config["time_step_rank"], config["hidden_size"]
+    dt = rank if type(rank) is int else -(-n_embd // 16)  # "auto"
+    state = config["state_size"]
+    return {"conv": config["conv_kernel"], "state": state, "dt": dt, "x": dt + 2 * state}
+
+
+def mamba_keys(_config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
+    """Return Mamba's keys; it has neither attention nor a feed-forward block."""
+    numbers = {
+        "attention.head_count": 0,
+        "feed_forward_length": 0,
+        "ssm.conv_kernel": sizes["conv"],
+        "ssm.inner_size": sizes["ff"],
+        "ssm.state_size": sizes["state"],
+        "ssm.time_step_rank": sizes["dt"],
+    }
+    keys = {name: kv(value, GGUFValueType.UINT32) for name, value in numbers.items()}
+    return {**keys, "ssm.dt_b_c_rms": kv(False, GGUFValueType.BOOL)}
+
+
+def twice_the_width(config: Config) -> int:
+    """Return the inner width that llama.cpp demands of Mamba (mamba.cpp)."""
+    return 2 * int(config["hidden_size"])
+
+
+def is_mamba_layer(config: Config, layer: int) -> bool:
+    """Tell whether a layer of a Granite 4 model is a state space; the others attend."""
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    return isinstance(kinds, list) and layer < len(kinds) and kinds[layer] == "mamba"
+
+
+def is_attention_layer(config: Config, layer: int) -> bool:
+    """Tell whether a layer of a Granite 4 model attends."""
+    return not is_mamba_layer(config, layer)
+
+
+def has_mamba_layers(config: Config) -> bool:
+    """Tell whether a Granite 4 model has state spaces at all."""
+    return any(is_mamba_layer(config, i) for i in range(config["num_hidden_layers"]))
+
+
+def granite4_sizes(config: Config) -> dict[str, int]:
+    """Return the dimensions of Mamba 2 as Granite 4 names them (arXiv 2405.21060)."""
+    inner = config["mamba_expand"] * config["hidden_size"]
+    heads, groups, state = config["mamba_n_heads"], config["mamba_n_groups"], config["mamba_d_state"]
+    return {
+        "inner": inner,
+        "groups": groups,
+        "inner/groups": inner // groups,
+        "ssm_heads": heads,
+        "state": state,
+        "conv": config["mamba_d_conv"],
+        "conv_width": inner + 2 * groups * state,
+        "ssm_in": 2 * inner + 2 * groups * state + heads,
+    }
+
+
+def granite4_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
+    """Return the keys of a Granite 4 model; llama.cpp knows a state space by having no key/value heads."""
+    keys = {"rope.scaling.finetuned": kv(config.get("position_embedding_type") == "rope", GGUFValueType.BOOL)}
+    if not has_mamba_layers(config):
+        return keys
+    numbers = {
+        "ssm.conv_kernel": sizes["conv"],
+        "ssm.state_size": sizes["state"],
+        "ssm.group_count": sizes["groups"],
+        "ssm.inner_size": sizes["inner"],
+        "ssm.time_step_rank": sizes["ssm_heads"],
+    }
+    kv_heads = [0 if is_mamba_layer(config, i) else sizes["kv_heads"] for i in range(sizes["layers"])]
+    keys |= {name: kv(value, GGUFValueType.UINT32) for name, value in numbers.items()}
+    keys["attention.head_count_kv"] = kv(kv_heads, GGUFValueType.ARRAY, GGUFValueType.INT32)
+    return keys
+
+
+_MAMBA2_PARTS: Parts = {
+    "ssm_in": Part("mamba.in_proj", ("ssm_in", "embd")),
+    "ssm_conv1d": Part(
+        "mamba.conv1d", ("conv_width", "conv"), stored=("conv_width", "one", "conv"), bias=flag("mamba_conv_bias")
+    ),
+    "ssm_dt.bias": Part("mamba.dt_bias", ("ssm_heads",), suffix=""),
+    "ssm_a": Part(
+        "mamba.A_log", ("ssm_heads", "one"), stored=("ssm_heads",), change="minus_exp", suffix="", bare=True
+    ),
+    "ssm_d": Part("mamba.D", ("ssm_heads", "one"), stored=("ssm_heads",), suffix="", bare=True),
+    "ssm_norm": Part("mamba.norm", ("groups", "inner/groups"), stored=("inner",)),
+    "ssm_out": Part("mamba.out_proj", ("embd", "inner")),
+}  # fmt: skip
+_HAS_EXPERTS, _HAS_NONE = flag("num_experts"), unless("num_experts")
+_GRANITE4_LAYER: Parts = {
+    **ATTENTION_NORM,
+    **where(biased(ROTATED_ATTENTION, _ALL_ATTENTION, flag("attention_bias")), is_attention_layer),
+    **where(_MAMBA2_PARTS, is_mamba_layer),
+    **FFN_NORM,
+    **{role: replace(part, when=_HAS_EXPERTS) for role, part in {**_GRANITE_EXPERTS, **_GRANITE_SHARED}.items()},
+    # Without experts what they share is the feed-forward block.
+    "ffn_gate": replace(_GRANITE_SHARED["ffn_gate_shexp"], when=_HAS_NONE),
+    "ffn_up": replace(_GRANITE_SHARED["ffn_up_shexp"], when=_HAS_NONE),
+    "ffn_down": replace(_GRANITE_SHARED["ffn_down_shexp"], when=_HAS_NONE),
+}
+_GRANITE4 = Family(
+    classes=("GraniteMoeHybridForCausalLM",),
+    architecture="granitehybrid",
+    variant=has_mamba_layers,
+    layer=_GRANITE4_LAYER,
+    outside=OUTSIDE,
+    defaults={
+        **_GRANITE_DEFAULTS, "num_experts": 8, "num_experts_per_tok": 2, "shared_intermediate_size": 1024,
+        "mamba_n_heads": 128, "mamba_n_groups": 1, "mamba_d_state": 256, "mamba_d_head": 64, "mamba_d_conv": 4,
+        "mamba_expand": 2, "mamba_conv_bias": True,
+    },
+    keys=(
+        *_GRANITE_KEYS,
+        Key("expert_shared_feed_forward_length", "shared_intermediate_size", GGUFValueType.UINT32),
+    ),
+    fixed={"mamba_proj_bias": False, "mamba_expand": 2},
+    fixed_head_dim=True,
+    rope_kinds=("default",),
+    writes_rope_dim=True,
+    writes_vocab_size=True,
+    sizes=granite4_sizes,
+    more_keys=granite4_keys,
+    example="Granite 4 H",
+)  # fmt: skip
+
+# --- the table -----------------------------------------------------------------------------------------------
 
 FAMILIES = (
     _LLAMA,
@@ -776,6 +917,43 @@ FAMILIES = (
         window=Window(),
         example="StarCoder 2",
     ),
+    _DEEPSEEK2,
+    replace(
+        _DEEPSEEK2,
+        classes=("DeepseekV3ForCausalLM",),
+        defaults=_DEEPSEEK3_DEFAULTS,
+        fixed={
+            "attention_bias": False, "moe_layer_freq": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+            "rope_interleave": True,
+        },
+        extra_layers=True,
+        example="DeepSeek-V3, R1, Moonlight",
+    ),
+    Family(
+        classes=("MambaForCausalLM",),
+        architecture="mamba",
+        layer=_MAMBA_LAYER,
+        outside={
+            "token_embd": Part("backbone.embeddings", ("vocab", "embd")),
+            "output_norm": Part("backbone.norm_f", ("embd",)),
+            "output": OUTSIDE["output"],
+        },
+        prefix="backbone.",
+        layer_prefix="backbone.layers.{i}.",
+        defaults={
+            "norm_eps": 1e-5, "num_attention_heads": 1, "max_position_embeddings": _UNLIMITED_CONTEXT,
+            "state_size": 16, "conv_kernel": 4, "time_step_rank": "auto", "use_bias": False, "use_conv_bias": True,
+        },
+        fixed={"use_bias": False, "use_conv_bias": True, "intermediate_size": twice_the_width},
+        rope_kinds=(),
+        writes_kv_heads=False,
+        sizes=mamba_sizes,
+        more_keys=mamba_keys,
+        example="Mamba",
+    ),
+    _GRANITE4,
+    replace(_GRANITE4, architecture="granitemoe", variant=_HAS_EXPERTS, sizes=no_sizes, example="Granite 4 Tiny"),
+    replace(_GRANITE4, architecture="granite", variant=always, sizes=no_sizes, example="Granite 4 Micro"),
 )  # fmt: skip
 
 # Multimodal classes whose language model is taken, by the ``model_type`` of their text_config.
@@ -822,16 +1000,16 @@ ROUTE_THROUGH_GGUF = (
 
 def supported_classes() -> tuple[str, ...]:
     """Return every checkpoint class that converts, multimodal ones included."""
-    return (*(name for family in FAMILIES for name in family.classes), *WRAPPERS)
+    return (*dict.fromkeys(name for family in FAMILIES for name in family.classes), *WRAPPERS)
 
 
-def find_family(class_name: str) -> Family:
-    """Return the family of a checkpoint class.
+def find_family(class_name: str, config: Config | None = None) -> Family:
+    """Return the family of a checkpoint class; ``config`` decides where the class has several.
 
     Raises ``UnsupportedError`` naming the nearest supported class, and the way through a GGUF where llama.cpp has one.
     """
     for family in FAMILIES:
-        if class_name in family.classes:
+        if class_name in family.classes and (config is None or family.variant(config)):
             return family
     nearest = difflib.get_close_matches(class_name, supported_classes(), n=1, cutoff=0.0)
     known = (resources.files("nsds_gguf") / "data" / "llama_cpp_classes.txt").read_text(encoding="utf-8").splitlines()

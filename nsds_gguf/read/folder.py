@@ -23,7 +23,8 @@ from ..records import Float32, Model, Tensor
 from .card import card_keys
 from .checkpoint import open_checkpoint
 from .config import canonical, check_settings, dimensions, read_config, text_model
-from .families import Family, find_family
+from .families import find_family
+from .family import Family
 from .keys import model_keys, window_note
 from .mapping import map_tensors
 from .rope import check_rope, llama3_factors, longrope_factors, rope_dim, rope_settings
@@ -51,7 +52,7 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
     folder = path.resolve()
     whole = read_config(folder, path)
     source_class, given = text_model(whole)
-    family = find_family(source_class)
+    family = find_family(source_class, canonical(given, find_family(source_class)))
     config = canonical(given, family)
     check_settings(config, family)
     sizes = dimensions(config, family)

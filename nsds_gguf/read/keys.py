@@ -11,7 +11,7 @@ from gguf.gguf_writer import GGUFValue
 from ..errors import ModelError
 from ..records import kv
 from .config import integer, norm_eps
-from .families import Config, Family, Key
+from .family import Config, Family, Key
 from .rope import add_rope_keys, rope_dim
 
 DEFAULT_FULL_LAYERS = 28  # transformers' default: layers below it have no window, in Qwen 2 and 3
@@ -64,7 +64,8 @@ def model_keys(
     for key in family.keys:
         if config.get(key.setting) is not None:
             keys[f"{family.architecture}.{key.name}"] = kv(_fitted(config, key), key.type)
-    return keys
+    more = family.more_keys(config, sizes)
+    return {**keys, **{f"{family.architecture}.{name}": value for name, value in more.items()}}
 
 
 def _fitted(config: Config, key: Key) -> Any:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError, UnsupportedError
 from ..records import Float32, Tensor
-from .families import IGNORED, LAYOUTS, Config, Family, Part
+from .families import IGNORED, LAYOUTS
+from .family import Config, Family, Part, Sizes
 from .stored import StoredTensor
 
 Stored = Mapping[str, StoredTensor]
-Sizes = Mapping[str, int]  # by name of the dimension, from ``config.dimensions``
 Rows = NDArray[np.intp]
 
 _SLAB_WEIGHTS = 1 << 20  # 4 MiB of float32
@@ -67,6 +67,12 @@ def _half(n: int, n_rows: int, which: int) -> Rows:
     return np.arange(n * 2 * n_rows, dtype=np.intp).reshape(n, 2, n_rows)[:, which].ravel()
 
 
+def _part_of_heads(sizes: Sizes, which: slice) -> Rows:
+    """DeepSeek stores, for each head, the rows that make its key and those that make its value."""
+    rows = np.arange(sizes["kv_b"], dtype=np.intp).reshape(sizes["heads"], sizes["nope"] + sizes["v_head"])
+    return rows[:, which].ravel()
+
+
 # Stored row behind each GGUF row, leading dimensions flattened.
 ROW_ORDERS: Mapping[str, Callable[[Sizes], Rows]] = {
     "rope_q": lambda sizes: rope_row_order(sizes["heads"], sizes["head"]),
@@ -79,6 +85,14 @@ ROW_ORDERS: Mapping[str, Callable[[Sizes], Rows]] = {
     "second_half_exps": lambda sizes: _half(sizes["experts"], sizes["ff_exp"], 1),
     "first_half_shexp": lambda sizes: _half(1, sizes["ff_shexp"], 0),
     "second_half_shexp": lambda sizes: _half(1, sizes["ff_shexp"], 1),
+    "first_part_of_heads": lambda sizes: _part_of_heads(sizes, slice(0, sizes["nope"])),
+    "last_part_of_heads": lambda sizes: _part_of_heads(sizes, slice(sizes["nope"], None)),
+}
+
+# What is done to every number, in float32.
+CHANGES: Mapping[str, Callable[[Float32], Float32]] = {
+    "plus_one": lambda values: values + np.float32(1),
+    "minus_exp": lambda values: -np.exp(values),
 }
 
 
@@ -133,7 +147,7 @@ def map_tensors(
     if tied:
         used.add(actual(family.unembedding))
     notes = _tie_notes(stored, family, actual) if tied else []
-    left_out = _left_over(stored, used, family, is_wrapped, actual)
+    left_out = _left_over(stored, used, family, is_wrapped, actual, sizes["layers"])
     if left_out:
         notes.append(f"Only the language model is taken; left out: {left_out}.")
     return [_tensor(item, [stored[name] for name in sources[item.name]], sizes) for item in wanted], notes
@@ -173,19 +187,19 @@ def _wanted(config: Config, family: Family, sizes: Sizes, tied: bool) -> list[Wa
     found = list(_with_biases("", None, before, config))
     for i in range(sizes["layers"]):
         prefix = family.layer_prefix.format(i=i)
-        parts = {role: _placed(part, prefix) for role, part in family.layer.items()}
+        parts = {
+            role: replace(part, source=prefix + part.source)
+            for role, part in family.layer.items()
+            if part.layers(config, i)
+        }
         found += _with_biases(f"blk.{i}.", i, parts, config)
     return [*found, *_with_biases("", None, {**after, **output}, config)]
-
-
-def _placed(part: Part, prefix: str) -> Part:
-    return Part(**{**part.__dict__, "source": prefix + part.source})
 
 
 def _with_biases(prefix: str, layer: int | None, parts: Mapping[str, Part], config: Config) -> Iterator[Wanted]:
     for role, part in parts.items():
         if part.when(config):
-            yield Wanted(f"{prefix}{role}.weight", role, layer, part)
+            yield Wanted(prefix + part.gguf_name(role), role, layer, part)
             if part.bias(config):
                 yield Wanted(f"{prefix}{role}.bias", f"{role}.bias", layer, part, is_bias=True)
 
@@ -215,11 +229,15 @@ def _same_values(first: StoredTensor, second: StoredTensor) -> bool:
     return all(np.array_equal(first.read_rows(slab), second.read_rows(slab)) for slab in slabs)
 
 
-def _left_over(stored: Stored, used: set[str], family: Family, is_wrapped: bool, actual: Callable[[str], str]) -> str:
+def _left_over(
+    stored: Stored, used: set[str], family: Family, is_wrapped: bool, actual: Callable[[str], str], n_layers: int
+) -> str:
     """Return what other models' tensors are left out, in words; raises for a tensor of this model without a place."""
     patterns = [*IGNORED, *(re.escape(actual("")) + pattern for pattern in family.ignored)]
     left = [name for name in stored if name not in used and not any(re.fullmatch(p, name) for p in patterns)]
-    foreign = {name for name in left if is_wrapped and _OTHER_MODELS.search(name)}
+    beyond = actual(family.layer_prefix.format(i=n_layers)) if family.extra_layers else None
+    extra = {name for name in left if beyond is not None and name.startswith(beyond)}
+    foreign = {name for name in left if is_wrapped and _OTHER_MODELS.search(name)} | extra
     unplaced = [name for name in left if name not in foreign]
     if unplaced:
         raise UnsupportedError(
@@ -229,7 +247,7 @@ def _left_over(stored: Stored, used: set[str], family: Family, is_wrapped: bool,
     groups: dict[str, int] = {}
     for name in foreign:
         match = _OTHER_MODELS.search(name)
-        group = match[2] if match else name
+        group = match[2] if match else "layer of multi-token prediction"
         groups[group] = groups.get(group, 0) + 1
     return ", ".join(f"{group} ({count} tensors)" for group, count in sorted(groups.items()))
 
@@ -242,36 +260,37 @@ def _tensor(wanted: Wanted, stored: Sequence[StoredTensor], sizes: Sizes) -> Ten
         in_file = in_file[1:]
     if wanted.is_bias:
         shape, in_file = shape[:1], in_file[:1]
-    elif part.transposed:
+    elif part.transposed and not part.stored:
         in_file = in_file[::-1]
     for tensor in stored:
         if tensor.shape != in_file:
             disagree = "vocabulary size and embedding rows disagree"
             hint = disagree if wanted.role in ("token_embd", "output") else "see config.json"
             raise ModelError(f"{tensor.file}: tensor {tensor.name}: wanted shape {in_file}, got {tensor.shape}: {hint}")
-    order = ROW_ORDERS[part.order](sizes) if part.order else None
-    reader = _reader(stored, order, transposed=part.transposed and not wanted.is_bias, shift=part.shift)
-    return Tensor(
-        wanted.name, wanted.role, wanted.layer, shape, stored[0].dtype, stored[0].name, reader
-    )  # fmt: skip
+    reader = _reader(part, stored, shape, sizes, wanted.is_bias)
+    return Tensor(wanted.name, wanted.role, wanted.layer, shape, stored[0].dtype, stored[0].name, reader)
 
 
 Reader = Callable[[int, int], Float32]
 
 
-def _reader(stored: Sequence[StoredTensor], order: Rows | None, transposed: bool, shift: float) -> Reader:
+def _reader(part: Part, stored: Sequence[StoredTensor], shape: tuple[int, ...], sizes: Sizes, is_bias: bool) -> Reader:
+    """Return what reads rows of the GGUF tensor from those that are stored."""
     first = stored[0]
+    order = ROW_ORDERS[part.order](sizes) if part.order else None
     if len(stored) > 1:
         read = _stacked_reader(stored)
-    elif transposed:
-        read = _transposed_reader(first)
+    elif part.transposed and not is_bias:
+        read = _transposed_reader(first) if order is None else _transposed_stack_reader(first, order, shape)
+    elif len(first.shape) == 1 and len(shape) > 1:
+        read = _folding_reader(first, shape)
     elif order is None:
         read = _plain_reader(first)
     elif len(first.shape) == 1:  # a bias is one row whose entries are permuted
         read = _permuted_reader(first, order)
     else:
         read = _gathering_reader(first, order)
-    return _shifted_reader(read, shift) if shift else read
+    return _changing_reader(read, CHANGES[part.change]) if part.change and not is_bias else read
 
 
 def _plain_reader(stored: StoredTensor) -> Reader:
@@ -305,8 +324,32 @@ def _stacked_reader(stored: Sequence[StoredTensor]) -> Reader:
     return read
 
 
-def _shifted_reader(read: Reader, shift: float) -> Reader:
-    return lambda start, stop: read(start, stop) + np.float32(shift)
+def _transposed_stack_reader(stored: StoredTensor, order: Rows, shape: tuple[int, ...]) -> Reader:
+    """Read rows of matrices that lie one below the other, each transposed: ``(n, n_rows, n_cols)`` of ``shape``.
+
+    ``order`` holds the stored rows of each matrix, its columns here.
+    """
+    n, n_rows, n_cols = shape
+    columns = order.reshape(n, n_cols)
+
+    def read(start: int, stop: int) -> Float32:
+        pieces = []
+        for index in range(start // n_rows, -(-stop // n_rows)):
+            first = index * n_rows
+            matrix = stored.read_rows(columns[index])[:, max(start - first, 0) : min(stop - first, n_rows)]
+            pieces.append(matrix.T)
+        return np.concatenate(pieces)
+
+    return read
+
+
+def _folding_reader(stored: StoredTensor, shape: tuple[int, ...]) -> Reader:
+    """Read rows of a matrix that is stored as one vector."""
+    return lambda start, stop: stored.read_rows(slice(0, 1)).reshape(shape)[start:stop].copy()
+
+
+def _changing_reader(read: Reader, change: Callable[[Float32], Float32]) -> Reader:
+    return lambda start, stop: change(read(start, stop))
 
 
 def _some(names: list[str], n_shown: int = 3) -> str:

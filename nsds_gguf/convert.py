@@ -259,7 +259,8 @@ class Work:
         with self.report.stage("measure tensors") as progress, blas_threads(1):
             costs = allocate.measure(found, propagation, importance, self.n_threads, progress)
         versions = {**scores.versions, "ggml": ggml.version()}
-        return replace(scores, importance=options.importance, costs=costs, versions=versions)
+        notes = (*scores.notes, *propagation.notes)
+        return replace(scores, importance=options.importance, costs=costs, notes=notes, versions=versions)
 
     def allocate(self, scores: Scores | None, options: PlanOptions) -> Plan:
         """Choose the types."""

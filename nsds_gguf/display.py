@@ -55,14 +55,14 @@ def scores_view(scores: Scores) -> RenderableType:
     low, high = _bar_range([layer.score for layer in scores.layers])
     for layer in scores.layers:
         bar = Bar(high - low, 0, layer.score - low, width=_BAR_WIDTH, color="#21918c")
-        parts = [f"{layer.p_nv:.3f}", f"{layer.p_se:.3f}"] if has_parts else []
+        parts = ["-" if p is None else f"{p:.3f}" for p in (layer.p_nv, layer.p_se)] if has_parts else []
         table.add_row(str(layer.layer), f"{layer.score:.4g}", bar, *parts)
-    return table
+    return Group(table, *(Text(f"note: {note}") for note in scores.notes))
 
 
 def _bar_range(values: Sequence[float]) -> tuple[float, float]:
     """Return where bars start and end: at 0 unless the scores hide their differences far from it."""
-    low, high = min(values), max(values)
+    low, high = min(values, default=0.0), max(values, default=0.0)
     if low >= 0 and high - low > 0.2 * high:
         low = 0.0
     elif high > low:

@@ -15,7 +15,7 @@ from .score.stats import robust_z, sigmoid
 
 FORMATS = (".png", ".svg", ".pdf")
 
-_COMPONENT_NAMES = {"qk": "QK", "ov": "OV", "gate": "gate", "up": "up", "down": "down"}
+_COMPONENT_NAMES = {"qk": "QK", "ov": "OV", "gate": "gate", "up": "up", "down": "down", "rest": "rest"}
 _INCHES_PER_LAYER, _MIN_INCHES, _MAX_INCHES = 0.28, 7.0, 24.0
 
 
@@ -67,8 +67,15 @@ def _draw_bars(axes: Any, scores: Scores) -> None:
         ("P_NV", [layer.p_nv for layer in layers], "o"),
         ("P_SE", [layer.p_se for layer in layers], "s"),
     ):
-        if None not in values:
-            axes.plot(numbers, values, marker, color="#31688e" if name == "P_NV" else "#440154", label=name, ms=4)
+        if any(value is not None for value in values):
+            axes.plot(
+                numbers,
+                [np.nan if value is None else value for value in values],
+                marker,
+                color="#31688e" if name == "P_NV" else "#440154",
+                label=name,
+                ms=4,
+            )
     if any(layer.p_nv is not None for layer in layers):
         axes.set_ylim(0, 1.03)
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False)

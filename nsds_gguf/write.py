@@ -87,7 +87,8 @@ def write_gguf(
     Args:
         model: where the weights come from.
         plan: type of every tensor; its ``header_bytes`` must be right.
-        importance: ``(n_cols,)`` float32 column weights by tensor name, for the quantizers.
+        importance: ``(n_cols,)`` float32 column weights by tensor name, for the quantizers; ``(n_experts, n_cols)``
+            where stacked matrices differ.
         path: file to create, usually that of ``temporary_sibling``.
         n_threads: threads that read and quantize.
         progress: called with weights done and weights in all.
@@ -229,9 +230,16 @@ def _write_tensors(
 
 
 def _slabs(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    step = max(1, _SLAB_WEIGHTS // tensor.n_cols)
-    for start in range(0, tensor.n_rows, step):
-        yield start, min(start + step, tensor.n_rows)
+    """Yield stretches of rows; none has rows of two matrices of a stack, whose importance may differ."""
+    step, n_rows = max(1, _SLAB_WEIGHTS // tensor.n_cols), _rows_of_matrix(tensor)
+    for first in range(0, tensor.n_rows, n_rows):
+        for start in range(first, first + n_rows, step):
+            yield start, min(start + step, first + n_rows)
+
+
+def _rows_of_matrix(tensor: Tensor) -> int:
+    """Return the rows of one matrix of a stack, or of the whole tensor."""
+    return tensor.shape[-2] if len(tensor.shape) > 2 else tensor.n_rows
 
 
 def _quantized_slab(
@@ -243,7 +251,10 @@ def _quantized_slab(
     low, high = float(rows.min()), float(rows.max())
     if not (math.isfinite(low) and math.isfinite(high)):
         raise _not_finite(tensor)
-    data = ggml.quantize(rows, planned.type, importance)
+    weights = importance
+    if importance is not None and importance.ndim == 2:
+        weights = importance[start // _rows_of_matrix(tensor)]
+    data = ggml.quantize(rows, planned.type, weights)
     largest = max(high, -low)
     if largest > _LARGEST_F16 and not np.isfinite(ggml.dequantize(data, planned.type, tensor.n_cols)).all():
         raise ModelError(

@@ -221,7 +221,7 @@ def make_plan(model: Model, scores: Scores | None, options: PlanOptions, header_
         model_name=model.name,
         metric=scores.metric if scores else None,
         gap=choice.gap,
-        notes=(*model.notes, *choice.notes),
+        notes=(*model.notes, *(scores.notes if scores else ()), *choice.notes),
         scores_digest=scores.digest if scores else "",
         versions=dict(scores.versions) if scores else {},
     )

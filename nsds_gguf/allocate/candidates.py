@@ -1,7 +1,8 @@
 """Which types each tensor may have, what they cost in bytes, and what the budget can reach.
 
-The rules of llama.cpp that matter here: vectors, norms and routers stay F32; a row must be whole blocks. K-quants have
-blocks of 256 weights; a row that is not a multiple of 256 chooses among the types with blocks of 32.
+The rules of llama.cpp that matter here: what it does not quantize (vectors, norms, routers, ...) stays F32, or as a
+GGUF that is converted has it; a row must be whole blocks. K-quants have blocks of 256 weights; a row that is not a
+multiple of 256 chooses among the types with blocks of 32.
 """
 
 from __future__ import annotations
@@ -12,16 +13,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .. import ggml
+from ..anatomy import kept_reason
 from ..errors import PlanError, TargetError
 from ..records import ALIGNMENT_BYTES, COPIED_TYPES, Model, Target, Tensor
-
-ROUTERS = ("ffn_gate_inp",)
 
 # What takes the place of a K-quant where rows are not multiples of 256: the narrow type nearest above it, and
 # IQ4_NL rather than llama.cpp's Q4_0, for the same bytes with a better codebook (tensor_type_fallback).
 FALLBACKS = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 LAST_RESORT = "F16"  # rows that no block divides, as llama.cpp does
+
+
+KEPT = "kept"  # begins the reason of what is never quantized
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Candidate:
     def is_open(self) -> bool:
         """True when there is something to choose."""
         return len(self.types) > 1
+
+    @property
+    def is_kept(self) -> bool:
+        """True for what is never quantized."""
+        return self.reason.startswith(KEPT)
 
     def n_bytes(self, type_name: str) -> int:
         """Bytes of the tensor in a type, without padding."""
@@ -83,18 +91,20 @@ def candidates(model: Model, types: Sequence[str], pins: Sequence[Pin] = ()) -> 
     """
     for pin in pins:
         matched = [tensor for tensor in model.tensors if re.fullmatch(pin.pattern, tensor.name)]
-        if all(_kept_reason(tensor) for tensor in matched):
-            why = f"only {matched[0].name} and its like, which stay F32" if matched else "no tensor"
+        if all(kept_reason(tensor, model.architecture) for tensor in matched):
+            stays = _kept_type(model, matched[0]) if matched else ""
+            why = f"only {matched[0].name} and its like, which stay {stays}" if matched else "no tensor"
             raise PlanError(f"pin '{pin.pattern}={pin.type}' matches {why} (the whole name must match)")
-    return [_candidate(tensor, types, pins) for tensor in model.tensors]
+    return [_candidate(model, tensor, types, pins) for tensor in model.tensors]
 
 
-def _candidate(tensor: Tensor, types: Sequence[str], pins: Sequence[Pin]) -> Candidate:
+def _candidate(model: Model, tensor: Tensor, types: Sequence[str], pins: Sequence[Pin]) -> Candidate:
     if tensor.dtype in COPIED_TYPES:
-        return Candidate(tensor, (tensor.dtype,), f"kept {tensor.dtype}: no weights")
-    kept = _kept_reason(tensor)
+        return Candidate(tensor, (tensor.dtype,), f"{KEPT} {tensor.dtype}: no weights")
+    kept = kept_reason(tensor, model.architecture)
     if kept:
-        return Candidate(tensor, ("F32",), f"kept F32: {kept}")
+        name = _kept_type(model, tensor)
+        return Candidate(tensor, (name,), f"{KEPT} {name}: {kept}")
     pin = next((pin for pin in pins if re.fullmatch(pin.pattern, tensor.name)), None)
     if pin is None:
         return _open_candidate(tensor, types)
@@ -106,12 +116,12 @@ def _candidate(tensor: Tensor, types: Sequence[str], pins: Sequence[Pin]) -> Can
     return Candidate(tensor, (pin.type,), "pinned")
 
 
-def _kept_reason(tensor: Tensor) -> str:
-    if not tensor.is_matrix:
-        return "vector"
-    if tensor.role.endswith("_norm"):
-        return "norm"
-    return "router" if tensor.role in ROUTERS else ""
+def _kept_type(model: Model, tensor: Tensor) -> str:
+    """Return the type of a tensor that is not quantized: F32, but that of the source where it is a GGUF already.
+
+    Kernels that take nothing else than F32 (norms, convolutions, ...) got it from whoever made that GGUF.
+    """
+    return tensor.dtype if model.files and tensor.dtype in ggml.TYPES else "F32"
 
 
 def _open_candidate(tensor: Tensor, types: Sequence[str]) -> Candidate:
@@ -181,7 +191,7 @@ def _cause(candidate: Candidate) -> str:
     if candidate.reason.startswith("fallback"):
         return f"rows that are no multiple of 256 at {cheapest}, {ggml.bits_per_weight(cheapest):g} bpw"
     if candidate.reason:
-        return "vectors kept F32"
+        return f"vectors kept {cheapest}"
     if candidate.tensor.layer is None:
         return f"{candidate.tensor.name} at {cheapest}"
     return f"layers at {cheapest}"

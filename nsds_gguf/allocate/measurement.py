@@ -7,9 +7,10 @@ of two sums over rows, so its standard error is that of a ratio estimator (Cochr
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -50,18 +51,19 @@ def measure(
     Args:
         found: the tensors and their types; those with one type are measured too, for the plan to state their error.
         propagation: result of the moment sweep.
-        importance: ``(n_cols,)`` column weights by tensor name; absent where columns weigh the same.
+        importance: ``(n_cols,)`` column weights by tensor name, ``(n_experts, n_cols)`` where experts differ; absent
+            where columns weigh the same.
         n_threads: threads; each works on one tensor at a time.
         progress: called with weights done and weights in all.
 
     Returns:
-        One cost per matrix, in file order.
+        One cost per matrix that may be quantized, in file order.
 
     Raises:
         ModelError: a tensor holds values that are not finite.
 
     """
-    matrices = [candidate for candidate in found if candidate.tensor.is_matrix and candidate.types != ("F32",)]
+    matrices = [candidate for candidate in found if not candidate.is_kept and candidate.types != ("F32",)]
     total = sum(candidate.tensor.n_weights for candidate in matrices)
     costs, done = [], 0
     progress(0, total)
@@ -106,8 +108,7 @@ def _measure_one(candidate: Candidate, propagation: Propagation, importance: Flo
 
 
 def _row_sums(tensor: Tensor, rows: NDArray[np.intp], types: Sequence[str], importance: Float32 | None) -> _Sums:
-    step = max(1, _SLAB_WEIGHTS // tensor.n_cols)
-    parts = [_slab_sums(_gather(tensor, rows[i : i + step]), types, importance) for i in range(0, len(rows), step)]
+    parts = [_slab_sums(_gather(tensor, some), types, weights) for some, weights in _slabs(tensor, rows, importance)]
     sums = _Sums(
         np.concatenate([part.energy for part in parts]),
         {name: np.concatenate([part.errors[name] for part in parts]) for name in types},
@@ -115,6 +116,20 @@ def _row_sums(tensor: Tensor, rows: NDArray[np.intp], types: Sequence[str], impo
     if not np.isfinite(sums.energy).all():
         raise ModelError(f"tensor {tensor.source}: NaN or infinite weights in {np.sum(~np.isfinite(sums.energy))} rows")
     return sums
+
+
+def _slabs(
+    tensor: Tensor, rows: NDArray[np.intp], importance: Float32 | None
+) -> Iterator[tuple[NDArray[np.intp], Float32 | None]]:
+    """Yield the rows in slabs with the column weights of each; where experts differ, no slab has rows of two."""
+    step = max(1, _SLAB_WEIGHTS // tensor.n_cols)
+    stretches: list[tuple[NDArray[np.intp], Float32 | None]] = [(rows, importance)]
+    if importance is not None and importance.ndim == 2:
+        edges = np.searchsorted(rows, np.arange(len(importance) + 1) * tensor.shape[-2])
+        stretches = [(rows[a:b], importance[e]) for e, (a, b) in enumerate(itertools.pairwise(edges))]
+    for stretch, weights in stretches:
+        for start in range(0, len(stretch), step):
+            yield stretch[start : start + step], weights
 
 
 def _gather(tensor: Tensor, rows: NDArray[np.intp]) -> Float32:

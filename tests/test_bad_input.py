@@ -200,11 +200,12 @@ CASES = {
     **{
         f"already quantized: {method}": Case(
             3,
-            f"config.json: the checkpoint is already quantized (method {method}); use the original F32, F16 or BF16 "
+            f"{{tmp}}/model/config.json: the weights are quantized ({method} 4); wanted F32, F16, BF16 or FP8 (fp8, "
+            "modelopt FP8, compressed-tensors float-quantized with one scale a tensor, row or block): use the original "
             "checkpoint",
             config(quantization_config={"quant_method": method, "bits": 4}),
         )
-        for method in ("gptq", "awq", "fp8", "bitsandbytes")
+        for method in ("awq", "bitsandbytes")
     },
     "quantized weights": Case(
         3,

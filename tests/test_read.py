@@ -335,15 +335,6 @@ def test_no_class_is_in_two_families() -> None:
     assert {"LlamaForCausalLM", "Gemma3ForConditionalGeneration", "MixtralForCausalLM"} < set(classes)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes"])
-def test_a_quantized_checkpoint_is_refused(method: str, tmp_path: Path) -> None:
-    config = {"quantization_config": {"quant_method": method, "bits": 4}}
-    assert refusal(UnsupportedError, changed(tmp_path, config=config)) == (
-        f"config.json: the checkpoint is already quantized (method {method}); "
-        "use the original F32, F16 or BF16 checkpoint"
-    )
-
-
 @pytest.mark.parametrize(
     ("config", "kind", "message"),
     [

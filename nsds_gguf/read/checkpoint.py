@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, UnsupportedError
+from .fp8 import with_scales
+from .quantization import read_quantization
 from .safetensors import LFS_MARK, read_header
 from .stored import StoredTensor
 
@@ -21,30 +23,20 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> dict[str, Stored
         config: the parsed config.json; says how the weights are quantized, if they are.
 
     Returns:
-        The tensors by checkpoint name, in file order. Any dtype may be among them; those that are not read fail when
-        they are asked for their values.
+        The tensors by checkpoint name, in file order; FP8 weights are joined to their scales, which do not show. Any
+        dtype may be among them; those that are not read fail when they are asked for their values.
 
     Raises:
-        ModelError: no weights, a missing shard, a git-lfs pointer, an index that leaves the folder, or a header
-            that is truncated, contradicts itself or the index.
+        ModelError: no weights, a missing shard, a git-lfs pointer, an index that leaves the folder, a header that
+            is truncated, contradicts itself or the index, or FP8 weights without scales that fit.
         UnsupportedError: weights in a format that is not read, or quantized by a method that is not known.
 
     """
-    _refuse_quantized(config)
+    fp8 = read_quantization(folder, config)
     try:
-        return _open_files(folder)
+        return with_scales(_open_files(folder), fp8)
     except OSError as error:
         raise ModelError(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
-
-
-def _refuse_quantized(config: Mapping[str, Any]) -> None:
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedError(
-            f"config.json: the checkpoint is already quantized (method {method}); "
-            "use the original F32, F16 or BF16 checkpoint"
-        )
 
 
 def _open_files(folder: Path) -> dict[str, StoredTensor]:

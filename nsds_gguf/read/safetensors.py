@@ -32,8 +32,33 @@ _BITS = {
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "C64": 64, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
-_NUMPY_DTYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2")}
+_NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F8_E4M3": np.dtype("u1"),
+    "F8_E8M0": np.dtype("u1"),
+}  # fmt: skip
 LFS_MARK = b"version https://git-lfs"
+
+
+def _e4m3() -> Float32:
+    """Return the value of every F8_E4M3 code: sign, 4 bits of exponent with bias 7, 3 of mantissa, NaN and no infinity.
+
+    Source: Micikevicius et al. 2022, "FP8 formats for deep learning", table 1.
+    """
+    code = np.arange(128)
+    exponent, mantissa = code >> 3, code & 7
+    values = np.where(exponent > 0, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(1.0 * mantissa, -9))
+    values[127] = np.nan
+    return np.concatenate([values, -values]).astype(np.float32)
+
+
+def _e8m0() -> Float32:
+    """Return the value of every F8_E8M0 code: powers of two with bias 127, 255 is NaN (OCP MX formats 1.0, 5.4.1)."""
+    values = np.ldexp(1.0, np.arange(256) - 127)
+    values[255] = np.nan
+    return values.astype(np.float32)
+
+
+FP8_VALUES = {"F8_E4M3": _e4m3(), "F8_E8M0": _e8m0()}
 
 
 @dataclass(frozen=True)
@@ -48,7 +73,7 @@ class SafetensorsTensor(StoredTensor):
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
     def map(self) -> NDArray[Any]:
-        """Map the data read-only: ``(n_rows, n_cols)`` in the stored dtype (BF16 as uint16)."""
+        """Map the data read-only: ``(n_rows, n_cols)`` in the stored dtype (BF16 as uint16, FP8 as uint8)."""
         self.require_readable()
         try:
             return np.memmap(
@@ -69,7 +94,9 @@ class SafetensorsTensor(StoredTensor):
 
 
 def to_float32(data: NDArray[Any], dtype: str) -> Float32:
-    """Convert stored values to float32, exactly: BF16 is the upper half of a float32."""
+    """Convert stored values to float32, exactly: BF16 is the upper half of a float32, FP8 has a table of its values."""
+    if dtype in FP8_VALUES:
+        return np.take(FP8_VALUES[dtype], data)
     if dtype == "BF16":
         wide = data.astype(np.uint32)
         wide <<= 16

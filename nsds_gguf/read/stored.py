@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..errors import ModelError, UnsupportedError
 from ..records import Float32
 
-READABLE = ("F32", "F16", "BF16", "F8_E4M3")
+READABLE = ("F32", "F16", "BF16", "F8_E4M3", "F8_E8M0")  # the last holds scales of FP8 weights
 
 _COUNTED_AT_ONCE = 1 << 20  # weights, 4 MiB as float32
 

@@ -10,7 +10,8 @@ import io
 import json
 import shutil
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tokenizer_oracles import (
     byte_level,
     write_converted_folder,
     write_json,
+    write_sentencepiece_folder,
 )
 from tokenizer_strings import HAND_PICKED, comparable, corpus, corpus_digest, fill_slots
 
@@ -522,7 +524,7 @@ def test_an_unknown_pattern_names_the_nearest_and_the_override(trained: Callable
     folder = edited(trained("Llama 3"), tmp_path / "model", pre_tokenizer=two_digits)
     with pytest.raises(UnsupportedError, match=r"unknown pre-tokenizer Split\(.*the nearest known one is 'llama-bpe'"):
         read_vocab(folder, 2000, {})
-    with pytest.raises(UnsupportedError, match=r"say so with --pre llama-bpe$"):
+    with pytest.raises(UnsupportedError, match=r"say so with --pre llama-bpe; if llama.cpp's.* MODEL"):
         read_vocab(folder, 2000, {})
     assert read_vocab(folder, 2000, {}, pre="llama-bpe")["tokenizer.ggml.pre"].value == "llama-bpe"
     assert read_vocab(folder, 2000, {}, pre="jais-2")["tokenizer.ggml.pre"].value == "jais-2"
@@ -575,7 +577,7 @@ def test_nfc_is_accepted_with_a_note(trained: Callable[[str], Path], strings: li
     assert open_vocab(folder, 2000, {}).notes == (
         "Text is expected in Unicode normalization form C: llama.cpp does not normalize it.",
     )
-    texts = [unicodedata.normalize("NFC", text) for text in comparable(fill_slots(strings, []), "qwen2", [])]
+    texts = [unicodedata.normalize("NFC", text) for text in comparable(fill_slots(strings, []), "qwen2")]
     with LlamaCpp(write_vocab(tmp_path / "v.gguf", folder, 2000)) as llama:
         assert llama.tokenize(["e\u0301"], parse_special=True) != HuggingFace(folder).tokenize(
             ["e\u0301"], parse_special=True
@@ -637,7 +639,7 @@ def test_gaps_become_unused(trained: Callable[[str], Path], tmp_path: Path) -> N
     tokens = read_vocab(folder, 2004, {})["tokenizer.ggml.tokens"].value
     assert tokens[model["vocab"][merged]] == f"[PAD{model['vocab'][merged]}]"
     assert tokens[2000:] == [merged, *CONTROL, "[PAD2003]"]
-    texts = comparable(HAND_PICKED, "gpt-2", [])
+    texts = comparable(HAND_PICKED, "gpt-2")
     with LlamaCpp(write_vocab(tmp_path / "v.gguf", folder, 2004)) as llama:
         ids = llama.tokenize(texts, parse_special=True)
     assert ids == HuggingFace(folder).tokenize(texts, parse_special=True)
@@ -701,15 +703,93 @@ def test_added_tokens_of_a_sentencepiece_model(spm: Path, tmp_path: Path) -> Non
 
 
 def test_symbols_that_sentencepiece_matches_first_are_user_defined(strings: list[str], tmp_path: Path) -> None:
+    """As in Gemma: runs of blanks and HTML tags."""
     folder = tmp_path / "model"
-    train_sentencepiece(folder, strings, user_defined_symbols=["<sep>", "▁▁▁▁"], add_dummy_prefix=False)
+    symbols = ["<sep>", "<h1>", *("▁" * n for n in range(2, 32))]
+    train_sentencepiece(folder, strings, user_defined_symbols=symbols, add_dummy_prefix=False)
     keys = read_vocab(folder, 1000, {})
-    assert keys["tokenizer.ggml.tokens"].value[3:5] == ["<sep>", "    "]
-    assert keys["tokenizer.ggml.token_type"].value[3:5] == [TokenType.USER_DEFINED] * 2
-    texts = [f"{text}<sep>x    {text}" for text in fill_slots(strings, [])[:500]]
+    assert keys["tokenizer.ggml.tokens"].value[3:35] == [text.replace("▁", " ") for text in symbols]
+    assert keys["tokenizer.ggml.token_type"].value[3:35] == [TokenType.USER_DEFINED] * 32
+    assert keys["tokenizer.ggml.add_space_prefix"].value is False
+    texts = [f"{text}<sep>x{' ' * (i % 40)}<h1>{text}" for i, text in enumerate(fill_slots(strings, [])[:1000])]
+    texts = [text.replace("▁", "_") for text in texts]
     with LlamaCpp(write_vocab(tmp_path / "v.gguf", folder, 1000)) as llama:
         ids = llama.tokenize(texts, parse_special=False)
     assert ids == SentencePiece(folder).tokenize(texts, parse_special=False)
+
+
+def extended(pieces: Stored, tokens: Mapping[str, TokenType], stripping: Iterable[str] = ()) -> Stored:
+    """Return a sentencepiece vocabulary with more tokens at its end."""
+    return replace(
+        pieces,
+        tokens=[*pieces.tokens, *tokens],
+        types=[*pieces.types, *map(int, tokens.values())],
+        scores=[*pieces.scores, *[0.0] * len(tokens)],
+        stripping=frozenset(stripping),
+    )
+
+
+def test_tokens_of_phi_3_take_blanks_along_where_the_name_says_so(
+    spm: Path, strings: list[str], tmp_path: Path
+) -> None:
+    stripping = ("</s>", "<|user|>", "<|end|>")
+    names = ("<|endoftext|>", "<|user|>", "<|end|>")
+    write_converted_folder(tmp_path, extended(stored(spm), dict.fromkeys(names, TokenType.CONTROL), stripping))
+    (note,) = open_vocab(tmp_path, 1010, {"architectures": ["Phi3ForCausalLM"]}).notes
+    assert note.endswith("llama.cpp matches them as they stand, unless general.name contains phi-3.")
+    texts = fill_slots(comparable(strings, "phi-3 json"), ["</s>", *names])
+    file = write_vocab(tmp_path / "v.gguf", tmp_path, 1010)
+    expected = HuggingFace(tmp_path).tokenize(texts, parse_special=True)
+    with LlamaCpp(file, {"general.name": "My Phi-3 mini"}) as llama:
+        assert llama.tokenize(texts, parse_special=True) == expected
+    with LlamaCpp(file) as llama:
+        assert llama.tokenize(texts, parse_special=True) != expected
+
+
+def test_pieces_of_internlm_2(spm: Path, strings: list[str], tmp_path: Path) -> None:
+    """One piece is a zero byte, some are unused by name, and the end of a turn is an added token."""
+    pieces = dict.fromkeys(("\0", "[UNUSED_TOKEN_1]", "zz"), TokenType.NORMAL)
+    write_sentencepiece_folder(tmp_path, extended(stored(spm), {**pieces, "<|im_end|>": TokenType.CONTROL}))
+    keys = read_vocab(tmp_path, 1004, {})
+    assert keys["tokenizer.ggml.tokens"].value[1000:] == [*pieces, "<|im_end|>"]
+    unused = [TokenType.NORMAL, TokenType.UNUSED, TokenType.NORMAL, TokenType.CONTROL]
+    assert keys["tokenizer.ggml.token_type"].value[1000:] == unused
+    assert keys["tokenizer.ggml.eos_token_id"].value == 2
+    texts = fill_slots(strings, [])
+    with LlamaCpp(write_vocab(tmp_path / "v.gguf", tmp_path, 1004)) as llama:
+        assert llama.tokenize(texts, parse_special=False) == SentencePiece(tmp_path).tokenize(
+            texts, parse_special=False
+        )
+        assert llama.tokenize(["<|im_end|>"], parse_special=True) == [[1, 1003]]
+        assert [i for i in range(1004) if binding.llama_vocab_is_eog(llama.vocab, i)] == [2, 1003]
+
+
+def test_infilling_tokens_of_codellama(spm: Path, tmp_path: Path) -> None:
+    control = dict.fromkeys(("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"), TokenType.CONTROL)
+    write_sentencepiece_folder(tmp_path, extended(stored(spm), {"zz": TokenType.NORMAL, **control}))
+    assert read_vocab(tmp_path, 1005, {})["tokenizer.ggml.eot_token_id"].value == 1004
+    with LlamaCpp(write_vocab(tmp_path / "v.gguf", tmp_path, 1005)) as llama:
+        found = [getattr(binding, f"llama_vocab_{name}")(llama.vocab) for name in ("fim_pre", "fim_suf", "fim_mid")]
+        assert found == [1001, 1002, 1003]
+        assert binding.llama_vocab_eot(llama.vocab) == 1004
+        assert binding.llama_vocab_is_eog(llama.vocab, 1004)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_runs_of_blanks_as_added_tokens(
+    normalized: bool, trained: Callable[[str], Path], strings: list[str], tmp_path: Path
+) -> None:
+    """As in GPT-NeoX, whose normalizer sees them."""
+    folder = edited(trained("GPT-2"), tmp_path / "model", normalizer={"type": "NFC"})
+    tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    runs = [tokenizers.AddedToken(" " * n, normalized=normalized) for n in range(24, 4, -1)]
+    tokenizer.add_tokens(runs)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    texts = [f"{text}{' ' * (i % 60)}x" for i, text in enumerate(comparable(fill_slots(strings, []), "gpt-2"))]
+    texts = [unicodedata.normalize("NFC", text) for text in texts]
+    assert read_vocab(folder, 2000, {})["tokenizer.ggml.token_type"].value[n_rows(folder) - 1] == TokenType.USER_DEFINED
+    with LlamaCpp(write_vocab(tmp_path / "v.gguf", folder, 2000)) as llama:
+        assert llama.tokenize(texts, parse_special=True) == HuggingFace(folder).tokenize(texts, parse_special=True)
 
 
 def test_tokenizer_model_goes_before_a_converted_tokenizer_json(spm: Path, tmp_path: Path) -> None:
@@ -1128,3 +1208,11 @@ def test_the_record_shows_no_mismatch_for_any_kind() -> None:
         assert kind["mismatches"] == 0
         assert kind["strings"] >= 10_000
         assert kind["wrong_mismatches"] > 0
+
+
+def test_the_record_shows_llama_cpp_s_own_vectors() -> None:
+    """Every vocabulary of llama.cpp that comes with ids for test strings, but those of encoders."""
+    with_vectors = {name for name, kind in RECORD["kinds"].items() if kind["vectors"] >= 46}
+    bpe = {"llama-bpe", "qwen2", "qwen35", "gpt-2", "smollm", "deepseek-coder", "deepseek-llm", "falcon", "mpt"}
+    spm = {"llama-spm", "llama-spm json", "phi-3", "phi-3 json", "gemma-4"}
+    assert with_vectors == {*bpe, *spm, "gemma-3", "refact", "command-r"}

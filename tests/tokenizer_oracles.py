@@ -24,12 +24,13 @@ Ids = list[int]
 
 @dataclass(frozen=True)
 class Stored:
-    """What a ``ggml-vocab-*.gguf`` holds."""
+    """What a ``ggml-vocab-*.gguf`` holds; ``stripping`` tokens take the blanks after them along."""
 
     tokens: list[str]
     types: list[int]
     scores: list[float]
     merges: list[str]
+    stripping: frozenset[str] = frozenset()
 
     def text_of(self, ids: Sequence[int]) -> str:
         """Return the texts of tokens, joined."""
@@ -46,12 +47,12 @@ def chain_json(chain: Chain) -> dict[str, Any]:
         if kind == "Split":
             pattern, behavior, *inverted = options
             steps.append({"type": kind, "pattern": {"Regex": pattern}, "behavior": behavior, "invert": bool(inverted)})
-        elif kind == "Digits":
+        elif options == ["individual"]:
             steps.append({"type": kind, "individual_digits": True})
         elif (kind,) == BYTE_LEVEL:
             steps.append({"type": kind, "add_prefix_space": False, "trim_offsets": True, "use_regex": False})
         else:
-            raise ValueError(f"no JSON for step {kind}")
+            steps.append({"type": kind, **json.loads(options[0])})
     return {"type": "Sequence", "pretokenizers": steps}
 
 
@@ -70,8 +71,10 @@ def bos_template(bos: str, bos_id: int) -> dict[str, Any]:
     }
 
 
-def added_token(token_id: int, text: str, *, special: bool, normalized: bool = False) -> dict[str, Any]:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+def added_token(
+    token_id: int, text: str, *, special: bool, normalized: bool = False, rstrip: bool = False
+) -> dict[str, Any]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": rstrip}
     return {"id": token_id, "content": text, **flags, "normalized": normalized, "special": special}
 
 
@@ -123,20 +126,27 @@ def write_bpe_folder(
 
 
 def write_sentencepiece_folder(folder: Path, stored: Stored) -> None:
-    """Write a sentencepiece vocabulary as ``tokenizer.model``: BPE, identity normalizer, blank in front."""
+    """Write a sentencepiece vocabulary as ``tokenizer.model``: BPE, identity normalizer, blank in front.
+
+    Tokens after the last piece are added tokens of ``tokenizer_config.json``.
+    """
+    n_base = _n_base(stored)
     pieces = b"".join(
         _message(1, _message(1, text.encode()) + struct.pack("<Bf", 2 << 3 | 5, score) + _number(3, kind))
-        for text, kind, score in zip(stored.tokens, stored.types, stored.scores, strict=True)
+        for text, kind, score in zip(stored.tokens[:n_base], _piece_types(stored), stored.scores[:n_base], strict=True)
     )
     trainer = _number(3, 2) + _number(35, 1)  # model_type BPE, byte_fallback
     normalizer = _message(1, b"identity") + _number(3, 1) + _number(4, 0) + _number(5, 1)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(pieces + _message(2, trainer) + _message(3, normalizer))
+    if n_base < len(stored.tokens):
+        decoder = {str(token["id"]): token for token in _added_tokens(stored)}
+        write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": decoder})
 
 
 def write_converted_folder(folder: Path, stored: Stored) -> None:
-    """Write a sentencepiece vocabulary as the ``tokenizer.json`` that transformers converts it to (Llama 2)."""
-    texts = dict(enumerate(stored.tokens))
+    """Write a sentencepiece vocabulary as the ``tokenizer.json`` that transformers converts it to (Llama 2, Phi 3)."""
+    texts = dict(enumerate(stored.tokens[: _n_base(stored)]))
     vocab = {text: i for i, text in texts.items()}
     ranked = sorted(
         (
@@ -147,25 +157,65 @@ def write_converted_folder(folder: Path, stored: Stored) -> None:
         ),
         reverse=True,
     )
-    control = [i for i, kind in enumerate(stored.types) if kind in (TokenType.CONTROL, TokenType.UNKNOWN)]
     blank = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     tokenizer = {
-        "added_tokens": [added_token(i, texts[i], special=True) for i in control],
+        "added_tokens": _added_tokens(stored),
         "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, blank]},
         "pre_tokenizer": None,
         "post_processor": bos_template("<s>", vocab["<s>"]),
         "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
-        "model": {
-            "type": "BPE",
-            "unk_token": "<unk>",
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": vocab,
-            "merges": [[left, right] for *_, left, right in ranked],
-        },
+        "model": _converted_bpe(vocab, [[left, right] for *_, left, right in ranked]),
     }
     write_json(folder / "tokenizer.json", tokenizer)
     write_json(folder / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+def write_gemma_folder(folder: Path, stored: Stored) -> None:
+    """Write a Gemma vocabulary, whose merges are known, as its ``tokenizer.json``: no blank in front."""
+    vocab = {text: i for i, text in enumerate(stored.tokens)}
+    tokenizer = {
+        "added_tokens": _added_tokens(stored),
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "pre_tokenizer": {
+            "type": "Split",
+            "pattern": {"String": " "},
+            "behavior": "MergedWithPrevious",
+            "invert": False,
+        },
+        "post_processor": bos_template("<bos>", vocab["<bos>"]),
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": _converted_bpe(vocab, [merge.split(" ") for merge in stored.merges]),
+    }
+    write_json(folder / "tokenizer.json", tokenizer)
+    write_json(folder / "tokenizer_config.json", {"bos_token": "<bos>", "eos_token": "<eos>"})
+
+
+def _converted_bpe(vocab: Mapping[str, int], merges: Sequence[Sequence[str]]) -> dict[str, Any]:
+    options = {"unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    return {"type": "BPE", **options, "vocab": vocab, "merges": merges}
+
+
+def _n_base(stored: Stored) -> int:
+    """Return how many tokens the tokenizer itself has; further ones are added tokens or padding."""
+    return 1 + max(i for i, kind in enumerate(stored.types) if kind in (TokenType.NORMAL, TokenType.BYTE))
+
+
+def _piece_types(stored: Stored) -> list[int]:
+    """Return the types that ``tokenizer.model`` has: the others come from added tokens."""
+    kinds = stored.types[: _n_base(stored)]
+    controls = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    control = [TokenType.CONTROL if kind in controls else kind for kind in kinds]
+    return [int(TokenType.UNKNOWN if stored.tokens[i] == "<unk>" else kind) for i, kind in enumerate(control)]
+
+
+def _added_tokens(stored: Stored) -> list[dict[str, Any]]:
+    """Return what is matched before text is split; tokens in ``stored.stripping`` take the blanks after them along."""
+    kinds = {TokenType.CONTROL: True, TokenType.UNKNOWN: True, TokenType.USER_DEFINED: False}
+    return [
+        added_token(i, text, special=kinds[kind], rstrip=text in stored.stripping)
+        for i, (text, kind) in enumerate(zip(stored.tokens, stored.types, strict=True))
+        if kind in kinds and not text.startswith("[PAD")
+    ]
 
 
 def write_json(path: Path, value: Any) -> None:

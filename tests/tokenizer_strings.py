@@ -148,6 +148,7 @@ FORCED_CONTROL = (
     "<eos>",
     "<PRE>",
     "<PAD>",
+    "<|tool_response>",
 )
 
 
@@ -163,7 +164,13 @@ def _digit_beyond_ascii(character: str) -> bool:
     return ord(character) > 127 and unicodedata.category(character) in ("Nd", "Nl", "No")
 
 
+def _blank_beyond_ascii(character: str) -> bool:
+    return ord(character) > 127 and character.isspace()
+
+
 REMOVED: Mapping[str, Callable[[str], bool]] = {
+    "phi-3 json": _blank_beyond_ascii,
+    "gemma-3": lambda character: character == "▁",
     "tekken": _cased_or_mark,
     "gpt-4o": _cased_or_mark,
     "deepseek-coder": _wide_blank,
@@ -171,14 +178,15 @@ REMOVED: Mapping[str, Callable[[str], bool]] = {
 }
 
 
-def comparable(strings: Sequence[str], pre: str, tokens: Sequence[str]) -> list[str]:
-    """Return the strings without the characters that docs/tokenizers.md lists for the pre-tokenizer, and those only.
+def comparable(strings: Sequence[str], kind: str, tokens: Sequence[str] | None = None) -> list[str]:
+    """Return the strings without the characters that docs/tokenizers.md lists for the kind, and those only.
 
-    Besides the classes above: characters that a byte-level vocabulary has no bytes for.
+    ``kind`` is a pre-tokenizer or a sentencepiece vocabulary. Besides the classes above, characters are removed that a
+    byte-level vocabulary of ``tokens`` has no bytes for.
     """
-    alphabet, known = byte_alphabet(), set(tokens)
-    missing = {byte for byte in range(256) if alphabet[byte] not in known} if pre != "default" else set()
-    removed = REMOVED.get(pre, lambda character: False)
+    alphabet, known = byte_alphabet(), set(tokens or byte_alphabet())
+    missing = {byte for byte in range(256) if alphabet[byte] not in known}
+    removed = REMOVED.get(kind, lambda character: False)
     characters = {character for text in strings for character in text}.difference(SPECIAL_SLOTS)
     drop = {ord(c): None for c in characters if removed(c) or not missing.isdisjoint(c.encode())}
     return [_LONG_S.sub("", text).translate(drop) for text in strings]

@@ -6,7 +6,7 @@ are written to a GGUF, llama.cpp tokenizes thousands of strings with it, and the
 or the sentencepiece library on the same folder. A wrong pre-tokenizer must make a difference. Exit code 1 on any
 mismatch; ``--write`` stores what tests/test_vocab.py compares the code with.
 
-    python tools/check_tokenizers.py [--source DIR_OR_SDIST] [--write]
+    python tools/check_tokenizers.py [--source DIR_OR_SDIST] [--only KIND ...] [--write]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Any
 
 import sentencepiece
 import tokenizers
-from gguf import TokenType
+from gguf import GGUFValueType, TokenType
 from llama_cpp import __version__ as LLAMA_CPP_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +47,7 @@ from tokenizer_oracles import (  # noqa: E402
     chain_json,
     write_bpe_folder,
     write_converted_folder,
+    write_gemma_folder,
     write_gguf,
     write_sentencepiece_folder,
 )
@@ -55,6 +56,7 @@ from tokenizer_strings import FORCED_CONTROL, SPECIAL_SLOTS, comparable, corpus,
 from nsds_gguf.read.pretokenizers import GPT2, KNOWN, NAMES, table_digests  # noqa: E402
 from nsds_gguf.read.vocab import read_vocab  # noqa: E402
 from nsds_gguf.read.vocab_tokens import looks_special  # noqa: E402
+from nsds_gguf.records import kv  # noqa: E402
 
 RECORD = ROOT / "tests" / "golden" / "tokenizers.json"
 MIN_STRINGS = 10_000
@@ -108,7 +110,10 @@ def _gguf_value(data: bytes, at: int, kind: int) -> tuple[Any, int]:
 
 @dataclass(frozen=True)
 class Kind:
-    """One vocabulary in one form: ``bpe``, ``model`` (sentencepiece) or ``converted`` (from sentencepiece)."""
+    """One vocabulary in one form: ``bpe``, ``model`` (sentencepiece), ``converted`` (from sentencepiece) or ``gemma``.
+
+    ``title`` is the ``general.name``, from which llama.cpp infers which tokens take blanks along.
+    """
 
     name: str
     stored: str
@@ -118,6 +123,14 @@ class Kind:
     pre_tokenizer: Mapping[str, Any] = field(default_factory=dict)
     ignore_merges: bool = False
     nfc: bool = False
+    title: str = ""
+
+    @property
+    def spoiled(self) -> dict[str, str | bool]:
+        """The key that makes llama.cpp tokenize wrongly."""
+        if self.form == "bpe":
+            return {"tokenizer.ggml.pre": self.wrong}
+        return {"tokenizer.ggml.add_space_prefix": self.form == "gemma"}
 
 
 _DIGITS_GPT2 = {
@@ -142,15 +155,19 @@ _VOCABULARIES = {
     "minicpm5": ("deepseek-coder", "gpt-2"),
     "spark2_5": ("deepseek-coder", "gpt-2"),
     "bloom": ("deepseek-coder", "gpt-2"),
+    "falcon": ("falcon", "gpt-2"),
 }
 _NFC_KINDS = ("qwen2", "qwen35")
 
 
 def kinds() -> Iterator[Kind]:
     """Yield every kind: the sentencepiece forms, each line of the table, and further vocabularies."""
-    for name in ("llama-spm", "baichuan"):
+    for name in ("llama-spm", "baichuan", "phi-3"):
         yield Kind(name, name, "default", "no blank in front", form="model")
     yield Kind("llama-spm json", "llama-spm", "default", "no blank in front", form="converted")
+    yield Kind("phi-3 json", "phi-3", "default", "no blank in front", form="converted", title="Phi-3")
+    yield Kind("gemma-4", "gemma-4", "default", "a blank in front", form="gemma")
+    yield Kind("gemma-3", "gemma-4", "default", "a blank in front", form="gemma")
     for known in KNOWN:
         stored, wrong = _VOCABULARIES[known.name]
         yield Kind(
@@ -163,6 +180,7 @@ def kinds() -> Iterator[Kind]:
             nfc=known.name in _NFC_KINDS,
         )
     yield Kind("gpt-neox", "gpt-neox", "gpt-2", "smollm", pre_tokenizer=byte_level(True), nfc=True)
+    yield Kind("aquila", "aquila", "gpt-2", "smollm", pre_tokenizer=byte_level(True))
     yield Kind("mpt", "mpt", "gpt-2", "smollm", pre_tokenizer=byte_level(True), nfc=True)
     yield Kind("refact", "refact", "smollm", "gpt-2", pre_tokenizer=_DIGITS_GPT2)
     yield Kind("command-r", "command-r", "smollm", "gpt-2", pre_tokenizer=_DIGITS_GPT2, nfc=True)
@@ -191,16 +209,16 @@ class Result:
 def check_kind(kind: Kind, models: Path) -> Result:
     """Compare llama.cpp with the original library on one kind."""
     gguf = models / f"ggml-vocab-{kind.stored}.gguf"
-    stored = read_stored(gguf)
+    stored = _as_released(read_stored(gguf), kind)
     with tempfile.TemporaryDirectory() as name:
         folder, written = Path(name) / "model", Path(name) / "vocab.gguf"
         _write_folder(kind, stored, folder)
         keys = read_vocab(folder, len(stored.tokens), {})
-        write_gguf(written, keys)
+        write_gguf(written, {**keys, "general.name": kv(kind.title, GGUFValueType.STRING)})
         result = Result(kind.name, str(keys["tokenizer.ggml.pre"].value), kind.wrong)
         if result.pre != kind.pre:
             result.problems.append(f"recognised as {result.pre}, wanted {kind.pre}")
-        if keys["tokenizer.ggml.tokens"].value != _padded(stored.tokens):
+        if keys["tokenizer.ggml.tokens"].value != _written_tokens(kind, stored):
             result.problems.append("tokens differ from llama.cpp's")
         _compare(kind, stored, folder, written, result)
         with LlamaCpp(written) as llama:
@@ -214,14 +232,15 @@ def _compare(kind: Kind, stored: Stored, folder: Path, gguf: Path, result: Resul
     original: HuggingFace | SentencePiece = HuggingFace(folder) if parses else SentencePiece(folder)
     special = _special_tokens(stored) if parses else []
     raw = corpus()
-    cleaned = comparable(raw, kind.pre, stored.tokens)
+    cleaned = comparable(raw, kind.pre, stored.tokens) if kind.form == "bpe" else comparable(raw, kind.name)
     result.n_cleaned = sum(a != b for a, b in zip(raw, cleaned, strict=True))
     texts = fill_slots(cleaned, special)[: N_STRINGS_WITH_SPECIAL if parses else None]
     if kind.nfc:
         texts = [unicodedata.normalize("NFC", text) for text in texts]
     texts = list(dict.fromkeys(texts))
-    forced = [text for text in FORCED_CONTROL if _is_ordinary(text, stored)]
+    forced = [text for text in FORCED_CONTROL if _has_type(TokenType.NORMAL, text, stored)]
     hidden = [text for text in special if _is_lookalike(text, stored)]
+    hidden += [text for text in FORCED_CONTROL if _has_type(TokenType.USER_DEFINED, text, stored)]
     parsed = [text for text in texts if not _holds(text, forced)] if parses else texts
     unparsed = [t for t in texts if _holds(t, [*special, *forced]) and not _holds(t, hidden)] if parses else []
     result.n_strings, result.n_unparsed = len(parsed), len(unparsed)
@@ -231,8 +250,7 @@ def _compare(kind: Kind, stored: Stored, folder: Path, gguf: Path, result: Resul
         result.mismatches += _differences(parsed, expected, got)
         wanted = original.tokenize(unparsed, parse_special=False)
         result.mismatches += _differences(unparsed, wanted, llama.tokenize(unparsed, parse_special=False))
-    spoiled = {"tokenizer.ggml.pre": kind.wrong} if kind.form == "bpe" else {"tokenizer.ggml.add_space_prefix": False}
-    with LlamaCpp(gguf, spoiled) as llama:
+    with LlamaCpp(gguf, kind.spoiled) as llama:
         got = llama.tokenize(parsed[:N_WRONG], parse_special=parses)
     result.n_wrong = sum(a != b for a, b in zip(expected, got, strict=False))
 
@@ -242,6 +260,8 @@ def _write_folder(kind: Kind, stored: Stored, folder: Path) -> None:
         write_sentencepiece_folder(folder, stored)
     elif kind.form == "converted":
         write_converted_folder(folder, stored)
+    elif kind.form == "gemma":
+        write_gemma_folder(folder, stored)
     else:
         write_bpe_folder(
             folder,
@@ -253,8 +273,37 @@ def _write_folder(kind: Kind, stored: Stored, folder: Path) -> None:
         )
 
 
-def _padded(tokens: Sequence[str]) -> list[str]:
-    return [f"[PAD{i}]" if text.startswith("[PAD") else text for i, text in enumerate(tokens)]
+def _as_released(stored: Stored, kind: Kind) -> Stored:
+    """Return a vocabulary as the files of its model have it, where llama.cpp's copy of it says less."""
+    if kind.title:  # of Phi 3, all added tokens but these take blanks along
+        added = {text for text, i in zip(stored.tokens, stored.types, strict=True) if i != TokenType.NORMAL}
+        return replace(stored, stripping=frozenset(added - {"<unk>", "<s>", "<|endoftext|>"}))
+    if kind.name != "gemma-3":
+        return stored
+    # Gemma 3 has nearly the vocabulary of Gemma 4, but runs of line ends and blanks, HTML tags and unused ones are
+    # added tokens. The token by which llama.cpp recognises Gemma 4 is none of them.
+    end_of_tags = stored.tokens.index("</h6>")
+    tokens = ["<unused_>" if text == "<|tool_response>" else text for text in stored.tokens]
+    types = [
+        TokenType.CONTROL
+        if text.startswith("<unused")
+        else TokenType.USER_DEFINED
+        if stored.tokens.index("\n") <= i <= end_of_tags
+        else kind_
+        for i, (text, kind_) in enumerate(zip(tokens, stored.types, strict=True))
+    ]
+    return replace(stored, tokens=tokens, types=list(map(int, types)))
+
+
+def _written_tokens(kind: Kind, stored: Stored) -> list[str]:
+    """Return the texts that the vocabulary must have: rows without a token, and blanks in text that is matched raw."""
+    texts = [f"[PAD{i}]" if text.startswith("[PAD") else text for i, text in enumerate(stored.tokens)]
+    if kind.form == "bpe":
+        return texts
+    return [
+        text.replace("▁", " ") if i == TokenType.USER_DEFINED else text
+        for text, i in zip(texts, stored.types, strict=True)
+    ]
 
 
 def _special_tokens(stored: Stored) -> list[str]:
@@ -267,8 +316,8 @@ def _special_tokens(stored: Stored) -> list[str]:
     return added[:: -(-len(added) // len(SPECIAL_SLOTS))]
 
 
-def _is_ordinary(text: str, stored: Stored) -> bool:
-    return text in stored.tokens and stored.types[stored.tokens.index(text)] == TokenType.NORMAL
+def _has_type(kind: TokenType, text: str, stored: Stored) -> bool:
+    return text in stored.tokens and stored.types[stored.tokens.index(text)] == kind
 
 
 def _is_lookalike(text: str, stored: Stored) -> bool:
@@ -298,7 +347,7 @@ def _check_vectors(llama: LlamaCpp, gguf: Path, kind: Kind, result: Result) -> N
         result.problems.append(f"{len(wrong)} of llama.cpp's own test strings differ, such as {wrong[0]!r}")
 
 
-_VECTORS = {"smollm": "starcoder"}  # kinds checked with a vocabulary of the same pre-tokenizer
+_VECTORS = {"smollm": "starcoder", "gemma-3": "gemma-4"}  # kinds checked with a vocabulary of the same pre-tokenizer
 
 
 def check_spellings(strings: Sequence[str]) -> list[str]:
@@ -403,6 +452,7 @@ def problems_of(result: Result) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--source", type=Path, help="source distribution of llama-cpp-python, packed or unpacked")
+    parser.add_argument("--only", nargs="+", help="check these kinds only; leaves the record alone")
     parser.add_argument("--write", action="store_true", help=f"store the record in {RECORD.name}")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as name:
@@ -412,7 +462,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         columns = f"{'strings':>8}{'unparsed':>9}{'cleaned':>9}{'mismatch':>9}{'vectors':>8}"
         print(f"{'kind':16}{'pre':16}{columns}   wrong: mismatches")
         with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            for result in pool.map(partial(check_kind, models=llama_cpp / "models"), kinds()):
+            chosen = [kind for kind in kinds() if not options.only or kind.name in options.only]
+            for result in pool.map(partial(check_kind, models=llama_cpp / "models"), chosen):
                 results.append(result)
                 problems += problems_of(result)
                 print(
@@ -421,7 +472,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     flush=True,
                 )
     record = make_record(results)
-    if options.write:
+    if options.write and not options.only:
         RECORD.parent.mkdir(parents=True, exist_ok=True)
         RECORD.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     else:

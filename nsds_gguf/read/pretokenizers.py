@@ -25,6 +25,8 @@ Chain = tuple[Step, ...]
 
 BYTE_LEVEL: Step = ("ByteLevel",)
 _DIGITS: Step = ("Digits", "individual")
+_DIGIT_RUNS: Step = ("Digits", '{"individual_digits": false}')
+_PUNCTUATION: Step = ("Punctuation", '{"behavior": "Contiguous"}')
 
 # Patterns as tokenizer.json files write them, line ends always as \r and \n.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -142,6 +144,7 @@ KNOWN: tuple[PreTokenizer, ...] = (
     PreTokenizer("minicpm5", (split(r"\p{N}{1,3}", MINICPM5),), ignore_merges=True),
     PreTokenizer("spark2_5", (_digits_last(split(r"\p{N}{1,3}", _DEEPSEEK_CJK, SPARK25)),)),
     PreTokenizer("bloom", (split(BLOOM),)),
+    PreTokenizer("falcon", ((_PUNCTUATION, *split(GPT2), _DIGIT_RUNS, *split("[0-9][0-9][0-9]")[:1]),)),
 )
 
 # Every name that llama.cpp's src/llama-vocab.cpp compares tokenizer.ggml.pre with (llama-cpp-python 0.3.36).
@@ -156,6 +159,13 @@ qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder smaug-bpe smollm solar-ope
 superbpe talkie tekken tiny_aya trillion ufakzeka viking whitespace youtu
 """
 NAMES: tuple[str, ...] = tuple(_NAMES.split())
+
+
+# llama.cpp's converter recognises tokenizers by the ids of one text, so it knows some whose spelling is not in KNOWN.
+_ROUTE_THROUGH_GGUF = (
+    "if llama.cpp's converter knows it: python convert_hf_to_gguf.py MODEL --outtype bf16 --outfile model.gguf, "
+    "then nsds-gguf convert model.gguf"
+)
 
 
 def check_name(name: str) -> None:
@@ -203,7 +213,7 @@ def recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
     nearest, likeness = _nearest(chain)
     raise UnsupportedError(
         f"{path}: unknown pre-tokenizer {_shortened(_spelled(chain))}; the nearest known one is {nearest!r} "
-        f"({likeness:.0%} alike); if text is to be split that way, say so with --pre {nearest}"
+        f"({likeness:.0%} alike); if text is to be split that way, say so with --pre {nearest}; {_ROUTE_THROUGH_GGUF}"
     )
 
 

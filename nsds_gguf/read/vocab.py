@@ -181,7 +181,9 @@ def _added_token_note(files: TokenizerFiles) -> tuple[str, ...]:
     stripping = [token.text for token in files.added_tokens.values() if token.strips]
     if not stripping:
         return ()
+    architectures = files.config.get("architectures") or []
+    unless = ", unless general.name contains phi-3" if "Phi3ForCausalLM" in architectures else ""
     return (
         f"Added tokens such as {stripping[0]!r} take blanks around them along or match whole words only; "
-        "llama.cpp matches them as they stand.",
+        f"llama.cpp matches them as they stand{unless}.",
     )

@@ -24,6 +24,8 @@ _ID_KEYS = {
     "pad": Keys.Tokenizer.PAD_ID,
     "mask": Keys.Tokenizer.MASK_ID,
 }
+# CodeLlama's end of a turn, which llama.cpp's search by text misses; its converter names it (conversion/llama.py).
+UNSEEN_EOT = "▁<EOT>"
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
@@ -41,7 +43,8 @@ def special_keys(
     """Return the keys of special token ids and of ``add_bos_token``, ``add_eos_token``.
 
     A name is looked up in ``tokenizer_config.json``, ``special_tokens_map.json``, ``config.json``,
-    ``generation_config.json`` and the sentencepiece model, in this order. The post-processor of ``tokenizer.json`` has
+    ``generation_config.json`` and the sentencepiece model, in this order. Tokens that end a turn or serve infilling are
+    found by llama.cpp itself, by text, but for ``UNSEEN_EOT``. The post-processor of ``tokenizer.json`` has
     the last word on what is added, as in transformers 5; without one the flags of ``tokenizer_config.json`` count.
 
     Args:
@@ -66,6 +69,8 @@ def special_keys(
         found["bos"] = affixes.bos if add_bos else found["bos"]
         if add_eos and found["eos"] != affixes.eos:  # the token that is added, and the one that ends a turn
             found["eot"], found["eos"] = found["eos"], affixes.eos
+    if found.get("eot") is None and UNSEEN_EOT in ids:
+        found["eot"] = ids[UNSEEN_EOT]
     _check_found(files, found, add_bos)
     keys = {
         _ID_KEYS[name]: kv(token_id, GGUFValueType.UINT32) for name, token_id in found.items() if token_id is not None

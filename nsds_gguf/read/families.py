@@ -324,9 +324,6 @@ def mla_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
     keys = {name: kv(value, GGUFValueType.UINT32) for name, value in numbers.items() if value is not None}
     gating = "SIGMOID" if config["scoring_func"] == "sigmoid" else "SOFTMAX"
     keys["expert_gating_func"] = kv(int(ExpertGatingFuncType[gating]), GGUFValueType.UINT32)
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if scaling.get("mscale_all_dim"):  # llama.cpp divides by 0.1 again
-        keys["rope.scaling.yarn_log_multiplier"] = kv(0.1 * scaling["mscale_all_dim"], GGUFValueType.FLOAT32)
     return keys
 
 
@@ -370,6 +367,7 @@ _DEEPSEEK2 = Family(
     rope_kinds=("default", "yarn"),
     writes_rope_dim=True,
     writes_vocab_size=True,
+    has_yarn_log_multiplier=True,
     sizes=mla_sizes,
     more_keys=mla_keys,
     example="DeepSeek-V2-Lite",
@@ -436,7 +434,7 @@ def twice_the_width(config: Config) -> int:
 def is_mamba_layer(config: Config, layer: int) -> bool:
     """Tell whether a layer of a Granite 4 model is a state space; the others attend."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
-    return isinstance(kinds, list) and layer < len(kinds) and kinds[layer] == "mamba"
+    return isinstance(kinds, list) and layer < len(kinds) and kinds[layer] in ("mamba", "linear_attention")
 
 
 def is_attention_layer(config: Config, layer: int) -> bool:

@@ -87,6 +87,7 @@ def _checked_rope(config: Mapping[str, Any], family: Family, sizes: Mapping[str,
             f"config.json: layers with a sliding window have rope settings of their own; llama.cpp's "
             f"{family.architecture} has one for all layers"
         )
+    settings["has_log_multiplier"] = family.has_yarn_log_multiplier
     check_rope(settings, family.architecture, family.rope_kinds, family.writes_rope_dim)
     return settings
 

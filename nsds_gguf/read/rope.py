@@ -21,6 +21,8 @@ DEFAULT_THETA = 10000.0  # transformers' default for most classes; a family's ow
 # llama.cpp computes yarn with these and reads no key for them in the supported architectures (llama-model.cpp).
 YARN_BETA_FAST, YARN_BETA_SLOW = 32.0, 1.0
 
+YARN_LOG_UNIT = 0.1  # of the key yarn_log_multiplier: llama.cpp divides by it again (deepseek2.cpp)
+
 # Far beyond any model's, and safe in float32 arithmetic and in a uint32 key.
 MIN_NUMBER, MAX_NUMBER = 1e-3, 1e9
 
@@ -161,6 +163,11 @@ def _check_yarn(settings: Mapping[str, Any]) -> None:
     for key in _YARN_OPTIONS:
         if key in settings:
             number(settings, key)
+    if settings.get("has_log_multiplier") and settings.get("mscale") != settings.get("mscale_all_dim", 0):
+        raise UnsupportedError(
+            f"config.json: yarn rope with mscale {settings.get('mscale')} and mscale_all_dim "
+            f"{settings.get('mscale_all_dim')}: llama.cpp computes latent attention only where they are the same"
+        )
 
 
 def add_rope_keys(writer: GGUFWriter, settings: Mapping[str, Any]) -> None:
@@ -174,6 +181,9 @@ def add_rope_keys(writer: GGUFWriter, settings: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_factor(number(settings, "factor"))
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(number(settings, "original_max_position_embeddings")))
+    if kind == "yarn" and settings.get("has_log_multiplier"):
+        writer.add_rope_scaling_yarn_log_mul(YARN_LOG_UNIT * number(settings, "mscale_all_dim"))
+    elif kind == "yarn":
         correction = yarn_attention_factor(settings) / yarn_magnitude(number(settings, "factor"))
         if not math.isclose(correction, 1.0, rel_tol=1e-6):
             writer.add_rope_scaling_attn_factors(correction)

@@ -321,8 +321,9 @@ def test_index_and_shards_disagree(tmp_path, weight_map, message):
 
 NO_WEIGHTS = {
     "nothing": ((), ModelError, "no model.safetensors and no model.safetensors.index.json"),
-    "PyTorch": (("pytorch_model.bin",), UnsupportedError, "holds pytorch_model.bin but no model.safetensors"),
-    "GGUF": (("m.gguf",), UnsupportedError, "holds m.gguf but no model.safetensors"),
+    "PyTorch": (("consolidated.00.pth",), UnsupportedError, "holds consolidated.00.pth but no model.safetensors"),
+    "GGUF": (("m.gguf",), UnsupportedError, "holds no safetensors: to convert m.gguf, pass .*/m.gguf"),
+    "adapter": (("adapter_model.safetensors",), UnsupportedError, "holds an adapter, not a model: merge it into"),
     "shards without index": ((SHARDS[0],), ModelError, f"holds {SHARDS[0]} but no model.safetensors.index.json"),
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,19 @@ from .fp8 import with_scales
 from .quantization import read_quantization
 from .safetensors import LFS_MARK, read_header
 from .stored import StoredTensor
+from .torch_bin import read_torch_file
+
+FileReader = Callable[[Path], Mapping[str, StoredTensor]]
+
+# The name of all weights in one file, the name of the index of several, and who reads one: the first found is taken.
+FORMATS: tuple[tuple[str, str, FileReader], ...] = (
+    ("model.safetensors", "model.safetensors.index.json", read_header),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", read_torch_file),
+)
 
 
 def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    """Read the headers of ``model.safetensors`` or of all shards named by its index.
+    """Read the headers of the weights: safetensors or, where there are none, PyTorch's; one file or several.
 
     Args:
         folder: model folder.
@@ -28,7 +37,8 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> dict[str, Stored
 
     Raises:
         ModelError: no weights, a missing shard, a git-lfs pointer, an index that leaves the folder, a header that
-            is truncated, contradicts itself or the index, or FP8 weights without scales that fit.
+            is truncated, contradicts itself or the index, FP8 weights without scales that fit, or PyTorch weights
+            without torch.
         UnsupportedError: weights in a format that is not read, or quantized by a method that is not known.
 
     """
@@ -40,20 +50,26 @@ def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> dict[str, Stored
 
 
 def _open_files(folder: Path) -> dict[str, StoredTensor]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file() and not index.is_file():
-        return dict(read_header(single))
-    if not index.is_file():
-        raise _no_weights(folder)
-    weight_map = _read_index(index)
+    """Open the first format of ``FORMATS`` that is there, its index before its single file."""
+    for single, index, read in FORMATS:
+        if (folder / index).is_file():
+            return _open_shards(folder / index, read)
+        if (folder / single).is_file():
+            return dict(read(folder / single))
+    raise _no_weights(folder)
+
+
+def _open_shards(index: Path, read: FileReader) -> dict[str, StoredTensor]:
+    weight_map = read_index(index)
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(weight_map.values())):
-        if not (folder / shard).is_file():
-            raise ModelError(f"{folder / shard}: shard is missing; {index.name} names it: download it")
-        for name, tensor in read_header(folder / shard).items():
+        file = index.parent / shard
+        if not file.is_file():
+            raise ModelError(f"{file}: shard is missing; {index.name} names it: download it")
+        for name, tensor in read(file).items():
             if weight_map.get(name) != shard:
                 where = weight_map.get(name, "no shard")
-                raise ModelError(f"{folder / shard}: holds tensor {name}, but {index.name} places it in {where}")
+                raise ModelError(f"{file}: holds tensor {name}, but {index.name} places it in {where}")
             tensors[name] = tensor
     lost = sorted(set(weight_map) - set(tensors))
     if lost:
@@ -61,7 +77,8 @@ def _open_files(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_index(index: Path) -> dict[str, str]:
+def read_index(index: Path) -> dict[str, str]:
+    """Return the shard of every tensor; raises ``ModelError`` for a damaged index or one that leaves its folder."""
     raw = index.read_bytes()
     if raw.startswith(LFS_MARK):
         raise ModelError(f"{index}: is a git-lfs pointer: run `git lfs pull` in {index.parent}")
@@ -78,13 +95,21 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _no_weights(folder: Path) -> ModelError:
-    other = sorted(path.name for pattern in ("*.bin", "*.pth", "*.pt", "*.gguf") for path in folder.glob(pattern))
-    if other:
-        return UnsupportedError(f"{folder}: holds {other[0]} but no model.safetensors: get the safetensors weights")
-    links = sorted(path for path in folder.glob("*.safetensors") if path.is_symlink() and not path.exists())
+    if any(folder.glob("adapter_model.*")):
+        return UnsupportedError(
+            f"{folder}: holds an adapter, not a model: merge it into its base model (peft, merge_and_unload) first"
+        )
+    names = sorted(path.name for path in folder.iterdir())
+    gguf = [name for name in names if name.endswith(".gguf")]
+    if gguf:
+        return UnsupportedError(f"{folder}: holds no safetensors: to convert {gguf[0]}, pass {folder / gguf[0]}")
+    links = [path for path in sorted(folder.glob("*.safetensors")) if path.is_symlink() and not path.exists()]
     if links:
         return ModelError(f"{links[0]}: link to a file that is missing: download it again")
-    shards = sorted(path.name for path in folder.glob("*.safetensors") if path.is_file())
+    shards = [name for name in names if name.endswith(".safetensors")]
     if shards:
         return ModelError(f"{folder}: holds {shards[0]} but no model.safetensors.index.json: download the index")
+    other = [name for name in names if name.endswith((".bin", ".pth", ".pt", ".h5", ".msgpack", ".onnx"))]
+    if other:
+        return UnsupportedError(f"{folder}: holds {other[0]} but no model.safetensors: get the safetensors weights")
     return ModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json in it")

@@ -1,0 +1,130 @@
+"""PyTorch's ``.bin`` files, read by torch itself (the extra ``torch``): tensors only, memory-mapped, never code.
+
+Such a file is a zip archive with a pickle, which may name any function of Python. torch's ``weights_only`` unpickler
+refuses all but those that build tensors; nothing here ever loads without it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import reprlib
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelError, UnsupportedError
+from ..records import Float32
+from .stored import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+
+# What torch calls the dtypes whose names safetensors shortens.
+_DTYPES = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0",
+}  # fmt: skip
+
+# What torch raises for archives and pickles that are damaged in one of many ways.
+_DAMAGED = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError)
+
+
+_ZIP_MARK = b"PK\x03\x04"
+_GLOBAL = re.compile(r"GLOBAL (\S+)")  # how torch's unpickler names what it refuses
+
+
+@dataclass(frozen=True)
+class TorchTensor(StoredTensor):
+    """A tensor of a ``.bin`` file that torch has mapped."""
+
+    tensor: torch.Tensor
+
+    def _matrix(self) -> torch.Tensor:
+        return self.tensor.reshape(self.n_rows, self.n_cols)
+
+    def values(self, rows: slice | NDArray[np.intp], columns: slice) -> Float32:
+        """Return the weights of some rows and columns as a fresh float32 matrix, finite or not."""
+        import torch
+
+        self.require_readable()
+        wanted = rows if isinstance(rows, slice) else torch.from_numpy(rows)
+        found: Float32 = self._matrix()[wanted][:, columns].to(torch.float32, copy=True).contiguous().numpy()
+        return found
+
+    def first_bytes(self, n_bytes: int) -> bytes:
+        """Return at most ``n_bytes`` bytes of the values, from the first; any dtype will do."""
+        import torch
+
+        n_rows = -(-n_bytes // max(1, self.n_cols * self.tensor.element_size()))
+        raw: NDArray[np.uint8] = self._matrix()[:n_rows].contiguous().view(torch.uint8).numpy()
+        return raw.tobytes()[:n_bytes]
+
+
+def read_torch_file(file: Path) -> dict[str, TorchTensor]:
+    """Map the tensors of one ``.bin`` file.
+
+    Raises:
+        ModelError: torch is not installed, or the file is damaged or holds more than tensors.
+        UnsupportedError: the format that torch wrote before version 1.6.
+        OSError: the file cannot be read.
+
+    """
+    with file.open("rb") as stream:
+        start = stream.read(24)
+    if start.startswith(b"version https://git-lfs"):
+        raise ModelError(f"{file}: is a git-lfs pointer, not the weights: run `git lfs pull` in {file.parent}")
+    if not start.startswith(_ZIP_MARK):
+        if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04")):  # a bare pickle, by its protocol
+            raise UnsupportedError(
+                f"{file}: is in the format of PyTorch before 1.6, which cannot be mapped: "
+                "get the safetensors weights, or load and save it again with a newer PyTorch"
+            )
+        raise ModelError(f"{file}: truncated or damaged: it is no zip archive of PyTorch: download it again")
+    return tensors_of(file, load_tensors(file))
+
+
+def load_tensors(file: Path) -> Any:
+    """Let torch unpickle a file with ``weights_only``; raises as ``read_torch_file`` does."""
+    try:
+        import torch
+    except ImportError as error:
+        raise ModelError(
+            f"{file}: PyTorch weights need torch: run `pip install 'nsds-gguf[torch]'`, or get the safetensors weights"
+        ) from error
+    try:
+        with warnings.catch_warnings():  # torch's advice to whoever saved the file
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        named = _GLOBAL.search(str(error))
+        what = f"names {named[1]}, which is no tensor and could run any code" if named else "is no pickle of tensors"
+        raise ModelError(f"{file}: {what}: refused; get the safetensors weights") from error
+    except _DAMAGED as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"{file}: truncated or damaged: {reason}: download it again") from error
+
+
+def tensors_of(file: Path, loaded: Any) -> dict[str, TorchTensor]:
+    """Return what a file held as tensors by name; raises ``ModelError`` unless it held exactly that."""
+    if not isinstance(loaded, Mapping):
+        raise ModelError(f"{file}: wanted tensors by name, got {type(loaded).__name__}: get the safetensors weights")
+    return {name: _torch_tensor(file, name, value) for name, value in loaded.items()}
+
+
+def _torch_tensor(file: Path, name: Any, value: Any) -> TorchTensor:
+    import torch
+
+    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+        raise ModelError(
+            f"{file}: {reprlib.repr(name)}: wanted a tensor with a name, got {type(value).__name__}: "
+            "get the safetensors weights"
+        )
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        raise UnsupportedError(f"{file}: tensor {name}: wanted a plain tensor, got {value.layout} {value.dtype}")
+    dtype = str(value.dtype).removeprefix("torch.")
+    return TorchTensor(name, _DTYPES.get(dtype, dtype), tuple(value.shape), file, value.detach())

@@ -7,7 +7,7 @@ GGUF keys have: a README's front matter is written by hand, and holds whatever i
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,26 @@ import yaml  # type: ignore[import-untyped]
 from gguf import GGUFValueType, GGUFWriter, Metadata, size_label
 from gguf.gguf_writer import GGUFValue
 
-from ..records import kv
+from ..records import Tensor, kv
 from .vocab_files import read_json
 
 
-def card_keys(folder: Path, config: Mapping[str, Any], n_weights: int) -> tuple[dict[str, GGUFValue], list[str]]:
+def card_keys(
+    folder: Path, config: Mapping[str, Any], tensors: Sequence[Tensor]
+) -> tuple[dict[str, GGUFValue], list[str]]:
     """Return the ``general.*`` keys that describe the model, and a note when the README could not be read.
 
     Args:
         folder: model folder; without a better source its name is the model's.
         config: the parsed config.json.
-        n_weights: weights of all tensors, for the size label.
+        tensors: of the model, for the size label.
 
     Raises:
         ModelError: generation_config.json is damaged.
 
     """
     notes: list[str] = []
+    n_weights = sum(tensor.n_weights for tensor in tensors)
     name = config.get("_name_or_path")
     named = {"_name_or_path": name} if isinstance(name, str) and name else {}
     found = Metadata.apply_metadata_heuristic(Metadata(), _front_matter(folder, notes), named, folder, n_weights)
@@ -43,8 +46,18 @@ def card_keys(folder: Path, config: Mapping[str, Any], n_weights: int) -> tuple[
     found.set_gguf_meta_model(writer)
     keys = {key: fitted for key, value in writer.kv_data[0].items() if (fitted := _fitted(value)) is not None}
     keys.setdefault("general.name", kv(folder.name, GGUFValueType.STRING))
-    keys.setdefault("general.size_label", kv(size_label(n_weights, n_weights, 0, 0), GGUFValueType.STRING))
+    keys.setdefault("general.size_label", kv(_size_label(tensors), GGUFValueType.STRING))
     return keys, notes
+
+
+def _size_label(tensors: Sequence[Tensor]) -> str:
+    """Return ``1.1B``, or ``8x7B`` for a mixture of experts, by gguf's rule."""
+    experts = [tensor for tensor in tensors if tensor.role.endswith("_exps")]
+    n_all, n_stacked = (sum(tensor.n_weights for tensor in group) for group in (tensors, experts))
+    if not experts:
+        return str(size_label(n_all, n_all, 0, 0))
+    n_experts = sum(tensor.shape[0] for tensor in experts) // len(experts)
+    return str(size_label(n_all, n_all - n_stacked, n_stacked // n_experts, n_experts))
 
 
 def _front_matter(folder: Path, notes: list[str]) -> dict[str, Any]:

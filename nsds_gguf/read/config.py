@@ -31,6 +31,9 @@ ALIASES = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
 }
 
+# Of a multimodal model: settings of the whole that count for the language model in it (transformers 5 ties by them).
+_OUTER_SETTINGS = ("tie_word_embeddings",)
+
 # Defaults that ``rope.rope_settings`` applies.
 ROPE_SETTINGS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "original_max_position_embeddings")
 
@@ -84,9 +87,8 @@ def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise UnsupportedError(
             f"config.json: {name} around a language model of type {kind!r}; known: {', '.join(TEXT_MODELS)}"
         )
-    # What belongs to both stands outside, or inside only: the inner one counts.
-    shared = {key: value for key, value in config.items() if key in ("tie_word_embeddings", "torch_dtype", "dtype")}
-    return TEXT_MODELS[kind], {**shared, **inner}
+    shared = {key: config[key] for key in _OUTER_SETTINGS if config.get(key) is not None}
+    return TEXT_MODELS[kind], {**inner, **shared}
 
 
 def canonical(config: Mapping[str, Any], family: Family) -> dict[str, Any]:

@@ -131,6 +131,24 @@ _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
 _CAUSAL = {"use_bidirectional_attention": False}
 
 
+def phi3_keys(config: Config, _sizes: Sizes) -> dict[str, GGUFValue]:
+    """Return Phi 3's window, 0 where it has none (llama.cpp knows Phi 4 by that), and its first context."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    return {
+        "attention.sliding_window": kv(config.get("sliding_window") or 0, GGUFValueType.UINT32),
+        "rope.scaling.original_context_length": kv(original or PHI3_CONTEXT, GGUFValueType.UINT32),
+    }
+
+
+PHI3_CONTEXT = 4096  # transformers' default
+
+
+def unscaled_rope(_config: Config, _sizes: Sizes) -> dict[str, GGUFValue]:
+    """Return the key that says that rope is not scaled."""
+    return {"rope.scaling.type": kv("none", GGUFValueType.STRING)}
+
+
 def attention_scale(n_layers_of_27b: int) -> Callable[[Config], float]:
     """Return what gives the ``query_pre_attn_scalar`` that llama.cpp computes with (gemma2.cpp, gemma3.cpp)."""
 
@@ -681,11 +699,12 @@ FAMILIES = (
         architecture="phi3",
         layer=_PHI3_LAYER,
         outside=OUTSIDE,
-        defaults={**_UNTIED, "norm_eps": 1e-5, "original_max_position_embeddings": 4096},
+        defaults={**_UNTIED, "norm_eps": 1e-5, "original_max_position_embeddings": PHI3_CONTEXT},
         fixed_head_dim=True,
         rope_kinds=("default", "longrope"),
         window=Window(),
         writes_rope_dim=True,
+        more_keys=phi3_keys,
         example="Phi 3, 3.5 and 4",
     ),
     Family(
@@ -785,7 +804,7 @@ FAMILIES = (
         defaults={**_UNTIED, "norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
         fixed={"attention_bias": False},
         fixed_head_dim=True,
-        window=Window(period=4),
+        window=Window(period=4, lists_layers=True),
         output="required",
         example="OLMo 3",
     ),
@@ -853,6 +872,7 @@ FAMILIES = (
         fixed_head_dim=True,
         rope_kinds=("default",),
         output="tied",
+        more_keys=unscaled_rope,
         example="Command R, Aya",
     ),
     Family(
@@ -870,6 +890,7 @@ FAMILIES = (
         writes_rope_dim=True,
         writes_vocab_size=True,
         output="tied",
+        more_keys=unscaled_rope,
         example="Command R7B",
     ),
     Family(

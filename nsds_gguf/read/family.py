@@ -107,10 +107,12 @@ class Window:
         flag: setting that switches it on; empty where the window's own number does.
         period: every ``period``-th layer attends to everything, as llama.cpp assumes without a key; 0 where it
             computes no window for the architecture.
+        lists_layers: say which layers have it even where they are the ones that llama.cpp assumes.
     """
 
     flag: str = ""
     period: int = 0
+    lists_layers: bool = False
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
     tensors, notes = map_tensors(stored, config, family, sizes, is_wrapped="text_config" in whole)
     tensors += _rope_tensors(rope, sizes)
     vocab = open_vocab(folder, sizes["vocab"], config, pre)
-    about, unread = card_keys(folder, whole, sum(tensor.n_weights for tensor in tensors))
+    about, unread = card_keys(folder, whole, tensors)
     metadata = {**model_keys(about, config, family, sizes, rope), **vocab.metadata}
     _check_letters(folder, metadata)
     return Model(

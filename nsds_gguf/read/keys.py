@@ -62,10 +62,15 @@ def model_keys(
     _add_window_keys(writer, config, family, sizes["layers"])
     keys = dict(writer.kv_data[0])
     for key in family.keys:
-        if config.get(key.setting) is not None:
+        if config.get(key.setting) is not None and not _says_nothing(config, key):
             keys[f"{family.architecture}.{key.name}"] = kv(_fitted(config, key), key.type)
     more = family.more_keys(config, sizes)
     return {**keys, **{f"{family.architecture}.{name}": value for name, value in more.items()}}
+
+
+def _says_nothing(config: Config, key: Key) -> bool:
+    """Tell whether a number is 0 and so means that there is no such thing (a shared expert's width)."""
+    return key.type == GGUFValueType.UINT32 and config[key.setting] == 0
 
 
 def _fitted(config: Config, key: Key) -> Any:
@@ -88,7 +93,7 @@ def _add_window_keys(writer: GGUFWriter, config: Config, family: Family, n_layer
     period = family.window.period
     assumed = [(i + 1) % period != 0 for i in range(n_layers)]
     actual = _windowed_layers(config, assumed)
-    if actual != assumed:
+    if actual != assumed or family.window.lists_layers:
         writer.add_sliding_window_pattern(actual)
 
 

@@ -251,14 +251,15 @@ def llama3_factors(settings: Mapping[str, Any], rope_dim: int) -> Float32:
     Wavelengths shorter than ``n_ctx / high_freq_factor`` stay, those longer than ``n_ctx / low_freq_factor`` are
     stretched by ``factor``, those between are blended (transformers, ``_compute_llama3_parameters``).
     """
-    factor = number(settings, "factor")
-    low, high = number(settings, "low_freq_factor"), number(settings, "high_freq_factor")
-    n_ctx = number(settings, "original_max_position_embeddings")
-    theta = number(settings, "rope_theta")
-    frequencies = 1.0 / theta ** (np.arange(0, rope_dim, 2, dtype=np.float32) / np.float32(rope_dim))
-    wavelengths = 2 * math.pi / frequencies
-    smooth = np.clip((n_ctx / wavelengths - low) / (high - low), 0.0, 1.0)
-    factors: Float32 = (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
+    one = np.float32(1)
+    factor, theta, low, high, n_ctx = (
+        np.float32(number(settings, key))
+        for key in ("factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    frequencies = one / theta ** (np.arange(0, rope_dim, 2, dtype=np.float32) / np.float32(rope_dim))
+    wavelengths = np.float32(2 * math.pi) / frequencies
+    smooth = np.clip((n_ctx / wavelengths - low) / (high - low), np.float32(0), one)
+    factors: Float32 = one / ((one - smooth) / factor + smooth)
     return factors
 
 

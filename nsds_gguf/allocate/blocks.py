@@ -20,7 +20,8 @@ from .moments import (
     matrix_moments,
     product,
     product_mean,
-    sigmoid_square,
+    ratio,
+    sigmoid_moments,
     unit_moments,
 )
 
@@ -40,7 +41,7 @@ class Write:
 
     Attributes:
         name: tensor that writes, for messages.
-        moment: second moment of each channel, ``(n_embd,)``.
+        signal: moments of each channel, ``(n_embd,)``.
         noise: by tensor name, the second moment that relative noise of 1 in the tensor adds, ``(n_embd,)``.
         readers: tensors that multiply what the block reads of the stream.
         inputs: by name of the other tensors, the second moment of what each column multiplies, ``(n_cols,)``, or
@@ -48,21 +49,26 @@ class Write:
     """
 
     name: str
-    moment: Float64
+    signal: Signal
     noise: dict[str, Float64]
     readers: tuple[str, ...]
     inputs: dict[str, Float64]
 
-    def scaled(self, factor: Float64 | float, constant: Float64 | float = 0.0) -> Write:
-        """Return the write times a factor on second moments, plus a constant without noise."""
+    def scaled(self, mean_square: float, mean: float) -> Write:
+        """Return the write times a factor of these moments."""
+        noise = {name: value * mean_square for name, value in self.noise.items()}
+        return replace(self, signal=self.signal.scaled(mean_square, mean), noise=noise)
+
+    def normed(self, norm: Norm, eps: float) -> Write:
+        """Return the write behind a norm: noise keeps its share."""
+        factor = norm.gains(len(self.signal.second)) ** 2 / (self.signal.second.mean() + eps)
         noise = {name: value * factor for name, value in self.noise.items()}
-        return replace(self, moment=self.moment * factor + constant, noise=noise)
+        return replace(self, signal=norm.apply(self.signal, eps), noise=noise)
 
     def plus(self, other: Write) -> Write:
         """Return the sum of two independent writes; of a tensor that takes part in both the noises add up."""
-        noise = added(self.noise, other.noise)
         readers, inputs = (*self.readers, *other.readers), {**self.inputs, **other.inputs}
-        return Write(self.name, self.moment + other.moment, noise, readers, inputs)
+        return Write(self.name, self.signal.plus(other.signal), added(self.noise, other.noise), readers, inputs)
 
 
 def added(first: Mapping[str, Float64], second: Mapping[str, Float64]) -> dict[str, Float64]:
@@ -72,18 +78,26 @@ def added(first: Mapping[str, Float64], second: Mapping[str, Float64]) -> dict[s
 
 def _of_parts(parts: Sequence[tuple[Linear, Float64]]) -> dict[str, Float64]:
     """Return noise by stored tensor: that of the parts of a fused one adds up."""
-    noise: dict[str, Float64] = {}
-    for part, value in parts:
-        noise = added(noise, {part.name: value})
-    return noise
+    return functools.reduce(added, [{part.name: value} for part, value in parts])
 
 
-def _written(linear: Linear, x2: Float64, hparams: Hparams) -> tuple[Float64, Float64 | float]:
-    """Return the second moments that a matrix writes, and those of its bias."""
-    bias = 0.0 if linear.bias is None else linear.bias.load().astype(np.float64)
-    if hparams.norm == "layer":
-        bias = bias - np.mean(bias)
-    return WRITERS.get(hparams.norm, matrix_moments)(linear.weight, x2), bias**2
+def written(linear: Linear, hidden: Signal, hparams: Hparams) -> Signal:
+    """Return what a matrix writes to the stream, ``(n_embd,)``.
+
+    Where the mean of what it multiplies is not followed, neither is that of what it writes.
+    """
+    writer = WRITERS.get(hparams.norm, matrix_moments)
+    varying, mean = Signal(writer(linear.weight, hidden.variance)), product_mean(linear, hidden)
+    if mean is None:
+        return varying
+    constant = mean - mean.mean() if hparams.norm == "layer" else mean
+    total = varying.shifted(constant)
+    return Signal(total.second) if hidden.mean is None else total
+
+
+def noise_of(linear: Linear, second: Float64, hparams: Hparams) -> Float64:
+    """Return the second moment that a matrix makes of noise of this second moment: ``(n_embd,)``."""
+    return WRITERS.get(hparams.norm, matrix_moments)(linear.weight, second)
 
 
 # --- attention ------------------------------------------------------------------------------------------------
@@ -100,24 +114,39 @@ def attention_write(a: Attention, tensors: Mapping[str, Tensor], x: Signal, hpar
 
     """
     value = product(a.v, x)
-    attended = ATTENTION_SHRINK * value.variance + value.mean_square
-    o2 = np.repeat(attended.reshape(a.n_kv_heads, -1), a.n_heads // a.n_kv_heads, axis=0).ravel()
-    sub_norm = tensors.get("attn_sub_norm")
+    spread = Signal(ATTENTION_SHRINK * value.variance)
+    heads = _per_head(spread if value.mean is None else spread.shifted(value.mean), a)
+    attended = heads if x.mean is not None else Signal(heads.second)
+    sub_norm, gate = tensors.get("attn_sub_norm"), tensors.get("attn_gate")
     if sub_norm is not None:
-        o2 = Norm(sub_norm).apply(o2, hparams.norm_eps).second
-    ungated, gate = o2, tensors.get("attn_gate")
+        attended = Norm(sub_norm).apply(attended, hparams.norm_eps)
+    readers, noise = [a.q.name, a.k.name, a.v.name], {}
     if gate is not None:
-        opening, gate_noise = sigmoid_square(product(Linear(gate, tensors.get("attn_gate.bias")), x))
-        o2 = o2 * np.repeat(opening, a.value_dim if len(opening) == a.n_heads else 1)
-    written, constant = _written(a.o, o2, hparams)
-    of_values = written / ATTENTION_SHRINK  # noise of a matrix is alike at all positions: no averaging shrinks it
-    of_logits = written * logit_variance(a, tensors, x, hparams)
-    noise = _of_parts([(a.v, of_values), (a.o, of_values), (a.q, of_logits), (a.k, of_logits)])
-    if gate is not None:
-        gated = ungated * np.repeat(gate_noise, a.value_dim if len(gate_noise) == a.n_heads else 1)
-        noise = added(noise, {gate.name: _written(a.o, gated, hparams)[0]})
-    readers = (a.q.name, a.k.name, a.v.name, *([] if gate is None else [gate.name]))
-    return Write(a.o.name, written + constant, noise, readers, {a.o.name: o2})
+        opening = sigmoid_moments(product(Linear(gate, tensors.get("attn_gate.bias")), x))
+        n_wide = a.value_dim if len(opening.second) == a.n_heads else 1
+        noise[gate.name] = noise_of(a.o, attended.second * np.repeat(opening.noise, n_wide), hparams)
+        attended = attended.scaled(np.repeat(opening.second, n_wide), np.repeat(opening.mean, n_wide))
+        readers.append(gate.name)
+    energy = noise_of(a.o, attended.second, hparams)
+    # noise of a matrix is alike at all positions: no averaging shrinks it
+    of_values = energy / (ATTENTION_SHRINK if x.mean is None else _shrink(value))
+    of_logits = energy * logit_variance(a, tensors, x, hparams)
+    noise |= _of_parts([(a.v, of_values), (a.o, of_values), (a.q, of_logits), (a.k, of_logits)])
+    signal = written(a.o, attended, hparams)
+    return Write(a.o.name, signal, noise, tuple(readers), {a.o.name: attended.second})
+
+
+def _per_head(value: Signal, a: Attention) -> Signal:
+    """Return values as the query heads see them, each group's for every head of it: ``(n_heads * value_dim,)``."""
+    rows = np.arange(len(value.second)).reshape(a.n_kv_heads, -1)
+    order = np.repeat(rows, a.n_heads // a.n_kv_heads, axis=0).ravel()
+    return Signal(value.second[order], None if value.mean is None else value.mean[order])
+
+
+def _shrink(value: Signal) -> float:
+    """Return the energy that averaging over positions leaves of values, whose mean it does not shrink."""
+    mean_square = 0.0 if value.mean is None else float((value.mean**2).sum())
+    return (ATTENTION_SHRINK * float(value.variance.sum()) + mean_square) / float(value.second.sum())
 
 
 def has_known_gate(a: Attention, tensors: Mapping[str, Tensor]) -> bool:
@@ -185,7 +214,7 @@ def feed_forward_write(
     """
     n_experts = sum(block.kind == ROUTED for block in blocks)
     parts = [
-        block_write(block, tensors, x, hparams).scaled(expected_use(block, tensors, x, hparams, n_experts))
+        block_write(block, tensors, x, hparams).scaled(*expected_use(block, tensors, x, hparams, n_experts))
         for block in blocks
     ]
     total = functools.reduce(Write.plus, parts)
@@ -198,57 +227,50 @@ def feed_forward_write(
 
 def expected_use(
     block: FeedForward, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams, n_experts: int
-) -> float:
-    """Return the mean squared weight that the router gives a block's output.
+) -> tuple[float, float]:
+    """Return the mean square and the mean of the weight that the router gives a block's output.
 
-    Of ``n`` routed experts a token visits ``k``, all alike likely, and weighs them alike: ``(k / n) (scale / k)^2``. A
-    shared expert counts in full, or through the sigmoid of its own router.
+    Of ``n`` routed experts a token visits ``k``, all alike likely, and weighs them alike: ``scale / k`` in ``k`` of
+    ``n`` cases. A shared expert counts in full, or through the sigmoid of its own router.
     """
     if block.kind == ROUTED:
-        n_used = min(hparams.n_experts_used or n_experts, n_experts)
-        return hparams.experts_scale**2 / (n_used * n_experts)
+        n_used, scale = min(hparams.n_experts_used or n_experts, n_experts), hparams.experts_scale
+        return scale**2 / (n_used * n_experts), scale / n_experts
     router = tensors.get("ffn_gate_inp_shexp")
     if block.kind != SHARED or router is None:
-        return 1.0
-    return float(sigmoid_square(product(Linear(rows_of(router, 0, 1)), x))[0][0])
+        return 1.0, 1.0
+    weight = sigmoid_moments(product(Linear(rows_of(router, 0, 1)), x))
+    return float(weight.second[0]), float(weight.mean[0])
 
 
 def block_write(block: FeedForward, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> Write:
     """Return what one dense block or expert writes, as if every token went through it."""
     up = product(block.up, x)
-    offset = UP_OFFSETS.get(hparams.activation, 0.0)
     if block.gate is None:
-        unit, noise = unit_moments(up, hparams.activation)
-        hidden = [(block.up, noise * noise_ratio(block.up, x, up, up.variance))]
+        units = unit_moments(up, hparams.activation)
+        noisy = [(block.up, units.noise * noise_ratio(block.up, x, up, up.variance))]
     else:
-        if offset:
-            mean = (0.0 if up.mean is None else up.mean) + np.full(len(up.second), offset)
-            up = Signal(up.variance + mean**2, mean)
+        offset = UP_OFFSETS.get(hparams.activation)
+        up = up if offset is None else up.shifted(offset)
         gate = product(block.gate, x)
         both = covariance(block.gate.weight, block.up.weight, x.variance)
-        unit, noise = gated_unit_moments(gate, up, both, hparams.activation)
-        hidden = [
-            (block.gate, noise * noise_ratio(block.gate, x, gate, gate.variance)),
-            (block.up, unit * noise_ratio(block.up, x, up, up.second)),
+        units = gated_unit_moments(gate, up, both, hparams.activation)
+        noisy = [
+            (block.gate, units.noise * noise_ratio(block.gate, x, gate, gate.variance)),
+            (block.up, units.second * noise_ratio(block.up, x, up, up.second)),
         ]
-    sub_norm = tensors.get("ffn_sub_norm")
+    hidden, sub_norm = Signal(units.second, None if x.mean is None else units.mean), tensors.get("ffn_sub_norm")
     if sub_norm is not None:
-        normed = Norm(sub_norm).apply(unit, hparams.norm_eps).second
-        hidden = [(part, value * _ratio(normed, unit)) for part, value in hidden]
-        unit = normed
-    written, constant = _written(block.down, unit, hparams)
-    through_down = [(part, _written(block.down, value, hparams)[0]) for part, value in hidden]
-    noise_by_name = _of_parts([*through_down, (block.down, written)])
-    readers = tuple(part.name for part, _ in hidden)
-    return Write(block.down.name, written + constant, noise_by_name, readers, {block.down.name: unit})
+        hidden = Norm(sub_norm).apply(hidden, hparams.norm_eps)
+        noisy = [(part, value * ratio(hidden.second, units.second)) for part, value in noisy]
+    through_down = [(part, noise_of(block.down, value, hparams)) for part, value in noisy]
+    noise = _of_parts([*through_down, (block.down, noise_of(block.down, hidden.second, hparams))])
+    readers, signal = tuple(part.name for part, _ in noisy), written(block.down, hidden, hparams)
+    return Write(block.down.name, signal, noise, readers, {block.down.name: hidden.second})
 
 
 def noise_ratio(linear: Linear, x: Signal, out: Signal, of: Float64) -> Float64 | float:
     """Return the second moment ``W^2 x^2`` that noise in the weights is relative to, over ``of``, ``(n_rows,)``."""
     if out.mean is None:
         return 1.0
-    return _ratio(out.variance if x.mean is None else matrix_moments(linear.weight, x.second), of)
-
-
-def _ratio(above: Float64, below: Float64) -> Float64:
-    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+    return ratio(out.variance if x.mean is None else matrix_moments(linear.weight, x.second), of)

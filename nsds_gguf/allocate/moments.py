@@ -22,7 +22,7 @@ _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # quadrature for a standard normal
 
 @dataclass(frozen=True)
 class Signal:
-    """Channels by their second moment ``(n,)`` and, where it is known not to be 0, their mean ``(n,)``."""
+    """Channels by their second moment ``(n,)`` and, where it is followed, their mean ``(n,)``."""
 
     second: Float64
     mean: Float64 | None = None
@@ -32,10 +32,20 @@ class Signal:
         """Second moment about the mean, ``(n,)``."""
         return self.second if self.mean is None else np.maximum(self.second - self.mean**2, 0.0)
 
-    @property
-    def mean_square(self) -> Float64 | float:
-        """Square of the mean, ``(n,)``, or 0."""
-        return 0.0 if self.mean is None else self.mean**2
+    def plus(self, other: Signal) -> Signal:
+        """Return the sum of two signals that are independent but for their means."""
+        if self.mean is None or other.mean is None:
+            return Signal(self.second + other.second, self.mean if other.mean is None else other.mean)
+        return Signal(self.second + other.second + 2 * self.mean * other.mean, self.mean + other.mean)
+
+    def scaled(self, mean_square: Float64 | float, mean: Float64 | float) -> Signal:
+        """Return the signal times an independent factor, or one per channel, of these moments."""
+        return Signal(self.second * mean_square, None if self.mean is None else self.mean * mean)
+
+    def shifted(self, constant: Float64 | float) -> Signal:
+        """Return the signal plus a constant."""
+        mean = constant + (np.zeros_like(self.second) if self.mean is None else self.mean)
+        return Signal(self.variance + mean**2, mean)
 
 
 # --- norms ----------------------------------------------------------------------------------------------------
@@ -48,20 +58,18 @@ class Norm:
     gain: Tensor | None = None
     bias: Tensor | None = None
 
-    def gain2(self, n: int) -> Float64:
-        """Return the squared gain, ``(n,)``."""
-        return np.ones(n) if self.gain is None else self.gain.load().astype(np.float64).ravel() ** 2
+    def gains(self, n: int) -> Float64:
+        """Return the gain, ``(n,)``."""
+        return np.ones(n) if self.gain is None else self.gain.load().astype(np.float64).ravel()
 
-    def apply(self, second: Float64, eps: float) -> Signal:
+    def apply(self, x: Signal, eps: float) -> Signal:
         """Return what comes out of an RMS norm, or of a layer norm when the channels' mean is taken out already.
 
-        ``gain^2 r / (mean(r) + eps)``, plus a constant where there is a bias.
+        ``gain x / sqrt(mean(x^2) + eps)``, plus the bias.
         """
-        scaled: Float64 = second / (second.mean() + eps) * self.gain2(len(second))
-        if self.bias is None:
-            return Signal(scaled)
-        mean = self.bias.load().astype(np.float64).ravel()
-        return Signal(scaled + mean**2, mean)
+        gain, square = self.gains(len(x.second)), x.second.mean() + eps
+        normed = Signal(x.second / square * gain**2, None if x.mean is None else x.mean / np.sqrt(square) * gain)
+        return normed if self.bias is None else normed.shifted(self.bias.load().astype(np.float64).ravel())
 
 
 # --- matrices -------------------------------------------------------------------------------------------------
@@ -69,8 +77,8 @@ class Norm:
 
 def product(linear: Linear, x: Signal) -> Signal:
     """Return the moments of ``W x + b``: variance ``W^2 var(x)``, mean ``W mean(x) + b``; each ``(n_rows,)``."""
-    variance, mean = matrix_moments(linear.weight, x.variance), product_mean(linear, x)
-    return Signal(variance) if mean is None else Signal(variance + mean**2, mean)
+    varying, mean = Signal(matrix_moments(linear.weight, x.variance)), product_mean(linear, x)
+    return varying if mean is None else varying.shifted(mean)
 
 
 def product_mean(linear: Linear, x: Signal) -> Float64 | None:
@@ -102,14 +110,18 @@ def covariance(first: Tensor, second: Tensor, x2: Float64) -> Float64:
     return np.concatenate([(a * b) @ narrow for a, b in pairs]).astype(np.float64)
 
 
-def column_moments(tensor: Tensor, centred: bool) -> Float64:
-    """Return the mean of the squared rows, ``(n_cols,)``; ``centred`` takes each row's mean out first."""
-    total = np.zeros(tensor.n_cols)
+def row_moments(tensor: Tensor, centred: bool) -> Signal:
+    """Return the moments of a row drawn at random, ``(n_cols,)``.
+
+    ``centred`` takes the mean of its channels out of each row and follows the mean of each channel.
+    """
+    total, squares = np.zeros(tensor.n_cols), np.zeros(tensor.n_cols)
     for rows in _rows(tensor):
         if centred:
             rows -= rows.mean(axis=1, keepdims=True)
-        total += np.square(rows, out=rows).sum(axis=0, dtype=np.float64)
-    return total / tensor.n_rows
+            total += rows.sum(axis=0, dtype=np.float64)
+        squares += np.square(rows, out=rows).sum(axis=0, dtype=np.float64)
+    return Signal(squares / tensor.n_rows, total / tensor.n_rows if centred else None)
 
 
 def _rows(tensor: Tensor) -> Iterator[Float32]:
@@ -179,13 +191,26 @@ UP_OFFSETS = {"swiglu_oai": 1.0}
 # --- units of a feed-forward block ----------------------------------------------------------------------------
 
 
-def gated_unit_moments(gate: Signal, up: Signal, both: Float64, activation: str = "silu") -> tuple[Float64, Float64]:
-    """Return ``E[(f(g) u)^2]`` and ``E[(f'(g) s_g u)^2]`` of jointly Gaussian g and u, ``(n_ff,)`` each.
+@dataclass(frozen=True)
+class Units:
+    """Hidden units behind the activation, ``(n_ff,)`` each.
 
-    ``s_g`` is the deviation that relative noise in the gate's weights scales with.
+    Attributes:
+        second: second moment.
+        mean: mean.
+        noise: second moment that relative noise of 1 in what goes through the activation adds to them.
+    """
+
+    second: Float64
+    mean: Float64
+    noise: Float64
+
+
+def gated_unit_moments(gate: Signal, up: Signal, both: Float64, activation: str = "silu") -> Units:
+    """Return the moments of ``f(g) u`` with jointly Gaussian g and u, and ``E[(f'(g) s_g u)^2]``.
 
     Args:
-        gate: moments of g, ``(n_ff,)``.
+        gate: moments of g, ``(n_ff,)``; ``s_g`` is its deviation, which noise in the gate's weights scales with.
         up: moments of u.
         both: ``(n_ff,)`` covariance of g and u.
         activation: name of f, a key of ``ACTIVATIONS``.
@@ -195,27 +220,33 @@ def gated_unit_moments(gate: Signal, up: Signal, both: Float64, activation: str 
 
     """
     value, slope = ACTIVATIONS[activation]
-    gate2, up2 = gate.variance, up.variance
-    sigma, mean_up = np.sqrt(gate2), 0.0 if up.mean is None else up.mean
-    with np.errstate(divide="ignore", invalid="ignore"):
-        rho2 = np.clip(np.where(gate2 * up2 > 0, both**2 / (gate2 * up2), 0.0), 0.0, 1.0)
-        shared = 2 * mean_up * np.where(sigma > 0, both / sigma, 0.0)
-    unit, noise = np.zeros_like(gate2), np.zeros_like(gate2)
+    gate2, up2, mean_up = gate.variance, up.variance, 0.0 if up.mean is None else up.mean
+    sigma = np.sqrt(gate2)
+    rho2 = np.clip(ratio(both**2, gate2 * up2), 0.0, 1.0)
+    along = ratio(both, sigma)  # of u, per unit of z
+    second, mean, noise = np.zeros_like(gate2), np.zeros_like(gate2), np.zeros_like(gate2)
     for z, weight in zip(_NODES, _WEIGHTS, strict=True):
         x = sigma * z if gate.mean is None else gate.mean + sigma * z
-        up_given = up2 * (1 - rho2 + rho2 * z * z) + (shared * z + mean_up**2)
-        unit += weight * value(x) ** 2 * up_given
+        up_given = up2 * (1 - rho2 + rho2 * z * z) + (2 * mean_up * along * z + mean_up**2)
+        second += weight * value(x) ** 2 * up_given
+        mean += weight * value(x) * (mean_up + along * z)
         noise += weight * (slope(x) * sigma) ** 2 * up_given
-    return unit, noise
+    return Units(second, mean, noise)
 
 
-def unit_moments(x: Signal, activation: str) -> tuple[Float64, Float64]:
-    """Return ``E[f(x)^2]`` and ``E[(f'(x) s)^2]`` of Gaussian x, ``(n,)`` each; the gated ones with u = 1."""
-    return gated_unit_moments(x, Signal(np.ones_like(x.second), np.ones_like(x.second)), np.zeros(1), activation)
+def unit_moments(x: Signal, activation: str) -> Units:
+    """Return the moments of ``f(x)`` of Gaussian x, and ``E[(f'(x) s)^2]``: the gated ones with u = 1."""
+    ones = np.ones_like(x.second)
+    return gated_unit_moments(x, Signal(ones, ones), np.zeros_like(ones), activation)
 
 
-def sigmoid_square(x: Signal) -> tuple[Float64, Float64]:
-    """Return ``E[sigmoid(x)^2]`` and ``E[(sigmoid'(x) s)^2]`` of Gaussian x, ``(n,)`` each."""
+def ratio(above: Float64, below: Float64) -> Float64:
+    """Return the quotient, 0 where there is nothing below."""
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
+def sigmoid_moments(x: Signal) -> Units:
+    """Return the moments of ``sigmoid(x)`` of Gaussian x, and ``E[(sigmoid'(x) s)^2]``."""
     sigma, mean = np.sqrt(x.variance), 0.0 if x.mean is None else x.mean
     s = _sigmoid(np.add.outer(_NODES, np.zeros_like(sigma)) * sigma + mean)  # (n_nodes, n)
-    return _WEIGHTS @ s**2, _WEIGHTS @ (s * (1 - s) * sigma) ** 2
+    return Units(_WEIGHTS @ s**2, _WEIGHTS @ s, _WEIGHTS @ (s * (1 - s) * sigma) ** 2)

@@ -35,7 +35,7 @@ from .blocks import (
     has_known_gate,
     has_known_qk_norms,
 )
-from .moments import ACTIVATIONS, Norm, Signal, column_moments
+from .moments import ACTIVATIONS, Norm, Signal, row_moments
 from .wiring import BlockWiring, has_plain_experts, is_plain_stream, read_wiring, reads_as_attention
 
 __all__ = ["ATTENTION_SHRINK", "IMPORTANCES", "STREAM_WEIGHT", "Propagation", "propagate"]
@@ -110,9 +110,10 @@ def propagate(model: Model, progress: Progress = no_progress) -> Propagation:
 
 
 class _Sweep:
-    """State of the sweep: ``stream`` is the second moment of each residual channel, ``(n_embd,)``.
+    """State of the sweep: ``stream`` holds the moments of the residual channels, ``(n_embd,)``.
 
-    It is ``None`` when there is no embedding to start from; then nothing is reached.
+    It is ``None`` when there is no embedding to start from; then nothing is reached. The channels' means are followed
+    where the stream is read through layer norms, which is where models have biases.
     """
 
     def __init__(self, model: Model) -> None:
@@ -124,19 +125,20 @@ class _Sweep:
         self.gains: dict[str, Float64] = {}
         self.stream = self.embed()
 
-    def embed(self) -> Float64 | None:
-        """Return the second moment of what enters the first layer."""
+    def embed(self) -> Signal | None:
+        """Return what enters the first layer."""
         embedding = self.model.by_name.get("token_embd.weight")
         if embedding is None or embedding.n_cols != self.hparams.n_embd:
             return None
         self.sensitivity[embedding.name] = STREAM_WEIGHT
-        stream = column_moments(embedding, self.centred) * self.hparams.embedding_scale**2
+        scale = self.hparams.embedding_scale
+        stream = row_moments(embedding, self.centred).scaled(scale**2, scale)
         for name in ("position_embd.weight", "token_types.weight"):
             table = self.model.by_name.get(name)
-            if table is not None and table.n_cols == len(stream):
-                stream = stream + column_moments(table, self.centred)
+            if table is not None and table.n_cols == embedding.n_cols:
+                stream = stream.plus(row_moments(table, self.centred))
         norm = None if self.output_norm_role() == "token_embd_norm" else self.norm("token_embd_norm")
-        return stream if norm is None else norm.apply(stream, self.hparams.norm_eps).second
+        return stream if norm is None else norm.apply(stream, self.hparams.norm_eps)
 
     def norm(self, role: str) -> Norm | None:
         """Return a norm outside the layers."""
@@ -161,9 +163,10 @@ class _Sweep:
             writes = self.feed_forward(view, wiring.feed_forward, entry)
         stream = self.commit(entry, writes, wiring.feed_forward)
         scale = view.tensors.get("layer_output_scale")
-        self.stream = stream if scale is None else stream * float(scale.load().ravel()[0]) ** 2
+        factor = 1.0 if scale is None else float(scale.load().ravel()[0])
+        self.stream = stream.scaled(factor**2, factor)
 
-    def attention(self, view: Layer, wiring: BlockWiring, stream: Float64) -> list[Write]:
+    def attention(self, view: Layer, wiring: BlockWiring, stream: Signal) -> list[Write]:
         """Return the write of plain attention; nothing where the layer has none that is known."""
         a, x = view.attention, self.read(wiring, stream)
         self.record_readers([t.name for t in view.rest if reads_as_attention(t)], wiring, x)
@@ -172,45 +175,43 @@ class _Sweep:
             return []
         return [self.finished(attention_write(a, view.tensors, x, self.hparams), wiring, x)]
 
-    def feed_forward(self, view: Layer, wiring: BlockWiring, stream: Float64) -> list[Write]:
+    def feed_forward(self, view: Layer, wiring: BlockWiring, stream: Signal) -> list[Write]:
         """Return the write of the feed-forward blocks; nothing where the layer has none that are known."""
         if not view.feed_forward or self.hparams.activation not in ACTIVATIONS or not has_plain_experts(view.tensors):
             return []
         x = self.read(wiring, stream)
         return [self.finished(feed_forward_write(view.feed_forward, view.tensors, x, self.hparams), wiring, x)]
 
-    def read(self, wiring: BlockWiring, stream: Float64) -> Signal:
+    def read(self, wiring: BlockWiring, stream: Signal) -> Signal:
         """Return what a block reads of the stream."""
-        return Signal(stream) if wiring.before is None else wiring.before.apply(stream, self.hparams.norm_eps)
+        return stream if wiring.before is None else wiring.before.apply(stream, self.hparams.norm_eps)
 
     def finished(self, write: Write, wiring: BlockWiring, x: Signal) -> Write:
         """Return a block's write as it reaches the stream, normed and scaled; record what its matrices multiply."""
         self.record_readers(write.readers, wiring, x)
         self.inputs.update(write.inputs)
-        if not np.isfinite(write.moment).all():
+        if not np.isfinite(write.signal.second).all():
             raise ModelError(f"tensor {write.name}: its output has no finite second moment; the weights are damaged")
         if wiring.behind is not None:
-            normed = wiring.behind.apply(write.moment, self.hparams.norm_eps)
-            factor = wiring.behind.gain2(len(write.moment)) / (write.moment.mean() + self.hparams.norm_eps)
-            write = write.scaled(factor, normed.mean_square)
-        return write.scaled(self.hparams.residual_scale**2)
+            write = write.normed(wiring.behind, self.hparams.norm_eps)
+        return write.scaled(self.hparams.residual_scale**2, self.hparams.residual_scale)
 
     def record_readers(self, names: Iterable[str], wiring: BlockWiring, x: Signal) -> None:
         """Record what matrices behind a norm multiply, and its gain."""
         for name in names:
             self.inputs[name] = x.second
             if wiring.before is not None:
-                self.gains[name] = wiring.before.gain2(len(x.second))
+                self.gains[name] = wiring.before.gains(len(x.second)) ** 2
 
-    def commit(self, stream: Float64, writes: Sequence[Write], wiring: BlockWiring) -> Float64:
+    def commit(self, stream: Signal, writes: Sequence[Write], wiring: BlockWiring) -> Signal:
         """Return the stream with writes added; their noise becomes sensitivity, relative to the stream with them."""
         for write in writes:
-            stream = stream + write.moment
-        total = float(stream.sum())
+            stream = stream.plus(write.signal if self.centred else Signal(write.signal.second))
+        total = float(stream.second.sum())
         for write in writes:
             for name, noise in write.noise.items():
                 self.sensitivity[name] = STREAM_WEIGHT * float(noise.sum()) / total
-        return stream if wiring.on_stream is None else wiring.on_stream.apply(stream, self.hparams.norm_eps).second
+        return stream if wiring.on_stream is None else wiring.on_stream.apply(stream, self.hparams.norm_eps)
 
     def output(self) -> None:
         """Record the output tensor, or add its part to the embedding that doubles as it."""

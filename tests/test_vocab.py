@@ -553,7 +553,9 @@ def test_an_override_must_be_a_name_of_llama_cpp(trained: Callable[[str], Path])
 
 
 def test_llama_cpp_knows_every_name_of_the_table() -> None:
-    assert {known.name for known in KNOWN} <= set(NAMES)
+    names = [name for known in KNOWN for name in (known.name, *known.alike)]
+    assert len(set(names)) == len(names)
+    assert set(names) <= set(NAMES)
 
 
 def test_limits_become_notes(trained: Callable[[str], Path]) -> None:
@@ -562,6 +564,8 @@ def test_limits_become_notes(trained: Callable[[str], Path]) -> None:
         "token ids than the original.",
     )
     assert open_vocab(trained("Llama 3"), 2000, {}).notes == ()
+    (note,) = open_vocab(trained("Llama 3"), 2000, {}, pre="llama4").notes
+    assert note.startswith("llama.cpp's pre-tokenizer 'llama4' may give letters beyond A-Z that have case")
 
 
 @pytest.mark.parametrize("text", ["ÉCOLE", "aÉb"])
@@ -1187,9 +1191,10 @@ def test_the_documentation_lists_the_table() -> None:
     listed = {line.split("`")[1]: line for line in lines}
     assert {known.name for known in KNOWN} <= listed.keys()
     for known in KNOWN:
-        _, _, _, ignore_merges, limit, _ = listed[known.name].split("|")
+        _, _, _, ignore_merges, limit, alike, _ = listed[known.name].split("|")
         assert ignore_merges.strip() == ("yes" if known.ignore_merges else "no")
         assert bool(limit.strip()) == bool(known.limit)
+        assert alike.strip() == ", ".join(known.alike)
 
 
 # --- the record of tools/check_tokenizers.py --------------------------------------------------------------------------
@@ -1197,6 +1202,8 @@ def test_the_documentation_lists_the_table() -> None:
 
 def test_the_record_is_of_this_table_and_these_strings() -> None:
     assert RECORD["pre_tokenizers"] == table_digests(), "the table changed: run tools/check_tokenizers.py --write"
+    checked = {name: kind["alike"] for name, kind in RECORD["kinds"].items() if kind["alike"]}
+    assert checked == {known.name: list(known.alike) for known in KNOWN if known.alike}
     assert RECORD["corpus"] == corpus_digest(), "the strings changed: run tools/check_tokenizers.py --write"
 
 

@@ -157,6 +157,7 @@ _VOCABULARIES = {
     "bloom": ("deepseek-coder", "gpt-2"),
     "falcon": ("falcon", "gpt-2"),
 }
+_ALIKE = {known.name: known.alike for known in KNOWN}
 _NFC_KINDS = ("qwen2", "qwen35")
 
 
@@ -190,6 +191,7 @@ def kinds() -> Iterator[Kind]:
 class Result:
     """What one kind showed.
 
+    Under the names in ``alike`` llama.cpp gave the same ids.
     ``n_strings`` different strings were compared, ``n_unparsed`` of those with special tokens once more without parsing
     them; ``n_cleaned`` had characters removed; ``n_vectors`` are llama.cpp's own test strings for the vocabulary.
     """
@@ -202,6 +204,7 @@ class Result:
     n_cleaned: int = 0
     mismatches: list[tuple[str, Ids, Ids]] = field(default_factory=list)
     n_wrong: int = 0
+    alike: list[str] = field(default_factory=list)
     n_vectors: int = 0
     problems: list[str] = field(default_factory=list)
 
@@ -253,6 +256,12 @@ def _compare(kind: Kind, stored: Stored, folder: Path, gguf: Path, result: Resul
     with LlamaCpp(gguf, kind.spoiled) as llama:
         got = llama.tokenize(parsed[:N_WRONG], parse_special=parses)
     result.n_wrong = sum(a != b for a, b in zip(expected, got, strict=False))
+    for name in _ALIKE.get(kind.name, ()):
+        with LlamaCpp(gguf, {"tokenizer.ggml.pre": name}) as llama:
+            if llama.tokenize(parsed[:N_WRONG], parse_special=parses) == expected[:N_WRONG]:
+                result.alike.append(name)
+            else:
+                result.problems.append(f"other ids under the name {name}")
 
 
 def _write_folder(kind: Kind, stored: Stored, folder: Path) -> None:
@@ -423,6 +432,7 @@ def make_record(results: Sequence[Result]) -> dict[str, Any]:
                 "cleaned": result.n_cleaned,
                 "mismatches": len(result.mismatches),
                 "vectors": result.n_vectors,
+                "alike": result.alike,
                 "wrong": result.wrong,
                 "wrong_strings": N_WRONG,
                 "wrong_mismatches": result.n_wrong,

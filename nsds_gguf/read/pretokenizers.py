@@ -92,6 +92,7 @@ class PreTokenizer:
         ignore_merges: whether llama.cpp takes a word that is a token whole, which it ties to the name.
         limit: the text that llama.cpp cuts differently; empty when there is none but what docs/tokenizers.md
             lists for all.
+        alike: other names under which llama.cpp gives the same ids; its converter writes them for some models.
 
     """
 
@@ -99,6 +100,7 @@ class PreTokenizer:
     chains: tuple[Chain, ...]
     ignore_merges: bool = False
     limit: str = ""
+    alike: tuple[str, ...] = ()
 
 
 def split(*patterns: str) -> Chain:
@@ -114,6 +116,10 @@ def covering(pattern: str) -> tuple[Chain, Chain]:
     return split(pattern), (("Split", pattern, "Removed", "inverted"), BYTE_LEVEL)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 def _digits_last(chain: Chain) -> Chain:
     return (*chain[:-1], _DIGITS, BYTE_LEVEL)
 
@@ -121,15 +127,36 @@ def _digits_last(chain: Chain) -> Chain:
 _CASED_OR_MARKED = "letters beyond A-Z that have case, or combining marks,"
 
 KNOWN: tuple[PreTokenizer, ...] = (
-    PreTokenizer("llama-bpe", (*covering(LLAMA3), *covering(TIKTOKEN_3_DIGITS)), ignore_merges=True),
-    PreTokenizer("dbrx", (*covering(LLAMA3), *covering(TIKTOKEN_3_DIGITS))),
-    PreTokenizer("qwen2", (*covering(QWEN2), *covering(TIKTOKEN_1_DIGIT))),
+    PreTokenizer(
+        "llama-bpe",
+        (*covering(LLAMA3), *covering(TIKTOKEN_3_DIGITS)),
+        ignore_merges=True,
+        alike=_names("llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 glm4 glm5"),
+    ),
+    PreTokenizer("dbrx", (*covering(LLAMA3), *covering(TIKTOKEN_3_DIGITS)), alike=_names("smaug-bpe chatglm-bpe")),
+    PreTokenizer(
+        "qwen2",
+        (*covering(QWEN2), *covering(TIKTOKEN_1_DIGIT)),
+        alike=_names("stablelm2 deepseek-r1-qwen megrez grok-2 hunyuan kormo solar-open f2llmv2"),
+    ),
     PreTokenizer("qwen35", covering(QWEN35)),
-    PreTokenizer("gpt-2", covering(GPT2)),
-    PreTokenizer("smollm", ((_DIGITS, *split(GPT2)), split(r"\p{N}", GPT2))),
+    PreTokenizer(
+        "gpt-2",
+        covering(GPT2),
+        alike=_names("olmo mpt phi-2 gigachat a.x-4.0 mellum jais exaone4 trillion granite-docling"),
+    ),
+    PreTokenizer(
+        "smollm",
+        ((_DIGITS, *split(GPT2)), split(r"\p{N}", GPT2)),
+        alike=_names("starcoder refact command-r codeshell exaone minerva-7b mellum2"),
+    ),
     PreTokenizer("tekken", covering(TEKKEN), ignore_merges=True, limit=_CASED_OR_MARKED),
-    PreTokenizer("gpt-4o", covering(GPT4O), limit=_CASED_OR_MARKED),
-    PreTokenizer("deepseek-v3", (split(r"\p{N}{1,3}", _DEEPSEEK_CJK, DEEPSEEK_V3),)),
+    PreTokenizer("gpt-4o", covering(GPT4O), limit=_CASED_OR_MARKED, alike=_names("llama4 kanana2 talkie minimax-m2")),
+    PreTokenizer(
+        "deepseek-v3",
+        (split(r"\p{N}{1,3}", _DEEPSEEK_CJK, DEEPSEEK_V3),),
+        alike=_names("hunyuan-dense hy_v4 joyai-llm"),
+    ),
     PreTokenizer(
         "deepseek-coder",
         (_digits_last(split(*DEEPSEEK_CODER)),),
@@ -143,7 +170,7 @@ KNOWN: tuple[PreTokenizer, ...] = (
     PreTokenizer("seed-coder", covering(SEED_CODER)),
     PreTokenizer("minicpm5", (split(r"\p{N}{1,3}", MINICPM5),), ignore_merges=True),
     PreTokenizer("spark2_5", (_digits_last(split(r"\p{N}{1,3}", _DEEPSEEK_CJK, SPARK25)),)),
-    PreTokenizer("bloom", (split(BLOOM),)),
+    PreTokenizer("bloom", (split(BLOOM),), alike=_names("poro-chat gpt3-finnish")),
     PreTokenizer("falcon", ((_PUNCTUATION, *split(GPT2), _DIGIT_RUNS, *split("[0-9][0-9][0-9]")[:1]),)),
 )
 
@@ -158,7 +185,7 @@ llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2 modern-bert
 qwen2 qwen35 refact roberta-bpe sarvam-moe seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder
 superbpe talkie tekken tiny_aya trillion ufakzeka viking whitespace youtu
 """
-NAMES: tuple[str, ...] = tuple(_NAMES.split())
+NAMES = _names(_NAMES)
 
 
 # llama.cpp's converter recognises tokenizers by the ids of one text, so it knows some whose spelling is not in KNOWN.
@@ -183,7 +210,7 @@ def table_digests() -> dict[str, str]:
 
 def limit_of(name: str) -> str:
     """Return the text that llama.cpp cuts differently under pre-tokenizer ``name``; empty when none is known."""
-    return next((known.limit for known in KNOWN if known.name == name), "")
+    return next((known.limit for known in KNOWN if name in (known.name, *known.alike)), "")
 
 
 def recognise(tokenizer: Mapping[str, Any], path: Path) -> str:

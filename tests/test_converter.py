@@ -1,0 +1,35 @@
+"""Our GGUFs against what llama.cpp's own converter made of the same folders (recorded by tools/check_converter.py)."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from converter_record import (
+    ABSENT,
+    GOLDEN,
+    OURS,
+    Entry,
+    convert_ours,
+    names,
+    read_entry,
+    short,
+    tensor_differences,
+    write_folder,
+)
+
+RECORD = json.loads(GOLDEN.read_text(encoding="utf-8"))
+
+
+def test_the_record_is_of_models_that_there_are():
+    assert RECORD and set(RECORD) <= set(names())
+
+
+@pytest.mark.parametrize("name", RECORD)
+def test_our_file_is_the_converters(name, tmp_path):
+    wanted = RECORD[name]
+    found = read_entry(convert_ours(write_folder(tmp_path / name, name), tmp_path / "ours.gguf"))
+    assert not tensor_differences(found, Entry(wanted["tensors"], {}, wanted["factors"]))
+    keys = {key: short(value) for key, value in found.keys.items() if not key.startswith(OURS)}
+    expected = {**wanted["keys"], **wanted["own"]}
+    assert keys == {key: value for key, value in expected.items() if value != ABSENT}

@@ -6,10 +6,9 @@ has the highest score, as sentencepiece does; it knows no normalization but the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gguf import TokenType
 
@@ -86,8 +85,14 @@ def read_converted(files: TokenizerFiles) -> SentencePiece:
     return SentencePiece(Tokens(texts, types, scores), add_space_prefix, {} if unk is None else {"unk": unk})
 
 
-def _check_bytes(texts: Any, path: Path) -> None:
-    missing = [text for text in _BYTE_TOKENS if text not in texts]
+def _check_bytes(texts: Container[str], path: Path) -> None:
+    """Raise unless every byte has a token, or is a character that has one, as the tab in conversions of Gemma 1 and 2.
+
+    llama.cpp looks for either (src/llama-vocab.cpp, ``byte_to_token``) and takes down the process when there is none.
+    """
+    missing = [
+        text for text, byte in _BYTE_TOKENS.items() if text not in texts and (byte > 0x7F or chr(byte) not in texts)
+    ]
     if missing:
         raise UnsupportedError(
             f"{path}: no byte fallback: {len(missing)} of 256 byte tokens are missing, the first {missing[0]}; "

@@ -484,6 +484,8 @@ def granite4_sizes(config: Config) -> dict[str, int]:
 def granite4_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
     """Return the keys of a Granite 4 model; llama.cpp knows a state space by having no key/value heads."""
     keys = {"rope.scaling.finetuned": kv(config.get("position_embedding_type") == "rope", GGUFValueType.BOOL)}
+    if not sizes["experts"]:
+        keys["feed_forward_length"] = kv(sizes["ff_shexp"], GGUFValueType.UINT32)
     if not has_mamba_layers(config):
         return keys
     numbers = {
@@ -672,6 +674,7 @@ FAMILIES = (
             **_CAUSAL,
         },
         rope_kinds=("default", "linear"),
+        has_local_theta=True,
         window=Window(period=6),
         example="Gemma 3",
     ),

@@ -129,6 +129,7 @@ class Family:
         prefix, layer_prefix: of the checkpoint's names; ``{i}`` is the layer.
         activations: the ones that llama.cpp computes for the architecture.
         rope_kinds: rope scaling kinds that llama.cpp computes; empty without rope.
+        has_local_theta: layers with a window may have a rope theta of their own.
         has_yarn_log_multiplier: yarn's ``mscale`` settings have a key, in place of the attention factor that they make.
         keys: keys beyond the ones that every architecture has.
         fixed: settings for which llama.cpp computes one value only: the value, or what gives it.
@@ -154,6 +155,7 @@ class Family:
     layer_prefix: str = "model.layers.{i}."
     activations: tuple[str, ...] = ("silu", "swish")
     rope_kinds: tuple[str, ...] = ("default", "linear", "yarn")
+    has_local_theta: bool = False
     has_yarn_log_multiplier: bool = False
     keys: tuple[Key, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)

@@ -82,11 +82,14 @@ def _checked_rope(config: Mapping[str, Any], family: Family, sizes: Mapping[str,
         return None
     settings = rope_settings(config, family.defaults)
     settings["n_ctx_train"] = sizes["ctx"]
-    if "local_theta" in settings and (family.window is None or not family.window.period):
+    local = settings.get("local_theta")
+    if local is not None and not family.has_local_theta and local != settings["rope_theta"]:
         raise UnsupportedError(
-            f"config.json: layers with a sliding window have rope settings of their own; llama.cpp's "
+            f"config.json: layers with a sliding window have a rope theta of their own, {local}; llama.cpp's "
             f"{family.architecture} has one for all layers"
         )
+    if family.window is None or not family.window.period:
+        settings.pop("local_theta", None)
     settings["has_log_multiplier"] = family.has_yarn_log_multiplier
     check_rope(settings, family.architecture, family.rope_kinds, family.writes_rope_dim)
     return settings

@@ -29,7 +29,7 @@ from .allocate import DEFAULT_TYPES, Pin, PlanOptions
 from .errors import NsdsError, OutputError, PlanError
 from .gguf_header import is_gguf
 from .inspect import inspect_gguf
-from .perplexity import MIN_CTX, perplexity
+from .perplexity import DEFAULT_BATCH, MIN_CTX, Measurement, Perplexity, perplexity
 from .plot import check_plot, plot_scores
 from .records import Plan, Progress, Scores, Target, read_json
 from .score import METRICS, SE_READINGS
@@ -45,6 +45,7 @@ EXIT_CODES = """exit codes:
 DEFAULT_SCORING = convert.ScoreOptions()
 
 _FILE_WIDTH = 140  # columns of tables that go to a file or a pipe
+_SPEED_SECONDS = 1800  # over which the time left is estimated: a batch of a large model takes minutes
 _MAX_MESSAGE = 2000  # characters of an error line: damaged files can hold names of any length
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?(?:([KMG])(i?))?B?", re.IGNORECASE)
@@ -133,6 +134,7 @@ class Screen:
             self.results.width = _FILE_WIDTH
         self.verbose = verbose
         self.draws_bars = self.notes.is_terminal and not quiet
+        self._annotate: Callable[[str], None] | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
@@ -143,12 +145,25 @@ class Screen:
             if self.verbose:
                 self.notes.print(f"{name}: {time.perf_counter() - start:.1f} s")
             return
-        columns = (TextColumn("{task.description:<24}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
-                   TimeRemainingColumn())  # fmt: skip
-        with Bars(*columns, console=self.notes) as bars:
-            task = bars.add_task(name, total=None)
+        columns = (TextColumn("{task.description:<24}"), BarColumn(None), TaskProgressColumn(), TimeElapsedColumn(),
+                   TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
+        with Bars(*columns, console=self.notes, speed_estimate_period=_SPEED_SECONDS) as bars:
+            task = bars.add_task(name, total=None, note="")
+            self._annotate = lambda text: bars.update(task, note=text)
             yield lambda done, total: bars.update(task, completed=done, total=total)
             bars.update(task, completed=1, total=1)
+        self._annotate = None
+
+    def annotate(self, text: str) -> None:
+        """Show a running figure beside the open bar; where none is drawn, as a line to who asked for more."""
+        if self._annotate is not None:
+            self._annotate(text)
+        elif self.verbose:
+            self.notes.print(text, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Tell what may spoil the result, in one line."""
+        self.notes.print(f"warning: {text}", soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Tell one fact in one line; off a terminal, only to who asked for more."""
@@ -277,23 +292,68 @@ def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_perplexity(arguments: argparse.Namespace, screen: Screen) -> None:
-    """Measure perplexity, and with ``--against`` the divergence from another file."""
+    """Measure perplexity, and with ``--against`` the divergence; an interrupted run shows what it found."""
     text = convert.evaluation_text(convert.VerifyOptions(arguments.text, arguments.ctx))
-    for file in filter(None, (arguments.file, arguments.against)):
-        inspect_gguf(file)
-    with screen.stage("perplexity") as progress:
-        found = perplexity(
+    _check_trained_context(arguments, screen)
+    if arguments.against is not None and not arguments.against.is_dir():
+        inspect_gguf(arguments.against)
+    runs: list[Measurement] = []
+    try:
+        found = _measure_perplexity(arguments, screen, text, runs)
+    except KeyboardInterrupt:
+        if runs:
+            _show_perplexity(arguments, screen, runs[-1].result())
+        raise
+    _show_perplexity(arguments, screen, found)
+
+
+def _check_trained_context(arguments: argparse.Namespace, screen: Screen) -> None:
+    metadata = inspect_gguf(arguments.file).metadata
+    n_ctx_train = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if isinstance(n_ctx_train, int) and arguments.ctx > n_ctx_train:
+        screen.warn(
+            f"{arguments.file}: trained for {n_ctx_train} tokens, --ctx {arguments.ctx} asked: beyond the first "
+            f"{n_ctx_train} of a chunk the numbers say little about the file"
+        )
+
+
+def _measure_perplexity(
+    arguments: argparse.Namespace, screen: Screen, text: str, runs: list[Measurement]
+) -> Perplexity:
+    """Run the measurement, which joins ``runs`` with its first chunk."""
+
+    def on_chunk(run: Measurement) -> None:
+        runs[:] = [run]
+        divergence = "" if run.kld_mean is None else f", KLD {run.kld_mean:.6f}"
+        screen.annotate(f"{run.n_chunks}/{run.n_chunks_wanted} PPL {run.ppl:.4f}{divergence}")
+
+    with (
+        convert.reference_of(
+            arguments.against, arguments.file, text, arguments.ctx,
+            pre=arguments.pre, n_threads=arguments.threads, report=screen,
+        ) as reference,
+        screen.stage("perplexity") as progress,
+    ):  # fmt: skip
+        return perplexity(
             arguments.file,
             text,
             n_ctx=arguments.ctx,
             n_chunks=arguments.chunks or None,
             n_threads=arguments.threads,
-            against=arguments.against,
+            n_batch=arguments.batch,
+            against=reference,
             progress=progress,
+            on_chunk=on_chunk,
         )
-    reference = arguments.against.name if arguments.against else None
-    screen.show(display.perplexity_view(found, arguments.file.name, reference))
-    write_json(arguments.json, found.to_json())
+
+
+def _show_perplexity(arguments: argparse.Namespace, screen: Screen, found: Perplexity) -> None:
+    reference = arguments.against
+    screen.show(display.perplexity_view(found, arguments.file.name, reference and reference.name))
+    if found.divergence is not None:
+        screen.show(display.divergence_details(found.divergence))
+    compared = {"against": str(reference)} if reference else {}
+    write_json(arguments.json, {"file": str(arguments.file), **compared, **found.to_json()})
 
 
 def run_inspect(arguments: argparse.Namespace, screen: Screen) -> None:
@@ -533,7 +593,12 @@ def _add_perplexity(verbs: Any) -> None:
                        "nsds-gguf perplexity model-Q3.gguf --text wiki.test.raw --against model-F16.gguf")  # fmt: skip
     parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file")
     _add_text(parser, chunks=0)
-    parser.add_argument("--against", metavar="REF", type=Path, help="GGUF file to measure the divergence from")
+    parser.add_argument("--batch", metavar="N", type=_integer_from(1), default=DEFAULT_BATCH,
+                        help="tokens decoded at once (%(default)s unless told)")  # fmt: skip
+    parser.add_argument("--against", metavar="REF", type=Path,
+                        help="what to measure the divergence from: a GGUF file, or the model folder, of which a "
+                        "temporary GGUF is made in the working directory")  # fmt: skip
+    _add_pre(parser)
     _add_general(parser)
 
 
@@ -576,6 +641,10 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--metric", choices=tuple(METRICS), help=f"layer score ({DEFAULT_SCORING.metric} unless told)")
     group.add_argument("--se", choices=tuple(SE_READINGS),
                        help=f"reading of structural expressiveness ({DEFAULT_SCORING.se} unless told)")  # fmt: skip
+    _add_pre(group)
+
+
+def _add_pre(group: Any) -> None:
     group.add_argument("--pre", metavar="NAME", help="llama.cpp's pre-tokenizer, in place of the one recognised")
 
 

@@ -22,7 +22,7 @@ from .allocate import Candidate, PlanOptions, Propagation
 from .errors import OutputError, PlanError, RecordError, TextError, VerifyError
 from .estimate import estimate_seconds
 from .inspect import inspect_gguf
-from .perplexity import Perplexity, check_sane, perplexity
+from .perplexity import Perplexity, check_comparable, check_sane, perplexity
 from .records import (
     ALIGNMENT_BYTES,
     UNQUANTIZED,
@@ -627,6 +627,66 @@ def reference_file(work: Work, options: VerifyOptions, folder: Path) -> Iterator
 def _quantized_types(plan: Plan) -> list[str]:
     """Return the types that ggml makes of weights in a plan; some tensors may be copied instead."""
     return sorted({tensor.type for tensor in plan.tensors} & set(ggml.TYPES)) or ["F32"]
+
+
+@contextmanager
+def reference_of(
+    against: Path | None,
+    file: Path,
+    text: str,
+    n_ctx: int,
+    *,
+    pre: str | None = None,
+    n_threads: int | None = None,
+    report: Reporter | None = None,
+) -> Iterator[Path | None]:
+    """Give the GGUF to compare a finished file with: ``against`` itself, or of a model folder its original.
+
+    The original is a temporary GGUF in the working directory, removed on every exit. The vocabulary, the disk and
+    the memory are checked before it is written.
+
+    Args:
+        against: a GGUF, a Hugging Face model folder, or ``None`` for no comparison.
+        file: the finished file.
+        text: what both will read.
+        n_ctx: tokens of a chunk of it.
+        pre: name of the pre-tokenizer of a folder, overriding the one recognised.
+        n_threads: threads to write with; ``None`` for one a core.
+        report: who is told.
+
+    Yields:
+        The reference.
+
+    Raises:
+        NsdsError: the folder holds no model that can be read, another vocabulary, or one too large for this machine.
+
+    """
+    if against is None or not against.is_dir():
+        yield against
+        return
+    work = Work(open_model(against, pre, False, report or Silent()), n_threads or llama.default_threads(),
+                report or Silent())  # fmt: skip
+    folder = Path.cwd()
+    _check_comparable(work.model, file, text, n_ctx)
+    check_writable([folder / "reference.gguf"])
+    n_bytes = original_bytes(work.model)
+    check_disk(folder, n_bytes, "the reference")
+    working = _BASE_MEMORY_BYTES + work.n_threads * _THREAD_MEMORY_BYTES
+    check_memory(n_bytes + file.stat().st_size + working, "a comparison with the original",
+                 "close other programs or compare with a smaller GGUF")  # fmt: skip
+    with reference_file(work, VerifyOptions(against=ORIGINAL), folder) as reference:
+        yield reference
+
+
+def _check_comparable(model: Model, file: Path, text: str, n_ctx: int) -> None:
+    """Check a model as the reference of a file by its vocabulary alone; errors name the model's own path."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocabulary.gguf"
+        write_vocabulary(model, path)
+        try:
+            check_comparable(file, path, text, n_ctx)
+        except VerifyError as error:
+            raise VerifyError(str(error).replace(str(path), str(model.path))) from error
 
 
 def _header_bytes(model: Model, option: PlanOptions, metric: str | None) -> int:

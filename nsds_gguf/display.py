@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from rich.bar import Bar
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .divergence import Divergence
 from .inspect import Inspection
 from .perplexity import Perplexity
 from .records import Plan, Scores
@@ -106,18 +108,67 @@ def _plan_sums(plan: Plan) -> RenderableType:
 
 
 def perplexity_view(found: Perplexity, name: str, reference: str | None = None) -> RenderableType:
-    """Return perplexity and, with a reference, both and the divergence."""
-    table = Table(title=f"{found.n_chunks} chunks of {found.n_ctx} tokens, {found.n_scored_tokens} scored",
-                  title_justify="left")  # fmt: skip
+    """Return perplexity and, with a reference, both, and a sentence of what the numbers mean."""
+    chunks = f"{found.n_chunks} chunks"
+    if found.n_chunks < found.n_chunks_wanted:
+        chunks = f"interrupted after {found.n_chunks} of {found.n_chunks_wanted} chunks"
+    table = Table(title=f"{chunks} of {found.n_ctx} tokens, {found.n_scored_tokens:,} scored", title_justify="left")
     for column in ("", "perplexity", "± error"):
         table.add_column(column, justify="right" if column else "left")
-    if found.reference_ppl is not None and found.reference_ppl_error is not None:
-        table.add_row(reference or "reference", f"{found.reference_ppl:.4f}", f"{found.reference_ppl_error:.4f}")
+    if found.divergence is not None:
+        d = found.divergence
+        table.add_row(reference or "reference", f"{d.reference_ppl:.4f}", f"{d.reference_ppl_error:.4f}")
     table.add_row(name, f"{found.ppl:.4f}", f"{found.ppl_error:.4f}")
-    if found.kld_mean is None or found.kld_error is None or found.same_top is None:
-        return table
-    return Group(table, Text(f"mean KL divergence {found.kld_mean:.6f} ± {found.kld_error:.6f} nats per token, "
-                             f"same most likely token {100 * found.same_top:.2f} %"))  # fmt: skip
+    return Group(
+        table, _perplexity_sentence(found) if found.divergence is None else _divergence_sentence(found.divergence)
+    )
+
+
+def _perplexity_sentence(found: Perplexity) -> Text:
+    return Text(
+        f"On average the next token is as uncertain as a choice among {found.ppl:.3g} equally likely ones; "
+        f"{found.bits_per_byte:.3f} bits per byte of text."
+    )
+
+
+def _divergence_sentence(found: Divergence) -> Text:
+    change = 100 * (found.ppl_ratio - 1)
+    return Text(
+        f"Both pick the same next token in {100 * found.same_top:.1f} % of positions; perplexity is "
+        f"{abs(change):.2f} % ± {100 * found.ppl_ratio_error:.2f} % {'higher' if change >= 0 else 'lower'} than the "
+        f"reference's; mean KL divergence {found.kld_mean:.6f} ± {found.kld_error:.6f} nats per token."
+    )
+
+
+def divergence_details(found: Divergence) -> RenderableType:
+    """Return every statistic of a comparison: sums with their errors, and percentiles over the positions."""
+    sums = Table(title="compared with the reference", title_justify="left")
+    for column in ("", "value", "± error"):
+        sums.add_column(column, justify="right" if column else "left", no_wrap=True)
+    correlation = found.log_ppl_correlation
+    for name, value, error in (
+        ("PPL ratio", f"{found.ppl_ratio:.6f}", f"{found.ppl_ratio_error:.6f}"),
+        ("ln PPL ratio", f"{found.log_ppl_ratio:.6f}", f"{found.log_ppl_ratio_error:.6f}"),
+        ("PPL difference", f"{found.ppl_difference:.6f}", f"{found.ppl_difference_error:.6f}"),
+        ("correlation of ln PPL", "-" if correlation is None else _percent(correlation), ""),
+        ("mean KL divergence", f"{found.kld_mean:.6f}", f"{found.kld_error:.6f}"),
+        ("mean Δp", _percent(found.delta_p_mean), _percent(found.delta_p_error)),
+        ("RMS Δp", _percent(found.delta_p_rms), _percent(found.delta_p_rms_error)),
+        ("same top token", _percent(found.same_top), _percent(found.same_top_error)),
+    ):
+        sums.add_row(name, value, error)
+    percentiles = Table(title="percentiles of positions", title_justify="left")
+    for column in ("", "KL div.", "Δp"):
+        percentiles.add_column(column, justify="right", no_wrap=True)
+    names = {"0": "min", "50": "median", "100": "max"}
+    for key, kld in found.kld_percentiles.items():
+        percentiles.add_row(names.get(key, f"{key} %"), f"{kld:.6f}", _percent(found.delta_p_percentiles[key]))
+    meaning = Text("Δp: the change of the probability of the token that the text goes on with.", style="dim")
+    return Group(Columns([sums, percentiles]), meaning)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.3f} %"
 
 
 def inspection_view(found: Inspection) -> RenderableType:

@@ -37,6 +37,10 @@ _LOG_LEVEL_ERROR = 4
 # llama.cpp issue 20824, pull request 26954. So weights stay in their own layout where those kernels would be used.
 _AMX = "AMX_INT8 = 1"
 
+# Tokens that llama.cpp computes at once unless told, and with them the rows of logits in its working memory
+# (llama-context.cpp, llama_context_default_params).
+N_PHYSICAL_BATCH = 512
+
 # llama_tokenize counts bytes and tokens in int32.
 _MAX_TEXT_BYTES = 2**31 - 1
 
@@ -154,6 +158,8 @@ class LlamaModel:
         n_vocab: size of the vocabulary.
         bos: token id of BOS when the vocabulary begins every text with it, else ``None``.
         adds_eos: whether the vocabulary ends every text with EOS.
+        n_bytes: size of the weights, all parts of a split model together.
+        n_ctx_train: tokens of the longest sequence that the model was trained for.
 
     """
 
@@ -162,6 +168,8 @@ class LlamaModel:
         self.n_vocab = 0
         self.bos: int | None = None
         self.adds_eos = False
+        self.n_bytes = 0
+        self.n_ctx_train = 0
         self._binding = _binding()
         self._worker = _Worker()
         self._pointer: Any = None
@@ -182,6 +190,8 @@ class LlamaModel:
         if binding.llama_vocab_type(self._vocab) == _VOCAB_TYPE_NONE:
             raise VerifyError(f"{self.file}: holds no vocabulary; wanted a GGUF with tokenizer.ggml keys")
         self.n_vocab = binding.llama_vocab_n_tokens(self._vocab)
+        self.n_bytes = binding.llama_model_size(self._pointer)
+        self.n_ctx_train = binding.llama_model_n_ctx_train(self._pointer)
         self.adds_eos = bool(binding.llama_vocab_get_add_eos(self._vocab))
         if binding.llama_vocab_get_add_bos(self._vocab):
             self.bos = binding.llama_vocab_bos(self._vocab)

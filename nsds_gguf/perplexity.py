@@ -2,18 +2,17 @@
 
 The text is tokenized as a whole and cut into chunks of ``n_ctx`` tokens that do not overlap; the tail is dropped.
 Every chunk starts with an empty KV cache; where the vocabulary has a BOS, it replaces the first token of the chunk.
-The tokens of the second half are scored, each by the logits of the position before it::
+The tokens of the second half are scored, each by the logits of the position before it, and the perplexity is that of
+all of them: ``PPL = exp(mean nll)``. What a score is and what is made of the scores is in ``divergence``.
 
-    nll_i = -log softmax(logits[i - 1])[token_i]        PPL = exp(mean_i nll_i)
-    kld_i = sum_v p_i(v) log(p_i(v) / q_i(v))           p: reference, q: file
+Both models run in step, so that nothing but one batch of logits of each is ever held.
 
-Source: llama.cpp tools/perplexity/perplexity.cpp, ``perplexity`` and ``kl_divergence``. That one keeps the reference
-as log-probabilities of 16 bits and leaves out those below -16; here both models run in step, and the divergence is
-summed over the whole vocabulary in float64.
+Source: llama.cpp tools/perplexity/perplexity.cpp, ``perplexity`` and ``kl_divergence``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -23,58 +22,55 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from .divergence import TOKEN_SCORE, Divergence, TokenScores, divergence, perplexity_and_error, score_rows
 from .errors import TextError, VerifyError
-from .llama import Int32, LlamaContext, LlamaModel, default_threads, open_context, open_model
-from .records import Float32, Float64, Progress, no_progress
-
-# Called after each chunk with the number of chunks done and the perplexity over them.
-OnChunk = Callable[[int, float], None]
+from .llama import (
+    N_PHYSICAL_BATCH,
+    Int32,
+    LlamaContext,
+    LlamaModel,
+    default_threads,
+    llama_build,
+    open_context,
+    open_model,
+)
+from .records import Float32, Progress, no_progress
+from .resources import check_memory
+from .version import __version__
 
 # The shortest context that leaves more than one token of a chunk to score.
 MIN_CTX = 8
 
+# Tokens decoded at once unless told, as llama-perplexity has it (llama.cpp common/common.h, n_batch).
+DEFAULT_BATCH = 2048
+
 # A file this many times worse than guessing every token with equal chance is broken, not merely bad.
 ABSURD_FACTOR = 10
-
-# Logits handled at once by a thread: 256 KiB as float64, so that the passes over them stay in its cache.
-_SLAB_LOGITS = 2**15
-
-# What is kept of a scored token; without a reference only ``nll`` is filled.
-_SCORE = np.dtype([("nll", "f8"), ("reference_nll", "f8"), ("kld", "f8"), ("same_top", "?")])
-Scores = NDArray[np.void]
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a run over a text found.
-
-    Errors are standard errors of the mean over the scored tokens; that of a perplexity is carried through the
-    exponential to first order. Logarithms are natural: divergences are in nats per token.
+    """What a run over a text found, and what was run.
 
     Attributes:
         ppl: perplexity of the file.
-        ppl_error: its standard error.
+        ppl_error: its standard error, that of the mean over the tokens carried through the exponential.
         bits_per_byte: mean bits per scored token times tokens per byte of the text; comparable across vocabularies.
         n_ctx: tokens of a chunk.
-        n_chunks: chunks taken.
+        n_chunks: chunks scored.
+        n_chunks_wanted: chunks that were to be scored: more than ``n_chunks`` where the run was interrupted.
         n_scored_tokens: tokens that were scored, all chunks together.
         n_text_tokens: tokens of the whole text.
+        n_text_bytes: its bytes.
+        text_sha256: its digest.
+        adds_bos: whether BOS took the place of the first token of every chunk.
         n_vocab: size of the vocabulary.
+        n_ctx_train: tokens of the longest sequence that the model was trained for.
         n_batch: tokens decoded at once.
         n_threads: CPU threads.
-        reference_ppl: perplexity of the reference; this and the rest are ``None`` without a reference.
-        reference_ppl_error: its standard error.
-        ppl_ratio: perplexity over that of the reference.
-        ppl_ratio_error: its standard error, from the differences token by token.
-        kld_mean: mean KL divergence of the file from the reference.
-        kld_error: its standard error.
-        kld_median: median KL divergence.
-        kld_p99: 99th percentile of it.
-        kld_max: largest of it.
-        same_top: fraction of the positions at which both give the same token the highest probability.
-        same_top_error: its standard error.
+        versions: of this package and of llama.cpp.
+        divergence: how the file differs from the reference; ``None`` without one.
 
     """
 
@@ -83,26 +79,84 @@ class Perplexity:
     bits_per_byte: float
     n_ctx: int
     n_chunks: int
+    n_chunks_wanted: int
     n_scored_tokens: int
     n_text_tokens: int
+    n_text_bytes: int
+    text_sha256: str
+    adds_bos: bool
     n_vocab: int
+    n_ctx_train: int
     n_batch: int
     n_threads: int
-    reference_ppl: float | None = None
-    reference_ppl_error: float | None = None
-    ppl_ratio: float | None = None
-    ppl_ratio_error: float | None = None
-    kld_mean: float | None = None
-    kld_error: float | None = None
-    kld_median: float | None = None
-    kld_p99: float | None = None
-    kld_max: float | None = None
-    same_top: float | None = None
-    same_top_error: float | None = None
+    versions: dict[str, str]
+    divergence: Divergence | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as plain JSON values, without what belongs to a reference when there was none."""
+        """Return the record as plain JSON values, without ``divergence`` when there was no reference."""
         return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+class Measurement:
+    """A run under way: the scores of the chunks that are done.
+
+    Attributes:
+        n_chunks: chunks done.
+        n_chunks_wanted: chunks in all.
+
+    """
+
+    def __init__(self, shape: tuple[int, int], has_reference: bool, tokens_per_byte: float, facts: dict[str, Any]):
+        """Begin with no chunk done.
+
+        Args:
+            shape: chunks in all, scored tokens of each.
+            has_reference: whether scores hold a reference's.
+            tokens_per_byte: tokens of the text over its bytes.
+            facts: what else the result says of the run, by the fields of ``Perplexity``.
+
+        """
+        self.n_chunks, self.n_chunks_wanted = 0, shape[0]
+        self._scores = np.zeros(shape, dtype=TOKEN_SCORE)
+        self._has_reference, self._tokens_per_byte, self._facts = has_reference, tokens_per_byte, facts
+
+    def add(self, scores: TokenScores) -> None:
+        """Take the scores of the next chunk."""
+        self._scores[self.n_chunks] = scores
+        self.n_chunks += 1
+
+    @property
+    def ppl(self) -> float:
+        """Perplexity over the chunks that are done."""
+        return perplexity_and_error(self._done["nll"])[0]
+
+    @property
+    def kld_mean(self) -> float | None:
+        """Mean KL divergence over the chunks that are done, in nats per token; ``None`` without a reference."""
+        return float(self._done["kld"].mean()) if self._has_reference else None
+
+    def result(self) -> Perplexity:
+        """Return what the chunks that are done say; at least one must be."""
+        scores = self._done
+        ppl, ppl_error = perplexity_and_error(scores["nll"])
+        return Perplexity(
+            ppl=ppl,
+            ppl_error=ppl_error,
+            bits_per_byte=float(scores["nll"].mean()) / math.log(2) * self._tokens_per_byte,
+            n_chunks=self.n_chunks,
+            n_chunks_wanted=self.n_chunks_wanted,
+            n_scored_tokens=scores.size,
+            divergence=divergence(scores) if self._has_reference else None,
+            **self._facts,
+        )
+
+    @property
+    def _done(self) -> TokenScores:
+        return self._scores[: self.n_chunks].ravel()
+
+
+# Called after each chunk with the run so far.
+OnChunk = Callable[[Measurement], None]
 
 
 def perplexity(
@@ -112,7 +166,7 @@ def perplexity(
     n_ctx: int = 512,
     n_chunks: int | None = None,
     n_threads: int | None = None,
-    n_batch: int = 2048,
+    n_batch: int = DEFAULT_BATCH,
     against: Path | None = None,
     progress: Progress = no_progress,
     on_chunk: OnChunk | None = None,
@@ -123,7 +177,7 @@ def perplexity(
     where whole chunks fit in a batch.
 
     Args:
-        file: the GGUF to measure.
+        file: the GGUF to measure; of a split model the first part.
         text: the text; one newline at its end is dropped, as llama-perplexity does to the file it reads.
         n_ctx: tokens of a chunk.
         n_chunks: chunks to take at most; ``None`` for all.
@@ -131,16 +185,16 @@ def perplexity(
         n_batch: tokens to decode at once: several chunks where they fit, parts of one where it does not.
         against: the reference, a GGUF of the same vocabulary.
         progress: called with (chunks done, chunks in all).
-        on_chunk: called after each chunk with its number and the perplexity so far.
+        on_chunk: called after each chunk with the run so far, which stays of use when the run is interrupted.
 
     Raises:
         TextError: the text has fewer than ``2 * n_ctx`` tokens, or nothing would be scored.
         VerifyError: a file cannot be loaded, gives NaN or infinite logits, or the vocabularies differ.
+        OutputError: the models and their logits do not fit in memory.
         GgmlError: llama.cpp is missing or refuses.
 
     """
     _check_options(n_ctx, n_chunks, n_batch)
-    text = text.removesuffix("\n")
     n_threads = n_threads or default_threads()
     n_seq = max(1, n_batch // n_ctx)
     n_batch = min(n_batch, n_seq * n_ctx)
@@ -148,27 +202,16 @@ def perplexity(
         models = [stack.enter_context(open_model(path)) for path in (file, against) if path is not None]
         tokens = _tokenize(models, text, n_ctx)
         chunks = _cut(tokens, n_ctx, n_chunks, models[0].bos)
+        _check_memory(models, n_ctx, n_batch)
         contexts = [
             stack.enter_context(open_context(model, n_ctx=n_ctx, n_batch=n_batch, n_seq=n_seq, n_threads=n_threads))
             for model in models
         ]
         pool = stack.enter_context(ThreadPoolExecutor(n_threads))
         scorer = _Scorer(contexts, pool, n_threads, n_batch)
-        scores = _score_chunks(scorer, chunks, n_seq, [model.file for model in models], progress, on_chunk)
-        n_vocab = models[0].n_vocab
-    mean_nll = float(scores["nll"].mean())
-    return Perplexity(
-        **_perplexity_statistics(scores["nll"].ravel(), ""),
-        **(_divergence_statistics(scores.ravel()) if against else {}),
-        bits_per_byte=mean_nll / math.log(2) * len(tokens) / len(text.encode()),
-        n_ctx=n_ctx,
-        n_chunks=len(chunks),
-        n_scored_tokens=scores.size,
-        n_text_tokens=len(tokens),
-        n_vocab=n_vocab,
-        n_batch=n_batch,
-        n_threads=n_threads,
-    )
+        run = _measurement(models, text, tokens, chunks, n_batch, n_threads)
+        _score_chunks(scorer, chunks, n_seq, [model.file for model in models], run, progress, on_chunk)
+    return run.result()
 
 
 def check_sane(file: Path, result: Perplexity) -> None:
@@ -185,6 +228,12 @@ def check_sane(file: Path, result: Perplexity) -> None:
         )
 
 
+def check_comparable(file: Path, reference: Path, text: str, n_ctx: int) -> None:
+    """Raise what ``perplexity`` would of these vocabularies and this text, from the headers of the files alone."""
+    with open_model(file, vocab_only=True) as model, open_model(reference, vocab_only=True) as other:
+        _tokenize([model, other], text, n_ctx)
+
+
 def _check_options(n_ctx: int, n_chunks: int | None, n_batch: int) -> None:
     if n_ctx < MIN_CTX:
         raise TextError(f"perplexity: wanted a context of at least {MIN_CTX} tokens, got {n_ctx}; use a larger --ctx")
@@ -194,6 +243,11 @@ def _check_options(n_ctx: int, n_chunks: int | None, n_batch: int) -> None:
         raise TextError(f"perplexity: wanted batches of at least 1 token, got {n_batch}")
 
 
+def _scored_text(text: str) -> str:
+    """Return the text as llama-perplexity takes it from a file: without one newline at its end."""
+    return text.removesuffix("\n")
+
+
 def _tokenize(models: Sequence[LlamaModel], text: str, n_ctx: int) -> Int32:
     """Return the tokens of the text, ``(n_tokens,)``, on which all models must agree."""
     for model in models:
@@ -201,7 +255,7 @@ def _tokenize(models: Sequence[LlamaModel], text: str, n_ctx: int) -> Int32:
             raise VerifyError(
                 f"{model.file}: ends every text with EOS; wanted a vocabulary without, as llama-perplexity does"
             )
-    tokens = [model.tokenize(text) for model in models]
+    tokens = [model.tokenize(_scored_text(text)) for model in models]
     if len(tokens[0]) < 2 * n_ctx:
         raise TextError(
             f"text: too short: wanted at least {2 * n_ctx} tokens for a context of {n_ctx}, got {len(tokens[0])}; "
@@ -222,6 +276,19 @@ def _check_same_vocabulary(model: LlamaModel, reference: LlamaModel, same_tokens
         raise VerifyError(f"{wrong}: it tokenizes the text to other ids; compare files with the same tokenizer")
 
 
+def _check_memory(models: Sequence[LlamaModel], n_ctx: int, n_batch: int) -> None:
+    """Raise ``OutputError`` when the weights, the logits of a batch and those being computed do not fit in memory."""
+    n_rows = _n_outputs(n_ctx, n_batch) + min(n_batch, N_PHYSICAL_BATCH)
+    logits_bytes = sum(n_rows * model.n_vocab * np.dtype(np.float32).itemsize for model in models)
+    what = "perplexity of two models" if len(models) > 1 else "perplexity"
+    check_memory(sum(model.n_bytes for model in models) + logits_bytes, what, "close other programs or lower --batch")
+
+
+def _n_outputs(n_ctx: int, n_batch: int) -> int:
+    """Return the most rows of logits that one batch gives: half of it where whole chunks fit."""
+    return n_batch // n_ctx * (n_ctx - n_ctx // 2) if n_batch >= n_ctx else n_batch
+
+
 def _cut(tokens: Int32, n_ctx: int, n_chunks: int | None, bos: int | None) -> Int32:
     """Return the chunks, ``(n_chunks, n_ctx)`` int32, each begun by BOS where there is one."""
     n_whole = len(tokens) // n_ctx
@@ -230,6 +297,27 @@ def _cut(tokens: Int32, n_ctx: int, n_chunks: int | None, bos: int | None) -> In
     if bos is not None:
         chunks[:, 0] = bos
     return chunks
+
+
+def _measurement(
+    models: Sequence[LlamaModel], text: str, tokens: Int32, chunks: Int32, n_batch: int, n_threads: int
+) -> Measurement:
+    """Return the run with no chunk done."""
+    n_chunks, n_ctx = chunks.shape
+    facts = {
+        "n_ctx": n_ctx,
+        "n_text_tokens": len(tokens),
+        "n_text_bytes": len(text.encode()),
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "adds_bos": models[0].bos is not None,
+        "n_vocab": models[0].n_vocab,
+        "n_ctx_train": models[0].n_ctx_train,
+        "n_batch": n_batch,
+        "n_threads": n_threads,
+        "versions": {"nsds-gguf": __version__, "llama.cpp": llama_build()},
+    }
+    shape = (n_chunks, n_ctx - 1 - n_ctx // 2)
+    return Measurement(shape, len(models) > 1, len(tokens) / len(_scored_text(text).encode()), facts)
 
 
 @dataclass(frozen=True)
@@ -241,11 +329,11 @@ class _Scorer:
     n_threads: int
     n_batch: int
 
-    def score(self, chunks: Int32) -> Scores:
+    def score(self, chunks: Int32) -> TokenScores:
         """Return the scores of a few chunks decoded together: ``(n, n_ctx)`` tokens to ``(n, n_scored)``."""
         n, n_ctx = chunks.shape
         first = n_ctx // 2
-        scores = np.zeros((n, n_ctx - 1 - first), dtype=_SCORE)
+        scores = np.zeros((n, n_ctx - 1 - first), dtype=TOKEN_SCORE)
         for context in self.contexts:
             context.clear()
         for start in range(0, n_ctx, self.n_batch):
@@ -257,12 +345,12 @@ class _Scorer:
                 self._score_block(scored, [x[:, : end - begin] for x in logits], chunks[:, begin + 1 : end + 1])
         return scores
 
-    def _score_block(self, scores: Scores, logits: Sequence[Float32], targets: Int32) -> None:
+    def _score_block(self, scores: TokenScores, logits: Sequence[Float32], targets: Int32) -> None:
         n, n_rows = targets.shape
         step = -(-n_rows // self.n_threads)
         jobs = [(i, slice(row, row + step)) for i in range(n) for row in range(0, n_rows, step)]
         futures = [
-            self.pool.submit(_score_rows, scores[i, rows], [x[i, rows] for x in logits], targets[i, rows])
+            self.pool.submit(score_rows, scores[i, rows], [x[i, rows] for x in logits], targets[i, rows])
             for i, rows in jobs
         ]
         for future in futures:
@@ -274,78 +362,25 @@ def _score_chunks(
     chunks: Int32,
     n_seq: int,
     files: Sequence[Path],
+    run: Measurement,
     progress: Progress,
     on_chunk: OnChunk | None,
-) -> Scores:
-    """Return the scores of all chunks, ``(n_chunks, n_scored)``, ``n_seq`` chunks at a time."""
-    n_chunks, n_ctx = chunks.shape
-    scores = np.zeros((n_chunks, n_ctx - 1 - n_ctx // 2), dtype=_SCORE)
+) -> None:
+    """Fill in the scores of all chunks, ``n_seq`` chunks at a time."""
+    n_chunks = len(chunks)
     progress(0, n_chunks)
     for start in range(0, n_chunks, n_seq):
         stop = min(start + n_seq, n_chunks)
-        scores[start:stop] = scorer.score(chunks[start:stop])
+        scores = scorer.score(chunks[start:stop])
         for chunk in range(start, stop):
-            _check_finite(scores[chunk], files, chunk, n_chunks)
+            _check_finite(scores[chunk - start], files, chunk, n_chunks)
+            run.add(scores[chunk - start])
             if on_chunk is not None:
-                on_chunk(chunk + 1, _exp(float(scores["nll"][: chunk + 1].mean())))
+                on_chunk(run)
         progress(stop, n_chunks)
-    return scores
 
 
-def _score_rows(scores: Scores, logits: Sequence[Float32], targets: Int32) -> None:
-    """Fill the scores of some rows of logits: of the file alone, or of the file and the reference.
-
-    Args:
-        scores: ``(n,)``, filled in.
-        logits: one or two ``(n, n_vocab)`` float32.
-        targets: ``(n,)`` int32, the token that each row should predict.
-
-    """
-    n, n_vocab = logits[0].shape
-    step = min(n, max(1, _SLAB_LOGITS // n_vocab))
-    dtype = np.float32 if len(logits) == 1 else np.float64
-    work = np.empty((2 * len(logits), step, n_vocab), dtype=dtype)
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        slab = [x[rows] for x in logits]
-        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are looked for in the scores
-            if len(slab) == 1:
-                scores["nll"][rows] = _nll(slab[0], targets[rows], work[:, : len(slab[0])])
-            else:
-                _score_pair(scores[rows], slab[0], slab[1], targets[rows], work[:, : len(slab[0])])
-
-
-def _score_pair(scores: Scores, logits: Float32, reference: Float32, targets: Int32, work: Float64) -> None:
-    """Fill the scores of a slab of both models; ``work`` is ``(4, n, n_vocab)`` float64."""
-    scores["nll"] = nll = _nll(logits, targets, work[:2])
-    scores["reference_nll"] = reference_nll = _nll(reference, targets, work[2:])
-    rows = np.arange(len(targets))
-    # log p - log q = (x_p - x_q) - (log Z_p - log Z_q), x the shifted logits; log Z = nll + x[target].
-    log_z, reference_log_z = nll + work[0][rows, targets], reference_nll + work[2][rows, targets]
-    np.subtract(work[2], work[0], out=work[0])
-    scores["kld"] = np.einsum("nv,nv->n", work[3], work[0]) / np.exp(reference_log_z) + log_z - reference_log_z
-    scores["same_top"] = logits.argmax(axis=1) == reference.argmax(axis=1)
-
-
-def _nll(logits: Float32, targets: Int32, work: NDArray[np.floating[Any]]) -> Float64:
-    """Return ``-log softmax(logits)[target]`` of each row, ``(n,)`` float64.
-
-    Args:
-        logits: ``(n, n_vocab)`` float32.
-        targets: ``(n,)`` int32.
-        work: ``(2, n, n_vocab)`` float32 or float64, in which to compute: left holding the logits minus their
-            largest, and the exponentials of those.
-
-    """
-    shifted, powers = work
-    np.subtract(logits, logits.max(axis=1, keepdims=True), out=shifted, dtype=shifted.dtype)
-    np.exp(shifted, out=powers)
-    log_z = np.log(powers.sum(axis=1, dtype=np.float64))
-    nll: Float64 = log_z - shifted[np.arange(len(targets)), targets]
-    return nll
-
-
-def _check_finite(scores: Scores, files: Sequence[Path], chunk: int, n_chunks: int) -> None:
+def _check_finite(scores: TokenScores, files: Sequence[Path], chunk: int, n_chunks: int) -> None:
     """Raise ``VerifyError`` when the scores of a chunk hold NaN or infinity."""
     culprits = {"nll": files[0], "reference_nll": files[-1], "kld": " or ".join(map(str, files))}
     for name, culprit in culprits.items():
@@ -355,40 +390,3 @@ def _check_finite(scores: Scores, files: Sequence[Path], chunk: int, n_chunks: i
                 f"{culprit}: NaN or infinite logits at {n_bad} of {scores.size} scored tokens of chunk {chunk + 1} of "
                 f"{n_chunks}; the file is damaged"
             )
-
-
-def _perplexity_statistics(nll: Float64, prefix: str) -> dict[str, float]:
-    """Return ``ppl`` and ``ppl_error`` of ``(n,)`` negative log-likelihoods, the names after a prefix."""
-    mean, error = _mean_and_error(nll)
-    ppl = _exp(mean)
-    return {f"{prefix}ppl": ppl, f"{prefix}ppl_error": ppl * error}
-
-
-def _divergence_statistics(scores: Scores) -> dict[str, float]:
-    """Return what compares the file with the reference, from ``(n,)`` scores."""
-    kld_mean, kld_error = _mean_and_error(scores["kld"])
-    median, p99, largest = np.percentile(scores["kld"], (50, 99, 100))
-    log_ratio, log_ratio_error = _mean_and_error(scores["nll"] - scores["reference_nll"])
-    same_top, same_top_error = _mean_and_error(scores["same_top"].astype(np.float64))
-    return {
-        **_perplexity_statistics(scores["reference_nll"], "reference_"),
-        "ppl_ratio": _exp(log_ratio),
-        "ppl_ratio_error": _exp(log_ratio) * log_ratio_error,
-        "kld_mean": kld_mean,
-        "kld_error": kld_error,
-        "kld_median": float(median),
-        "kld_p99": float(p99),
-        "kld_max": float(largest),
-        "same_top": same_top,
-        "same_top_error": same_top_error,
-    }
-
-
-def _mean_and_error(values: Float64) -> tuple[float, float]:
-    """Return the mean and its standard error, ``sqrt((E[x^2] - E[x]^2) / (n - 1))``, as llama-perplexity has it."""
-    return float(values.mean()), math.sqrt(float(values.var()) / (values.size - 1))
-
-
-def _exp(x: float) -> float:
-    """Return ``exp(x)``, infinity where a float cannot hold it."""
-    return math.exp(x) if x < math.log(np.finfo(np.float64).max) else math.inf

@@ -64,7 +64,7 @@ def test_one_run_makes_several_files_and_checks_them(tmp_path, scores, reference
     )
     assert [result.path.name.rsplit("-", 1)[1] for result in results] == ["NSDS_2_80BPW.gguf", "NSDS_4_50BPW.gguf"]
     assert sum(name.startswith("score layers") for name in stages) == stages.count("measure tensors") == 1
-    coarse, fine = (result.perplexity for result in results)
+    coarse, fine = (result.perplexity.divergence for result in results)
     assert coarse.reference_ppl == fine.reference_ppl
     assert 0 < fine.kld_mean < coarse.kld_mean < 1 and fine.same_top > coarse.same_top > 0.5
     for result in results:
@@ -148,7 +148,7 @@ def test_default_plan_beats_whole_layers_at_the_same_bytes(tmp_path, scores, ref
         verifying = dataclasses.replace(FEW, n_chunks=8, against=str(reference))
         output = convert.Output(path, force=True)
         (result,) = convert.convert(DEMO, [options], given=scores, output=output, verifying=verifying)
-        return result.plan.bpw, result.perplexity.kld_mean
+        return result.plan.bpw, result.perplexity.divergence.kld_mean
 
     paper_bpw, paper = divergence(bpw(3.5, allocator="paper"))
     _, ours = divergence(bpw(paper_bpw + 1e-6))

@@ -17,7 +17,7 @@ LAYERS = [
     ["records"],
     ["anatomy"],
     ["views"],
-    ["chat", "ggml", "gguf_header", "llama", "resources"],
+    ["chat", "ggml", "gguf_header", "llama", "resources", "divergence"],
     ["estimate", "read", "score", "allocate", "write", "verify", "perplexity", "inspect", "modelfile"],
     ["convert", "display", "plot"],
     ["cli"],

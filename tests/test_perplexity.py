@@ -1,6 +1,8 @@
 """Perplexity and divergence against llama-perplexity's recorded numbers and against numpy alone."""
 
+import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -15,6 +17,8 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
+from llama_perplexity_oracle import exact_scores, flat, rounded_scores, statistics
+from perplexity_cases import CASES, case_file, case_text, scored_logits
 from scipy.special import log_softmax
 from tiny_gguf import (
     BOS,
@@ -35,10 +39,12 @@ from tiny_gguf import (
 )
 
 import nsds_gguf.perplexity as module
-from nsds_gguf import llama
+from nsds_gguf import divergence, llama
+from nsds_gguf.divergence import TOKEN_SCORE, score_rows
 from nsds_gguf.errors import GgmlError, TextError, VerifyError
 from nsds_gguf.llama import default_threads, llama_build, open_model
 from nsds_gguf.perplexity import Perplexity, check_sane
+from nsds_gguf.version import __version__
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "perplexity.json").read_text(encoding="utf-8"))
 TEXT = tiny_text()
@@ -51,50 +57,95 @@ open_context = functools.partial(llama.open_context, n_threads=1)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder of the tiny model: with BOS and without, in three types."""
+    """Return a folder of the tiny model; files of other cases join it when asked for."""
     path = tmp_path_factory.mktemp("gguf")
-    for kind in ("bos", "plain"):
-        for type_name in ("F32", "Q8_0", "Q4_0"):
-            write_tiny_gguf(path / f"{kind}-{type_name}.gguf", type_name, add_bos=kind == "bos")
+    for model in ("bos-F32", "bos-Q8_0", "bos-Q4_0", "plain-F32"):
+        case_file(path, f"tiny-{model}")
     return path
 
 
 @pytest.fixture
 def tiny(folder):
-    return folder / "bos-F32.gguf"
+    return folder / "tiny-bos-F32.gguf"
 
 
 # --- llama-perplexity ---
 
+# Four thousand tokens take the demo model seconds: of these the tests run one, the check tool all.
+LONG = [case for case in CASES if case.model.startswith("demo") and case.n_ctx == 2048][1:]
+ALONE = [case for case in CASES if case.against is None and case not in LONG]
+PAIRS = [case for case in CASES if case.against is not None]
 
-@pytest.mark.parametrize("golden", GOLDEN["cases"], ids=lambda golden: "-".join(map(str, golden["case"].values())))
-def test_numbers_are_those_of_llama_perplexity(folder, golden):
-    case, wanted = golden["case"], dict(golden["llama_perplexity"])
+# Other processors compute with other kernels; the check tool compares one build with itself to the last digit.
+ELSEWHERE = {"rel": 1e-3, "abs": 1e-5}
+
+# What 16 bits, and log-probabilities below -16 left out, change in llama-perplexity's divergences.
+ROUNDED = {"rel": 1e-3, "abs": 5e-5}
+
+
+def case_id(case):
+    return f"{case.model}-{case.n_ctx}-{case.n_batch}"
+
+
+def golden(case):
+    """Return what llama-perplexity printed, and its running perplexities."""
+    (found,) = (entry for entry in GOLDEN["cases"] if entry["case"] == dataclasses.asdict(case))
+    return found["llama_perplexity"], found["running_ppl"]
+
+
+def run(folder, case, **options):
+    return perplexity(
+        case_file(folder, case.model),
+        case_text(case),
+        n_ctx=case.n_ctx,
+        n_batch=case.n_batch,
+        n_chunks=case.n_chunks,
+        against=case_file(folder, case.against) if case.against else None,
+        **options,
+    )
+
+
+def about(wanted, n, tolerance):
+    """Expect these numbers, but let other kernels tip a few of the ``n`` top tokens."""
+    return {
+        **{name: pytest.approx(value, **tolerance) for name, value in wanted.items()},
+        "same_top": pytest.approx(wanted["same_top"], abs=5 / n),
+        "same_top_error": pytest.approx(wanted["same_top_error"], rel=0.1),
+    }
+
+
+@pytest.mark.parametrize("case", ALONE, ids=case_id)
+def test_numbers_are_those_of_llama_perplexity(folder, case):
+    wanted, wanted_running = golden(case)
     running = []
-    got = perplexity(
-        folder / f"{case['model']}.gguf",
-        TEXT,
-        n_ctx=case["n_ctx"],
-        n_batch=case["n_batch"],
-        n_chunks=case["n_chunks"],
-        against=folder / f"{case['against']}.gguf" if case["against"] else None,
-        on_chunk=lambda chunk, ppl: running.append((chunk, ppl)),
-    ).to_json()
-    if "running_ppl" in wanted:
-        assert [chunk for chunk, _ in running] == list(range(1, got["n_chunks"] + 1))
-        assert [ppl for _, ppl in running] == pytest.approx(wanted.pop("running_ppl"), rel=1e-3)
-    if "same_top" in wanted:  # a count of positions: other kernels may tip a few
-        assert got["same_top"] == pytest.approx(wanted.pop("same_top"), abs=5 / got["n_scored_tokens"])
-        assert got["same_top_error"] == pytest.approx(wanted.pop("same_top_error"), rel=0.1)
-    assert wanted
-    assert {name: got[name] for name in wanted} == pytest.approx(wanted, rel=1e-3, abs=5e-6)
+    got = run(folder, case, on_chunk=lambda run: running.append((run.n_chunks, run.ppl, run.n_chunks_wanted)))
+    assert (got.ppl, got.ppl_error) == pytest.approx((wanted["ppl"], wanted["ppl_error"]), **ELSEWHERE)
+    assert got.adds_bos == ("-bos-" in case.model) and got.n_text_tokens > got.n_chunks * case.n_ctx
+    n_chunks = len(wanted_running)
+    assert [(chunk, total) for chunk, _, total in running] == [(i + 1, n_chunks) for i in range(n_chunks)]
+    assert [ppl for _, ppl, _ in running] == pytest.approx(wanted_running, **ELSEWHERE)
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=case_id)
+def test_statistics_are_those_of_llama_perplexity(folder, case):
+    """Its figures are those of 16-bit log-probabilities, ours those of the same logits without that rounding."""
+    got = flat(run(folder, case).to_json())
+    logits, targets = scored_logits(case_file(folder, case.model), case_text(case), case)
+    base, _ = scored_logits(case_file(folder, case.against), case_text(case), case)
+    wanted, n = golden(case)[0], len(targets)
+    assert len(wanted) == 43 and got["n_scored_tokens"] == n
+    rounded = statistics(rounded_scores(logits, base, targets))
+    assert {name: rounded[name] for name in wanted} == about(wanted, n, ELSEWHERE)
+    exact = statistics(exact_scores(logits, base, targets))
+    assert {name: got[name] for name in exact} == pytest.approx(exact, rel=1e-8, abs=1e-11)
+    assert {name: got[name] for name in wanted} == about(wanted, n, ROUNDED)
 
 
 def test_recorded_settings_tell_the_variants_apart():
     """BOS or none, chunk length and type each move the perplexity by more than the tolerance."""
-    values = [golden["llama_perplexity"]["ppl"] for golden in GOLDEN["cases"] if golden["case"]["n_batch"] == 2048]
-    values.sort()
-    assert all(b / a > 1.001 for a, b in itertools.pairwise(values))
+    found = [golden(case)[0]["ppl"] for case in ALONE if case.n_batch == 2048]
+    found.sort()
+    assert all(b / a > 1 + 1e-6 for a, b in itertools.pairwise(found)) and len(found) > 15
 
 
 # --- numpy alone ---
@@ -166,9 +217,9 @@ def test_scores_of_rows_are_those_of_scipy(n_vocab, scale):
     log_q = log_softmax(ours.astype(np.float64), axis=1)
     log_p = log_softmax(reference.astype(np.float64), axis=1)
     rows = np.arange(77)
-    alone, pair = np.zeros((2, 77), dtype=module._SCORE)
-    module._score_rows(alone, [ours], targets)
-    module._score_rows(pair, [ours, reference], targets)
+    alone, pair = np.zeros((2, 77), dtype=TOKEN_SCORE)
+    score_rows(alone, [ours], targets)
+    score_rows(pair, [ours, reference], targets)
     assert alone["nll"] == pytest.approx(-log_q[rows, targets], rel=1e-6)
     assert pair["nll"] == pytest.approx(-log_q[rows, targets], rel=1e-12)
     assert pair["reference_nll"] == pytest.approx(-log_p[rows, targets], rel=1e-12)
@@ -177,12 +228,12 @@ def test_scores_of_rows_are_those_of_scipy(n_vocab, scale):
 
 
 def test_statistics_by_hand():
-    scores = np.zeros(4, dtype=module._SCORE)
+    scores = np.zeros(4, dtype=TOKEN_SCORE)
     scores["nll"] = [1, 2, 3, 4]
     scores["reference_nll"] = [1, 1, 3, 3]
     scores["kld"] = [0, 0.5, 0.1, 0.2]
     scores["same_top"] = [True, True, True, False]
-    got = module._divergence_statistics(scores)
+    got = dataclasses.asdict(divergence.divergence(scores))
     # Means of nll 2.5 and 2, variances 1.25 and 1, covariance 1; llama-perplexity: sqrt(a + b - 2 cov) of the means.
     assert got["reference_ppl"] == pytest.approx(math.exp(2))
     assert got["reference_ppl_error"] == pytest.approx(math.exp(2) * math.sqrt(1 / 3))
@@ -190,9 +241,35 @@ def test_statistics_by_hand():
     assert got["ppl_ratio_error"] == pytest.approx(math.exp(0.5) * math.sqrt((1.25 + 1 - 2 * 1) / 3))
     assert got["kld_mean"] == pytest.approx(0.2)
     assert got["kld_error"] == pytest.approx(math.sqrt(0.035 / 3))
-    assert (got["kld_median"], got["kld_max"]) == pytest.approx((0.15, 0.5))
-    assert got["kld_p99"] == pytest.approx(0.2 + 0.97 * 0.3)
+    kld = got["kld_percentiles"]
+    assert (kld["0"], kld["50"], kld["99"], kld["100"]) == pytest.approx((0, 0.15, 0.2 + 0.97 * 0.3, 0.5))
+    assert got["log_ppl_correlation"] == pytest.approx(1 / math.sqrt(1.25))
+    assert got["ppl_difference"] == pytest.approx(math.exp(2.5) - math.exp(2))
+    errors = (math.exp(5) * 1.25 + math.exp(4) * 1 - 2 * math.exp(4.5) * 1) / 3
+    assert got["ppl_difference_error"] == pytest.approx(math.sqrt(errors))
+    delta = [0, math.exp(-2) - math.exp(-1), 0, math.exp(-4) - math.exp(-3)]
+    assert got["delta_p_mean"] == pytest.approx(sum(delta) / 4)
+    squares = [x**2 for x in delta]
+    assert got["delta_p_rms"] == pytest.approx(math.sqrt(sum(squares) / 4))
+    square_error = math.sqrt((sum(x**2 for x in squares) / 4 - (sum(squares) / 4) ** 2) / 3)
+    assert got["delta_p_rms_error"] == pytest.approx(square_error / (2 * got["delta_p_rms"]))
+    assert got["delta_p_percentiles"]["0"] == min(delta) and got["delta_p_percentiles"]["100"] == 0
     assert (got["same_top"], got["same_top_error"]) == pytest.approx((0.75, math.sqrt(0.75 * 0.25 / 3)))
+
+
+def test_statistics_without_variation():
+    """A model that knows nothing gives every token the same chance: there is nothing to correlate."""
+    scores = np.zeros(4, dtype=TOKEN_SCORE)
+    scores["nll"] = scores["reference_nll"] = math.log(100)
+    got = divergence.divergence(scores)
+    assert (got.log_ppl_correlation, got.ppl_ratio, got.delta_p_rms, got.delta_p_rms_error) == (None, 1, 0, 0)
+
+
+def test_statistics_beyond_a_float():
+    scores = np.zeros(4, dtype=TOKEN_SCORE)
+    scores["nll"] = [1e3, 2e3, 3e3, 4e3]
+    got = divergence.divergence(scores)
+    assert (got.ppl_ratio, got.ppl_difference, got.ppl_difference_error) == (math.inf, math.inf, math.inf)
 
 
 # --- what a run reports ---
@@ -206,27 +283,34 @@ def test_json_has_no_reference_without_one(tiny):
         "bits_per_byte": result.bits_per_byte,
         "n_ctx": 128,
         "n_chunks": 3,
+        "n_chunks_wanted": 3,
         "n_scored_tokens": 3 * 63,
         "n_text_tokens": 2702,
+        "n_text_bytes": 2700,
+        "text_sha256": hashlib.sha256(TEXT.encode()).hexdigest(),
+        "adds_bos": True,
         "n_vocab": N_VOCAB,
+        "n_ctx_train": 512,
         "n_batch": 256,
         "n_threads": 1,
+        "versions": {"nsds-gguf": __version__, "llama.cpp": llama_build()},
     }
     assert json.loads(json.dumps(result.to_json())) == result.to_json()
 
 
 def test_a_model_does_not_diverge_from_itself(tiny):
     result = perplexity(tiny, TEXT, n_ctx=128, n_chunks=2, against=tiny)
-    assert (result.kld_mean, result.kld_max, result.same_top, result.ppl_ratio) == (0, 0, 1, 1)
-    assert result.reference_ppl == result.ppl
+    found = result.divergence
+    assert (found.kld_mean, found.kld_percentiles["100"], found.same_top, found.ppl_ratio) == (0, 0, 1, 1)
+    assert found.log_ppl_correlation == pytest.approx(1) and found.reference_ppl == result.ppl
 
 
 def test_threads_do_not_change_the_numbers(tiny, folder):
     def run(n_threads):
-        return perplexity(tiny, TEXT, n_ctx=128, n_chunks=2, n_threads=n_threads, against=folder / "bos-Q4_0.gguf")
+        return perplexity(tiny, TEXT, n_ctx=128, n_chunks=2, n_threads=n_threads, against=folder / "tiny-bos-Q4_0.gguf")
 
     one, two = run(1), run(2)
-    assert (two.ppl, two.kld_mean) == pytest.approx((one.ppl, one.kld_mean), rel=1e-9)
+    assert (two.ppl, two.divergence.kld_mean) == pytest.approx((one.ppl, one.divergence.kld_mean), rel=1e-9)
     assert (one.n_threads, two.n_threads) == (1, 2)
 
 
@@ -237,12 +321,14 @@ def test_progress_counts_chunks(tiny):
 
 
 def test_one_newline_at_the_end_does_not_count(tiny):
-    assert perplexity(tiny, TEXT + "\n", n_ctx=512) == perplexity(tiny, TEXT, n_ctx=512)
+    with_newline = perplexity(tiny, TEXT + "\n", n_ctx=512)
+    assert with_newline.n_text_bytes == 2701  # the digest is that of the file
+    assert (with_newline.ppl, with_newline.n_text_tokens) == (perplexity(tiny, TEXT, n_ctx=512).ppl, 2702)
     assert perplexity(tiny, " " + TEXT + "\n\n", n_ctx=512).n_text_tokens == 2702 + 2
 
 
 def test_nothing_is_printed(tiny, folder, capfd):
-    perplexity(tiny, TEXT, n_ctx=128, n_chunks=1, against=folder / "bos-Q8_0.gguf")
+    perplexity(tiny, TEXT, n_ctx=128, n_chunks=1, against=folder / "tiny-bos-Q8_0.gguf")
     assert capfd.readouterr() == ("", "")
 
 
@@ -318,8 +404,8 @@ def test_one_infinite_logit_of_an_unlikely_token():
     """It leaves the perplexity finite, but not the divergence."""
     ours, reference = np.random.default_rng(7).standard_normal((2, 3, 50), dtype=np.float32)
     ours[1, 9] = -np.inf
-    scores = np.zeros(3, dtype=module._SCORE)
-    module._score_rows(scores, [ours, reference], np.zeros(3, dtype=np.int32))
+    scores = np.zeros(3, dtype=TOKEN_SCORE)
+    score_rows(scores, [ours, reference], np.zeros(3, dtype=np.int32))
     assert np.isfinite(scores["nll"]).all()
     with pytest.raises(VerifyError, match=r"^a or b: NaN or infinite logits at 1 of 3 scored tokens of chunk 5 of 8"):
         module._check_finite(scores, [Path("a"), Path("b")], 4, 8)
@@ -337,7 +423,10 @@ def test_absurd_perplexity(tiny, tmp_path):
 
 @pytest.mark.parametrize(("factor", "fails"), [(9.9, False), (10.1, True), (math.inf, True), (math.nan, True)])
 def test_bound_of_absurd(factor, fails):
-    result = Perplexity(factor * 1000, 1.0, 1.0, 512, 1, 255, 1024, n_vocab=1000, n_batch=512, n_threads=1)
+    result = Perplexity(
+        factor * 1000, 1.0, 1.0, 512, 1, 1, 255, 1024, 4096, "0" * 64, adds_bos=True, n_vocab=1000, n_ctx_train=512,
+        n_batch=512, n_threads=1, versions={},
+    )  # fmt: skip
     if not fails:
         return check_sane(Path("a.gguf"), result)
     with pytest.raises(VerifyError, match="absurd"):
@@ -345,7 +434,7 @@ def test_bound_of_absurd(factor, fails):
 
 
 def test_perplexity_beyond_a_float_is_infinite():
-    assert module._exp(1000.0) == math.inf
+    assert divergence._exp(1000.0) == math.inf
 
 
 def test_reference_of_another_vocabulary_size(tiny, tmp_path):
@@ -364,7 +453,7 @@ def test_reference_of_another_tokenizer(tiny, folder, tmp_path):
     tokens = tiny_vocabulary()
     tokens[100], tokens[101] = tokens[101], tokens[100]
     swapped = write_tiny_gguf(tmp_path / "swapped.gguf", vocabulary=tokens)
-    for other in (swapped, folder / "plain-F32.gguf"):
+    for other in (swapped, folder / "tiny-plain-F32.gguf"):
         with pytest.raises(VerifyError, match="it tokenizes the text to other ids") as caught:
             perplexity(tiny, TEXT, against=other)
         assert str(caught.value).startswith(f"{other}: cannot be the reference of {tiny}: ")
@@ -395,7 +484,7 @@ def test_context_that_cannot_be_created(tiny):
 def test_block_that_does_not_fit_the_context(tiny):
     with open_model(tiny) as model, open_context(model, n_ctx=256, n_batch=512) as context:
         context.decode(np.full((1, 256), 5, dtype=np.int32))
-        with pytest.raises(GgmlError, match=r"bos-F32.gguf: llama_decode failed with status 1"):
+        with pytest.raises(GgmlError, match=r"tiny-bos-F32.gguf: llama_decode failed with status 1"):
             context.decode(np.full((1, 8), 5, dtype=np.int32), start=256)
 
 
@@ -430,7 +519,7 @@ def test_all_is_freed(tiny, folder, live, error):
             raise error
 
     def run():
-        perplexity(tiny, TEXT, n_ctx=128, against=folder / "bos-Q4_0.gguf", progress=progress)
+        perplexity(tiny, TEXT, n_ctx=128, against=folder / "tiny-bos-Q4_0.gguf", progress=progress)
 
     if error is None:
         run()
@@ -513,7 +602,7 @@ def test_tokenize_to_more_tokens_than_bytes(tmp_path):
 
 
 def test_model_without_bos(folder):
-    with open_model(folder / "plain-F32.gguf", vocab_only=True) as model:
+    with open_model(folder / "tiny-plain-F32.gguf", vocab_only=True) as model:
         assert model.bos is None
         assert BOS not in model.tokenize("ab") and UNK not in model.tokenize("ab")
 

@@ -70,11 +70,14 @@ def _bench(
         (result,) = convert.convert(
             model, [PlanOptions(target, **options)], given=scores, output=convert.Output(ours), verifying=unchecked
         )
-        a, b = measure(ours), measure(theirs)
+        our, their = measure(ours), measure(theirs)
+        a, b = our.divergence, their.divergence
+        if a is None or b is None:
+            raise RuntimeError("no divergence though a reference was given")
         rows.append({
             "stock": name, "bpw": found.bpw, "our_bpw": result.plan.bpw,
-            "stock_kld": b.kld_mean, "stock_kld_error": b.kld_error, "stock_ppl": b.ppl,
-            "our_kld": a.kld_mean, "our_kld_error": a.kld_error, "our_ppl": a.ppl,
+            "stock_kld": b.kld_mean, "stock_kld_error": b.kld_error, "stock_ppl": their.ppl,
+            "our_kld": a.kld_mean, "our_kld_error": a.kld_error, "our_ppl": our.ppl,
             "ratio": a.kld_mean / b.kld_mean, "reference_ppl": a.reference_ppl,
         })  # fmt: skip
     return rows

@@ -26,11 +26,12 @@ from rich.text import Text
 
 from . import allocate, convert, display, ggml, llama
 from .allocate import DEFAULT_TYPES, Pin, PlanOptions
+from .compare import DEFAULT_STOCK, N_SEEDS, compare
 from .errors import NsdsError, OutputError, PlanError
 from .gguf_header import is_gguf
 from .inspect import inspect_gguf
 from .perplexity import DEFAULT_BATCH, MIN_CTX, Measurement, Perplexity, perplexity
-from .plot import check_plot, plot_scores
+from .plot import check_plot, plot_comparison, plot_scores
 from .records import Plan, Progress, Scores, Target, read_json
 from .score import METRICS, SE_READINGS
 from .version import __version__
@@ -356,6 +357,33 @@ def _show_perplexity(arguments: argparse.Namespace, screen: Screen, found: Perpl
     write_json(arguments.json, {"file": str(arguments.file), **compared, **found.to_json()})
 
 
+def run_compare(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Measure our plan, other allocations and llama.cpp's mixes at equal bytes."""
+    stock = arguments.stock
+    if stock is None:
+        stock = () if arguments.target_bpw else DEFAULT_STOCK
+    found = compare(
+        arguments.model,
+        [Target("bpw", value) for value in arguments.target_bpw or ()],
+        stock,
+        arguments.output,
+        verifying=convert.VerifyOptions(arguments.text, arguments.ctx, arguments.chunks or None),
+        scoring=scoring_options(arguments),
+        n_seeds=arguments.seeds,
+        types=arguments.types,
+        importance=arguments.importance,
+        pre=arguments.pre,
+        allow_requantize=arguments.allow_requantize,
+        n_threads=arguments.threads,
+        report=screen,
+    )
+    screen.show(display.comparison_view(found))
+    if arguments.plot is not None:
+        plot_comparison(found, arguments.plot)
+        screen.say(f"picture: {arguments.plot}")
+    write_json(arguments.json, found.to_json())
+
+
 def run_inspect(arguments: argparse.Namespace, screen: Screen) -> None:
     """Show what a GGUF holds."""
     found = inspect_gguf(arguments.file)
@@ -524,6 +552,7 @@ def build_parser() -> Parser:
     _add_score(verbs)
     _add_plan(verbs)
     _add_perplexity(verbs)
+    _add_compare(verbs)
     _add_inspect(verbs)
     return parser
 
@@ -599,6 +628,31 @@ def _add_perplexity(verbs: Any) -> None:
                         help="what to measure the divergence from: a GGUF file, or the model folder, of which a "
                         "temporary GGUF is made in the working directory")  # fmt: skip
     _add_pre(parser)
+    _add_general(parser)
+
+
+def _add_compare(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs, "compare", run_compare, "measure our plan beside other allocations and llama.cpp's own mixes",
+        "nsds-gguf compare model/ --stock Q2_K,Q3_K_M --text wiki.test.raw -o comparison --plot pareto.png",
+        "measure, at equal bytes and against the original, our plan, the paper's, one type for all, random types, and "
+        "llama.cpp's own mixes; an interrupted comparison goes on where it stopped",
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder or GGUF file")
+    _add_requantize(parser)
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("comparison"),
+                        help="folder for comparison.json and temporary files (%(default)s unless told)")  # fmt: skip
+    parser.add_argument("--target-bpw", metavar="X[,X]", type=_argument(parse_bpw_list, "numbers in (0, 32]"),
+                        help="budgets in bits per weight")  # fmt: skip
+    parser.add_argument("--stock", metavar="LIST", type=lambda text: tuple(text.upper().split(",")),
+                        help="llama.cpp's mixes, each a budget of its own bytes "
+                        f"({','.join(DEFAULT_STOCK)} unless there are budgets)")  # fmt: skip
+    parser.add_argument("--seeds", metavar="N", type=_integer_from(0), default=N_SEEDS,
+                        help="random allocations a budget (%(default)s unless told)")  # fmt: skip
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw divergence against bytes, .png or .svg")
+    _add_types(parser)
+    _add_scoring(parser)
+    _add_text(parser.add_argument_group("measurement"), chunks=0)
     _add_general(parser)
 
 

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .compare import KINDS, OURS, Comparison, Row, geometric_mean
 from .divergence import Divergence
 from .inspect import Inspection
 from .perplexity import Perplexity
@@ -239,3 +240,62 @@ def _type_table(tensors: Iterable[_Typed]) -> Table:
 
 def _type_text(name: str) -> Text:
     return Text(name, style=f"bold {TYPE_COLOURS[name]}" if name in TYPE_COLOURS else "")
+
+
+def comparison_view(found: Comparison) -> RenderableType:
+    """Return the rows of a comparison by budget, random ones as their mean, with the ratio to ours and predictions."""
+    table = Table(title=f"{found.model_name}: divergence from the original at equal bytes", title_justify="left")
+    for column in ("allocation", "bytes", "bpw", "perplexity", "KL divergence", "same top", "ours / this", "predicted"):
+        table.add_column(column, justify="left" if column == "allocation" else "right")
+    factor = found.prediction_factor
+    for budget in found.budgets:
+        table.add_section()
+        table.add_row(Text(budget, style="bold"))
+        for rows in _by_kind(found.of(budget)):
+            table.add_row(*_comparison_row(rows, found.ours(budget, rows[0].kind), factor))
+    return Group(table, _comparison_summary(found))
+
+
+def _by_kind(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows in groups of one kind, ours first; ours at others' bytes stand alone."""
+    groups = dict.fromkeys((KINDS.index(row.kind), row.detail if row.kind == OURS else "") for row in rows)
+    return [
+        [row for row in rows if row.kind == KINDS[kind] and (row.kind != OURS or row.detail == detail)]
+        for kind, detail in sorted(groups)
+    ]
+
+
+def _comparison_row(rows: Sequence[Row], ours: Row, factor: float | None) -> list[str]:
+    """Return the cells of one allocation; of several seeds the means, and the spread in place of the error."""
+    first, n = rows[0], len(rows)
+    mean = {name: sum(getattr(row, name) for row in rows) / n for name in ("ppl", "kld", "same_top", "bpw")}
+    spread = (sum((row.kld - mean["kld"]) ** 2 for row in rows) / (n - 1)) ** 0.5 if n > 1 else first.kld_error
+    predictions = [row.predicted for row in rows if row.predicted is not None]
+    predicted = sum(predictions) / len(predictions) * factor if predictions and factor else None
+    name = f"{first.kind} (mean of {n})" if n > 1 else f"{first.kind} {first.detail}".rstrip()
+    return [
+        f"  {name}",
+        f"{sum(row.tensor_bytes for row in rows) // n:,}",
+        f"{mean['bpw']:.4f}",
+        f"{mean['ppl']:.4f}",
+        f"{mean['kld']:.5f} ± {spread:.5f}",
+        f"{100 * mean['same_top']:.2f} %",
+        "" if first.kind == ours.kind else f"{ours.kld / mean['kld']:.3f}",
+        "" if predicted is None else f"{predicted:.5f}",
+    ]
+
+
+def _comparison_summary(found: Comparison) -> Text:
+    lines = []
+    first = found.rows[0]
+    lines.append(f"original: perplexity {first.original_ppl:.4f} ± {first.original_ppl_error:.4f}, "
+                 f"{first.n_scored_tokens} tokens scored in contexts of {found.n_ctx}")  # fmt: skip
+    for kind in dict.fromkeys(row.kind for row in found.rows if row.kind != OURS):
+        ratios = list(found.ratios(kind).values())
+        lines.append(f"our divergence over that of {kind}: {geometric_mean(ratios):.3f} "
+                     f"(geometric mean over {len(ratios)} budgets, largest {max(ratios):.3f})")  # fmt: skip
+    rho = found.prediction_rank_correlation
+    if rho is not None:
+        lines.append(f"predictions rank the plans with a correlation of {rho:.3f} (Spearman); the predicted column is "
+                     "scaled by one factor for all rows")  # fmt: skip
+    return Text("\n".join([*lines, *(f"note: {note}" for note in found.missing)]))

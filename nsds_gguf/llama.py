@@ -1,15 +1,17 @@
 """llama.cpp through its Python binding: open a GGUF, tokenize, decode blocks of tokens, read their logits.
 
-What is here is what perplexity and the tests need, with nothing left open behind them: models and contexts are
-context managers. Long calls run in a thread of their own, so that Ctrl-C is seen at once and stops them. llama.cpp's
+What is here is what perplexity, samples and the tests need, with nothing left open behind them: models and contexts
+are context managers. Long calls run in a thread of their own, so that Ctrl-C is seen at once and stops them. llama.cpp's
 log is silenced in the whole process; the error that it names becomes part of ours.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +55,26 @@ def llama_build() -> str:
     return f"{version} (llama-cpp-python {binding.__version__}; {' '.join(features)})"
 
 
+def quantize_stock(source: Path, target: Path, mix: str, n_threads: int) -> None:
+    """Let llama.cpp quantize a GGUF by its own rules, without an importance matrix.
+
+    Args:
+        source: F32, F16, BF16 or Q8_0 GGUF.
+        target: file to write; an existing one is replaced.
+        mix: name of a file type, ``Q3_K_M``.
+        n_threads: CPU threads.
+
+    Raises ``GgmlError`` when llama.cpp refuses.
+    """
+    binding = _binding()
+    params = binding.llama_model_quantize_default_params()
+    params.ftype, params.nthread = getattr(binding, f"LLAMA_FTYPE_MOSTLY_{mix}"), n_threads
+    params.allow_requantize = True  # of Q8_0
+    _log.clear()
+    if binding.llama_model_quantize(os.fsencode(source), os.fsencode(target), params):
+        raise GgmlError(f"{source}: llama.cpp cannot make {mix} of it: {_log_error()}")
+
+
 def default_threads() -> int:
     """Return the number of physical cores that this process may run on.
 
@@ -91,6 +113,42 @@ def logits(file: Path, tokens: Sequence[int], *, n_threads: int | None = None) -
     ):
         rows: Float32 = context.decode(row)[0].copy()
     return rows
+
+
+def complete(
+    file: Path, text: str, *, n_tokens: int, max_seconds: float = math.inf, n_threads: int | None = None
+) -> str:
+    """Return what a model says next: its most likely tokens one after another, until one ends the text.
+
+    Args:
+        file: the GGUF.
+        text: what has been said; names of special tokens in it stand for the tokens, BOS comes first where the
+            vocabulary wants it.
+        n_tokens: how many at most.
+        max_seconds: after this time no further token is begun.
+        n_threads: CPU threads; ``None`` for ``default_threads()``.
+
+    Raises:
+        VerifyError: the file cannot be loaded, or does not predict the next token.
+        TextError: the text has no tokens.
+        GgmlError: llama.cpp is missing or refuses.
+
+    """
+    with open_model(file) as model:
+        bos = [] if model.bos is None else [model.bos]
+        prompt = np.append(bos, model.tokenize(text, add_special=False, parse_special=True)).astype(np.int32)
+        if prompt.size == 0:
+            raise TextError(f"{file}: the prompt has no tokens; give a longer one")
+        n_prompt, said = prompt.size, list[int]()
+        with open_context(model, n_ctx=n_prompt + n_tokens, n_batch=n_prompt, n_threads=n_threads) as context:
+            deadline = time.monotonic() + max_seconds
+            rows = context.decode(prompt[np.newaxis], first_output=n_prompt - 1)
+            while not model.ends_text(token := int(rows[0, 0].argmax())):
+                said.append(token)
+                if len(said) == n_tokens or time.monotonic() > deadline:
+                    break
+                rows = context.decode(np.array([[token]], dtype=np.int32), start=n_prompt + len(said) - 1)
+        return model.detokenize(said)
 
 
 @contextmanager
@@ -233,6 +291,24 @@ class LlamaModel:
                 return ids
             room = -n_tokens
         raise GgmlError(f"{self.file}: llama_tokenize failed on a text of {len(data)} bytes with status {n_tokens}")
+
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones by their names; bytes that are not UTF-8 become U+FFFD."""
+        room = 1 + sum(len(self._binding.llama_vocab_get_text(self._vocab, token)) for token in tokens)
+        ids = (self._binding.llama_token * len(tokens))(*tokens)
+        for _ in range(2):
+            buffer = self._binding.ctypes.create_string_buffer(room)
+            n_bytes = self._binding.llama_detokenize(self._vocab, ids, len(tokens), buffer, room, False, True)
+            if n_bytes >= 0:
+                data: bytes = buffer.raw[:n_bytes]
+                return data.decode(errors="replace")
+            room = -n_bytes
+        raise GgmlError(f"{self.file}: llama_detokenize failed on {len(tokens)} tokens with status {n_bytes}")
+
+    def ends_text(self, token: int) -> bool:
+        """Return whether a token ends a text or a turn of a conversation."""
+        return bool(self._binding.llama_vocab_is_eog(self._vocab, token))
 
 
 class LlamaContext:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .compare import OURS, PAPER, RANDOM, RANDOM_FIXED, STOCK, UNIFORM, Comparison
 from .errors import OutputError, PlanError
 from .records import Float64, LayerScore, Scores
 from .score.stats import robust_z, sigmoid
@@ -16,6 +17,15 @@ from .score.stats import robust_z, sigmoid
 FORMATS = (".png", ".svg", ".pdf")
 
 _COMPONENT_NAMES = {"qk": "QK", "ov": "OV", "gate": "gate", "up": "up", "down": "down", "rest": "rest"}
+# Colours of Okabe and Ito, told apart by the colour-blind, and markers that need no colour.
+_KINDS = {
+    OURS: ("#0072b2", "o"),
+    STOCK: ("#d55e00", "s"),
+    PAPER: ("#cc79a7", "D"),
+    UNIFORM: ("#009e73", "^"),
+    RANDOM: ("#999999", "x"),
+    RANDOM_FIXED: ("#555555", "+"),
+}
 _INCHES_PER_LAYER, _MIN_INCHES, _MAX_INCHES = 0.28, 7.0, 24.0
 
 
@@ -53,6 +63,44 @@ def plot_scores(scores: Scores, path: Path) -> None:
         _draw_standing(grid[2], "SE", components, [layer.se for layer in scores.layers])
         figure.colorbar(image, ax=list(grid[1:]), label="standing among layers", shrink=0.9)
     grid[-1].set_xlabel("layer")
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror}") from error
+
+
+def plot_comparison(found: Comparison, path: Path) -> None:
+    """Draw divergence against bytes for every file of a comparison, ours joined by a line: the Pareto front.
+
+    Raises what ``plot_scores`` does.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5.0), layout="constrained")
+    axes = figure.subplots()
+    for kind, (colour, marker) in _KINDS.items():
+        rows = sorted((row for row in found.rows if row.kind == kind), key=lambda row: row.tensor_bytes)
+        if rows:
+            axes.errorbar(
+                [row.tensor_bytes / 2**20 for row in rows],
+                [row.kld for row in rows],
+                yerr=[row.kld_error for row in rows],
+                color=colour, marker=marker, ms=6, lw=1.5 if kind == OURS else 0, elinewidth=1, capsize=2,
+                label="ours" if kind == OURS else kind,
+            )  # fmt: skip
+    for row in found.rows:
+        if row.kind == STOCK:
+            axes.annotate(row.budget, (row.tensor_bytes / 2**20, row.kld), textcoords="offset points", xytext=(6, 4))
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel("tensors, MiB")
+    axes.set_ylabel("mean KL divergence from the original, nats per token")
+    axes.set_title(f"{found.model_name}: lower left is better", loc="left")
+    axes.legend(frameon=False)
+    axes.grid(which="both", axis="y", color="#dddddd", lw=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

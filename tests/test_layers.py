@@ -19,7 +19,9 @@ LAYERS = [
     ["views"],
     ["chat", "ggml", "gguf_header", "llama", "resources", "divergence"],
     ["estimate", "read", "score", "allocate", "write", "verify", "perplexity", "inspect", "modelfile"],
-    ["convert", "display", "plot"],
+    ["convert"],
+    ["compare"],
+    ["display", "plot"],
     ["cli"],
     ["__main__"],
 ]

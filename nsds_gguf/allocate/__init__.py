@@ -5,6 +5,7 @@ Allocators are functions in ``ALLOCATORS``; each gets a ``Problem`` and returns 
 * ``nsds``: the exact knapsack over sensitivity x measured error (``propagation``, ``measurement``, ``knapsack``), with
   the NSDS score as a factor on the tensors of its layer.
 * ``paper``: whole layers, the most sensitive fraction at 4 bit, the rest at 2 (arXiv 2603.17354).
+* ``random``: types drawn at random within the budget: what knowing nothing is worth.
 * ``uniform``: one type for every matrix; also the plain converter to F32, F16, BF16 and Q8_0.
 """
 
@@ -29,6 +30,7 @@ from .candidates import FALLBACKS, LAST_RESORT, Candidate, Pin, budget_bytes, ca
 from .knapsack import Choices, solve
 from .measurement import measure
 from .propagation import IMPORTANCES, Propagation, propagate
+from .randomly import random_types
 
 __all__ = [
     "ALLOCATORS", "DEFAULT_TYPES", "IMPORTANCES", "Candidate", "Pin", "PlanOptions", "Propagation",
@@ -45,7 +47,7 @@ NSDS_WEIGHT = 1.0
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the user asked of the allocator; ``uniform`` is the type of the ``uniform`` allocator."""
+    """What the user asked of the allocator; ``uniform`` is the type of that one, ``seed`` belongs to ``random``."""
 
     target: Target
     allocator: str = "nsds"
@@ -53,6 +55,7 @@ class PlanOptions:
     uniform: str | None = None
     pins: tuple[Pin, ...] = ()
     importance: str = "sweep"
+    seed: int = 0
 
     @property
     def allowed_types(self) -> tuple[str, ...]:
@@ -155,8 +158,20 @@ def _fitting(wanted: str, candidate: Candidate) -> str:
     return next((name for name in (wanted, FALLBACKS.get(wanted, wanted)) if ggml.fits(name, n_cols)), LAST_RESORT)
 
 
+def allocate_random(problem: Problem) -> Choice:
+    """Give every matrix a random type within the budget: the baseline that any knowledge has to beat."""
+    seed = problem.options.seed
+    types = random_types(problem.found, problem.budget, problem.padded, seed)
+    return Choice(types, None, (f"The types are random, seed {seed}.",))
+
+
 Allocator = Callable[[Problem], Choice]
-ALLOCATORS: dict[str, Allocator] = {"nsds": allocate_nsds, "paper": allocate_paper, "uniform": allocate_uniform}
+ALLOCATORS: dict[str, Allocator] = {
+    "nsds": allocate_nsds,
+    "paper": allocate_paper,
+    "random": allocate_random,
+    "uniform": allocate_uniform,
+}
 
 
 def check_options(options: PlanOptions) -> None:

@@ -30,6 +30,7 @@ from .compare import DEFAULT_STOCK, N_SEEDS, compare
 from .errors import NsdsError, OutputError, PlanError
 from .gguf_header import is_gguf
 from .inspect import inspect_gguf
+from .inspect_view import inspection_view
 from .perplexity import DEFAULT_BATCH, MIN_CTX, Measurement, Perplexity, perplexity
 from .plot import check_plot, plot_comparison, plot_scores
 from .records import Plan, Progress, Scores, Target, read_json
@@ -387,7 +388,7 @@ def run_compare(arguments: argparse.Namespace, screen: Screen) -> None:
 def run_inspect(arguments: argparse.Namespace, screen: Screen) -> None:
     """Show what a GGUF holds."""
     found = inspect_gguf(arguments.file)
-    screen.show(display.inspection_view(found))
+    screen.show(inspection_view(found))
     write_json(arguments.json, found.to_json())
 
 
@@ -657,7 +658,8 @@ def _add_compare(verbs: Any) -> None:
 
 
 def _add_inspect(verbs: Any) -> None:
-    parser = _add_verb(verbs, "inspect", run_inspect, "show what a GGUF holds", "nsds-gguf inspect model-Q3.gguf")
+    parser = _add_verb(verbs, "inspect", run_inspect, "show what a GGUF holds: its types by role and by layer",
+                       "nsds-gguf inspect model-Q3.gguf")  # fmt: skip
     parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file")
     _add_general(parser)
 

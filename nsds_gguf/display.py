@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 from rich.bar import Bar
 from rich.columns import Columns
@@ -14,9 +13,8 @@ from rich.text import Text
 
 from .compare import KINDS, OURS, Comparison, Row, geometric_mean
 from .divergence import Divergence
-from .inspect import Inspection
 from .perplexity import Perplexity
-from .records import Plan, Scores
+from .records import Plan, PlannedTensor, Scores
 
 # From few bits to many, safe for colour-blind eyes (viridis); the text says the type in any case.
 TYPE_COLOURS = {
@@ -26,23 +24,6 @@ TYPE_COLOURS = {
 }  # fmt: skip
 
 _BAR_WIDTH = 36
-
-
-class _Typed(Protocol):
-    """What plan tables and inspection tables have in common."""
-
-    @property
-    def role(self) -> str: ...
-    @property
-    def layer(self) -> int | None: ...
-    @property
-    def type(self) -> str: ...
-    @property
-    def n_weights(self) -> int: ...
-    @property
-    def n_bytes(self) -> int: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
 
 
 def scores_view(scores: Scores) -> RenderableType:
@@ -172,23 +153,7 @@ def _percent(fraction: float) -> str:
     return f"{100 * fraction:.3f} %"
 
 
-def inspection_view(found: Inspection) -> RenderableType:
-    """Return metadata, types by layer and role, and the sums of a GGUF."""
-    keys = Table(title=found.path, title_justify="left", show_header=False)
-    keys.add_column(no_wrap=True)
-    keys.add_column(overflow="ellipsis", no_wrap=True)
-    for key, value in found.metadata.items():
-        shown = f"{value:.7g}" if isinstance(value, float) else str(value)
-        keys.add_row(key, Text(shown.replace("\n", "⏎")))
-    if not found.tensors:
-        return keys
-    sums = Text(f"{found.n_weights / 1e6:.2f} M weights; bits per weight: {found.bpw:.4f} of all tensors, "
-                f"{found.quantized_bpw:.4f} of quantized tensors, {found.file_bpw:.4f} of the whole file "
-                f"({found.file_bytes:,} bytes)")  # fmt: skip
-    return Group(keys, _grid(found.tensors, "types"), _type_table(found.tensors), sums)
-
-
-def _grid(tensors: Iterable[_Typed], title: str) -> Table:
+def _grid(tensors: Iterable[PlannedTensor], title: str) -> Table:
     """Return a table of matrix types: a row per layer, a column per role; equal neighbours are folded."""
     matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
     roles = list(dict.fromkeys(tensor.role for tensor in matrices if tensor.layer is not None))
@@ -220,7 +185,7 @@ def _runs(rows: dict[int, dict[str, str]]) -> list[tuple[int, int]]:
     return runs
 
 
-def _type_table(tensors: Iterable[_Typed]) -> Table:
+def _type_table(tensors: Iterable[PlannedTensor]) -> Table:
     counts: Counter[str] = Counter()
     n_bytes: Counter[str] = Counter()
     n_weights: Counter[str] = Counter()

@@ -22,6 +22,7 @@ LAYERS = [
     ["convert"],
     ["compare"],
     ["display", "plot"],
+    ["inspect_view"],
     ["cli"],
     ["__main__"],
 ]

@@ -112,11 +112,23 @@ class Output:
 
 @dataclass(frozen=True)
 class Converted:
-    """A finished file, its plan, and what the check found (``None`` when it was skipped)."""
+    """A finished file, its plan, what the check found (``None`` when it was skipped), and the scores behind the plan.
+
+    ``scores`` is ``None`` when the plan was given or needed none.
+    """
 
     path: Path
     plan: Plan
     perplexity: Perplexity | None
+    scores: Scores | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Plans, one a budget, and the scores that they were made from (``None`` for a plan from a file)."""
+
+    plans: list[Plan]
+    scores: Scores | None = None
 
 
 def convert(
@@ -179,7 +191,7 @@ def convert(
             with temporary_sibling(target, output.keep_failed) as temporary, named(target, temporary, output):
                 work.write(plan, temporary)
                 found = work.verify(plan, temporary, verifying, text, reference)
-            results.append(Converted(target, plan, found))
+            results.append(Converted(target, plan, found, work.scores))
     return results
 
 
@@ -193,15 +205,16 @@ def plan(
     allow_requantize: bool = False,
     n_threads: int | None = None,
     report: Reporter | None = None,
-) -> list[Plan]:
+) -> Planned:
     """Return the plans that ``convert`` would carry out; arguments and errors are the same."""
     scoring, report = scoring or ScoreOptions(), report or Silent()
     model = open_model(path, pre, allow_requantize, report)
     if isinstance(given, Plan):
-        return [checked_plan(model, given)]
+        return Planned([checked_plan(model, given)])
     check_scores(model, given)
     check_targets(model, options, given.metric if given else scoring.metric)
-    return Work(model, n_threads or llama.default_threads(), report).plans(options, scoring, given)
+    work = Work(model, n_threads or llama.default_threads(), report)
+    return Planned(work.plans(options, scoring, given), work.scores)
 
 
 def score_model(
@@ -223,11 +236,15 @@ def score_model(
 
 
 class Work:
-    """The stages on one model, each told to the reporter; the moment sweep is done once, when first needed."""
+    """The stages on one model, each told to the reporter; the moment sweep is done once, when first needed.
+
+    ``scores`` are those that the last plans were made from.
+    """
 
     def __init__(self, model: Model, n_threads: int, report: Reporter) -> None:
         """Take the model, the threads and who is told."""
         self.model, self.n_threads, self.report = model, n_threads, report
+        self.scores: Scores | None = None
         self._propagation: Propagation | None = None
 
     def propagation(self) -> Propagation:
@@ -246,10 +263,10 @@ class Work:
         return self.measure(scores, wanted) if scoring.measure and wanted is not None else scores
 
     def plans(self, options: Sequence[PlanOptions], scoring: ScoreOptions, given: Scores | None) -> list[Plan]:
-        """Score once, unless scores are given, and allocate for every budget."""
+        """Score once, unless scores are given, and allocate for every budget; the scores are kept."""
         needs_scores = any(option.allocator != "uniform" for option in options)
-        scores = given or (self.score(options, scoring) if needs_scores else None)
-        return [self.allocate(scores, option) for option in options]
+        self.scores = given or (self.score(options, scoring) if needs_scores else None)
+        return [self.allocate(self.scores, option) for option in options]
 
     def measure(self, scores: Scores, options: PlanOptions) -> Scores:
         """Return the scores with the costs of the tensors added."""

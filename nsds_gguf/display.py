@@ -11,10 +11,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .bundle import Bundle
 from .compare import KINDS, OURS, Comparison, Row, geometric_mean
 from .divergence import Divergence
+from .explain import in_a_word
 from .perplexity import Perplexity
 from .records import Plan, PlannedTensor, Scores
+from .sample import Sample
 
 # From few bits to many, safe for colour-blind eyes (viridis); the text says the type in any case.
 TYPE_COLOURS = {
@@ -63,8 +66,8 @@ def plan_view(plan: Plan) -> RenderableType:
 def plan_details(plan: Plan) -> RenderableType:
     """Return one line per tensor with error, sensitivity and reason."""
     table = Table(title="tensors", title_justify="left")
-    for name in ("tensor", "type", "reason"):
-        table.add_column(name, no_wrap=name != "reason")
+    for name in ("tensor", "type", "why"):
+        table.add_column(name, no_wrap=name != "why")
     for name in ("shape", "bytes", "error", "sensitivity"):
         table.add_column(name, justify="right", no_wrap=True)
     for t in plan.tensors:
@@ -73,7 +76,7 @@ def plan_details(plan: Plan) -> RenderableType:
             error += f" ± {100 * t.error_stderr / t.error:.1f} %"
         sensitivity = "" if t.sensitivity is None else f"{t.sensitivity:.3g}"
         shape = " x ".join(map(str, t.shape))
-        table.add_row(t.name, _type_text(t.type), t.reason, shape, f"{t.n_bytes:,}", error, sensitivity)
+        table.add_row(t.name, _type_text(t.type), in_a_word(plan, t), shape, f"{t.n_bytes:,}", error, sensitivity)
     return table
 
 
@@ -94,16 +97,16 @@ def perplexity_view(found: Perplexity, name: str, reference: str | None = None) 
     chunks = f"{found.n_chunks} chunks"
     if found.n_chunks < found.n_chunks_wanted:
         chunks = f"interrupted after {found.n_chunks} of {found.n_chunks_wanted} chunks"
-    table = Table(title=f"{chunks} of {found.n_ctx} tokens, {found.n_scored_tokens:,} scored", title_justify="left")
+    title = Text(f"{chunks} of {found.n_ctx} tokens, {found.n_scored_tokens:,} scored", style="italic")
+    table = Table()
     for column in ("", "perplexity", "± error"):
         table.add_column(column, justify="right" if column else "left")
     if found.divergence is not None:
         d = found.divergence
         table.add_row(reference or "reference", f"{d.reference_ppl:.4f}", f"{d.reference_ppl_error:.4f}")
     table.add_row(name, f"{found.ppl:.4f}", f"{found.ppl_error:.4f}")
-    return Group(
-        table, _perplexity_sentence(found) if found.divergence is None else _divergence_sentence(found.divergence)
-    )
+    sentence = _perplexity_sentence(found) if found.divergence is None else _divergence_sentence(found.divergence)
+    return Group(title, table, sentence)
 
 
 def _perplexity_sentence(found: Perplexity) -> Text:
@@ -132,7 +135,7 @@ def divergence_details(found: Divergence) -> RenderableType:
         ("PPL ratio", f"{found.ppl_ratio:.6f}", f"{found.ppl_ratio_error:.6f}"),
         ("ln PPL ratio", f"{found.log_ppl_ratio:.6f}", f"{found.log_ppl_ratio_error:.6f}"),
         ("PPL difference", f"{found.ppl_difference:.6f}", f"{found.ppl_difference_error:.6f}"),
-        ("correlation of ln PPL", "-" if correlation is None else _percent(correlation), ""),
+        ("correlation, ln PPL", "-" if correlation is None else _percent(correlation), ""),
         ("mean KL divergence", f"{found.kld_mean:.6f}", f"{found.kld_error:.6f}"),
         ("mean Δp", _percent(found.delta_p_mean), _percent(found.delta_p_error)),
         ("RMS Δp", _percent(found.delta_p_rms), _percent(found.delta_p_rms_error)),
@@ -264,3 +267,20 @@ def _comparison_summary(found: Comparison) -> Text:
         lines.append(f"predictions rank the plans with a correlation of {rho:.3f} (Spearman); the predicted column is "
                      "scaled by one factor for all rows")  # fmt: skip
     return Text("\n".join([*lines, *(f"note: {note}" for note in found.missing)]))
+
+
+def bundle_view(bundle: Bundle) -> RenderableType:
+    """Return the files of a bundle and what to know of them."""
+    table = Table(title=str(bundle.folder), title_justify="left", show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column("SHA-256", overflow="ellipsis", no_wrap=True)
+    for name, digest in bundle.sha256.items():
+        table.add_row(name, digest)
+    return Group(table, Text("\n".join(f"note: {note}" for note in bundle.notes)))
+
+
+def sample_view(found: Sample) -> RenderableType:
+    """Return a prompt and the first words of the answer."""
+    kind = "answer, by its chat template" if found.is_chat else "text continued"
+    lines = [f"{kind}: {found.prompt!r} -> {found.answer!r}", *([f"note: {found.note}"] if found.note else [])]
+    return Text("\n".join(lines))

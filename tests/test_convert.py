@@ -91,7 +91,7 @@ def test_target_size_counts_the_whole_file(tmp_path, scores):
 
 def test_scores_and_plans_come_back_from_files(tmp_path, scores):
     kept = Scores.from_json(json.loads(json.dumps(scores.to_json())))
-    (plan,) = convert.plan(DEMO, [bpw(3.3)], given=kept)
+    (plan,) = convert.plan(DEMO, [bpw(3.3)], given=kept).plans
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
     convert.convert(DEMO, [bpw(3.3)], given=scores, output=convert.Output(first), verifying=OFF)
@@ -100,7 +100,7 @@ def test_scores_and_plans_come_back_from_files(tmp_path, scores):
 
 
 def test_a_plan_edited_by_hand_is_followed_within_its_target(tmp_path, scores):
-    (plan,) = convert.plan(DEMO, [bpw(3.3)], given=scores)
+    (plan,) = convert.plan(DEMO, [bpw(3.3)], given=scores).plans
 
     def with_type(name, type_name):
         tensors = (dataclasses.replace(t, type=type_name) if t.name == name else t for t in plan.tensors)
@@ -156,7 +156,7 @@ def test_default_plan_beats_whole_layers_at_the_same_bytes(tmp_path, scores, ref
 
 
 def test_tensor_types_file_is_anchored(scores):
-    (plan,) = convert.plan(DEMO, [bpw(3.3)], given=scores)
+    (plan,) = convert.plan(DEMO, [bpw(3.3)], given=scores).plans
     lines = convert.tensor_types_file(plan).splitlines()
     assert len(lines) == sum(len(t.shape) > 1 for t in plan.tensors)
     assert any(line.startswith(r"^blk\.1\.attn_q\.weight$=q") for line in lines)

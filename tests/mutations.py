@@ -17,26 +17,88 @@ from nsds_gguf.records import Model, Tensor, kv
 
 Edit = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
+# Keys of the architecture by what may happen to them. Some that llama.cpp demands have no "left out".
+_OPTIONAL_KEYS = (
+    "attention.clamp_kqv",
+    "attention.scale",
+    "attn_logit_softcapping",
+    "embedding_scale",
+    "expert_weights_scale",
+    "final_logit_softcapping",
+    "residual_scale",
+    "rope.freq_base",
+    "rope.scaling.attn_factor",
+    "rope.scaling.factor",
+    "rope.scaling.yarn_log_multiplier",
+)
+_CHANGED_KEYS = {
+    "rope.freq_base": (1.25, "25 % larger"),
+    "rope.scaling.factor": (1.05, "5 % larger"),
+    "attention.layer_norm_epsilon": (2, "doubled"),
+    "attention.layer_norm_rms_epsilon": (2, "doubled"),
+    "attention.sliding_window": (2, "doubled"),
+    "expert_used_count": (2, "doubled"),
+    "logit_scale": (0.5, "halved"),
+}
+_ROPE_KEYS = ("dimension_count", "freq_base", "freq_base_swa", "scaling.type", "scaling.original_context_length")
+# llama.cpp computes no window for Phi 3.
+_UNUSED_KEYS = {"phi3": ("attention.sliding_window",)}
+
+# Architectures whose rope rotates neighbouring channels (llama.cpp, llama_model_rope_type: NORM).
+_NEIGHBOURS = ("llama", "granite", "granitemoe", "internlm2", "olmo", "smollm3", "command-r", "cohere2")
+
+# Architectures that may rotate a part of each head.
+_PARTIAL = ("gptneox", "phi2", "phi3", "stablelm")
+
+# Pairs of roles that an error may exchange.
+_PAIRS = {
+    "gate and up exchanged": ("ffn_gate", "ffn_up"),
+    "gates and ups of experts exchanged": ("ffn_gate_exps", "ffn_up_exps"),
+    "gate and up of the shared expert exchanged": ("ffn_gate_shexp", "ffn_up_shexp"),
+    "norms exchanged": ("attn_norm", "ffn_norm"),
+    "norms behind the blocks exchanged": ("post_attention_norm", "post_ffw_norm"),
+}
+
 
 def mutations(model: Model) -> dict[str, Model]:
     """Return the mutants of a model by what is wrong with them."""
-    return {
-        "theta left out": _without_key(model, "rope.freq_base"),
-        "theta 5 % larger": _scaled_key(model, "rope.freq_base", 1.05),
-        "norm eps doubled": _scaled_key(model, "attention.layer_norm_rms_epsilon", 2),
-        "q and k in the other order": _edited(model, r"attn_[qk]", _reordered(model)),
-        "gate and up exchanged": _exchanged(model, "ffn_gate", "ffn_up"),
-        "norms exchanged": _exchanged(model, "attn_norm", "ffn_norm"),
-        **_tie_mutations(model),
-        **_rope_mutations(model),
-        **_bias_mutations(model),
-        **_qk_norm_mutations(model),
-    }
+    roles = {tensor.role for tensor in model.tensors}
+    mutants = {
+        what: _exchanged(model, *pair) for what, pair in _PAIRS.items() if roles.issuperset(pair)
+    }  # fmt: skip
+    return (
+        mutants
+        | _key_mutations(model)
+        | _tie_mutations(model)
+        | _rope_mutations(model)
+        | _attention_mutations(model)
+        | _norm_mutations(model)
+        | _bias_mutations(model)
+        | _expert_mutations(model)
+        | _family_mutations(model)
+    )
+
+
+def _key_mutations(model: Model) -> dict[str, Model]:
+    given = _computing_keys(model)
+    mutants = {f"{name} left out": _without_key(model, name) for name in _OPTIONAL_KEYS if name in given}
+    for name, (factor, what) in _CHANGED_KEYS.items():
+        if name in given:
+            mutants[f"{name} {what}"] = _scaled_key(model, name, factor)
+    return mutants
+
+
+def _computing_keys(model: Model) -> set[str]:
+    """Return the names of the keys, less the architecture's, that llama.cpp computes with."""
+    prefix = f"{model.architecture}."
+    given = {key.removeprefix(prefix) for key in model.metadata} - set(_UNUSED_KEYS.get(model.architecture, ()))
+    finetuned = model.metadata.get(f"{prefix}rope.scaling.finetuned")  # Granite 4: whether there is rope at all
+    return given - {"rope.freq_base"} if finetuned is not None and not finetuned.value else given
 
 
 def _tie_mutations(model: Model) -> dict[str, Model]:
     if not model.is_tied:
-        tensors = tuple(tensor for tensor in model.tensors if tensor.name != "output.weight")
+        tensors = tuple(tensor for tensor in model.tensors if not tensor.name.startswith("output."))
         return {"tied": replace(model, tensors=tensors)}
     embedding = model.by_name["token_embd.weight"]
     other = _with_array(embedding, embedding.load()[::-1])
@@ -44,45 +106,122 @@ def _tie_mutations(model: Model) -> dict[str, Model]:
 
 
 def _rope_mutations(model: Model) -> dict[str, Model]:
-    given = {key.removeprefix(f"{model.architecture}.rope.scaling."): entry for key, entry in model.metadata.items()}
+    given = {name: model.metadata.get(f"{model.architecture}.rope.{name}") for name in _ROPE_KEYS}
+    values = {name: entry.value for name, entry in given.items() if entry is not None}
     mutants = {}
-    if "factor" in given:
-        mutants["rope factor left out"] = _without_key(model, "rope.scaling.factor")
-        mutants["rope factor 5 % larger"] = _scaled_key(model, "rope.scaling.factor", 1.05)
-    if "original_context_length" in given:
-        mutants["yarn taken for linear"] = _without_key(model, "rope.scaling.type")  # which llama.cpp takes for linear
-        mutants["original context left out"] = _without_key(model, "rope.scaling.original_context_length")
-    if "attn_factor" in given:
-        mutants["attention factor left out"] = _without_key(model, "rope.scaling.attn_factor")
+    if model.architecture in _PARTIAL and values["dimension_count"] < model.hparams.head_dim:
+        mutants["rope.dimension_count left out"] = _without_key(model, "rope.dimension_count")
+    if values.get("freq_base_swa", values.get("freq_base")) != values.get("freq_base"):
+        mutants["rope.freq_base_swa left out"] = _without_key(model, "rope.freq_base_swa")
+    original = "rope.scaling.original_context_length"
+    if values.get("scaling.type") == "yarn":
+        mutants["rope.scaling.type left out"] = _without_key(model, "rope.scaling.type")  # llama.cpp: linear
+        mutants[f"{original} left out"] = _without_key(model, original)
+    if values.get("scaling.type") == "longrope":  # 64 for 256 and 256 for 64: the other side of llama.cpp's context
+        other = 2**14 // values["scaling.original_context_length"]
+        mutants[f"{original} on the other side"] = _with_value(model, original, other)
     if "rope_freqs.weight" in model.by_name:
         tensors = tuple(tensor for tensor in model.tensors if tensor.name != "rope_freqs.weight")
         mutants["rope_freqs left out"] = replace(model, tensors=tensors)
         mutants["rope_freqs halved"] = _edited(model, "rope_freqs", lambda factors: np.maximum(factors / 2, 1))
+    if "rope_factors_long.weight" in model.by_name:
+        mutants["long and short rope factors exchanged"] = _exchanged(
+            model, "rope_factors_long", "rope_factors_short"
+        )  # fmt: skip
+        mutants["rope factors of ones"] = _edited(model, "rope_factors_.*", np.ones_like)
+    return mutants
+
+
+def _attention_mutations(model: Model) -> dict[str, Model]:
+    roles = {tensor.role for tensor in model.tensors}
+    has_rope = "rope.freq_base" in _computing_keys(model)
+    mutants = {}
+    if roles.issuperset(("attn_q", "attn_k")) and has_rope:
+        mutants["q and k in the other order"] = _edited(model, r"attn_[qk]", _reordered(model))
+        if "attn_q.bias" in roles:
+            mutants["q and k biases in the other order"] = _edited(model, r"attn_[qk]\.bias", _reordered(model))
+    if "attn_qkv" in roles:
+        head_dim = model.hparams.head_dim
+        mutants["q, k, v taken for k, v, q"] = _edited(model, "attn_qkv", lambda rows: np.roll(rows, head_dim, axis=0))
+        mutants["q, k, v by head"] = _edited(model, "attn_qkv", lambda rows: _by_head(rows, head_dim))
+    for role in ("attn_q_norm", "attn_k_norm"):
+        if any(tensor.role == role and len(tensor.shape) == 2 for tensor in model.tensors):
+            mutants[f"{role}: heads in another order"] = _edited(model, role, lambda rows: rows[::-1])
+    return mutants
+
+
+def _norm_mutations(model: Model) -> dict[str, Model]:
+    roles = sorted({tensor.role for tensor in model.tensors if tensor.role.endswith("norm")})
+    mutants = {f"{role} of ones": _edited(model, re.escape(role), np.ones_like) for role in roles}
+    if model.architecture.startswith("gemma"):
+        mutants["norms without their 1"] = _edited(model, ".*norm", lambda gains: gains - 1)
     return mutants
 
 
 def _bias_mutations(model: Model) -> dict[str, Model]:
     roles = sorted({tensor.role for tensor in model.tensors if tensor.role.endswith(".bias")})
-    mutants = {f"{role} left out": _edited(model, re.escape(role), np.zeros_like) for role in roles}
-    if roles:
-        mutants["q and k biases in the other order"] = _edited(model, r"attn_[qk]\.bias", _reordered(model))
+    return {f"{role} left out": _edited(model, re.escape(role), np.zeros_like) for role in roles}
+
+
+def _expert_mutations(model: Model) -> dict[str, Model]:
+    roles = {tensor.role for tensor in model.tensors}
+    mutants = {}
+    if "ffn_down_exps" in roles:
+        mutants["ffn_down_exps in another order"] = _edited(model, "ffn_down_exps", lambda experts: experts[::-1])
+        mutants["ffn_gate_inp in another order"] = _edited(model, "ffn_gate_inp", lambda rows: rows[::-1])
+    if "ffn_gate_inp_shexp" in roles:
+        mutants["ffn_gate_inp_shexp left out"] = _edited(model, "ffn_gate_inp_shexp", np.zeros_like)
     return mutants
 
 
-def _qk_norm_mutations(model: Model) -> dict[str, Model]:
-    roles = ("attn_q_norm", "attn_k_norm") if model.hparams.qk_norm else ()
-    return {f"{role} of ones": _edited(model, role, np.ones_like) for role in roles}
+def _family_mutations(model: Model) -> dict[str, Model]:
+    """Return errors that a few architectures alone can have."""
+    roles = {tensor.role for tensor in model.tensors}
+    if model.architecture.startswith("gemma"):
+        scale = np.float32(np.sqrt(model.hparams.n_embd))
+        return {"embedding scaled by the converter too": _edited(model, "token_embd", lambda rows: rows * scale)}
+    if model.architecture == "phi3":
+        return {"halves of ffn_up exchanged": _edited(model, "ffn_up", lambda rows: np.roll(rows, len(rows) // 2, 0))}
+    if model.architecture == "gpt2":
+        return {
+            "position_embd one row late": _edited(model, "position_embd", lambda rows: np.roll(rows, 1, axis=0)),
+            "attn_output not transposed": _edited(model, "attn_output", lambda rows: rows.T),
+        }
+    if model.architecture == "gptneox":
+        is_parallel = model.metadata["gptneox.use_parallel_residual"].value
+        return {"the other residual": _with_value(model, "use_parallel_residual", not is_parallel)}
+    if model.architecture == "deepseek2":
+        gating = model.metadata["deepseek2.expert_gating_func"].value  # 1 softmax, 2 sigmoid
+        return {
+            "the other gating": _with_value(model, "expert_gating_func", 3 - gating),
+            "attn_k_b: heads in another order": _edited(model, "attn_k_b", lambda heads: heads[::-1]),
+            "attn_v_b: heads in another order": _edited(model, "attn_v_b", lambda heads: heads[::-1]),
+        }
+    if "ssm_a" in roles:
+        return {
+            "ssm_a as its logarithm": _edited(model, "ssm_a", lambda rates: np.log(-rates)),
+            "ssm_conv1d backwards": _edited(model, "ssm_conv1d", lambda kernels: kernels[:, ::-1]),
+            "ssm_d left out": _edited(model, "ssm_d", np.zeros_like),
+        }
+    return {}
 
 
 def _reordered(model: Model) -> Edit:
     """Return what takes rope's rows from the order of the architecture to the other one, head by head."""
     half = model.hparams.head_dim // 2
-    split = (half, 2) if model.architecture == "llama" else (2, half)
+    split = (half, 2) if model.architecture in _NEIGHBOURS else (2, half)
 
     def edit(array: NDArray[np.float32]) -> NDArray[np.float32]:
         return array.reshape(-1, *split, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
 
     return edit
+
+
+def _by_head(rows: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
+    """Return fused rows with the first, the middle and the last third taken in turns, a head each."""
+    heads = rows.reshape(-1, head_dim, *rows.shape[1:])
+    order = np.argsort(np.arange(len(heads)) % -(-len(heads) // 3), kind="stable")
+    return heads[order].reshape(rows.shape)
 
 
 def _exchanged(model: Model, first: str, second: str) -> Model:
@@ -119,6 +258,10 @@ def _without_key(model: Model, name: str) -> Model:
 
 
 def _scaled_key(model: Model, name: str, factor: float) -> Model:
+    value = model.metadata[f"{model.architecture}.{name}"].value
+    return _with_value(model, name, type(value)(factor * value))
+
+
+def _with_value(model: Model, name: str, value: float | bool) -> Model:
     key = f"{model.architecture}.{name}"
-    entry = model.metadata[key]
-    return replace(model, metadata={**model.metadata, key: kv(factor * entry.value, entry.type)})
+    return replace(model, metadata={**model.metadata, key: kv(value, model.metadata[key].type)})

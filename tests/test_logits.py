@@ -1,93 +1,30 @@
 """Logits of llama.cpp on our F32 GGUF equal those of transformers on the checkpoint, and errors would show.
 
-transformers' logits are recorded in ``golden/logits.npz`` by ``tools/check_logits.py``, which also measures the
-attention entropy: the best token at every position, and every ``STRIDE``-th number at ``N_POSITIONS`` positions.
+transformers' logits are recorded by ``tools/check_logits.py``, which also asserts what only transformers can tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from mutations import mutations
 from numpy.typing import NDArray
-from tiny_models import SPECS, Spec, digest, tiny_tokens, write_tiny
+from zoo import digest, packed, unpacked, write_zoo, zoo_config, zoo_shapes, zoo_tokens
+from zoo_logits import BITE, F32, GOLDEN, difference, model_logits, moves, recorded
+from zoo_specs import SPECS
 
-from nsds_gguf.allocate import PlanOptions, make_plan
 from nsds_gguf.convert import Output, VerifyOptions, convert
-from nsds_gguf.llama import logits
 from nsds_gguf.read import open_model, supported_classes
-from nsds_gguf.records import Float32, Model, Target
-from nsds_gguf.write import header_bytes, write_gguf
-
-GOLDEN = Path(__file__).parent / "golden" / "logits.npz"
-
-TOLERANCE = 1e-3  # of the largest logit
-BITE = 20  # times the tolerance: what every error must move
-
-N_POSITIONS = 16
-STRIDE = 5
-
-# The errors that each class can have, and must be tested with.
-_COMMON = {
-    "theta left out",
-    "theta 5 % larger",
-    "norm eps doubled",
-    "q and k in the other order",
-    "gate and up exchanged",
-    "norms exchanged",
-    "tied",
-    "untied",
-    "rope factor left out",
-    "rope factor 5 % larger",
-    "yarn taken for linear",
-    "original context left out",
-    "attention factor left out",
-}
-_QKV_ERRORS = {
-    "attn_q.bias left out", "attn_k.bias left out", "attn_v.bias left out", "q and k biases in the other order",
-}  # fmt: skip
-_LLAMA3 = {"rope_freqs left out", "rope_freqs halved"}
-ERRORS = {
-    "LlamaForCausalLM": _COMMON | _LLAMA3 | _QKV_ERRORS
-    | {f"{role}.bias left out" for role in ("attn_output", "ffn_gate", "ffn_up", "ffn_down")},
-    "MistralForCausalLM": _COMMON | _LLAMA3,
-    "Qwen2ForCausalLM": _COMMON | _QKV_ERRORS,
-    "Qwen3ForCausalLM": _COMMON | _QKV_ERRORS | {"attn_q_norm of ones", "attn_k_norm of ones"},
-}  # fmt: skip
-
-F32 = PlanOptions(Target("none", 0), "uniform", uniform="F32", importance="none")
+from nsds_gguf.read.config import canonical
+from nsds_gguf.read.families import FAMILIES
 
 
-def positions(n_tokens: int) -> NDArray[np.intp]:
-    """Return the positions whose logits are recorded, the first and the last among them."""
-    return np.linspace(0, n_tokens - 1, N_POSITIONS).astype(np.intp)
-
-
-def recorded(rows: Float32) -> Float32:
-    """Return the part of ``(n_tokens, n_vocab)`` logits that is recorded."""
-    return rows[positions(len(rows))][:, ::STRIDE]
-
-
-def best_tokens(rows: Float32) -> NDArray[np.int16]:
-    """Return the argmax at every position; -1 where the second best is so close that the tolerance allows either."""
-    second, first = np.sort(rows, axis=1)[:, -2:].T
-    is_clear = first - second > 2 * TOLERANCE * np.abs(rows).max()
-    return np.where(is_clear, rows.argmax(axis=1), -1).astype(np.int16)
-
-
-def difference(rows: Float32, wanted: Float32, largest: float | None = None) -> float:
-    """Return the largest difference as a part of the largest logit."""
-    return float(np.abs(rows - wanted).max() / (np.abs(wanted).max() if largest is None else largest))
-
-
-def model_logits(model: Model, path: Path, tokens: list[int]) -> Float32:
-    """Write a model as F32 GGUF to ``path`` and return llama.cpp's logits."""
-    n_header = header_bytes(model, allocator="uniform", target=F32.target, importance="none", metric=None)
-    write_gguf(model, make_plan(model, None, F32, n_header), {}, path, n_threads=1)
-    return logits(path, tokens, n_threads=1)
+def checkpoint(folder: Path, name: str) -> Path:
+    """Write the folder of a spec and return it."""
+    return write_zoo(folder / "checkpoint", SPECS[name], zoo_config(name), zoo_shapes(name))
 
 
 @pytest.fixture(scope="module")
@@ -101,57 +38,146 @@ def test_llama_cpp_computes_what_transformers_computes(
     name: str, golden: dict[str, NDArray[np.generic]], tmp_path: Path
 ) -> None:
     spec = SPECS[name]
-    assert golden[f"{name}/digest"] == digest(spec), "the model changed: run tools/check_logits.py --record"
-    model = open_model(write_tiny(tmp_path / name, spec))
-    rows = model_logits(model, tmp_path / "model.gguf", tiny_tokens(spec))
+    fingerprint = digest(spec, zoo_config(name), zoo_shapes(name))
+    assert golden[f"{name}/digest"] == fingerprint, "the model changed: run tools/check_logits.py --record"
+    model = open_model(checkpoint(tmp_path, name))
+    rows = model_logits(model, tmp_path / "model.gguf", zoo_tokens(spec))
     largest = float(golden[f"{name}/largest"])
-    assert difference(recorded(rows), golden[f"{name}/logits"], largest) <= TOLERANCE
+    assert difference(recorded(rows), golden[f"{name}/logits"], largest) <= spec.tolerance
     best = golden[f"{name}/best"]
-    assert np.mean(best >= 0) > 0.9
+    assert np.mean(best >= 0) > 0.75
     np.testing.assert_array_equal(rows.argmax(axis=1)[best >= 0], best[best >= 0])
 
 
 @pytest.mark.parametrize("source_class", supported_classes())
 def test_the_whole_conversion_writes_the_file_that_is_compared(source_class: str, tmp_path: Path) -> None:
-    spec = next(spec for spec in SPECS.values() if spec.source_class == source_class)
-    checkpoint = write_tiny(tmp_path / "model", spec)
+    name = next(name for name, spec in SPECS.items() if spec.source_class == source_class)
+    folder = checkpoint(tmp_path, name)
     unverified, output = VerifyOptions(enabled=False), Output(tmp_path / "converted.gguf")
-    convert(checkpoint, [F32], verifying=unverified, output=output, n_threads=1)
-    model_logits(open_model(checkpoint), tmp_path / "compared.gguf", tiny_tokens(spec))
+    convert(folder, [F32], verifying=unverified, output=output, n_threads=1)
+    model_logits(open_model(folder), tmp_path / "compared.gguf", zoo_tokens(SPECS[name]))
     assert (tmp_path / "converted.gguf").read_bytes() == (tmp_path / "compared.gguf").read_bytes()
 
 
-def moves(folder: Path, spec: Spec, known: Collection[str] = ()) -> dict[str, float]:
-    """Return how far each error that is not ``known`` moves the logits of a spec, as a part of the largest."""
-    tokens, path = tiny_tokens(spec), folder / "mutant.gguf"
-    model = open_model(write_tiny(folder / "model", spec))
-    mutants = {error: mutant for error, mutant in mutations(model).items() if error not in known}
-    if not mutants:
-        return {}
-    right = model_logits(model, path, tokens)
-    return {error: difference(model_logits(mutant, path, tokens), right) for error, mutant in mutants.items()}
+def architecture_of(name: str) -> str:
+    """Return llama.cpp's name for what a spec converts to; empty for the language model of a larger model."""
+    config, source_class = zoo_config(name), SPECS[name].source_class
+    families = [family for family in FAMILIES if source_class in family.classes]
+    chosen = (family for family in families if family.variant(canonical(config, family)))
+    return next((family.architecture for family in chosen), "")
 
 
-@pytest.mark.parametrize("source_class", supported_classes())
-def test_every_error_moves_the_logits(source_class: str, tmp_path: Path) -> None:
-    moved: dict[str, float] = {}  # by each error in the first model of the class that can have it
-    for name, spec in SPECS.items():
-        if spec.source_class == source_class:
-            moved |= moves(tmp_path / name, spec, known=moved)
-    assert moved.keys() == ERRORS[source_class]
-    assert {error: by for error, by in moved.items() if by <= BITE * TOLERANCE} == {}
+ARCHITECTURES = {name: architecture_of(name) for name in SPECS}
+
+
+@pytest.mark.parametrize("architecture", sorted({family.architecture for family in FAMILIES}))
+def test_every_error_moves_the_logits(architecture: str, tmp_path: Path) -> None:
+    moved: dict[str, float] = {}  # by each error in the first model that can have it
+    for name in (name for name, found in ARCHITECTURES.items() if found == architecture):
+        model = open_model(checkpoint(tmp_path / name, name))
+        moved |= moves(model, SPECS[name], tmp_path / name, known=moved)
+    assert len(moved) >= 5
+    assert {error: by for error, by in moved.items() if by <= BITE} == {}
+
+
+# One architecture that must be tested with the error; others may be.
+ERRORS = {
+    "attention.clamp_kqv left out": "olmo",
+    "attention.layer_norm_epsilon doubled": "gpt2",
+    "attention.layer_norm_rms_epsilon doubled": "llama",
+    "attention.scale left out": "granite",
+    "attention.sliding_window doubled": "olmo2",
+    "attn_k.bias left out": "qwen2",
+    "attn_k_norm of ones": "qwen3",
+    "attn_k_b: heads in another order": "deepseek2",
+    "attn_k_norm: heads in another order": "stablelm",
+    "attn_logit_softcapping left out": "gemma2",
+    "attn_output not transposed": "gpt2",
+    "attn_output.bias left out": "llama",
+    "attn_q.bias left out": "qwen2",
+    "attn_q_norm of ones": "qwen3",
+    "attn_q_norm: heads in another order": "command-r",
+    "attn_qkv.bias left out": "gptneox",
+    "attn_v.bias left out": "qwen2",
+    "attn_v_b: heads in another order": "deepseek2",
+    "embedding scaled by the converter too": "gemma",
+    "embedding_scale left out": "granite",
+    "expert_used_count doubled": "qwen3moe",
+    "exp_probs_b.bias left out": "deepseek2",
+    "expert_weights_scale left out": "deepseek2",
+    "ffn_down.bias left out": "phi2",
+    "ffn_down_exps in another order": "olmoe",
+    "ffn_gate_inp in another order": "granitemoe",
+    "ffn_gate_inp_shexp left out": "qwen2moe",
+    "final_logit_softcapping left out": "gemma2",
+    "gate and up exchanged": "internlm2",
+    "gate and up of the shared expert exchanged": "granitemoe",
+    "gates and ups of experts exchanged": "llama",
+    "halves of ffn_up exchanged": "phi3",
+    "logit_scale halved": "cohere2",
+    "long and short rope factors exchanged": "phi3",
+    "norms behind the blocks exchanged": "gemma3",
+    "norms exchanged": "llama",
+    "norms without their 1": "gemma",
+    "output.bias left out": "phi2",
+    "output_norm.bias left out": "starcoder2",
+    "position_embd one row late": "gpt2",
+    "q and k biases in the other order": "llama",
+    "q and k in the other order": "internlm2",
+    "q, k, v by head": "gptneox",
+    "q, k, v taken for k, v, q": "phi3",
+    "residual_scale left out": "granite",
+    "rope factors of ones": "phi3",
+    "rope.dimension_count left out": "stablelm",
+    "rope.freq_base 25 % larger": "smollm3",
+    "rope.freq_base left out": "llama",
+    "rope.freq_base_swa left out": "gemma3",
+    "rope.scaling.attn_factor left out": "llama",
+    "rope.scaling.factor 5 % larger": "qwen3",
+    "rope.scaling.factor left out": "qwen2",
+    "rope.scaling.original_context_length left out": "llama",
+    "rope.scaling.original_context_length on the other side": "phi3",
+    "rope.scaling.type left out": "qwen3",
+    "rope.scaling.yarn_log_multiplier left out": "deepseek2",
+    "rope_freqs halved": "llama",
+    "rope_freqs left out": "granite",
+    "ssm_a as its logarithm": "mamba",
+    "ssm_conv1d backwards": "granitehybrid",
+    "ssm_d left out": "mamba",
+    "the other gating": "deepseek2",
+    "the other residual": "gptneox",
+    "tied": "llama",
+    "untied": "llama",
+}
+
+
+def test_errors_are_tried_where_they_can_happen(tmp_path: Path) -> None:
+    tried = {
+        (error, architecture)
+        for name, architecture in ARCHITECTURES.items()
+        for error in mutations(open_model(checkpoint(tmp_path / name, name)))
+    }
+    assert set(ERRORS.items()) - tried == set()
+    assert {error for error, _ in tried if not error.endswith(("of ones", ".bias left out"))} - set(ERRORS) == set()
 
 
 def test_every_class_and_rope_kind_is_covered() -> None:
-    covered = {(spec.source_class, spec.rope.get("rope_type") or spec.rope["type"]) for spec in SPECS.values()}
-    kinds = {name: {"default", "linear", "yarn"} for name in supported_classes()}
-    kinds["LlamaForCausalLM"].add("llama3")
-    kinds["MistralForCausalLM"].add("llama3")
-    assert covered == {(name, kind) for name, found in kinds.items() for kind in found}
+    assert {spec.source_class for spec in SPECS.values()} == set(supported_classes())
+    covered = {(architecture, rope_kind(zoo_config(name))) for name, architecture in ARCHITECTURES.items()}
+    wanted = {(family.architecture, kind) for family in FAMILIES for kind in family.rope_kinds}
+    assert wanted - covered == set()
 
 
-def test_sequences_are_longer_than_ropes_original_context() -> None:
-    for spec in SPECS.values():
-        factor = spec.rope.get("factor", 1.0)
-        original = spec.rope.get("original_max_position_embeddings", spec.n_ctx / factor)
-        assert spec.n_tokens > original or factor == 1.0
+def rope_kind(config: dict[str, Any]) -> str:
+    """Return the kind of rope of a config.json in either form."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope.get("full_attention", rope)
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def test_shapes_are_packed_without_loss() -> None:
+    shapes = {f"layers.{i}.experts.{j}.up": (3, 2) for i in (1, 2) for j in range(3)} | {"norm": (4,)}
+    assert packed(shapes) == {"layers.{}.experts.{}.up": [[[1, 2], [0, 1, 2]], [3, 2]], "norm": [[], [4]]}
+    assert unpacked(packed(shapes)) == shapes
+    with pytest.raises(ValueError, match="different shapes"):
+        packed({"layers.0.up": (3, 2), "layers.1.up": (3, 4)})

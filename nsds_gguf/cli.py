@@ -29,6 +29,7 @@ from .allocate import DEFAULT_TYPES, Pin, PlanOptions
 from .compare import DEFAULT_STOCK, N_SEEDS, compare
 from .errors import NsdsError, OutputError, PlanError
 from .gguf_header import is_gguf
+from .hub import HubName, parse_name
 from .inspect import inspect_gguf
 from .inspect_view import inspection_view
 from .perplexity import DEFAULT_BATCH, MIN_CTX, Measurement, Perplexity, perplexity
@@ -222,7 +223,7 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
         run_plan(arguments, screen)
         return
     results = convert.convert(
-        arguments.model,
+        model_source(arguments),
         [] if arguments.plan else plan_options(arguments),
         scoring=scoring_options(arguments),
         verifying=verify_options(arguments),
@@ -256,7 +257,7 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
     if arguments.tensor_types is not None and len(options) > 1:
         raise PlanError(f"--tensor-types holds one plan, got {len(options)} targets; give one")
     plans = convert.plan(
-        arguments.model,
+        model_source(arguments),
         options,
         scoring=scoring_options(arguments),
         given=given_record(arguments),
@@ -277,7 +278,7 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
 def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
     """Score layers and measure tensors."""
     scores = convert.score_model(
-        arguments.model,
+        model_source(arguments),
         scoring_options(arguments),
         types=arguments.types,
         importance=arguments.importance,
@@ -364,7 +365,7 @@ def run_compare(arguments: argparse.Namespace, screen: Screen) -> None:
     if stock is None:
         stock = () if arguments.target_bpw else DEFAULT_STOCK
     found = compare(
-        arguments.model,
+        model_source(arguments),
         [Target("bpw", value) for value in arguments.target_bpw or ()],
         stock,
         arguments.output,
@@ -415,6 +416,14 @@ def plan_options(arguments: argparse.Namespace) -> list[PlanOptions]:
         )
         for target in targets or [Target("none", 0)]
     ]
+
+
+def model_source(arguments: argparse.Namespace) -> Path | HubName:
+    """Return the model's path or its name on the Hub; raises ``PlanError`` for a revision of a path."""
+    name = parse_name(arguments.model, arguments.revision)
+    if name is None and arguments.revision:
+        raise PlanError(f"--revision {arguments.revision} is of a model of the Hub; {arguments.model} is a local path")
+    return name or Path(arguments.model)
 
 
 def scoring_options(arguments: argparse.Namespace) -> convert.ScoreOptions:
@@ -574,7 +583,7 @@ def _add_verb(verbs: Any, name: str, run: Callable[[argparse.Namespace, Screen],
 def _add_convert(verbs: Any) -> None:
     parser = _add_verb(verbs, "convert", run_convert, "convert a model to a GGUF within a budget",
                        "nsds-gguf convert model/ --target-bpw 3.0")  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder or GGUF file")
+    _add_model(parser)
     _add_requantize(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="output file or existing folder")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
@@ -596,7 +605,7 @@ def _add_convert(verbs: Any) -> None:
 def _add_plan(verbs: Any) -> None:
     parser = _add_verb(verbs, "plan", run_plan, "show the types that convert would choose",
                        "nsds-gguf plan model/ --target-size 700M --scores scores.json --json plan.json")  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder or GGUF file")
+    _add_model(parser)
     _add_requantize(parser)
     parser.add_argument("--tensor-types", metavar="FILE", type=Path,
                         help="write the plan for llama-quantize --tensor-type-file")  # fmt: skip
@@ -609,7 +618,7 @@ def _add_plan(verbs: Any) -> None:
 def _add_score(verbs: Any) -> None:
     parser = _add_verb(verbs, "score", run_score, "score layers and measure tensors, without data",
                        "nsds-gguf score model/ --json scores.json --plot scores.png")  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder or GGUF file")
+    _add_model(parser)
     _add_requantize(parser)
     parser.add_argument("--layers-only", action="store_true", help="skip the tensor measurements that plans need")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a picture, .png or .svg")
@@ -639,7 +648,7 @@ def _add_compare(verbs: Any) -> None:
         "measure, at equal bytes and against the original, our plan, the paper's, one type for all, random types, and "
         "llama.cpp's own mixes; an interrupted comparison goes on where it stopped",
     )  # fmt: skip
-    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face model folder or GGUF file")
+    _add_model(parser)
     _add_requantize(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("comparison"),
                         help="folder for comparison.json and temporary files (%(default)s unless told)")  # fmt: skip
@@ -667,6 +676,11 @@ def _add_inspect(verbs: Any) -> None:
 def _add_requantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-requantize", action="store_true",
                         help="take a GGUF that is quantized already, whose errors add to the new ones")  # fmt: skip
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder, GGUF file, or ORG/MODEL on the Hub")
+    parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a model on the Hub")
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:

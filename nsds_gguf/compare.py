@@ -19,6 +19,7 @@ from . import convert, llama
 from .allocate import Pin, PlanOptions
 from .convert import Reporter, ScoreOptions, VerifyOptions, Work
 from .errors import OutputError, PlanError, RecordError, TargetError
+from .hub import HubName
 from .inspect import inspect_gguf
 from .perplexity import perplexity
 from .records import Plan, Scores, Target, read_json
@@ -174,7 +175,7 @@ class _Job:
 
 
 def compare(
-    path: Path,
+    path: Path | HubName,
     targets: Sequence[Target],
     stock: Sequence[str],
     folder: Path,
@@ -192,7 +193,7 @@ def compare(
     """Measure allocations at equal bytes.
 
     Args:
-        path: model folder or GGUF.
+        path: model folder, GGUF, or name on the Hub.
         targets: budgets in bits per weight.
         stock: names of llama.cpp's mixes, each also a budget: its own bytes.
         folder: where results go and intermediate files lie; created when missing.

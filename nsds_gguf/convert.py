@@ -21,6 +21,7 @@ from . import allocate, ggml, gguf_header, llama, read, score
 from .allocate import Candidate, PlanOptions, Propagation
 from .errors import OutputError, PlanError, RecordError, TextError, VerifyError
 from .estimate import estimate_seconds
+from .hub import HubName, fetch
 from .inspect import inspect_gguf
 from .perplexity import Perplexity, check_comparable, check_sane, perplexity
 from .records import (
@@ -132,7 +133,7 @@ class Planned:
 
 
 def convert(
-    path: Path,
+    path: Path | HubName,
     options: Sequence[PlanOptions],
     *,
     scoring: ScoreOptions | None = None,
@@ -196,7 +197,7 @@ def convert(
 
 
 def plan(
-    path: Path,
+    path: Path | HubName,
     options: Sequence[PlanOptions],
     *,
     scoring: ScoreOptions | None = None,
@@ -218,7 +219,7 @@ def plan(
 
 
 def score_model(
-    path: Path,
+    path: Path | HubName,
     scoring: ScoreOptions,
     *,
     types: tuple[str, ...] = allocate.DEFAULT_TYPES,
@@ -348,8 +349,11 @@ class Work:
         return found
 
 
-def open_model(path: Path, pre: str | None, allow_requantize: bool, report: Reporter) -> Model:
+def open_model(path: Path | HubName, pre: str | None, allow_requantize: bool, report: Reporter) -> Model:
     """Read the model's headers and tell its notes."""
+    if isinstance(path, HubName):
+        with report.stage(f"download {path}") as progress:
+            path = fetch(path, progress)
     with report.stage("read headers"):
         model = read.open_model(path, pre, allow_requantize)
     for note in model.notes:

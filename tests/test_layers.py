@@ -19,6 +19,7 @@ LAYERS = [
     ["views"],
     ["chat", "ggml", "gguf_header", "llama", "resources", "divergence"],
     ["estimate", "read", "score", "allocate", "write", "verify", "perplexity", "inspect", "modelfile"],
+    ["hub"],
     ["convert", "model_card", "sample", "explain"],
     ["bundle", "compare"],
     ["display", "plot"],

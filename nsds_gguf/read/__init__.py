@@ -11,10 +11,10 @@ from ..errors import ModelError
 from ..gguf_header import is_gguf
 from ..records import Model
 from .families import supported_classes
-from .folder import open_folder
+from .folder import check_supported, open_folder
 from .gguf_source import open_gguf
 
-__all__ = ["open_model", "supported_classes"]
+__all__ = ["check_supported", "open_model", "supported_classes"]
 
 
 def open_model(path: Path, pre: str | None = None, allow_requantize: bool = False) -> Model:

@@ -37,7 +37,8 @@ def card_keys(
     n_weights = sum(tensor.n_weights for tensor in tensors)
     name = config.get("_name_or_path")
     named = {"_name_or_path": name} if isinstance(name, str) and name else {}
-    found = Metadata.apply_metadata_heuristic(Metadata(), _front_matter(folder, notes), named, folder, n_weights)
+    card = _front_matter(folder, notes)
+    found = Metadata.apply_metadata_heuristic(Metadata(), card, named, _called(folder), n_weights)
     for key, value in read_json(folder / "generation_config.json").items():
         field = "sampling_temp" if key == "temperature" else f"sampling_{key}"
         if hasattr(found, field):
@@ -45,7 +46,7 @@ def card_keys(
     writer = GGUFWriter(None, "")  # its empty architecture goes the way of all empty values
     found.set_gguf_meta_model(writer)
     keys = {key: fitted for key, value in writer.kv_data[0].items() if (fitted := _fitted(value)) is not None}
-    keys.setdefault("general.name", kv(folder.name, GGUFValueType.STRING))
+    keys.setdefault("general.name", kv(_called(folder).name, GGUFValueType.STRING))
     keys.setdefault("general.size_label", kv(_size_label(tensors), GGUFValueType.STRING))
     return keys, notes
 
@@ -58,6 +59,14 @@ def _size_label(tensors: Sequence[Tensor]) -> str:
         return str(size_label(n_all, n_all, 0, 0))
     n_experts = sum(tensor.shape[0] for tensor in experts) // len(experts)
     return str(size_label(n_all, n_all - n_stacked, n_stacked // n_experts, n_experts))
+
+
+def _called(folder: Path) -> Path:
+    """Return a folder by the name of its model: the Hub's cache has it in ``models--ORG--NAME/snapshots/COMMIT``."""
+    owner = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and owner.startswith("models--"):
+        return folder.with_name(owner.rpartition("--")[2])
+    return folder
 
 
 def _front_matter(folder: Path, notes: list[str]) -> dict[str, Any]:

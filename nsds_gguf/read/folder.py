@@ -27,6 +27,7 @@ from .families import find_family
 from .family import Family
 from .keys import model_keys, window_note
 from .mapping import map_tensors
+from .quantization import read_quantization
 from .rope import check_rope, llama3_factors, longrope_factors, rope_dim, rope_settings
 from .stored import StoredTensor
 from .vocab import open_vocab
@@ -51,12 +52,7 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
     """
     folder = path.resolve()
     whole = read_config(folder, path)
-    source_class, given = text_model(whole)
-    family = find_family(source_class, canonical(given, find_family(source_class)))
-    config = canonical(given, family)
-    check_settings(config, family)
-    sizes = dimensions(config, family)
-    rope = _checked_rope(config, family, sizes)
+    source_class, family, config, sizes, rope = _checked_settings(whole)
     stored = open_checkpoint(folder, whole)
     tensors, notes = map_tensors(stored, config, family, sizes, is_wrapped="text_config" in whole)
     tensors += _rope_tensors(rope, sizes)
@@ -74,6 +70,25 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
         notes=(*window_note(config, family, sizes), *notes, *vocab.notes, *unread),
         model_id=_identity(whole, stored),
     )
+
+
+def check_supported(folder: Path) -> None:
+    """Raise what ``open_folder`` raises for config.json; weights and tokenizer need not be there."""
+    config = read_config(folder, folder)
+    _checked_settings(config)
+    read_quantization(folder, config)
+
+
+def _checked_settings(
+    whole: Mapping[str, Any],
+) -> tuple[str, Family, dict[str, Any], dict[str, int], dict[str, Any] | None]:
+    """Return class, family, settings, sizes and rope of the language model that config.json describes."""
+    source_class, given = text_model(whole)
+    family = find_family(source_class, canonical(given, find_family(source_class)))
+    config = canonical(given, family)
+    check_settings(config, family)
+    sizes = dimensions(config, family)
+    return source_class, family, config, sizes, _checked_rope(config, family, sizes)
 
 
 def _checked_rope(config: Mapping[str, Any], family: Family, sizes: Mapping[str, int]) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import reprlib
+import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,7 +32,9 @@ _DTYPES = {
 }  # fmt: skip
 
 # What torch raises for archives and pickles that are damaged in one of many ways.
-_DAMAGED = (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError)
+_DAMAGED = (
+    RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, EOFError, struct.error,
+)  # fmt: skip
 
 
 _ZIP_MARK = b"PK\x03\x04"

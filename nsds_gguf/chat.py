@@ -48,7 +48,7 @@ _DROPS_SYSTEM = "The original drops system prompts, and so does this."
 DATED_SYSTEM = (
     "The original's default system prompt holds the day and is left out: without a system prompt there is none."
 )
-_KNOWS_TOOLS = "The original also writes tools; this does not."
+KNOWS_TOOLS = "The original also writes tools; this does not."
 _DROPS_THOUGHTS = "The original drops the thoughts (<think>) from earlier answers; this keeps them."
 
 # Any two days: a template that knows the day renders differently on them.
@@ -269,9 +269,9 @@ def _losses(template: ChatTemplate, render: Callable[..., str]) -> list[str]:
     prompt = conversation(_USERS[0])
     try:
         if template.render(prompt, tools=[_TOOL]) != template.render(prompt):
-            notes.append(_KNOWS_TOOLS)
+            notes.append(KNOWS_TOOLS)
     except UnsupportedError:
-        notes.append(_KNOWS_TOOLS)
+        notes.append(KNOWS_TOOLS)
     if "Zthought" not in render(_USERS[0], _THOUGHT + _ANSWERS[0], _USERS[1]):
         notes.append(_DROPS_THOUGHTS)
     return notes

@@ -11,30 +11,36 @@ import json
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
 from . import allocate, convert, display, ggml, llama
 from .allocate import DEFAULT_TYPES, Pin, PlanOptions
+from .bundle import Bundle, Source, bundle_folder, check_ollama, make_bundle, ollama_create
 from .compare import DEFAULT_STOCK, N_SEEDS, compare
 from .errors import NsdsError, OutputError, PlanError
+from .explain import why
 from .gguf_header import is_gguf
 from .hub import HubName, parse_name
 from .inspect import inspect_gguf
 from .inspect_view import inspection_view
+from .model_card import is_repo
 from .perplexity import DEFAULT_BATCH, MIN_CTX, Measurement, Perplexity, perplexity
 from .plot import check_plot, plot_comparison, plot_scores
 from .records import Plan, Progress, Scores, Target, read_json
+from .sample import DEFAULT_PROMPT, sample
 from .score import METRICS, SE_READINGS
 from .version import __version__
 
@@ -48,7 +54,6 @@ EXIT_CODES = """exit codes:
 DEFAULT_SCORING = convert.ScoreOptions()
 
 _FILE_WIDTH = 140  # columns of tables that go to a file or a pipe
-_SPEED_SECONDS = 1800  # over which the time left is estimated: a batch of a large model takes minutes
 _MAX_MESSAGE = 2000  # characters of an error line: damaged files can hold names of any length
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?(?:([KMG])(i?))?B?", re.IGNORECASE)
@@ -72,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _handle_signals()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # tables have lines and dashes that not every terminal knows
-    arguments = build_parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser().parse_args(given, argparse.Namespace(given=given))
     logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
     screen = Screen(quiet=arguments.quiet, json_to_stdout=arguments.json == "-", verbose=arguments.verbose)
     try:
@@ -126,6 +132,17 @@ class _Console(Console):
         raise BrokenPipeError
 
 
+class _TimeLeftColumn(ProgressColumn):
+    """The time left at the average speed so far, known from the first step on: steps may take minutes."""
+
+    def render(self, task: Task) -> Text:
+        """Return it as hours, minutes and seconds."""
+        if not task.total or not task.completed or task.elapsed is None:
+            return Text("-:--:--", style="progress.remaining")
+        left = task.elapsed * (task.total - task.completed) / task.completed
+        return Text(str(timedelta(seconds=round(left))), style="progress.remaining")
+
+
 class Screen:
     """Draws what happens: bars on a terminal, notes on standard error, results on standard output."""
 
@@ -149,16 +166,16 @@ class Screen:
                 self.notes.print(f"{name}: {time.perf_counter() - start:.1f} s")
             return
         columns = (TextColumn("{task.description:<24}"), BarColumn(None), TaskProgressColumn(), TimeElapsedColumn(),
-                   TimeRemainingColumn(), TextColumn("{task.fields[note]}"))  # fmt: skip
-        with Bars(*columns, console=self.notes, speed_estimate_period=_SPEED_SECONDS) as bars:
-            task = bars.add_task(name, total=None, note="")
-            self._annotate = lambda text: bars.update(task, note=text)
+                   _TimeLeftColumn())  # fmt: skip
+        with Bars(*columns, console=self.notes) as bars:
+            task = bars.add_task(name, total=None)
+            self._annotate = lambda text: bars.update(task, description=text)
             yield lambda done, total: bars.update(task, completed=done, total=total)
             bars.update(task, completed=1, total=1)
         self._annotate = None
 
     def annotate(self, text: str) -> None:
-        """Show a running figure beside the open bar; where none is drawn, as a line to who asked for more."""
+        """Show a running figure in place of the name of the open bar; off a terminal, a line to who asked for more."""
         if self._annotate is not None:
             self._annotate(text)
         elif self.verbose:
@@ -219,15 +236,30 @@ def check_destinations(arguments: argparse.Namespace) -> None:
 
 def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
     """Convert a model, or with ``--dry-run`` show what would be written."""
+    check_bundle_arguments(arguments)
     if arguments.dry_run:
         run_plan(arguments, screen)
-        return
+    elif arguments.bundle is None:
+        results = _convert(arguments, screen, output_options(arguments))
+        write_json(arguments.json, [_converted_json(arguments, screen, result) for result in results])
+    else:
+        with bundle_folder(arguments.bundle, arguments.force) as folder:
+            results = _convert(arguments, screen, convert.Output(folder, arguments.force, arguments.keep))
+            bundles = [_bundle_converted(arguments, screen, folder, result) for result in results]
+        write_json(arguments.json, [
+            {**_converted_json(arguments, screen, result), "bundle": bundle.to_json()}
+            for result, bundle in zip(results, bundles, strict=True)
+        ])  # fmt: skip
+
+
+def _convert(arguments: argparse.Namespace, screen: Screen, output: convert.Output) -> list[convert.Converted]:
+    """Convert and show what came out."""
     results = convert.convert(
         model_source(arguments),
         [] if arguments.plan else plan_options(arguments),
         scoring=scoring_options(arguments),
         verifying=verify_options(arguments),
-        output=output_options(arguments),
+        output=output,
         given=given_record(arguments),
         pre=arguments.pre,
         allow_requantize=arguments.allow_requantize,
@@ -241,14 +273,65 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
         if result.perplexity is not None:
             screen.show(display.perplexity_view(result.perplexity, result.path.name, arguments.against))
         screen.show(Text.assemble((str(result.path), "bold"), f": {result.path.stat().st_size / 2**20:.2f} MiB"))
-    write_json(arguments.json, [
-        {
-            "path": str(result.path),
-            "plan": result.plan.to_json(),
-            "perplexity": result.perplexity.to_json() if result.perplexity else None,
-        }
-        for result in results
-    ])  # fmt: skip
+    return results
+
+
+def _converted_json(arguments: argparse.Namespace, screen: Screen, result: convert.Converted) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "path": str(result.path),
+        "plan": result.plan.to_json(),
+        "perplexity": result.perplexity.to_json() if result.perplexity else None,
+    }
+    if arguments.chat is not None or (arguments.bundle is not None and not arguments.no_verify):
+        found["sample"] = _show_sample(arguments, screen, result.path)
+    return found
+
+
+def _bundle_converted(arguments: argparse.Namespace, screen: Screen, folder: Path, result: convert.Converted) -> Bundle:
+    source = Source(
+        path=arguments.model,
+        base_model=arguments.base_model,
+        plan=result.plan,
+        scores=result.scores if result.plan.scores_digest else None,
+        perplexity=result.perplexity,
+        text=convert.SHIPPED_TEXT if arguments.text is None else arguments.text.name,
+        command=public_command(arguments.given),
+    )
+    return _bundle(arguments, screen, result.path, folder, source)
+
+
+def _bundle(arguments: argparse.Namespace, screen: Screen, file: Path, folder: Path, source: Source) -> Bundle:
+    """Make a bundle, show what it holds, and hand it to Ollama where that is wanted."""
+    bundle = make_bundle(file, folder, source, screen)
+    screen.show(display.bundle_view(bundle))
+    if arguments.ollama is not None:
+        with screen.stage("ollama create"):
+            ollama_create(bundle, arguments.ollama)
+        screen.show(Text(f"ollama run {arguments.ollama}"))
+    return bundle
+
+
+def _show_sample(arguments: argparse.Namespace, screen: Screen, file: Path) -> dict[str, Any]:
+    """Let a finished file say its first words."""
+    with screen.stage("first words"):
+        found = sample(file, DEFAULT_PROMPT if arguments.chat is None else arguments.chat, arguments.threads)
+    screen.show(display.sample_view(found))
+    return found.to_json()
+
+
+def run_bundle(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Put a GGUF and what belongs to it into a folder."""
+    check_bundle_arguments(arguments)
+    plan = None if arguments.plan is None else Plan.from_json(read_json(arguments.plan), str(arguments.plan))
+    scores = None if arguments.scores is None else Scores.from_json(read_json(arguments.scores), str(arguments.scores))
+    inspect_gguf(arguments.file)
+    with bundle_folder(arguments.bundle, arguments.force) as folder:
+        source = Source(arguments.file, arguments.base_model, plan, scores)
+        bundle = _bundle(arguments, screen, arguments.file, folder, source)
+    found: dict[str, Any] = {"bundle": bundle.to_json()}
+    if arguments.chat is not None:
+        found["sample"] = _show_sample(arguments, screen, bundle.gguf)
+    write_json(arguments.json, found)
 
 
 def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
@@ -256,7 +339,7 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
     options = plan_options(arguments)
     if arguments.tensor_types is not None and len(options) > 1:
         raise PlanError(f"--tensor-types holds one plan, got {len(options)} targets; give one")
-    plans = convert.plan(
+    planned = convert.plan(
         model_source(arguments),
         options,
         scoring=scoring_options(arguments),
@@ -266,10 +349,13 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
         n_threads=arguments.threads,
         report=screen,
     )
+    plans = planned.plans
     for plan in plans:
         screen.show(display.plan_view(plan))
         if screen.verbose:
             screen.show(display.plan_details(plan))
+        for name in arguments.why:
+            screen.show(Text(why(plan, planned.scores, name)))
     if arguments.tensor_types is not None:
         write_text(arguments.tensor_types, convert.tensor_types_file(plans[0]))
     write_json(arguments.json, plans[0].to_json() if len(plans) == 1 else [plan.to_json() for plan in plans])
@@ -328,7 +414,7 @@ def _measure_perplexity(
     def on_chunk(run: Measurement) -> None:
         runs[:] = [run]
         divergence = "" if run.kld_mean is None else f", KLD {run.kld_mean:.6f}"
-        screen.annotate(f"{run.n_chunks}/{run.n_chunks_wanted} PPL {run.ppl:.4f}{divergence}")
+        screen.annotate(f"chunk {run.n_chunks} of {run.n_chunks_wanted}: PPL {run.ppl:.4f}{divergence}")
 
     with (
         convert.reference_of(
@@ -453,6 +539,33 @@ def output_options(arguments: argparse.Namespace) -> convert.Output:
     return convert.Output(None if name is None else Path(name), arguments.force, arguments.keep)
 
 
+def check_bundle_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse what goes with a bundle where there is none, and what contradicts one, before the work."""
+    if arguments.bundle is None:
+        for flag in ("ollama", "base_model"):
+            if getattr(arguments, flag) is not None:
+                option = "--" + flag.replace("_", "-")
+                raise OutputError(f"{option} is about a bundle, and none is made; give --bundle DIR too")
+        return
+    if arguments.ollama is not None:
+        check_ollama()
+    if getattr(arguments, "output", None) is not None:
+        raise OutputError("--bundle and --output are two places for one file; give one")
+    if len(getattr(arguments, "target_bpw", None) or ()) > 1:
+        raise PlanError(f"--bundle holds one file, got {len(arguments.target_bpw)} targets; give one")
+
+
+def public_command(words: Sequence[str]) -> str:
+    """Return a command line as others may read it: files and folders by their names, not by where they lie here."""
+    return shlex.join(["nsds-gguf", *(_public_word(word) for word in words)])
+
+
+def _public_word(word: str) -> str:
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    shown = Path(value).resolve().name if value and os.sep in value and Path(value).exists() else value
+    return f"{option}{equals}{shown}"
+
+
 def given_record(arguments: argparse.Namespace) -> Scores | Plan | None:
     """Return the scores or the plan that the user brings; raises ``PlanError`` for both at once."""
     if arguments.scores is not None and arguments.plan is not None:
@@ -489,6 +602,13 @@ def parse_size(text: str) -> int:
     if not 1 <= size < 2**63:
         raise ValueError(text)
     return int(size)
+
+
+def parse_repo(text: str) -> str:
+    """Parse the name of a repository on the Hub."""
+    if not is_repo(text):
+        raise ValueError(text)
+    return text
 
 
 def parse_type(text: str) -> str:
@@ -564,6 +684,7 @@ def build_parser() -> Parser:
     _add_perplexity(verbs)
     _add_compare(verbs)
     _add_inspect(verbs)
+    _add_bundle(verbs)
     return parser
 
 
@@ -598,8 +719,13 @@ def _add_convert(verbs: Any) -> None:
                        help="also show perplexity of, and divergence from: 'original' (a GGUF input itself; of a "
                        "folder, a temporary GGUF of its precision) or a GGUF file")  # fmt: skip
     group.add_argument("--no-verify", action="store_true", help="skip the perplexity check; structure is still checked")
+    group = parser.add_argument_group("bundle")
+    group.add_argument("--bundle", metavar="DIR", type=Path,
+                       help="write the file into a folder with a Modelfile for Ollama, a model card for Hugging Face, "
+                       "plan, scores and SHA-256 sums")  # fmt: skip
+    _add_bundle_options(group)
     _add_general(parser)
-    parser.set_defaults(tensor_types=None)
+    parser.set_defaults(tensor_types=None, why=[])
 
 
 def _add_plan(verbs: Any) -> None:
@@ -609,6 +735,8 @@ def _add_plan(verbs: Any) -> None:
     _add_requantize(parser)
     parser.add_argument("--tensor-types", metavar="FILE", type=Path,
                         help="write the plan for llama-quantize --tensor-type-file")  # fmt: skip
+    parser.add_argument("--why", metavar="TENSOR", action="append", default=[],
+                        help="say why a tensor has its type, and what one more or less would do")  # fmt: skip
     _add_budget(parser)
     _add_scoring(parser)
     _add_records(parser)
@@ -671,6 +799,28 @@ def _add_inspect(verbs: Any) -> None:
                        "nsds-gguf inspect model-Q3.gguf")  # fmt: skip
     parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file")
     _add_general(parser)
+
+
+def _add_bundle(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs, "bundle", run_bundle, "put a GGUF into a folder for Ollama and Hugging Face",
+        "nsds-gguf bundle model-Q3.gguf -o model-Q3 --base-model ORG/NAME",
+        "put a GGUF into a folder with a Modelfile for Ollama, a model card for Hugging Face and SHA-256 sums",
+    )  # fmt: skip
+    parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file; linked, or copied onto another disk")
+    parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, dest="bundle",
+                        help="folder, made where there is none")  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace the bundle in the folder")
+    _add_records(parser)
+    _add_bundle_options(parser)
+    _add_general(parser)
+
+
+def _add_bundle_options(group: Any) -> None:
+    group.add_argument("--base-model", metavar="ORG/NAME", type=_argument(parse_repo, "ORG/NAME"),
+                       help="repository of the original, for the model card")  # fmt: skip
+    group.add_argument("--ollama", metavar="NAME", help="run 'ollama create NAME' with the bundle")
+    group.add_argument("--chat", metavar="PROMPT", help="show the first words of the finished file's answer")
 
 
 def _add_requantize(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """llama.cpp through its Python binding: open a GGUF, tokenize, decode blocks of tokens, read their logits.
 
-What is here is what perplexity, samples and the tests need, with nothing left open behind them: models and contexts
-are context managers. Long calls run in a thread of their own, so that Ctrl-C is seen at once and stops them. llama.cpp's
+What is here is what the package and its tests need, with nothing left open behind them: models and contexts are
+context managers. Long calls run in a thread of their own, so that Ctrl-C is seen at once and stops them. llama.cpp's
 log is silenced in the whole process; the error that it names becomes part of ours.
 """
 

@@ -59,9 +59,10 @@ def write_tiny_gguf(
     add_bos: bool = True,
     add_eos: bool = False,
     vocabulary: list[str] | None = None,
+    split_max_tensors: int = 0,
 ) -> Path:
-    """Write the model with its matrices in one type and return ``path``."""
-    writer = GGUFWriter(path, "llama")
+    """Write the model with its matrices in one type, in one file unless a file takes fewer tensors; return ``path``."""
+    writer = GGUFWriter(path, "llama", split_max_tensors=split_max_tensors)
     writer.add_context_length(512)
     writer.add_block_count(N_LAYERS)
     writer.add_embedding_length(N_EMBD)

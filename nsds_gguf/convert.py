@@ -51,6 +51,10 @@ WITH_ENCODER = ("t5", "t5encoder", "eagle3", "dflash")
 _BASE_MEMORY_BYTES = 400 << 20
 _THREAD_MEMORY_BYTES = 48 << 20
 
+# Letters that some file system refuses in a name, and how many of a name are kept: names may have 255 bytes.
+_NO_FILE_LETTERS = r'/\:*?"<>|'
+_NAME_LETTERS = 96
+
 _ABSURD = 1e30  # no score, sensitivity or relative error is near it; their products must not overflow
 
 _EXTRA_TOKENS = 3  # that a tokenizer may add to a text: BOS, EOS and a space before it all
@@ -469,17 +473,24 @@ def default_name(model: Model, job: PlanOptions | Plan) -> str:
 
     def field(key: str) -> str | None:
         entry = model.metadata.get(f"general.{key}")
-        return None if entry is None else str(entry.value)
+        return _file_letters(entry.value) if entry is not None and isinstance(entry.value, str) else None
 
     if job.allocator == "uniform":
         encoding = job.types[0] if isinstance(job, Plan) else str(job.uniform)
     else:
         bpw = job.target.value if job.target.kind == "bpw" else job.target.value * 8 / model.n_weights
         encoding = f"{job.allocator}_{bpw:.2f}BPW".replace(".", "_")
+    model_name, version = _file_letters(model.name), field("version") or "v1.0"
     name = gguf.naming_convention(
-        model.name, field("basename"), field("finetune"), field("version") or "v1.0", field("size_label"), encoding
+        model_name, field("basename"), field("finetune"), version, field("size_label"), encoding
     )
     return f"{name}.gguf"
+
+
+def _file_letters(text: str) -> str | None:
+    """Return text that any file's name may hold, ``None`` when nothing is left: a GGUF may say anything."""
+    safe = "".join(letter if letter.isprintable() and letter not in _NO_FILE_LETTERS else "-" for letter in text)
+    return safe.strip(" .-")[:_NAME_LETTERS] or None
 
 
 def largest_file_bytes(model: Model, job: PlanOptions | Plan) -> int:

@@ -207,11 +207,12 @@ class Model:
 
     @property
     def name(self) -> str:
-        """``general.name``, or what the file or folder is called when there is none."""
+        """``general.name``, or what the file or folder is called when there is none; printable letters only."""
         entry = self.metadata.get("general.name")
+        name = self.path.stem if self.files else self.path.name
         if entry is not None:
-            return str(entry.value)
-        return self.path.stem if self.files else self.path.name
+            name = entry.value.decode(errors="replace") if isinstance(entry.value, bytes) else str(entry.value)
+        return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """Return the tensors of one layer by role."""

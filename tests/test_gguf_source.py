@@ -278,6 +278,32 @@ def test_a_file_without_a_name_is_called_by_its_own(tiny):
     assert read.open_model(Path("tiny.gguf")).name == "tiny"
 
 
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("../../x", "x-v1.0-Q8_0.gguf"),
+        ("a\\b:c*?", "a-b-c-v1.0-Q8_0.gguf"),
+        ("a\0\x1b[2J", "a��[2J-v1.0-Q8_0.gguf"),
+        ("..", "ggml-model-v1.0-Q8_0.gguf"),
+        ("", "in-v1.0-Q8_0.gguf"),
+        ("n" * 300, f"{'n' * 96}-v1.0-Q8_0.gguf"),
+    ],
+)
+def test_names_in_a_file_cannot_lead_elsewhere(name, file, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def keys(writer):
+        writer.add_name(name)
+        writer.add_array("general.finetune", ["../x"])
+
+    written(Path("in.gguf"), {"output.weight": np.ones((2, 32), "f4")}, keys=[keys])
+    (made,) = convert(Path("in.gguf"), uniform("Q8_0"), verifying=NO_CHECK, n_threads=1)
+    assert made.path.name == file
+    assert {path.name for path in tmp_path.rglob("*")} == {"here", "in.gguf", file}
+    assert made.plan.model_name.isprintable()
+
+
 # --- split files -----------------------------------------------------------------------------------------------------
 
 
@@ -453,7 +479,7 @@ def test_tables_of_integers_are_copied(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    (made,) = plan(path, uniform("Q8_0"))
+    (made,) = plan(path, uniform("Q8_0")).plans
     assert {t.type: t.reason for t in made.tensors if t.type in dtypes} == {n: f"kept {n}: no weights" for n in dtypes}
     assert made.quantized_bpw == 8.5
     again = Plan.from_json(json.loads(json.dumps(made.to_json())))

@@ -139,6 +139,8 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
 
     """
     source, report = source or Source(), report or Silent()
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: no such folder for the bundle; create it first")
     inspection, metadata = inspect_gguf(file), read_gguf_header(file).metadata
     _check_whole(file)
     _check_records(inspection, metadata, source)
@@ -213,8 +215,15 @@ def _placed(file: Path, folder: Path) -> Path:
             os.link(file, temporary)
         except OSError:  # another file system, or one without links
             check_disk(folder, file.stat().st_size, "the GGUF")
-            shutil.copyfile(file, temporary)
+            _copy(file, temporary)
     return target
+
+
+def _copy(file: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(file, target)
+    except OSError as error:
+        raise OutputError(f"{target.parent}: {file} cannot be copied there: {error.strerror}") from error
 
 
 def _write(path: Path, text: str | None) -> None:

@@ -288,11 +288,13 @@ def _converted_json(arguments: argparse.Namespace, screen: Screen, result: conve
 
 
 def _bundle_converted(arguments: argparse.Namespace, screen: Screen, folder: Path, result: convert.Converted) -> Bundle:
+    model: Path | HubName = arguments.model
+    named = model.repo if isinstance(model, HubName) and model.file is None else None
     source = Source(
-        path=arguments.model,
-        base_model=arguments.base_model,
+        path=model if isinstance(model, Path) else None,
+        base_model=arguments.base_model or named,
         plan=result.plan,
-        scores=result.scores if result.plan.scores_digest else None,
+        scores=result.scores,
         perplexity=result.perplexity,
         text=convert.SHIPPED_TEXT if arguments.text is None else arguments.text.name,
         command=public_command(arguments.given),

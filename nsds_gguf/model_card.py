@@ -81,8 +81,8 @@ def is_repo(text: str) -> bool:
 
 
 def find_origin(metadata: Mapping[str, GGUFValue], source: Path | None = None) -> Origin:
-    """Return where a model comes from, as far as the GGUF's keys or the path of a downloaded repository tell."""
-    for part in source.absolute().parts if source else ():
+    """Return where a model comes from, as far as the GGUF's keys tell, or the path of a downloaded model folder."""
+    for part in source.absolute().parts if source is not None and source.is_dir() else ():
         if match := _CACHE_FOLDER.fullmatch(part):
             return Origin((f"{match[1]}/{match[2]}",))
     own = [repo for key in _SOURCE_KEYS if (repo := _repo(metadata.get(key)))]

@@ -268,6 +268,6 @@ def _explained(name: HubName, library: ModuleType, error: Exception) -> ModelErr
         return OutputError(f"{name}: no space left in {library.constants.HF_HUB_CACHE}: make room or set HF_HOME")
     reason = f"status {status}" if status else next(iter(str(error.__cause__ or error).splitlines()), repr(error))
     return ModelError(
-        f"{name}: download from {endpoint} failed: {reason}: check the connection and run the command again; "
-        "files that have arrived are kept"
+        f"{name}: no such folder here, and the download from {endpoint} failed: {reason}: check the connection and run "
+        "the command again; files that have arrived are kept"
     )

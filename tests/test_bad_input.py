@@ -193,8 +193,8 @@ CASES = {
     ),
     "unsupported class": Case(
         3,
-        "config.json: class LlamaForSequenceClassification is not supported; nearest is LlamaForCausalLM, all: "
-        "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM",
+        "{tmp}/model/config.json: class LlamaForSequenceClassification is not supported; nearest is LlamaForCausalLM, "
+        "and llama.cpp does not know it either",
         config(architectures=["LlamaForSequenceClassification"]),
     ),
     **{
@@ -227,7 +227,9 @@ CASES = {
     "unknown pre-tokenizer": Case(
         3,
         r"{tmp}/model/tokenizer.json: unknown pre-tokenizer Split(\d{{1,7}}|\w+, Isolated) > ByteLevel(); the nearest "
-        "known one is 'bloom' (70% alike); if text is to be split that way, say so with --pre bloom",
+        "known one is 'bloom' (70% alike); if text is to be split that way, say so with --pre bloom; "
+        "if llama.cpp's converter knows it: python convert_hf_to_gguf.py MODEL --outtype bf16 --outfile model.gguf, "
+        "then nsds-gguf convert model.gguf",
         entries("tokenizer.json", ("pre_tokenizer",), UNKNOWN_SPLIT),
     ),
     "text too short": Case(
@@ -451,10 +453,27 @@ def test_paths_no_system_knows(model, refused):
     assert refused(3, "plan", "", *PLAIN) == ".: no config.json in it; wanted a Hugging Face model folder"
 
 
+def test_folders_that_hold_no_model(tmp_path, refused, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "links", "pointer"):
+        Path(name).mkdir()
+    Path("links/config.json").symlink_to("config.json")
+    Path("pointer/config.json").write_text(LFS_POINTER)
+    Path("there").symlink_to("back")
+    Path("back").symlink_to("there")
+    for name in ("empty", "links"):
+        assert refused(3, "plan", name, *PLAIN) == f"{name}: no config.json in it; wanted a Hugging Face model folder"
+    assert refused(3, "plan", "there", *PLAIN) == "there: no such folder"
+    pointer = Path("pointer").resolve()
+    assert refused(3, "plan", "pointer", *PLAIN) == (
+        f"{pointer}/config.json: is a git-lfs pointer, not the file itself: run `git lfs pull` in {pointer}"
+    )
+
+
 def test_names_cannot_drive_the_terminal(model, refused):
     file("config.json", json.dumps({"architectures": ["\x1b[31mLlama\nForCausalLM\x07" + "x" * 5000]}))(model)
     line = refused(3, "plan", model, *PLAIN)
-    assert line.startswith(r"config.json: class \x1b[31mLlama ForCausalLM\x07xxx")
+    assert line.startswith(f"{model.resolve()}/config.json: class " + r"\x1b[31mLlama ForCausalLM\x07xxx")
     assert line.isprintable() and len(line) < 2100
 
 

@@ -153,8 +153,8 @@ REFUSALS = {
     "not logged in": (401, "RepoNotFound", "org/model: no such folder here, and no such model on {url}: check the "
                                            "name, or for a private one `hf auth login` or set HF_TOKEN"),
     "forbidden": (403, "", "org/model: {url} refuses access (403): check the token in HF_TOKEN"),
-    "broken": (501, "", "org/model: download from {url} failed: status 501: check the connection and run the command "
-                        "again; files that have arrived are kept"),
+    "broken": (501, "", "org/model: no such folder here, and the download from {url} failed: status 501: check the "
+                        "connection and run the command again; files that have arrived are kept"),
 }  # fmt: skip
 
 
@@ -168,13 +168,15 @@ def test_nobody_answers(tmp_path, files):
     with Hub(files) as hub:
         gone = hub
     line = message(plan(gone, cwd=tmp_path), 3)
-    assert line.startswith(f"org/model: download from {gone.url} failed: ")
+    assert line.startswith(f"org/model: no such folder here, and the download from {gone.url} failed: ")
     assert line.endswith(": check the connection and run the command again; files that have arrived are kept")
 
 
 def test_a_file_that_vanished(tmp_path, files):
     with Hub(files, removed={"tokenizer.json"}) as hub:
-        assert message(plan(hub, cwd=tmp_path), 3).startswith(f"org/model: download from {hub.url} failed: status 404")
+        assert message(plan(hub, cwd=tmp_path), 3).startswith(
+            f"org/model: no such folder here, and the download from {hub.url} failed: status 404"
+        )
 
 
 def test_repository_without_a_model(tmp_path, files):

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +52,14 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
         UnsupportedError: a class, rope kind, activation, weight format or tokenizer that is not supported.
 
     """
-    folder = path.resolve()
+    folder = Path(os.path.realpath(path))  # Path.resolve raises on a loop of links before Python 3.13
     whole = read_config(folder, path)
+    with _naming(folder):
+        return _open_model(folder, whole, pre)
+
+
+def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Model:
+    """Open a folder whose config.json is parsed; messages about that file begin with its bare name."""
     source_class, family, config, sizes, rope = _checked_settings(whole)
     stored = open_checkpoint(folder, whole)
     tensors, notes = map_tensors(stored, config, family, sizes, is_wrapped="text_config" in whole)
@@ -72,11 +80,23 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
     )
 
 
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Put the folder before messages that begin with ``config.json``."""
+    try:
+        yield
+    except ModelError as error:
+        if not str(error).startswith("config.json"):
+            raise
+        raise type(error)(f"{folder}{os.sep}{error}") from error
+
+
 def check_supported(folder: Path) -> None:
     """Raise what ``open_folder`` raises for config.json; weights and tokenizer need not be there."""
     config = read_config(folder, folder)
-    _checked_settings(config)
-    read_quantization(folder, config)
+    with _naming(folder):
+        _checked_settings(config)
+        read_quantization(folder, config)
 
 
 def _checked_settings(

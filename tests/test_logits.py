@@ -12,19 +12,14 @@ import numpy as np
 import pytest
 from mutations import mutations
 from numpy.typing import NDArray
-from zoo import digest, packed, unpacked, write_zoo, zoo_config, zoo_shapes, zoo_tokens
+from zoo import digest, packed, unpacked, zoo_config, zoo_shapes, zoo_tokens
 from zoo_logits import BITE, F32, GOLDEN, difference, model_logits, moves, recorded
-from zoo_specs import SPECS
+from zoo_specs import SPECS, write_spec
 
 from nsds_gguf.convert import Output, VerifyOptions, convert
 from nsds_gguf.read import open_model, supported_classes
 from nsds_gguf.read.config import canonical
 from nsds_gguf.read.families import FAMILIES
-
-
-def checkpoint(folder: Path, name: str) -> Path:
-    """Write the folder of a spec and return it."""
-    return write_zoo(folder / "checkpoint", SPECS[name], zoo_config(name), zoo_shapes(name))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +35,7 @@ def test_llama_cpp_computes_what_transformers_computes(
     spec = SPECS[name]
     fingerprint = digest(spec, zoo_config(name), zoo_shapes(name))
     assert golden[f"{name}/digest"] == fingerprint, "the model changed: run tools/check_logits.py --record"
-    model = open_model(checkpoint(tmp_path, name))
+    model = open_model(write_spec(tmp_path / "checkpoint", name))
     rows = model_logits(model, tmp_path / "model.gguf", zoo_tokens(spec))
     largest = float(golden[f"{name}/largest"])
     assert difference(recorded(rows), golden[f"{name}/logits"], largest) <= spec.tolerance
@@ -52,7 +47,7 @@ def test_llama_cpp_computes_what_transformers_computes(
 @pytest.mark.parametrize("source_class", supported_classes())
 def test_the_whole_conversion_writes_the_file_that_is_compared(source_class: str, tmp_path: Path) -> None:
     name = next(name for name, spec in SPECS.items() if spec.source_class == source_class)
-    folder = checkpoint(tmp_path, name)
+    folder = write_spec(tmp_path / "checkpoint", name)
     unverified, output = VerifyOptions(enabled=False), Output(tmp_path / "converted.gguf")
     convert(folder, [F32], verifying=unverified, output=output, n_threads=1)
     model_logits(open_model(folder), tmp_path / "compared.gguf", zoo_tokens(SPECS[name]))
@@ -74,7 +69,7 @@ ARCHITECTURES = {name: architecture_of(name) for name in SPECS}
 def test_every_error_moves_the_logits(architecture: str, tmp_path: Path) -> None:
     moved: dict[str, float] = {}  # by each error in the first model that can have it
     for name in (name for name, found in ARCHITECTURES.items() if found == architecture):
-        model = open_model(checkpoint(tmp_path / name, name))
+        model = open_model(write_spec(tmp_path / name, name))
         moved |= moves(model, SPECS[name], tmp_path / name, known=moved)
     assert len(moved) >= 5
     assert {error: by for error, by in moved.items() if by <= BITE} == {}
@@ -155,7 +150,7 @@ def test_errors_are_tried_where_they_can_happen(tmp_path: Path) -> None:
     tried = {
         (error, architecture)
         for name, architecture in ARCHITECTURES.items()
-        for error in mutations(open_model(checkpoint(tmp_path / name, name)))
+        for error in mutations(open_model(write_spec(tmp_path / name, name)))
     }
     assert set(ERRORS.items()) - tried == set()
     assert {error for error, _ in tried if not error.endswith(("of ones", ".bias left out"))} - set(ERRORS) == set()

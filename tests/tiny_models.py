@@ -1,20 +1,16 @@
-"""Random models of a few thousand weights, as Hugging Face folders: what the logits tests convert.
+"""Random models of a few thousand weights, as Hugging Face folders: Llama, Mistral, Qwen 2 and 3, made by hand.
 
 A spec says everything; folders made from equal specs are equal to the byte, on every machine and with every numpy:
-weights are uniform numbers cut from the raw 64-bit stream of PCG64, scaled by float32 products.
-
-The weights are drawn so that errors show. Queries and keys are large enough for peaked attention. The embeddings are so
-small that the first norm's epsilon counts. Norms are far from one, biases far from zero. ``rope_theta`` is never the
-default, and sequences are longer than rope's original context.
+weights are uniform numbers cut from the raw 64-bit stream of PCG64, scaled by float32 products. Models of every class,
+with the files that transformers saves, are in ``zoo_specs``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +38,8 @@ _TAGS = {"float32": "F32", "float16": "F16", "uint16": "BF16"}  # numpy dtype ->
 class Spec:
     """A tiny model: class, form of config.json (4 or 5, transformers' major version), shape, rope, storage.
 
-    ``rope`` holds the scaling settings without theta, ``n_tokens`` the length of the sequence it is tested on,
-    ``omitted`` checkpoint names (with ``{i}`` for the layer) that are left out of the weights.
+    ``rope`` holds the scaling settings without theta, ``omitted`` checkpoint names (with ``{i}`` for the layer) that
+    are left out of the weights.
     """
 
     source_class: str
@@ -51,7 +47,6 @@ class Spec:
     rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default"})
     rope_theta: float = 500.0
     n_ctx: int = 256
-    n_tokens: int = 160
     n_layers: int = 2
     n_embd: int = 64
     n_ff: int = 96
@@ -199,12 +194,6 @@ def stored(array: NDArray[np.float32], dtype: str) -> Array:
     return array.astype({"F32": "<f4", "F16": "<f2"}[dtype])
 
 
-def tiny_tokens(spec: Spec) -> list[int]:
-    """Return the sequence that a spec is tested on."""
-    raw = np.random.PCG64(1000 + spec.seed).random_raw(spec.n_tokens)
-    return [int(token) for token in raw % np.uint64(N_VOCAB)]
-
-
 def write_tiny(folder: Path, spec: Spec) -> Path:
     """Write the folder of a spec and return it."""
     return write_model(folder, tiny_config(spec), tiny_weights(spec), spec.n_shards)
@@ -242,12 +231,6 @@ def safetensors_bytes(weights: Mapping[str, Array]) -> bytes:
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw + b"".join(array.tobytes() for array in weights.values())
-
-
-def digest(spec: Spec) -> str:
-    """Return the hex SHA-256 of all that a spec stands for: config, weights and sequence."""
-    config = json.dumps([tiny_config(spec), tiny_tokens(spec), asdict(spec)], sort_keys=True).encode()
-    return hashlib.sha256(config + safetensors_bytes(tiny_weights(spec))).hexdigest()
 
 
 def _tokenizer() -> dict[str, Any]:
@@ -322,7 +305,7 @@ SPECS = {
     "llama-llama3-head32-4": Spec(_LLAMA, 4, _LLAMA3, rope_theta=5000.0, head_dim=32, n_ctx=512, seed=9),
     "llama-yarn": Spec(_LLAMA, rope=_YARN, seed=10),
     "llama-yarn-4": Spec(_LLAMA, 4, _old(_YARN), seed=11),
-    "llama-yarn-long": Spec(_LLAMA, rope=_YARN_LONG, head_dim=32, n_ctx=1600, n_tokens=480, seed=12),
+    "llama-yarn-long": Spec(_LLAMA, rope=_YARN_LONG, head_dim=32, n_ctx=1600, seed=12),
     "llama-yarn-attention-factor": Spec(_LLAMA, rope={**_YARN, **_ATTENTION_FACTOR}, seed=13),
     "llama-yarn-mscale-4": Spec(_LLAMA, 4, {**_YARN, **_MSCALE}, seed=14),
     "mistral": Spec(_MISTRAL, sliding_window=192, seed=20),
@@ -348,7 +331,7 @@ SPECS = {
     ),
     "qwen3-linear-4": Spec(_QWEN3, 4, _LINEAR, seed=44),
     "qwen3-yarn": Spec(_QWEN3, rope=_YARN, head_dim=32, seed=45),
-    "qwen3-yarn-long-4": Spec(_QWEN3, 4, _YARN_LONG, head_dim=32, n_ctx=1600, n_tokens=480, seed=46),
+    "qwen3-yarn-long-4": Spec(_QWEN3, 4, _YARN_LONG, head_dim=32, n_ctx=1600, seed=46),
     "qwen3-yarn-attention-factor-4": Spec(_QWEN3, 4, {**_YARN, **_ATTENTION_FACTOR}, seed=47),
     "qwen3-yarn-mscale": Spec(_QWEN3, rope={**_YARN, **_MSCALE}, seed=48),
 }

@@ -40,7 +40,7 @@ _QK_NORM = re.compile(r".*\.[qk]_(layer)?norm(\.norms\.\d+)?\.weight")
 _NORM = re.compile(r".*(norm|norm_f|ln_\w+)\.weight")
 _EMBEDDING = re.compile(r".*(embed_tokens|wte|embed_in|tok_embeddings|embeddings)\.weight")
 _GAINS = {
-    re.compile(r".*\.wpe\.weight"): 0.02,
+    re.compile(r"(.*\.)?wpe\.weight"): 0.02,
     re.compile(r".*(q_proj|q_b_proj|k_proj|kv_b_proj|qkv_proj|wqkv|query_key_value)\.weight"): 2.5,
     re.compile(r".*\.c_attn\.weight"): 2.5 * math.sqrt(3),  # (in, out), and out is three times in
     re.compile(r".*(mlp\.gate|block_sparse_moe\.gate|router\.layer|shared_expert_gate)\.weight"): 4.0,
@@ -61,6 +61,8 @@ class ZooSpec:
         dtype: storage, F32, F16 or BF16.
         n_shards: files of weights.
         omitted: pattern of names that the weights lack.
+        names: patterns of saved names, and what repositories have in their place.
+        extras: names and shapes of tensors that repositories have beside the weights.
         n_tokens: length of the sequence it is tested on.
         embedding_gain: root mean square of a row of the embedding.
         qk_gain: mean weight of the norms of queries and keys.
@@ -76,6 +78,8 @@ class ZooSpec:
     dtype: str = "F32"
     n_shards: int = 1
     omitted: str = ""
+    names: Mapping[str, str] = field(default_factory=dict)
+    extras: Mapping[str, Shape] = field(default_factory=dict)
     n_tokens: int = 160
     embedding_gain: float = 0.02
     qk_gain: float = 2.0
@@ -162,6 +166,8 @@ def write_zoo(folder: Path, spec: ZooSpec, config: Mapping[str, Any], shapes: Ma
 
 
 def digest(spec: ZooSpec, config: Mapping[str, Any], shapes: Mapping[str, Shape]) -> str:
-    """Return the hex SHA-256 of all that a spec stands for: settings, config.json, weights and sequence."""
-    text = json.dumps([asdict(spec), config, zoo_tokens(spec)], sort_keys=True)
+    """Return the hex SHA-256 of all that a spec stands for: what it states, config.json, weights and sequence."""
+    silent = asdict(ZooSpec("", {}))
+    stated = {key: value for key, value in asdict(spec).items() if value != silent[key]}
+    text = json.dumps([stated, config, zoo_tokens(spec)], sort_keys=True)
     return hashlib.sha256(text.encode() + safetensors_bytes(zoo_weights(spec, shapes))).hexdigest()

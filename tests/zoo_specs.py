@@ -8,10 +8,11 @@ context, rounded up to 256, is; both agree on a text of 160 tokens for an origin
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tiny_models import N_VOCAB
-from zoo import ZooSpec
+from zoo import ZooSpec, write_zoo, zoo_config, zoo_shapes
 
 Settings = Mapping[str, Any]
 
@@ -105,6 +106,9 @@ _GEMMA3: Settings = {
     "sliding_window": 48,
 }
 _GEMMA3_LINEAR: Settings = {**_GEMMA3, **_by_layer(_LINEAR, _LOCAL)}
+# So many layers add up rounding, unless each of them adds little to what the embedding gives.
+_27B: Settings = {"query_pre_attn_scalar": 16, "intermediate_size": 32}
+_27B_TRAITS: dict[str, Any] = {**_GEMMA_TRAITS, "embedding_gain": 10.0, "n_tokens": 64}
 _PHI4: Settings = {
     **_RMS,
     **_longrope(64, 512, n_pairs=12),
@@ -301,6 +305,14 @@ SPECS = {
         **_GEMMA_TRAITS,
         seed=107,
     ),
+    # From this number of layers llama.cpp knows the 27 B models, which scale queries by the width of the model.
+    "gemma2-27b": ZooSpec(
+        "Gemma2ForCausalLM",
+        {**_GEMMA2, **_27B, "num_hidden_layers": 46, "final_logit_softcapping": 50.0},
+        **_27B_TRAITS,
+        seed=100,
+    ),
+    "gemma3-27b": ZooSpec("Gemma3ForCausalLM", {**_GEMMA3, **_27B, "num_hidden_layers": 62}, **_27B_TRAITS, seed=109),
     "gemma3-multimodal": ZooSpec(
         "Gemma3ForConditionalGeneration",
         _multimodal("gemma3_text", _GEMMA3_LINEAR, "siglip_vision_model", mm_tokens_per_image=1),
@@ -319,9 +331,28 @@ SPECS = {
     ),
     "gpt2": ZooSpec("GPT2LMHeadModel", _GPT2, seed=120),
     "gpt2-untied-f16": ZooSpec("GPT2LMHeadModel", {**_GPT2, **_UNTIED, "n_inner": 96}, dtype="F16", seed=121),
+    # GPT-2's own repository: saved without a head, with the masks of its attention.
+    "gpt2-bare-4": ZooSpec(
+        "GPT2LMHeadModel",
+        _GPT2,
+        4,
+        {"n_ctx": 256, "tie_word_embeddings": None},
+        names={r"transformer\.": ""},
+        extras={f"h.{i}.attn.bias": (1, 1, 256, 256) for i in range(2)},
+        seed=122,
+    ),
     "gpt-neox": ZooSpec("GPTNeoXForCausalLM", _NEOX, seed=125),
     "gpt-neox-serial-f16-4": ZooSpec(
-        "GPTNeoXForCausalLM", {**_NEOX, **_partial(1.0), "use_parallel_residual": False}, 4, dtype="F16", seed=126
+        "GPTNeoXForCausalLM",
+        {**_NEOX, **_partial(1.0), "use_parallel_residual": False},
+        4,
+        dtype="F16",
+        extras={
+            f"gpt_neox.layers.{i}.attention.{name}": shape
+            for i in range(2)
+            for name, shape in (("bias", (1, 1, 256, 256)), ("masked_bias", ()), ("rotary_emb.inv_freq", (8,)))
+        },
+        seed=126,
     ),
     "stablelm": ZooSpec("StableLmForCausalLM", _STABLELM, seed=130),
     "stablelm-qkv-bias-bf16-4": ZooSpec(
@@ -477,3 +508,8 @@ SPECS = {
         seed=214,
     ),
 }
+
+
+def write_spec(folder: Path, name: str) -> Path:
+    """Write the recorded folder of a spec and return it."""
+    return write_zoo(folder, SPECS[name], zoo_config(name), zoo_shapes(name))

@@ -63,7 +63,9 @@ def saved(spec: ZooSpec) -> Saved:
     config |= {"architectures": [spec.source_class]} | spec.edits
     config = {key: value for key, value in config.items() if key not in spec.edits or value is not None}
     kept = {name: shape for name, shape in shapes.items() if not re.fullmatch(spec.omitted, name)}
-    return Saved(dict(sorted(config.items())), kept)
+    for pattern, other in spec.names.items():
+        kept = {re.sub(pattern, other, name): shape for name, shape in kept.items()}
+    return Saved(dict(sorted(config.items())), kept | dict(spec.extras))
 
 
 def _saved_by_transformers(spec: ZooSpec) -> tuple[dict[str, Any], dict[str, Shape]]:
@@ -86,6 +88,8 @@ def _old_form(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json as transformers 4 writes it: settings of rope at the top, ``torch_dtype``."""
     old = {key: value for key, value in config.items() if key not in ("rope_parameters", "dtype")}
     old |= {"torch_dtype": config["dtype"], "transformers_version": "4.46.0"}
+    if "rope_parameters" not in config:
+        return old
     rope = dict(config["rope_parameters"])
     if "full_attention" in rope:
         if old["model_type"] == "gemma3_text":
@@ -110,7 +114,7 @@ def reads_alike(spec: ZooSpec, folder: Path) -> bool:
 
 def _meaning(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return config.json without what says nothing, or says it again."""
-    said_elsewhere = {"transformers_version", "architectures", "partial_rotary_factor"}
+    said_elsewhere = {"transformers_version", "architectures", "partial_rotary_factor", "n_ctx"}
     said_elsewhere |= {"sliding_window_pattern", "_sliding_window_pattern"}
     meant = {key: value for key, value in config.items() if key not in said_elsewhere}
     if "rope_parameters" in meant:

@@ -731,7 +731,7 @@ FAMILIES = (
         fixed_head_dim=True,
         rope_kinds=(),
         writes_kv_heads=False,
-        ignored=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
+        ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
         example="GPT-2, DistilGPT-2",
     ),
     Family(
@@ -758,7 +758,7 @@ FAMILIES = (
         writes_rope_dim=True,
         writes_kv_heads=False,
         output="required",
-        ignored=(r"gpt_neox\.layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
+        ignored=(r"(gpt_neox\.)?layers\.\d+\.attention\.(bias|masked_bias|rotary_emb\.inv_freq)",),
         example="GPT-NeoX, Pythia",
     ),
     Family(

@@ -212,7 +212,7 @@ def _placed(file: Path, folder: Path) -> Path:
         return target
     with temporary_sibling(target) as temporary:
         try:
-            os.link(file, temporary)
+            os.link(file.resolve(), temporary)  # the file, not a symbolic link to it as in the Hub's cache
         except OSError:  # another file system, or one without links
             check_disk(folder, file.stat().st_size, "the GGUF")
             _copy(file, temporary)

@@ -227,6 +227,8 @@ FAMILIES = {
     ),
     "solar": Family("a format of its own", ("### User:",)),
     "minicpm": Family("a format of its own", ("<用户>",)),
+    # No model's: all that Go templates and Modelfiles cannot hold as it is.
+    "odd": Family("a format of its own", ()),
 }
 
 

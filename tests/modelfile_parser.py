@@ -44,11 +44,11 @@ def parse(text: str) -> Modelfile:
         if line.lstrip().startswith("#"):
             found.comments.append(line.lstrip("# "))
             continue
-        name, _, rest = line.strip().partition(" ")
+        name, _, rest = line.lstrip().partition(" ")
         if name.upper() not in INSTRUCTIONS:
             raise ValueError(f"no instruction: {line!r}")
         if name.upper() == "PARAMETER":
-            parameter, _, rest = rest.strip().partition(" ")
+            parameter, _, rest = rest.lstrip().partition(" ")
             _set_parameter(found, parameter, _value(rest, lines))
         else:
             _set(found, name.upper(), _value(rest, lines))
@@ -58,14 +58,14 @@ def parse(text: str) -> Modelfile:
 
 
 def _value(rest: str, lines) -> str:
-    rest = rest.strip()
+    rest = rest.lstrip()
     quotes = '"""' if rest.startswith('"""') else '"' if rest.startswith('"') else ""
     while quotes and (len(rest.strip()) < 2 * len(quotes) or not rest.rstrip().endswith(quotes)):
         line = next(lines, None)
         if line is None:
             raise ValueError(f"a value is not closed: {rest[:40]!r}")
         rest += "\n" + line
-    value = rest.strip()[len(quotes) : len(rest.strip()) - len(quotes)] if quotes else rest
+    value = rest.strip()[len(quotes) : len(rest.strip()) - len(quotes)] if quotes else rest.rstrip()
     return "".join(letter for letter in value if letter.isprintable() or letter in "\n\t")
 
 

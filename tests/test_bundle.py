@@ -209,6 +209,15 @@ def test_a_file_is_linked_into_its_bundle(tiny):
     assert parse((out / "Modelfile").read_text(encoding="utf-8")).template is None
 
 
+def test_a_symbolic_link_is_followed(tiny):
+    (tiny.parent / "cache").mkdir()
+    link = tiny.parent / "cache" / "model.gguf"
+    link.symlink_to(Path("..") / tiny.name)
+    bundled("bundle", link, "-o", "out")
+    inside = tiny.parent / "out" / "model.gguf"
+    assert inside.samefile(tiny) and not inside.is_symlink()
+
+
 def test_a_file_that_cannot_be_linked_is_copied(tiny, monkeypatch):
     def refuse(*_):
         raise OSError(18, "Invalid cross-device link")

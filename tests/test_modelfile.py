@@ -7,6 +7,7 @@ import datetime
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from chat_templates import CONVERSATIONS, FAMILIES, SYSTEM, messages_for, source
 from gguf import GGUFValueType, TokenType
@@ -200,6 +201,19 @@ def test_values_survive_their_quotes(value):
     found = parse(text)
     assert (found.stops, found.system, found.parameters) == ([value], value, {"top_k": 1})
     assert chat.default_system == value
+
+
+def test_any_value_survives_its_quotes_or_is_left_out():
+    rng = np.random.default_rng(1)
+    n_left_out = 0
+    for _ in range(3000):
+        value = "".join(rng.choice(list('ab" \n#\t'), size=rng.integers(1, 10)))
+        written = quoted(value)
+        n_left_out += written is None
+        if written is not None:
+            found = parse(f"SYSTEM {written}\nPARAMETER top_k 1\nFROM ./x\n")
+            assert (found.system, found.parameters, found.model) == (value, {"top_k": 1}, "./x")
+    assert 0 < n_left_out < 100
 
 
 @pytest.mark.parametrize("value", ['x"""\ny', 'x""" \ny', "zero\u200bwidth", "non\u00a0breaking", "bell\a"])

@@ -76,7 +76,8 @@ def go_template(chat: ChatFormat) -> str:
     before = _begin(".System", ".System", chat, chat.user)
     answer = _either(".Response", chat.answer, chat.generate)
     turn = f"{before}{{{{ .Prompt }}}}{answer}"
-    if chat.system != "last" and (chat.opening == chat.user or chat.default_system):
+    has_system = chat.default_system != "" and quoted(chat.default_system) is not None  # so that SYSTEM says it
+    if chat.system != "last" and (chat.opening == chat.user or has_system):
         return f"{turn}{{{{ .Response }}}}{_text(chat.end)}"
     end = "{{ if .Response }}" + _text(chat.end) + "{{ end }}" if chat.end else ""
     return f"{{{{ if .Messages }}}}{_messages(chat)}{{{{ else }}}}{turn}{{{{ end }}}}{{{{ .Response }}}}{end}"
@@ -224,10 +225,10 @@ def modelfile(file_name: str, metadata: Metadata, chat: ChatFormat | None, notes
 
 
 def _line(instruction: str, value: str) -> Iterator[str]:
-    """Yield one instruction, or nothing for a value that is empty or cannot be written."""
-    written = quoted(value) if value else None
-    if written is not None:
-        yield f"{instruction} {written}"
+    """Yield one instruction; nothing for an empty value, and a comment for one that cannot be written."""
+    if value:
+        written = quoted(value)
+        yield f"{instruction} {written}" if written else f"# A Modelfile cannot hold this: {instruction} {value!a}"
 
 
 def _token(metadata: Metadata, id_key: str) -> str | None:

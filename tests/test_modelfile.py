@@ -237,6 +237,21 @@ def test_text_is_escaped_for_go(end, wanted):
     assert go_template(chat) == "u{{ .Prompt }}a{{ .Response }}" + wanted
 
 
+def test_what_a_modelfile_cannot_hold_is_said_and_a_system_prompt_stays_in_the_template():
+    template = source("qwen2.5").replace("You are Qwen", "You are\\u00a0Qwen")
+    metadata = metadata_of("qwen2.5", **{
+        "tokenizer.chat_template": kv(template, GGUFValueType.STRING),
+        "general.license": kv("my\u200blicence", GGUFValueType.STRING),
+    })  # fmt: skip
+    chat = chat_format(metadata)
+    assert chat.default_system.startswith("You are\u00a0Qwen")
+    text = modelfile("x.gguf", metadata, chat, [])
+    found = parse(text)
+    assert (found.system, found.license) == (None, None)
+    assert 'system\nYou are{{ "\\u00a0" }}Qwen, created' in found.template and ".Messages" in found.template
+    assert "# A Modelfile cannot hold this: LICENSE 'my\\u200blicence'\n" in text
+
+
 @pytest.mark.parametrize("name", ["line\nbreak.gguf", "zero\u200bwidth.gguf", " space.gguf"])
 def test_file_names_that_a_modelfile_cannot_hold_are_refused(name):
     with pytest.raises(OutputError, match="rename the GGUF"):

@@ -620,9 +620,9 @@ def named(target: Path, temporary: Path, output: Output) -> Iterator[None]:
 
 
 def reference_plan(model: Model) -> Plan:
-    """Return the plan of a file at the precision of the source: its own type if all matrices share it, else F32."""
+    """Return the plan of a file at the precision of the source: its own type if all matrices share one that GGUF has, else F32."""
     dtypes = {tensor.dtype for tensor in model.tensors if tensor.is_matrix}
-    uniform = dtypes.pop() if len(dtypes) == 1 else "F32"
+    uniform = dtypes.pop() if len(dtypes) == 1 and dtypes <= set(ggml.TYPES) else "F32"
     options = PlanOptions(Target("none", 0), "uniform", uniform=uniform, importance="none")
     return allocate.make_plan(model, None, options, _header_bytes(model, options, None))
 

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import TINY
 from numpy.typing import NDArray
+from tiny_models import tiny_weights, write_tiny
 
+from nsds_gguf.convert import reference_plan
 from nsds_gguf.errors import ModelError, UnsupportedError
+from nsds_gguf.read import open_model
 from nsds_gguf.read.checkpoint import open_checkpoint
 from nsds_gguf.read.stored import StoredTensor
 
@@ -278,6 +282,37 @@ def test_scales_in_another_shard(tmp_path):
     found = open_checkpoint(tmp_path, {"quantization_config": FINE_GRAINED})
     assert list(found) == ["w"]
     np.testing.assert_array_equal(read(found["w"]), values / 2)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """Return the folder of a tiny model whose matrices are FP8, and its weights by checkpoint name."""
+    folder, entries, weights = write_tiny(tmp_path / "model", TINY), {}, {}
+    for seed, (name, array) in enumerate(tiny_weights(TINY).items()):
+        weights[name] = array.astype(np.float32)
+        entries[name] = floats(weights[name])
+        if array.ndim == 2:
+            entries[name], values = codes(array.shape, seed)
+            scales = np.repeat(np.repeat(random_scales((8, 8)), 128, 0), 128, 1)[: array.shape[0], : array.shape[1]]
+            entries[f"{name}_scale_inv"] = floats(scales[::128, ::128])
+            weights[name] = product(values, scales.astype(np.float64))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": FINE_GRAINED}))
+    checkpoint(folder, entries)
+    return folder, weights
+
+
+def test_model(model):
+    """No scale is taken for a tensor of the model; the file to compare with holds the same numbers."""
+    folder, weights = model
+    opened = open_model(folder)
+    assert {tensor.source for tensor in opened.tensors} == set(weights)
+    for tensor in opened.tensors:
+        rows = tensor.load().reshape(tensor.shape)
+        if not tensor.role.startswith(("attn_q", "attn_k")):  # their rows are permuted
+            np.testing.assert_array_equal(rows, weights[tensor.source])
+        np.testing.assert_array_equal(np.sort(rows, axis=None), np.sort(weights[tensor.source], axis=None))
+    assert {tensor.type for tensor in reference_plan(opened).tensors} == {"F32"}
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -263,6 +263,7 @@ def _tensor(wanted: Wanted, stored: Sequence[StoredTensor], sizes: Sizes) -> Ten
     elif part.transposed and not part.stored:
         in_file = in_file[::-1]
     for tensor in stored:
+        tensor.require_readable()
         if tensor.shape != in_file:
             disagree = "vocabulary size and embedding rows disagree"
             hint = disagree if wanted.role in ("token_embd", "output") else "see config.json"

@@ -620,7 +620,7 @@ def named(target: Path, temporary: Path, output: Output) -> Iterator[None]:
 
 
 def reference_plan(model: Model) -> Plan:
-    """Return the plan of a file at the precision of the source: its own type if all matrices share one that GGUF has, else F32."""
+    """Return the plan of a file at the precision of the source: the type that all matrices share, if any, else F32."""
     dtypes = {tensor.dtype for tensor in model.tensors if tensor.is_matrix}
     uniform = dtypes.pop() if len(dtypes) == 1 and dtypes <= set(ggml.TYPES) else "F32"
     options = PlanOptions(Target("none", 0), "uniform", uniform=uniform, importance="none")

@@ -47,6 +47,8 @@ _UNUSED_KEYS = {"phi3": ("attention.sliding_window",)}
 # Architectures whose rope rotates neighbouring channels (llama.cpp, llama_model_rope_type: NORM).
 _NEIGHBOURS = ("llama", "granite", "granitemoe", "internlm2", "olmo", "smollm3", "command-r", "cohere2")
 
+_DEFAULT_LOCAL_THETA = 10000.0  # llama.cpp's (llama-hparams.h, rope_freq_base_train_swa)
+
 # Architectures that may rotate a part of each head.
 _PARTIAL = ("gptneox", "phi2", "phi3", "stablelm")
 
@@ -111,7 +113,7 @@ def _rope_mutations(model: Model) -> dict[str, Model]:
     mutants = {}
     if model.architecture in _PARTIAL and values["dimension_count"] < model.hparams.head_dim:
         mutants["rope.dimension_count left out"] = _without_key(model, "rope.dimension_count")
-    if values.get("freq_base_swa", values.get("freq_base")) != values.get("freq_base"):
+    if "freq_base_swa" in values and values["freq_base_swa"] not in (values["freq_base"], _DEFAULT_LOCAL_THETA):
         mutants["rope.freq_base_swa left out"] = _without_key(model, "rope.freq_base_swa")
     original = "rope.scaling.original_context_length"
     if values.get("scaling.type") == "yarn":

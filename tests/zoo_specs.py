@@ -109,6 +109,21 @@ _GEMMA3_LINEAR: Settings = {**_GEMMA3, **_by_layer(_LINEAR, _LOCAL)}
 # So many layers add up rounding, unless each of them adds little to what the embedding gives.
 _27B: Settings = {"query_pre_attn_scalar": 16, "intermediate_size": 32}
 _27B_TRAITS: dict[str, Any] = {**_GEMMA_TRAITS, "embedding_gain": 10.0, "n_tokens": 64}
+_GEMMA3_SILENT: Settings = {
+    "model_type": "gemma3_text",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 7,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    "sliding_window": 48,
+    "vocab_size": N_VOCAB,
+}
+_GEMMA3_DEFAULTS: Settings = {
+    **_GEMMA3_SILENT,
+    **_by_layer({**_LINEAR, "rope_theta": 1e6}, {**_PLAIN, "rope_theta": 1e4}),
+    "rope_scaling": None,
+    "pad_token_id": 0,
+}
 _PHI4: Settings = {
     **_RMS,
     **_longrope(64, 512, n_pairs=12),
@@ -319,6 +334,15 @@ SPECS = {
         **_GEMMA_TRAITS,
         seed=108,
     ),
+    # Gemma 3 4B's repository says little of the language model: the rest is its class's defaults.
+    "gemma3-multimodal-4": ZooSpec(
+        "Gemma3ForConditionalGeneration",
+        _multimodal("gemma3_text", _GEMMA3_DEFAULTS, "siglip_vision_model", mm_tokens_per_image=1),
+        4,
+        {"text_config": _GEMMA3_SILENT, "tie_word_embeddings": None},
+        **{**_GEMMA_TRAITS, "embedding_gain": 0.0025},
+        seed=98,
+    ),
     "phi-3": ZooSpec("Phi3ForCausalLM", {**_FULL_HEADS, "sliding_window": 192}, seed=110),
     "phi-3-gqa-bf16-4": ZooSpec("Phi3ForCausalLM", _RMS, 4, dtype="BF16", seed=111),
     "phi-3-longrope-long": ZooSpec("Phi3ForCausalLM", {**_RMS, **_longrope(64, 512)}, seed=112),
@@ -486,6 +510,14 @@ SPECS = {
     "granite4-tiny-bf16": ZooSpec("GraniteMoeHybridForCausalLM", _GRANITE4, dtype="BF16", seed=6231),
     "granite4-h-micro": ZooSpec("GraniteMoeHybridForCausalLM", {**_GRANITE4_H, "num_local_experts": 0}, seed=232),
     "granite4-h-tiny": ZooSpec("GraniteMoeHybridForCausalLM", {**_GRANITE4_H, **_TIED}, seed=233),
+    "granite4-h-tiny-4": ZooSpec(
+        "GraniteMoeHybridForCausalLM",
+        _GRANITE4_H,
+        4,
+        {"layer_types": ["mamba", "attention", "mamba"]},
+        dtype="BF16",
+        seed=234,
+    ),
     "idefics3": ZooSpec(
         "Idefics3ForConditionalGeneration", _multimodal("llama", _RMS, "idefics3_vision", scale_factor=1), seed=210
     ),

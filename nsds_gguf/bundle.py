@@ -33,6 +33,7 @@ from .inspect import Inspection, inspect_gguf
 from .model_card import Facts, Origin, find_origin, model_card
 from .modelfile import Metadata, chat_format, go_template, modelfile
 from .perplexity import Perplexity
+from .read.vocab_files import read_json
 from .records import Plan, Progress, Scores
 from .resources import check_disk
 from .write import temporary_sibling
@@ -48,7 +49,7 @@ class Source:
     """What is known of a GGUF beside what it says itself.
 
     Attributes:
-        path: what it was made from, whose repository on the Hub the path may tell.
+        path: the model folder or file that it was made from.
         base_model: the repository of the original, ``ORG/NAME``, as the user says.
         plan: the plan it was written by.
         scores: the scores of that plan.
@@ -146,7 +147,7 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
     _check_records(inspection, metadata, source)
     chat, notes = _chat_and_notes(metadata)
     origin = Origin((source.base_model,)) if source.base_model else find_origin(metadata, source.path)
-    modelfile_text = modelfile(file.name, metadata, chat, notes)
+    modelfile_text = modelfile(file.name, metadata, chat, notes, _generation_config(source.path))
     if not origin.repos or origin.is_parent:
         notes.append("The repository of the original is not known: --base-model ORG/NAME tells the model card.")
     facts = Facts(inspection, metadata, origin, chat is not None, source.plan, source.perplexity, source.text,
@@ -165,6 +166,10 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
         sums = _sha256_sums([folder / name for name in names], progress)
     _write(folder / SUMS, "".join(map(_sum_line, sums, sums.values())))
     return Bundle(folder, gguf, sums, chat, origin, tuple(notes))
+
+
+def _generation_config(path: Path | None) -> dict[str, Any]:
+    return read_json(path / "generation_config.json") if path is not None and path.is_dir() else {}
 
 
 def _check_whole(file: Path) -> None:

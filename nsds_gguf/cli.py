@@ -288,11 +288,9 @@ def _converted_json(arguments: argparse.Namespace, screen: Screen, result: conve
 
 
 def _bundle_converted(arguments: argparse.Namespace, screen: Screen, folder: Path, result: convert.Converted) -> Bundle:
-    model: Path | HubName = arguments.model
-    named = model.repo if isinstance(model, HubName) and model.file is None else None
     source = Source(
-        path=model if isinstance(model, Path) else None,
-        base_model=arguments.base_model or named,
+        path=result.source,
+        base_model=arguments.base_model,
         plan=result.plan,
         scores=result.scores,
         perplexity=result.perplexity,

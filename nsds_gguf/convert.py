@@ -119,13 +119,15 @@ class Output:
 class Converted:
     """A finished file, its plan, what the check found (``None`` when it was skipped), and the scores behind the plan.
 
-    ``scores`` is ``None`` when the plan was given or needed none.
+    ``scores`` is ``None`` when the plan was given or needed none; ``source`` is the folder or file that was read, of a
+    model of the Hub that in its cache.
     """
 
     path: Path
     plan: Plan
     perplexity: Perplexity | None
     scores: Scores | None = None
+    source: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def convert(
             with temporary_sibling(target, output.keep_failed) as temporary, named(target, temporary, output):
                 work.write(plan, temporary)
                 found = work.verify(plan, temporary, verifying, text, reference)
-            results.append(Converted(target, plan, found, work.scores))
+            results.append(Converted(target, plan, found, work.scores, model.path))
     return results
 
 

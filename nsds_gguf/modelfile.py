@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from gguf import Keys, TokenType
 from gguf.gguf_writer import GGUFValue
@@ -31,7 +32,8 @@ Metadata = Mapping[str, GGUFValue]
 # Ollama's own default was 2048 tokens, then 4096; a larger cache than this may not fit beside the weights.
 MAX_NUM_CTX = 8192
 
-# Parameters of Ollama and the GGUF keys, filled from generation_config.json, that hold them.
+# Parameters of Ollama and the GGUF keys, filled from generation_config.json, that hold them. The repetition penalty is
+# not among those that llama.cpp's converter takes from there, so it is looked up in the file itself.
 _PARAMETERS = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",
@@ -185,9 +187,12 @@ def stop_strings(metadata: Metadata, chat: ChatFormat | None) -> list[str]:
     return [text for text in dict.fromkeys([*found, *ends]) if text and text not in _MARKUP]
 
 
-def parameters(metadata: Metadata) -> dict[str, int | float]:
-    """Return sampling parameters and the context, as far as the GGUF names them."""
+def parameters(metadata: Metadata, generation: Mapping[str, Any] | None = None) -> dict[str, int | float]:
+    """Return sampling parameters and the context, as far as the GGUF, or generation_config.json, names them."""
     found = {name: metadata[key].value for name, key in _PARAMETERS.items() if key in metadata}
+    penalty = (generation or {}).get("repetition_penalty")
+    if isinstance(penalty, int | float) and not isinstance(penalty, bool):
+        found.setdefault("repeat_penalty", float(penalty))
     architecture = metadata.get(Keys.General.ARCHITECTURE)
     context = metadata.get(f"{architecture.value}.context_length") if architecture is not None else None
     if context is not None and int(context.value) > 0:
@@ -195,7 +200,13 @@ def parameters(metadata: Metadata) -> dict[str, int | float]:
     return found
 
 
-def modelfile(file_name: str, metadata: Metadata, chat: ChatFormat | None, notes: list[str]) -> str:
+def modelfile(
+    file_name: str,
+    metadata: Metadata,
+    chat: ChatFormat | None,
+    notes: list[str],
+    generation: Mapping[str, Any] | None = None,
+) -> str:
     """Return the text of a Modelfile.
 
     Args:
@@ -203,6 +214,7 @@ def modelfile(file_name: str, metadata: Metadata, chat: ChatFormat | None, notes
         metadata: its keys.
         chat: its chat format; without one no template is written, and Ollama takes what it finds in the GGUF.
         notes: sentences for the reader, written as comments.
+        generation: the original's parsed generation_config.json, where there is one.
 
     Raises:
         OutputError: the file name has characters that a Modelfile cannot hold.
@@ -215,7 +227,7 @@ def modelfile(file_name: str, metadata: Metadata, chat: ChatFormat | None, notes
     if chat is not None:
         lines.append(f'TEMPLATE """{go_template(chat)}"""')
         lines += _line("SYSTEM", chat.default_system)
-    for name, value in parameters(metadata).items():
+    for name, value in parameters(metadata, generation).items():
         lines.append(f"PARAMETER {name} {value:.6g}" if isinstance(value, float) else f"PARAMETER {name} {value}")
     for stop in stop_strings(metadata, chat):
         lines += _line("PARAMETER stop", stop)

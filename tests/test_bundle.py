@@ -37,7 +37,9 @@ tags: [tiny, gguf]
 base_model: Some-Org/Some-Base
 ---
 """
-GENERATION = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True}
+GENERATION = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repetition_penalty": 1.05, "do_sample": True}
+
+SAMPLING = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "repeat_penalty": 1.05, "num_ctx": 256}  # in the Modelfile
 
 
 @pytest.fixture
@@ -100,7 +102,7 @@ def test_convert_makes_a_whole_bundle(folder):
     assert found["sample"]["is_chat"] and repr(found["sample"]["answer"]) in outcome.out
     modelfile = parse((out / "Modelfile").read_text(encoding="utf-8"))
     assert modelfile.model == f"./{gguf}" and (out / modelfile.model).is_file()
-    assert modelfile.parameters == {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "num_ctx": 256}
+    assert modelfile.parameters == SAMPLING
     assert "{{ .Prompt }}" in modelfile.template and "<|im_start|>user" in modelfile.stops
 
 

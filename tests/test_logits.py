@@ -143,6 +143,7 @@ ERRORS = {
     "the other residual": "gptneox",
     "tied": "llama",
     "untied": "llama",
+    "wqkv split as q, then k, then v": "internlm2",
 }
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny_models import SPECS, write_tiny
+from zoo import write_zoo, zoo_config, zoo_shapes
+from zoo_specs import SPECS
 
 from nsds_gguf import read
 from nsds_gguf.convert import reference_plan
@@ -28,27 +30,50 @@ ABSENT = "absent"
 
 _DIGEST_LETTERS = 12  # of SHA-256: 48 bits
 _LONG = 64  # letters of a value that the record keeps as it is
-_FACTORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-_FACTOR_ERROR = 1e-6  # relative: two ways to compute them in single precision
+_COMPUTED = r"rope_(freqs|factors_long|factors_short)\.weight|blk\.\d+\.ssm_a"
+_COMPUTED_ERROR = 1e-6  # relative: two ways to compute in single precision
+_RECORDED_NUMBERS = 16  # of a computed tensor
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is compared of a file: a line per tensor and per key, and rope factors, which are computed, as numbers."""
+    """What is compared of a file: a line per tensor and per key, and the numbers of tensors that are computed."""
 
     tensors: Mapping[str, str]
     keys: Mapping[str, str]
-    factors: Mapping[str, list[float]]
+    computed: Mapping[str, list[float]]
 
 
 def names() -> list[str]:
-    """Return the names of the models that are compared: the tiny ones, and one that was trained."""
+    """Return the names of the models that are compared: the zoo, and one that was trained."""
     return [*SPECS, TRAINED.name]
 
 
 def write_folder(folder: Path, name: str) -> Path:
-    """Write the folder of a model, unless it is there already, and return it."""
-    return TRAINED if name == TRAINED.name else write_tiny(folder, SPECS[name])
+    """Write the folder of a model, unless it is there already, and return it.
+
+    Its config.json has what the converter demands, repositories have, and transformers 5 writes no more.
+    """
+    if name == TRAINED.name:
+        return TRAINED
+    config = zoo_config(name)
+    return write_zoo(folder, SPECS[name], {**config, **_repository_keys(config)}, zoo_shapes(name))
+
+
+def _repository_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    match config["architectures"][0]:
+        case "GPT2LMHeadModel":
+            return {"n_ctx": config["n_positions"]}
+        case "Cohere2ForCausalLM":
+            return {"rotary_pct": 1.0}
+        case "DeepseekV3ForCausalLM":
+            return {"scoring_func": "sigmoid"}
+        case "MambaForCausalLM":
+            return {"pad_vocab_size_multiple": 2}
+        case "GraniteMoeHybridForCausalLM":
+            spelling = {"full_attention": "attention", "linear_attention": "mamba"}
+            return {"layer_types": [spelling.get(kind, kind) for kind in config["layer_types"]]}
+    return {}
 
 
 def convert_ours(folder: Path, path: Path) -> Path:
@@ -62,18 +87,18 @@ def read_entry(path: Path) -> Entry:
     """Return what is compared of a file."""
     header = read_gguf_header(path)
     data = np.memmap(path, np.uint8, "r")
-    tensors, factors = {}, {}
+    tensors, computed = {}, {}
     for t in header.tensors:
         raw = data[t.offset : t.offset + t.n_bytes].tobytes()
-        content = "factors" if t.name in _FACTORS else _digest(raw)
-        tensors[t.name] = f"{t.type} {list(t.shape)} {content}"
-        if t.name in _FACTORS:
-            factors[t.name] = np.frombuffer(raw, "<f4").tolist()
+        is_computed = re.fullmatch(_COMPUTED, t.name) is not None
+        tensors[t.name] = f"{t.type} {list(t.shape)} {'computed' if is_computed else _digest(raw)}"
+        if is_computed:
+            computed[t.name] = np.frombuffer(raw, "<f4").tolist()
     keys = {}
     for key, entry in header.metadata.items():
         kind = entry.type.name if entry.sub_type is None else f"{entry.type.name} of {entry.sub_type.name}"
         keys[key] = f"{kind} {json.dumps(entry.value)}"
-    return Entry(tensors, keys, factors)
+    return Entry(tensors, keys, computed)
 
 
 def _digest(data: bytes) -> str:
@@ -86,14 +111,21 @@ def differences(ours: Mapping[str, str], theirs: Mapping[str, str]) -> list[tupl
     return [(name, a, b) for name, a, b in found if a != b]
 
 
-def tensor_differences(ours: Entry, theirs: Entry) -> list[tuple[str, str, str]]:
-    """Return name, ours and theirs of all tensors that differ."""
-    found = differences(ours.tensors, theirs.tensors)
-    for name in sorted(ours.factors.keys() & theirs.factors.keys()):
-        a, b = ours.factors[name], theirs.factors[name]
-        if len(a) != len(b) or not np.allclose(a, b, rtol=_FACTOR_ERROR, atol=0):
-            found.append((name, str(a), str(b)))
+def computed_differences(
+    ours: Mapping[str, list[float]], theirs: Mapping[str, list[float]]
+) -> list[tuple[str, str, str]]:
+    """Return name, ours and theirs of computed tensors that differ in the numbers that both know."""
+    found = []
+    for name, wanted in theirs.items():
+        numbers = ours.get(name, [])[: len(wanted)]
+        if len(numbers) != len(wanted) or not np.allclose(numbers, wanted, rtol=_COMPUTED_ERROR, atol=0):
+            found.append((name, str(numbers), str(wanted)))
     return found
+
+
+def digests(lines: Mapping[str, str]) -> dict[str, str]:
+    """Return what the record keeps of the lines of tensors."""
+    return {name: _digest(line.encode()) for name, line in lines.items()}
 
 
 def short(value: str) -> str:
@@ -104,8 +136,8 @@ def short(value: str) -> str:
 def to_record(entry: Entry, own: Mapping[str, str]) -> dict[str, Any]:
     """Return what the record keeps of a file of the converter; ``own`` are our values where others are allowed."""
     return {
-        "tensors": dict(entry.tensors),
-        "factors": dict(entry.factors),
+        "tensors": digests(entry.tensors),
+        "computed": {name: numbers[:_RECORDED_NUMBERS] for name, numbers in entry.computed.items()},
         "keys": {key: short(value) for key, value in entry.keys.items()},
         "own": {key: short(value) for key, value in own.items()},
     }

@@ -1,10 +1,12 @@
 """Compare our F32, F16 or BF16 GGUF of model folders with what llama.cpp's convert_hf_to_gguf.py makes of them.
 
-    python tools/check_converter.py --llama-cpp DIR [--record] [FOLDER ...]
+    python tools/check_converter.py --llama-cpp DIR --transformers4 DIR4 [--record] [FOLDER ...]
 
-DIR is a llama.cpp source tree, for example ``vendor/llama.cpp`` of the source distribution of llama-cpp-python. Without
-folders, the tiny random models of the tests are written and compared. Demanded are the same tensor names, shapes, types
-and bytes, and the same keys with the same types and values; what may differ is in ``ALLOWED``, each with its reason.
+DIR is a llama.cpp source tree, for example ``vendor/llama.cpp`` of the source distribution of llama-cpp-python. Its
+converter reads config.json through transformers, and asks for 4.57.6: models in the form of transformers 4 are given
+to it with the one in DIR4 (``pip install --target DIR4 transformers==4.57.6``), the others with the installed one.
+Without folders, the models of the tests are compared. Demanded are the same tensor names, shapes, types and bytes, and
+the same keys with the same types and values; what may differ is in ``ALLOWED``, each with its reason.
 
 The converter runs as ``tools/run_converter.py`` says. With ``--record`` its results go to ``docs/converter.md`` and, in
 short, to ``tests/golden/converter.json``, which the tests hold our output against.
@@ -17,12 +19,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,11 +36,11 @@ from converter_record import (  # noqa: E402
     GOLDEN,
     OURS,
     Entry,
+    computed_differences,
     convert_ours,
     differences,
     names,
     read_entry,
-    tensor_differences,
     to_record,
     write_folder,
 )
@@ -54,7 +57,10 @@ _SHOWN_LETTERS = 160  # of a value in a message
 
 @dataclass(frozen=True)
 class Allowed:
-    """A difference that may be: patterns of the name and of both values (``absent``), and the reason."""
+    """A difference that may be: patterns of the name and of both values (``absent``), and the reason.
+
+    The pattern of their value may refer to groups in that of ours.
+    """
 
     name: str
     ours: str
@@ -63,8 +69,8 @@ class Allowed:
 
     def holds(self, name: str, ours: str, theirs: str) -> bool:
         """Return whether a difference is this one."""
-        pairs = ((self.name, name), (self.ours, ours), (self.theirs, theirs))
-        return all(re.fullmatch(pattern, text) for pattern, text in pairs)
+        both = re.fullmatch(f"(?:{self.ours})\n(?:{self.theirs})", f"{ours}\n{theirs}")
+        return both is not None and re.fullmatch(self.name, name) is not None
 
 
 ALLOWED = (
@@ -89,7 +95,7 @@ ALLOWED = (
         "states what llama.cpp assumes of a sentencepiece vocabulary",
     ),
     Allowed(
-        r"(gemma|gemma2|phi2|stablelm)\.rope\.freq_base",
+        r"(gemma|gemma2|gptneox|phi2|stablelm)\.rope\.freq_base",
         "FLOAT32 .*",
         "absent",
         "the converter leaves the base of rope out for these classes; llama.cpp reads it for all, and takes 10000 "
@@ -115,6 +121,93 @@ ALLOWED = (
         "assumes the usual without it (gemma3.cpp)",
     ),
     Allowed(
+        r"olmo2\.rope\.freq_base_swa",
+        "absent",
+        "FLOAT32 .*",
+        "Olmo 3 has one base of rope; llama.cpp takes that of all layers for those with a window (olmo2.cpp)",
+    ),
+    Allowed(
+        r"gpt2\.feed_forward_length",
+        "UINT32 .*",
+        "UINT32 .*",
+        "the converter writes four times the width whatever n_inner says; llama.cpp would not load the tensors",
+    ),
+    Allowed(
+        r"deepseek2\.expert_weights_norm",
+        "BOOL false",
+        "absent",
+        "states what llama.cpp assumes",
+    ),
+    Allowed(
+        r"deepseek2\.expert_gating_func",
+        "UINT32 1",
+        "absent",
+        "softmax, which llama.cpp assumes, but for models that look like one that gates otherwise (deepseek2.cpp)",
+    ),
+    Allowed(
+        r"deepseek2\.attention\.q_lora_rank",
+        "UINT32 0",
+        "absent",
+        "llama.cpp demands the key unless the number of layers is that of a lite model (deepseek2.cpp)",
+    ),
+    Allowed(
+        r"general\.file_type",
+        "UINT32 .*",
+        "absent",
+        "the converter leaves it out for GPT-NeoX; llama.cpp only shows it",
+    ),
+    Allowed(
+        r"general\.architecture",
+        'STRING "llama"',
+        'STRING "mistral3"',
+        "without the scaling of queries by position that Ministral 3 has, llama.cpp's mistral3 computes what its llama "
+        "does; all other keys are compared under the one name",
+    ),
+    Allowed(
+        r"tokenizer\.ggml\.tokens",
+        r"ARRAY of STRING \[(.*)\]",
+        r'ARRAY of STRING \[\1(, "\[PAD\d+\]")+\]',
+        "the converter fills the vocabulary of models with state spaces to a multiple of eight, beyond the rows of the "
+        "embedding: llama.cpp would not load it",
+    ),
+    Allowed(
+        r"tokenizer\.ggml\.token_type",
+        r"ARRAY of INT32 \[(.*)\]",
+        r"ARRAY of INT32 \[\1(, 5)+\]",
+        "as for the tokens",
+    ),
+    Allowed(
+        r"granitehybrid\.context_length",
+        "UINT32 .*",
+        "UINT32 1048576",
+        "what config.json says, where the converter has one number for all models with state spaces",
+    ),
+    Allowed(
+        r"granitehybrid\.feed_forward_length",
+        "UINT32 .*",
+        "UINT32 .*",
+        "the width that the tensors have, shared_intermediate_size, where the converter takes intermediate_size, which "
+        "is of the experts",
+    ),
+    Allowed(
+        r"granitehybrid\.expert_(used_)?count",
+        "absent",
+        "UINT32 .*",
+        "of a model without experts; llama.cpp does not look at it then",
+    ),
+    Allowed(
+        r"granitemoe\.attention\.head_count_kv",
+        r"UINT32 (\d+)",
+        r"ARRAY of INT32 \[\1(, \1)*\]",
+        "one number for all layers, where the converter repeats it",
+    ),
+    Allowed(
+        r"granitemoe\.ssm\..*",
+        "absent",
+        "UINT32 .*",
+        "of state spaces, which the model does not have",
+    ),
+    Allowed(
         r"phi3\.rope\.scaling\.type",
         'STRING "longrope"',
         "absent",
@@ -132,7 +225,19 @@ NOT_CONVERTED = {
         r"ValueError: Unprocessed norms: .*",
         "it stacks the norms of the heads at the 40th layer of StableLM 2 12B and at no other",
     ),
-    r"idefics3|llava-next": (
+    r"gpt-neox": (
+        r"KeyError: 'rotary_pct'",
+        "it reads rotary_pct, which transformers 5 has under another name",
+    ),
+    r"gpt2-bare-4": (
+        r"ValueError: Can not map tensor 'h\.0\.attn\.bias'",
+        "it knows the stored attention masks under the names of later repositories only",
+    ),
+    r"granite4-micro": (
+        r"ValueError: Missing <MODEL_TENSOR\.FFN_GATE: \d+> for MODEL_TENSORS of <MODEL_ARCH\.GRANITE_MOE: \d+>",
+        "it takes a Granite 4 without state spaces for a mixture of experts, which this one is not",
+    ),
+    r"idefics3|llava-next|smolvlm": (
         r"NotImplementedError: Architecture .* not supported!",
         "it does not know the class",
     ),
@@ -164,14 +269,15 @@ def main() -> int:
     if missing:
         print(f"error: {', '.join(missing)} missing; pip install 'nsds-gguf[dev]'", file=sys.stderr)
         return 2
-    if not (args.llama_cpp / "convert_hf_to_gguf.py").is_file():
-        print(f"error: {args.llama_cpp}: holds no convert_hf_to_gguf.py", file=sys.stderr)
-        return 2
+    for file in (args.llama_cpp / "convert_hf_to_gguf.py", args.transformers4 / "transformers" / "__init__.py"):
+        if not file.is_file():
+            print(f"error: {file}: no such file", file=sys.stderr)
+            return 2
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         given = {folder.resolve().name: folder for folder in args.folders}
         folders = given or {name: write_folder(work / name, name) for name in names()}
-        outcomes, theirs = compare_all(folders, args.llama_cpp, work)
+        outcomes, theirs = compare_all(folders, args.llama_cpp, args.transformers4, work)
     for outcome in outcomes:
         print(line(outcome))
         for fault in outcome.faults:
@@ -186,6 +292,7 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-cpp", type=Path, required=True, metavar="DIR", help="llama.cpp source tree")
+    parser.add_argument("--transformers4", type=Path, required=True, metavar="DIR4", help="where transformers 4.57 is")
     parser.add_argument("--record", action="store_true", help="write the docs and the record of the tests")
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="model folders")
     args = parser.parse_args()
@@ -194,11 +301,15 @@ def _arguments() -> argparse.Namespace:
     return args
 
 
-def compare_all(folders: Mapping[str, Path], llama_cpp: Path, work: Path) -> tuple[list[Outcome], dict[str, Entry]]:
+def compare_all(
+    folders: Mapping[str, Path], llama_cpp: Path, transformers4: Path, work: Path
+) -> tuple[list[Outcome], dict[str, Entry]]:
     """Convert every folder both ways and return the comparisons, and what the converter made by name."""
     ours = {name: try_ours(folder, work / f"{name}.ours") for name, folder in folders.items()}
     jobs = {name: _job(folders[name], path, work) for name, path in ours.items() if isinstance(path, Path)}
-    failures = dict(zip(jobs, run_converter(list(jobs.values()), llama_cpp), strict=True))
+    old = {name: job for name, job in jobs.items() if _is_form_4(folders[name])}
+    new = {name: job for name, job in jobs.items() if name not in old}
+    failures = run_converter(old, llama_cpp, transformers4) | run_converter(new, llama_cpp)
     outcomes, entries = [], {}
     for name, path in ours.items():
         class_name = json.loads((folders[name] / "config.json").read_text(encoding="utf-8"))["architectures"][0]
@@ -207,8 +318,9 @@ def compare_all(folders: Mapping[str, Path], llama_cpp: Path, work: Path) -> tup
         elif failures[name] is not None:
             outcomes.append(_failed(name, class_name, str(failures[name])))
         else:
-            entries[name] = read_entry(Path(jobs[name]["outfile"]))
-            outcomes.append(compare(name, class_name, jobs[name]["outtype"], read_entry(path), entries[name]))
+            found = read_entry(path)
+            entries[name] = _alike(read_entry(Path(jobs[name]["outfile"])), found)
+            outcomes.append(compare(name, class_name, jobs[name]["outtype"], found, entries[name]))
     return outcomes, entries
 
 
@@ -239,17 +351,37 @@ def _job(folder: Path, ours: Path, work: Path) -> dict[str, str]:
     }
 
 
-def run_converter(jobs: Sequence[Mapping[str, str]], llama_cpp: Path) -> list[str | None]:
-    """Run the converter on all jobs and return what each said if it failed."""
+def _is_form_4(folder: Path) -> bool:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("transformers_version", "4")).startswith("4")
+
+
+def run_converter(
+    jobs: Mapping[str, Mapping[str, str]], llama_cpp: Path, packages: Path | None = None
+) -> dict[str, str | None]:
+    """Run the converter on all jobs, ``packages`` before those installed; return what each said if it failed."""
     command = [sys.executable, str(ROOT / "tools" / "run_converter.py"), str(llama_cpp)]
-    done = subprocess.run(command, input=json.dumps(list(jobs)), stdout=subprocess.PIPE, text=True, check=True)
-    results: list[str | None] = json.loads(done.stdout)
-    return results
+    paths = [str(path) for path in (packages, os.environ.get("PYTHONPATH")) if path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        command, env=environment, input=json.dumps(list(jobs.values())), stdout=subprocess.PIPE, text=True, check=True
+    )
+    return dict(zip(jobs, json.loads(done.stdout), strict=True))
+
+
+def _alike(theirs: Entry, ours: Entry) -> Entry:
+    """Return their entry with keys under our architecture's name; that the names differ is left to ``ALLOWED``."""
+    names = (json.loads(entry.keys["general.architecture"].removeprefix("STRING ")) for entry in (theirs, ours))
+    their_name, our_name = (f"{name}." for name in names)
+    keys = {key.replace(their_name, our_name) if key.startswith(their_name) else key: value
+            for key, value in theirs.keys.items()}  # fmt: skip
+    return replace(theirs, keys=keys)
 
 
 def compare(name: str, source_class: str, type_name: str, ours: Entry, theirs: Entry) -> Outcome:
     """Return the comparison of two files."""
-    faults = [f"tensor {tensor}: ours {a}, theirs {b}" for tensor, a, b in tensor_differences(ours, theirs)]
+    unequal = differences(ours.tensors, theirs.tensors) + computed_differences(ours.computed, theirs.computed)
+    faults = [f"tensor {tensor}: ours {_shown(a)}, theirs {_shown(b)}" for tensor, a, b in unequal]
     allowed: list[Allowed] = []
     own: dict[str, str] = {}
     for key, a, b in differences(ours.keys, theirs.keys):
@@ -277,7 +409,7 @@ def line(outcome: Outcome) -> str:
 
 def record(outcomes: Sequence[Outcome], theirs: Mapping[str, Entry]) -> None:
     """Write the documentation and the golden record."""
-    golden = {o.name: to_record(theirs[o.name], o.ours) for o in outcomes if o.name in theirs}
+    golden = {o.name: to_record(theirs[o.name], o.ours) for o in outcomes if o.name in theirs and not o.faults}
     GOLDEN.write_text(json.dumps(golden, indent=0) + "\n", encoding="utf-8")
     DOCS.write_text(documentation(outcomes), encoding="utf-8")
 
@@ -288,11 +420,11 @@ def documentation(outcomes: Sequence[Outcome]) -> str:
 
 Written by `tools/check_converter.py --record` (nsds-gguf {__version__}). Each model is converted twice at its own
 precision: by nsds-gguf and by llama.cpp's `convert_hf_to_gguf.py`. Equal means: the same tensor names, shapes, types
-and bytes, and the same keys with the same types and values, the differences listed below apart (rope factors, which
-are computed, to a millionth). The models are the tiny random ones of the tests and `examples/books-4.6m`. The
-byte-level tokenizer of the tiny ones is nobody's, so the converter, which knows pre-tokenizers by a hash, is told the
-pre-tokenizer, and uses that tokenizer where it wants a `tokenizer.model`; all else of it is untouched
-(`tools/run_converter.py`).
+and bytes, and the same keys with the same types and values, the differences listed below apart (tensors that are
+computed, rope factors and Mamba's A, to a millionth). The models are the tiny random ones of the tests and
+`examples/books-4.6m`. The byte-level tokenizer of the tiny ones is nobody's, so the converter, which knows
+pre-tokenizers by a hash, is told the pre-tokenizer, and uses that tokenizer where it wants a `tokenizer.model`; all
+else of it is untouched (`tools/run_converter.py`).
 """
     lines = [
         introduction,

@@ -452,6 +452,8 @@ def test_user_defined_symbols_of_a_unigram_model_are_noted(strings: list[str], t
         ({"unk_id": None}, "unk_id: wanted the id of a token, got None"),
         ({"unk_id": 3}, "unk_id: wanted the id of a token, got 3"),
         ({"vocab": [["<unk>", 0.0], ["a", "b"]]}, "wanted a list of pieces with scores, got \\['a', 'b'\\]"),
+        ({"vocab": [["a", float("nan")]]}, "wanted a list of pieces with scores, got \\['a', nan\\]"),
+        ({"vocab": [["a", 10**400]]}, "wanted a list of pieces with scores"),
         ({"vocab": {"<unk>": 0}}, "wanted a list of pieces with scores"),
         ({"vocab": [["<unk>", 0], ["a", -1.0], ["a", -2.0]]}, "token 'a' has two ids"),
         ({"vocab": [["<unk>", 0], ["a", -1.0], ["a▁", -2.0]]}, "normalizer and pre-tokenizer: Metaspace"),
@@ -1053,6 +1055,16 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("tokenizer.model", b"IQ== 0\nIg== 1\n", "not a sentencepiece model"),
         ("tokenizer.model", b"\x0a\x7f\x0a\x01a", r"not a sentencepiece model \(truncated at byte 5\)"),
         ("tokenizer.model", b"\x0a\x02\x18\x63", "not a sentencepiece model"),
+        (
+            "tokenizer.model",
+            b"\x0a\x08\x0a\x01a\x15\x00\x00\x80\x7f",
+            r"not a sentencepiece model \(a piece of score inf\)",
+        ),
+        (
+            "tokenizer.model",
+            b"\x0a\x03\x0a\x01a\x1a\x02\x10\x07",
+            r"sentencepiece model \(normalizer field 2 is no text\)",
+        ),
     ],
 )
 def test_damaged_files(file: str, content: bytes, message: str, tmp_path: Path) -> None:

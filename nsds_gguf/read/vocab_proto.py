@@ -5,6 +5,7 @@ Field numbers are those of sentencepiece_model.proto: https://github.com/google/
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ class ModelProto:
     @property
     def normalization(self) -> str:
         """Name of the normalization rule, for messages."""
-        return bytes(self.normalizer.get(_RULE_NAME, b"")).decode(errors="replace")
+        return str(self.normalizer.get(_RULE_NAME, b""), errors="replace")
 
     @property
     def charsmap(self) -> bytes:
@@ -100,6 +101,8 @@ def read_proto(path: Path) -> ModelProto:
                 pieces.append(_piece(dict(_fields(value))))
             elif number in settings:
                 settings[number].update(_fields(value))
+        if wrong := [n for n in (_RULE_NAME, _CHARSMAP) if type(settings[_NORMALIZER].get(n, b"")) is not bytes]:
+            raise ValueError(f"normalizer field {wrong[0]} is no text")
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise TokenizerError(f"{path}: not a sentencepiece model ({error}); restore the file") from error
     if not pieces:
@@ -109,6 +112,8 @@ def read_proto(path: Path) -> ModelProto:
 
 def _piece(fields: Mapping[int, Any]) -> Piece:
     (score,) = struct.unpack("<f", fields.get(_PIECE_SCORE, bytes(4)))
+    if not math.isfinite(score):
+        raise ValueError(f"a piece of score {score}")
     return Piece(fields[_PIECE_TEXT].decode(), score, TokenType(fields.get(_PIECE_TYPE, 1)))
 
 

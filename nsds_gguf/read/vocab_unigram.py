@@ -22,6 +22,7 @@ from .vocab_metaspace import metaspace_prefix, prefix_note
 from .vocab_proto import ModelProto
 from .vocab_tokens import METASPACE, Tokens, overlay, piece_text, texts_by_id
 
+_LARGEST_F32 = 3.4028234663852886e38  # scores are float32
 _BLANKS_NOTE = "llama.cpp puts no blank in front of text that is nothing but blanks, the original does."
 
 
@@ -149,7 +150,8 @@ def _no_byte_fallback(path: Path) -> UnsupportedError:
 def _scored_pieces(vocab: Any, path: Path) -> list[tuple[str, float]]:
     pieces = []
     for entry in vocab if isinstance(vocab, list) else [vocab]:
-        if not isinstance(entry, list) or [type(part) for part in entry] not in ([str, float], [str, int]):
+        kinds = [type(part) for part in entry] if isinstance(entry, list) else []
+        if kinds not in ([str, float], [str, int]) or not abs(entry[1]) <= _LARGEST_F32:
             raise TokenizerError(f"{path}: wanted a list of pieces with scores, got {entry!r}; restore the file")
         pieces.append((entry[0], float(entry[1])))
     return pieces

@@ -40,6 +40,7 @@ from .model_card import is_repo
 from .perplexity import DEFAULT_BATCH, MIN_CTX, Measurement, Perplexity, perplexity
 from .plot import check_plot, plot_comparison, plot_scores
 from .records import Plan, Progress, Scores, Target, read_json
+from .report import Check, Report, check_report, file_report, plan_report, write_report
 from .sample import DEFAULT_PROMPT, sample
 from .score import METRICS, SE_READINGS
 from .version import __version__
@@ -216,12 +217,12 @@ def write_text(path: Path, text: str) -> None:
 
 def check_destinations(arguments: argparse.Namespace) -> None:
     """Refuse small outputs that cannot be what or where they are wanted, before the work that fills them."""
-    for flag in ("json", "plot", "tensor_types"):
+    for flag in ("json", "plot", "tensor_types", "report"):
         wanted = getattr(arguments, flag, None)
         if wanted is None or wanted == "-":
             continue
         path, option = Path(wanted), "--" + flag.replace("_", "-")
-        if path.is_dir():
+        if path.is_dir() and flag != "report":
             raise OutputError(f"{option} {path}: is a folder; give a file name")
         if not path.parent.is_dir():
             raise OutputError(f"{option} {path}: no folder {path.parent}; create it first")
@@ -229,6 +230,11 @@ def check_destinations(arguments: argparse.Namespace) -> None:
             raise OutputError(f"{option} {path}: is a GGUF file, which is not replaced; choose another name")
         if flag == "plot":
             check_plot(path)
+        if flag == "report":
+            check_report(path)
+            n_targets = len(getattr(arguments, "target_bpw", None) or ())
+            if n_targets > 1 and not path.is_dir():
+                raise PlanError(f"--report {path}: one page cannot hold {n_targets} targets; give a folder")
 
 
 # --- verbs -----------------------------------------------------------------------------------------------------------
@@ -273,7 +279,29 @@ def _convert(arguments: argparse.Namespace, screen: Screen, output: convert.Outp
         if result.perplexity is not None:
             screen.show(display.perplexity_view(result.perplexity, result.path.name, arguments.against))
         screen.show(Text.assemble((str(result.path), "bold"), f": {result.path.stat().st_size / 2**20:.2f} MiB"))
+        if arguments.report is not None:
+            _write_report(arguments, screen, result.path.stem, _converted_report(arguments, result))
     return results
+
+
+def _converted_report(arguments: argparse.Namespace, result: convert.Converted) -> Report:
+    text = convert.SHIPPED_TEXT if arguments.text is None else arguments.text.name
+    against = None if arguments.against is None else Path(arguments.against).name
+    return plan_report(
+        result.plan,
+        scores=result.scores,
+        check=Check(result.perplexity, text, against) if result.perplexity else None,
+        architecture=inspect_gguf(result.path).architecture,
+        model=_public_word(str(arguments.model)),
+        given=public_command(arguments.given),
+    )
+
+
+def _write_report(arguments: argparse.Namespace, screen: Screen, name: str, report: Report) -> None:
+    """Write a page where it is wanted; in a folder, under a name."""
+    path: Path = arguments.report / f"{name}.html" if arguments.report.is_dir() else arguments.report
+    write_report(report, path)
+    screen.show(Text(f"report: {path}"))
 
 
 def _converted_json(arguments: argparse.Namespace, screen: Screen, result: convert.Converted) -> dict[str, Any]:
@@ -356,9 +384,27 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
             screen.show(display.plan_details(plan))
         for name in arguments.why:
             screen.show(Text(why(plan, planned.scores, name)))
+        if arguments.report is not None:
+            page = plan_report(plan, scores=planned.scores, model=_public_word(str(arguments.model)))
+            _write_report(arguments, screen, f"plan-{plan.bpw:.2f}bpw", page)
     if arguments.tensor_types is not None:
         write_text(arguments.tensor_types, convert.tensor_types_file(plans[0]))
     write_json(arguments.json, plans[0].to_json() if len(plans) == 1 else [plan.to_json() for plan in plans])
+
+
+def run_report(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Show a plan or a GGUF as a page."""
+    file: Path = arguments.file
+    if not is_gguf(file):
+        plan = Plan.from_json(read_json(file), str(file))
+        scores = arguments.scores and Scores.from_json(read_json(arguments.scores), str(arguments.scores))
+        report = plan_report(plan, scores=scores)
+    elif arguments.scores is None:
+        report = file_report(inspect_gguf(file))
+    else:
+        raise PlanError(f"{file}: a GGUF goes without --scores: they may not be those it was made from; give its plan")
+    _write_report(arguments, screen, file.stem, report)
+    write_json(arguments.json, report.to_json())
 
 
 def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
@@ -499,6 +545,7 @@ def plan_options(arguments: argparse.Namespace) -> list[PlanOptions]:
             uniform=arguments.uniform,
             pins=tuple(arguments.pin),
             importance=arguments.importance,
+            prefer=arguments.prefer,
         )
         for target in targets or [Target("none", 0)]
     ]
@@ -685,6 +732,7 @@ def build_parser() -> Parser:
     _add_compare(verbs)
     _add_inspect(verbs)
     _add_bundle(verbs)
+    _add_report(verbs)
     return parser
 
 
@@ -710,6 +758,7 @@ def _add_convert(verbs: Any) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument("--keep", action="store_true", help="keep a file that failed verification as FILE.failed")
     parser.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
+    _add_page(parser)
     _add_budget(parser)
     _add_scoring(parser)
     _add_records(parser)
@@ -737,6 +786,7 @@ def _add_plan(verbs: Any) -> None:
                         help="write the plan for llama-quantize --tensor-type-file")  # fmt: skip
     parser.add_argument("--why", metavar="TENSOR", action="append", default=[],
                         help="say why a tensor has its type, and what one more or less would do")  # fmt: skip
+    _add_page(parser)
     _add_budget(parser)
     _add_scoring(parser)
     _add_records(parser)
@@ -816,6 +866,23 @@ def _add_bundle(verbs: Any) -> None:
     _add_general(parser)
 
 
+def _add_report(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs, "report", run_report, "show a plan or a GGUF as a web page: its bytes, layers and tensors",
+        "nsds-gguf report plan.json --scores scores.json -o report.html",
+    )  # fmt: skip
+    parser.add_argument("file", metavar="FILE", type=Path, help="plan written by 'plan --json', or GGUF file")
+    parser.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, dest="report",
+                        help="page to write, or existing folder")  # fmt: skip
+    parser.add_argument("--scores", metavar="FILE", type=Path, help="scores that the plan was made from")
+    _add_general(parser)
+
+
+def _add_page(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--report", metavar="FILE", type=Path,
+                        help="write a web page of bytes, layers, tensors and the result")  # fmt: skip
+
+
 def _add_bundle_options(group: Any) -> None:
     group.add_argument("--base-model", metavar="ORG/NAME", type=_argument(parse_repo, "ORG/NAME"),
                        help="repository of the original, for the model card")  # fmt: skip
@@ -842,6 +909,9 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allocator", choices=sorted(allocate.ALLOCATORS), help="how bits are spent (nsds unless told)")
     group.add_argument("--uniform", metavar="TYPE", type=_argument(parse_type, "one of " + ", ".join(ggml.TYPES)),
                        help="one type for all matrices, also F32, F16, BF16, Q8_0")  # fmt: skip
+    group.add_argument("--prefer", choices=allocate.PREFERENCES, default="quality",
+                       help="between types of the same quality: nothing else, or what ggml is fast with on CPUs"
+                       " (%(default)s unless told)")  # fmt: skip
     group.add_argument("--pin", metavar="REGEX=TYPE", action="append", default=[],
                        type=_argument(Pin.parse, "REGEX=TYPE"),
                        help="fix the type of tensors whose whole name matches; repeatable")  # fmt: skip

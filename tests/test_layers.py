@@ -22,7 +22,7 @@ LAYERS = [
     ["hub"],
     ["convert", "model_card", "sample", "explain"],
     ["bundle", "compare"],
-    ["display", "plot"],
+    ["display", "plot", "report"],
     ["inspect_view"],
     ["cli"],
     ["__main__"],

@@ -26,6 +26,10 @@ K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 NARROW_TYPES = ("Q4_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0")  # blocks of 32, for rows that K-quants cannot cut
 TYPES = (*FLOAT_TYPES, *K_TYPES, *NARROW_TYPES)
 
+# Types for which ggml-cpu has kernels on rows that it interleaves when it loads them, on some processor at least
+# (ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type); Q3_K, Q5_0 and Q5_1 have none on any.
+FAST_TYPES = ("Q2_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "IQ4_NL", "Q8_0")
+
 # Further types that ggml dequantizes, which files that are quantized already may hold; gguf may be too old for some.
 READ_TYPES = (*TYPES, *(
     name for name in ("Q4_1", "MXFP4", "NVFP4", "Q1_0", "TQ1_0", "TQ2_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS",

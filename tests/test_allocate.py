@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import gguf.quants
 import numpy as np
@@ -10,13 +11,15 @@ import pytest
 from arrays import random_arrays
 from models import make_model
 
-from nsds_gguf import allocate, ggml
-from nsds_gguf.allocate import PlanOptions, make_plan
+from nsds_gguf import allocate, convert, ggml
+from nsds_gguf.allocate import FAST_MARGIN, PREFERENCES, PlanOptions, check_options, make_plan
 from nsds_gguf.allocate.candidates import Pin, candidates, check_target
 from nsds_gguf.allocate.measurement import measure, ratio_estimate, sample_rows
 from nsds_gguf.allocate.propagation import propagate
 from nsds_gguf.errors import ModelError, PlanError, RecordError, TargetError
-from nsds_gguf.records import LayerScore, Plan, Scores, Target
+from nsds_gguf.records import UNQUANTIZED, LayerScore, Plan, Scores, Target
+
+DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 
 ALIGNED = {"n_embd": 256, "n_ff": 512, "n_heads": 4, "head_dim": 64, "n_vocab": 300, "n_layers": 3}
 MISALIGNED = {"n_embd": 96, "n_ff": 160, "n_heads": 3, "n_kv_heads": 1, "head_dim": 32, "n_vocab": 300}
@@ -309,7 +312,7 @@ class TestPlans:
         [
             (PlanOptions(Target("none", 0)), "allocator nsds needs a target: --target-bpw or --target-size"),
             (PlanOptions(Target("none", 0), "uniform"), "allocator uniform needs a type: --uniform TYPE"),
-            (bpw(3, allocator="x"), "allocator 'x' is not known; wanted one of nsds, paper, uniform"),
+            (bpw(3, allocator="x"), "allocator 'x' is not known; wanted one of nsds, paper, random, uniform"),
             (bpw(-1), "target -1 bpw: wanted a positive number"),
             (bpw(3, importance="x"), "importance 'x' is not known; wanted one of sweep, norm, none"),
         ],
@@ -318,3 +321,42 @@ class TestPlans:
         with pytest.raises(PlanError) as caught:
             make_plan(model, scores, options, HEADER)
         assert str(caught.value) == message
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Return a plan of the demo, and the one that prefers types that ggml is fast with."""
+    scores = convert.score_model(DEMO, convert.ScoreOptions(), n_threads=1)
+    wishes = [PlanOptions(Target("bpw", 3.5), prefer=prefer) for prefer in PREFERENCES]
+    return convert.plan(DEMO, wishes, given=scores).plans
+
+
+class TestPreferFast:
+    """A demo plan with types that ggml is fast with, against the plan without the wish."""
+
+    def test_less_is_slow_at_about_the_same_divergence(self, both):
+        plain, fast = both
+        assert sum(slow_weights(fast)) < sum(slow_weights(plain))
+        assert plain.predicted_divergence < fast.predicted_divergence <= (1 + FAST_MARGIN) * plain.predicted_divergence
+        assert fast.tensor_bytes <= 3.5 * fast.n_weights / 8
+
+    def test_what_is_still_slow_is_named(self, both):
+        plain, fast = both
+        slow = [t.name for t in fast.tensors if t.type == "Q3_K"]
+        (note,) = [note for note in fast.notes if "slow types" in note]
+        assert note.endswith(f"the weights: {', '.join(slow)}.")
+        assert not any("slow types" in note for note in plain.notes)
+
+    def test_nothing_slow_is_told_too(self):
+        options = PlanOptions(Target("none", 0), "uniform", uniform="Q4_K", prefer="fast")
+        (plan,) = convert.plan(DEMO, [options]).plans
+        assert "Every quantized tensor is of a type that ggml has fast CPU kernels for." in plan.notes
+
+    def test_a_wish_that_is_not_known(self):
+        with pytest.raises(PlanError, match="preference 'speed' is not known; wanted one of quality, fast"):
+            check_options(PlanOptions(Target("bpw", 3), prefer="speed"))
+
+
+def slow_weights(plan):
+    """Return the weights of every tensor of a slow type."""
+    return [t.n_weights for t in plan.tensors if t.type not in (*ggml.FAST_TYPES, *UNQUANTIZED)]

@@ -33,8 +33,21 @@ from .propagation import IMPORTANCES, Propagation, propagate
 from .randomly import random_types
 
 __all__ = [
-    "ALLOCATORS", "DEFAULT_TYPES", "IMPORTANCES", "Candidate", "Pin", "PlanOptions", "Propagation",
-    "candidates", "check_options", "check_type", "make_plan", "measure", "open_candidates", "propagate",
+    "ALLOCATORS",
+    "DEFAULT_TYPES",
+    "IMPORTANCES",
+    "PREFERENCES",
+    "Candidate",
+    "Pin",
+    "PlanOptions",
+    "Propagation",
+    "candidates",
+    "check_options",
+    "check_type",
+    "make_plan",
+    "measure",
+    "open_candidates",
+    "propagate",
 ]  # fmt: skip
 
 DEFAULT_TYPES = ggml.K_TYPES
@@ -45,9 +58,21 @@ PAPER_TYPES = ("Q2_K", "Q4_K")  # the paper's 2 and 4 bits
 NSDS_WEIGHT = 1.0
 
 
+# What decides between types that cost about the same: nothing else, or ggml's speed on a CPU.
+PREFERENCES = ("quality", "fast")
+
+# A slow type is taken all the same where the fast ones give this share more divergence: about what a prediction may be
+# off by. On the plans measured it cost at most 2 % in all (docs/log.md, 2026-11-23).
+FAST_MARGIN = 0.2
+
+
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the user asked of the allocator; ``uniform`` is the type of that one, ``seed`` belongs to ``random``."""
+    """What the user asked of the allocator.
+
+    ``uniform`` is the type of the allocator of that name, ``seed`` that of ``random``; ``prefer``, one of
+    ``PREFERENCES``, is heard by ``nsds``.
+    """
 
     target: Target
     allocator: str = "nsds"
@@ -56,6 +81,7 @@ class PlanOptions:
     pins: tuple[Pin, ...] = ()
     importance: str = "sweep"
     seed: int = 0
+    prefer: str = "quality"
 
     @property
     def allowed_types(self) -> tuple[str, ...]:
@@ -93,7 +119,8 @@ def allocate_nsds(problem: Problem) -> Choice:
     """Minimise predicted divergence within the budget, exactly; without a budget, take the largest types."""
     costs = _checked_costs(problem)
     factors = layer_factors(problem.scores)
-    items = [_choices(candidate, costs, factors, problem.padded) for candidate in problem.found]
+    prefers_fast = problem.options.prefer == "fast"
+    items = [_choices(candidate, costs, factors, problem.padded, prefers_fast) for candidate in problem.found]
     budget = sum(max(item.bytes) for item in items) if problem.budget is None else problem.budget
     solution = solve(items, budget)
     types = tuple(c.types[j] for c, j in zip(problem.found, solution.chosen, strict=True))
@@ -101,14 +128,20 @@ def allocate_nsds(problem: Problem) -> Choice:
 
 
 def _choices(
-    candidate: Candidate, costs: Mapping[str, TensorCost], factors: Mapping[int | None, float], padded: bool
+    candidate: Candidate,
+    costs: Mapping[str, TensorCost],
+    factors: Mapping[int | None, float],
+    padded: bool,
+    prefers_fast: bool,
 ) -> Choices:
     sizes = tuple(candidate.cost(name, padded) for name in candidate.types)
     if not candidate.is_open:
         return Choices(sizes, (0.0,))
     cost = costs[candidate.tensor.name]
     weight = cost.sensitivity * factors.get(candidate.tensor.layer, 1.0)
-    return Choices(sizes, tuple(weight * cost.errors[name] for name in candidate.types))
+    margins = [1 + FAST_MARGIN if prefers_fast and name not in ggml.FAST_TYPES else 1.0 for name in candidate.types]
+    divergences = (weight * cost.errors[name] for name in candidate.types)
+    return Choices(sizes, tuple(d * margin for d, margin in zip(divergences, margins, strict=True)))
 
 
 def allocate_paper(problem: Problem) -> Choice:
@@ -180,6 +213,8 @@ def check_options(options: PlanOptions) -> None:
         raise PlanError(f"allocator {options.allocator!r} is not known; wanted one of {', '.join(ALLOCATORS)}")
     if options.importance not in IMPORTANCES:
         raise PlanError(f"importance {options.importance!r} is not known; wanted one of {', '.join(IMPORTANCES)}")
+    if options.prefer not in PREFERENCES:
+        raise PlanError(f"preference {options.prefer!r} is not known; wanted one of {', '.join(PREFERENCES)}")
     for name in options.allowed_types:
         check_type(name, "--uniform" if options.allocator == "uniform" else "--types")
     if options.allocator != "uniform" and options.target.kind == "none":
@@ -240,7 +275,7 @@ def make_plan(model: Model, scores: Scores | None, options: PlanOptions, header_
         scores_digest=scores.digest if scores else "",
         versions=dict(scores.versions) if scores else {},
     )
-    return replace(plan, notes=(*plan.notes, *_plan_notes(plan, found)))
+    return replace(plan, notes=(*plan.notes, *_plan_notes(plan, found), *_speed_note(plan, options)))
 
 
 def layer_factors(scores: Scores | None) -> dict[int | None, float]:
@@ -303,6 +338,20 @@ def _planned(
         n_rows_sampled=cost.n_rows_sampled if cost and measured else None,
         sensitivity=cost.sensitivity * factors.get(tensor.layer, 1.0) if cost else None,
     )
+
+
+def _speed_note(plan: Plan, options: PlanOptions) -> tuple[str, ...]:
+    """Return which tensors are of types without fast kernels, to who prefers fast ones."""
+    if options.prefer != "fast":
+        return ()
+    slow = [t for t in plan.tensors if t.type not in (*ggml.FAST_TYPES, *UNQUANTIZED)]
+    if not slow:
+        return ("Every quantized tensor is of a type that ggml has fast CPU kernels for.",)
+    share = sum(t.n_weights for t in slow) / plan.n_weights
+    types = ", ".join(sorted({t.type for t in slow}))
+    names = ", ".join(t.name for t in slow)
+    return (f"Of slow types ({types}), for which ggml has no fast CPU kernels, are {len(slow)} tensors with "
+            f"{100 * share:.0f} % of the weights: {names}.",)  # fmt: skip
 
 
 def _plan_notes(plan: Plan, found: Sequence[Candidate]) -> list[str]:

@@ -24,6 +24,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, Literal
 
+from . import ggml
 from .errors import OutputError, PlanError, RecordError
 from .explain import in_a_word
 from .inspect import FoundTensor, Inspection
@@ -97,6 +98,7 @@ class Report:
             "kicker": self.kicker,
             "tensors": {**columns, "why": self.why} if self.why else columns,
             "unquantized": UNQUANTIZED,
+            "kernels": _kernels({tensor.type for tensor in self.tensors}),
             "file_bytes": self.file_bytes,
             "bpw": self.bpw,
             "quantized_bpw": self.quantized_bpw,
@@ -192,6 +194,12 @@ def command(plan: Plan, scores: Scores | None, model: str) -> str:
         if tensor.reason == "pinned":
             pins.setdefault(tensor.type, []).append(re.escape(tensor.name))
     return shlex.join([*words, *(word for t, names in pins.items() for word in ("--pin", f"{'|'.join(names)}={t}"))])
+
+
+def _kernels(types: set[str]) -> dict[str, str]:
+    """Return whether ggml has fast CPU kernels for quantized types; those that we do not write are left out."""
+    ours = sorted(types & set(ggml.TYPES) - set(UNQUANTIZED))
+    return {name: "fast" if name in ggml.FAST_TYPES else "slow" for name in ours}
 
 
 def _plan_facts(plan: Plan, scores: Scores | None) -> tuple[tuple[str, str], ...]:

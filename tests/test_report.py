@@ -92,6 +92,7 @@ def test_page_holds_sums_scores_and_measurement(html, plan):
     assert data["layers"] == list(scores.to_json()["layers"]) and data["metric"] == "nsds"
     assert data["perplexity"] == made_up_perplexity().to_json()
     assert (data["text"], data["against"], data["target"]) == ("a text", "original", "3.5 bpw")
+    assert data["kernels"]["Q3_K"] == "slow" and data["kernels"]["Q4_K"] == "fast" and "IQ1_S" not in data["kernels"]
     assert data["notes"] == list(plan.notes) and dict(data["facts"])["plan SHA-256"] == plan.digest
 
 

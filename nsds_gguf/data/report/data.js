@@ -65,7 +65,9 @@ const mapRoles = unique([...layered.filter(isMatrix), ...layered].map((tensor) =
 const totalWeights = sum(tensors, "n_weights");
 
 function tipOf(tensor) {
+  const kernels = data.kernels[tensor.type];
   const tip = { title: tensor.name, type: `${tensor.type}, ${number(tensor.bpw, 4)} bits per weight` };
+  if (kernels) tip.type += `, ${kernels} on CPUs`;
   tip.shape = tensor.shape.join(" × ");
   tip.bytes = `${whole(tensor.n_bytes)} (${percent(tensor.share)} of the file)`;
   if (known(tensor.error)) tip.error = withError(tensor.error, tensor.error_stderr);

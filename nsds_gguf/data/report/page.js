@@ -8,11 +8,7 @@ function fillHeader() {
   $("kicker").textContent = data.kicker;
   $("title").textContent = data.title;
   const tiles = [
-    tile(
-      "Size",
-      bytes(data.file_bytes),
-      data.target ? `asked for: ${data.target}` : `${whole(data.file_bytes)} bytes`,
-    ),
+    tile("Size", bytes(data.file_bytes), data.target ? `asked for: ${data.target}` : `${whole(data.file_bytes)} bytes`),
     tile("Bits per weight", fixed(data.bpw, 2), `${fixed(data.quantized_bpw, 2)} of quantized tensors`),
     tile("Weights", weights(totalWeights), `${tensors.length} tensors`),
   ];
@@ -27,9 +23,7 @@ function fillHeader() {
       ),
     );
   if (known(found?.kld_mean))
-    tiles.push(
-      tile("KL divergence", found.kld_mean.toPrecision(3), `± ${number(found.kld_error, 2)} nats per token`),
-    );
+    tiles.push(tile("KL divergence", found.kld_mean.toPrecision(3), `± ${number(found.kld_error, 2)} nats per token`));
   $("tiles").append(...tiles);
   $("notes").append(...data.notes.map((note) => el("li", {}, note)));
   $("notes").hidden = !data.notes.length;
@@ -157,11 +151,9 @@ function fillVerification() {
 }
 
 function fillTables() {
-  table(
-    $("types-table"),
-    groupColumns("type", (row) => chip(row.first)),
-    groupRows("type"),
-  );
+  const kernels = { title: "CPU kernels", value: (row) => data.kernels[row.name] ?? "–", text: true };
+  const columns = [...groupColumns("type", (row) => chip(row.first)), kernels];
+  table($("types-table"), columns, groupRows("type"));
   sortableTable(
     $("roles-table"),
     groupColumns("role", (row) => row.name),

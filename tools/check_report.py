@@ -187,6 +187,8 @@ def _check_cells(page: Page, expected: dict[str, Any], at: str) -> int:
             places["role", tensor["role"]].add((cell["x"], cell["y"]))
         plain = tensor["type"] in expected["unquantized"]
         fills["plain" if plain else min(8.5, max(1.8, datum["bpw"]))].add(cell["fill"])
+    n_layered = sum(layer is not None for layer in columns["layer"])
+    _expect(len(set.union(*places.values())) == n_layered, at, "a place of its own for every tensor of a layer")
     for (kind, key), found in places.items():
         lines = min(len({x for x, _ in found}), len({y for _, y in found}))
         _expect(lines == 1, at, f"{kind} {key} in one line, got {lines}")

@@ -23,7 +23,7 @@ from nsds_gguf import errors
 from nsds_gguf.cli import EXIT_CODES, parse_bpw_list, parse_size
 from nsds_gguf.version import __version__
 
-VERBS = ("convert", "score", "plan", "perplexity", "inspect", "bundle")
+VERBS = ("convert", "score", "plan", "perplexity", "compare", "inspect", "report", "bundle")
 CONVERT = ("convert", "model", *PLAIN, *QUICK)
 
 

@@ -567,7 +567,8 @@ def test_llama3_factors_by_hand(tmp_path: Path) -> None:
             QWEN3,
             {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e3}},
             UnsupportedError,
-            "layers with a sliding window have a rope theta of their own, 1000.0; llama.cpp's qwen3 has one for all layers",
+            "layers with a sliding window have a rope theta of their own, 1000.0; "
+            "llama.cpp's qwen3 has one for all layers",
         ),
         (
             LLAMA,

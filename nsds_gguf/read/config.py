@@ -88,7 +88,8 @@ def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
             f"config.json: {name} around a language model of type {kind!r}; known: {', '.join(TEXT_MODELS)}"
         )
     shared = {key: config[key] for key in _OUTER_SETTINGS if config.get(key) is not None}
-    return TEXT_MODELS[kind], {**inner, **shared}
+    tokens = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    return TEXT_MODELS[kind], {**tokens, **inner, **shared}
 
 
 def canonical(config: Mapping[str, Any], family: Family) -> dict[str, Any]:

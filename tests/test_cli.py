@@ -20,7 +20,8 @@ from tiny_gguf import tiny_text, write_tiny_gguf
 from tiny_models import write_tiny
 
 from nsds_gguf import errors
-from nsds_gguf.cli import EXIT_CODES, parse_bpw_list, parse_size
+from nsds_gguf.cli import EXIT_CODES
+from nsds_gguf.cli.parser import parse_bpw_list, parse_size
 from nsds_gguf.version import __version__
 
 VERBS = ("convert", "score", "plan", "perplexity", "compare", "inspect", "report", "bundle")

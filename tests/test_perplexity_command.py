@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import Task, TaskID
 from tiny_gguf import N_VOCAB, tiny_text, tiny_weights, write_tiny_gguf
 
-from nsds_gguf import cli, convert, display, resources
+from nsds_gguf import convert, display, resources
+from nsds_gguf.cli import screen, verbs
 from nsds_gguf.errors import OutputError
 from nsds_gguf.perplexity import perplexity
 
@@ -183,7 +184,7 @@ def test_a_run_stopped_before_its_first_chunk_shows_nothing(here, monkeypatch):
     def stopped(*_args, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "perplexity", stopped)
+    monkeypatch.setattr(verbs, "perplexity", stopped)
     outcome = call("perplexity", "demo-bos-Q4_K.gguf", "--json", "-")
     assert message(outcome, 130) == "stopped by SIGINT; no unfinished file is left"
 
@@ -262,4 +263,4 @@ def test_a_terminal_gets_the_running_estimate_and_the_time_left(here):
 def test_time_left_is_known_from_the_first_step(completed, total, elapsed, shown):
     task = Task(TaskID(0), "perplexity", total, completed, lambda: float(elapsed))
     task.start_time = 0.0
-    assert cli._TimeLeftColumn().render(task).plain == shown
+    assert screen._TimeLeftColumn().render(task).plain == shown

@@ -18,7 +18,8 @@ from tiny_gguf import write_tiny_gguf
 from tiny_models import write_tiny
 
 from nsds_gguf import report
-from nsds_gguf.cli import build_parser, plan_options
+from nsds_gguf.cli import build_parser
+from nsds_gguf.cli.options import plan_options
 from nsds_gguf.errors import OutputError, PlanError, RecordError
 from nsds_gguf.explain import in_a_word
 from nsds_gguf.inspect import inspect_gguf

@@ -1,0 +1,113 @@
+"""What goes to the terminal: bars, notes, results, JSON. Results to standard output, all else to standard error."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, ProgressColumn, Task, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from ..errors import OutputError
+from ..records import Progress
+
+_FILE_WIDTH = 140  # columns of tables that go to a file or a pipe
+
+
+class _Console(Console):
+    """A console that shows names and templates as they are, brackets too, and leaves a closed pipe to ``main``."""
+
+    def __init__(self, *, stderr: bool, quiet: bool) -> None:
+        super().__init__(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+class _TimeLeftColumn(ProgressColumn):
+    """The time left at the average speed so far, known from the first step on: steps may take minutes."""
+
+    def render(self, task: Task) -> Text:
+        """Return it as hours, minutes and seconds."""
+        if not task.total or not task.completed or task.elapsed is None:
+            return Text("-:--:--", style="progress.remaining")
+        left = task.elapsed * (task.total - task.completed) / task.completed
+        return Text(str(timedelta(seconds=round(left))), style="progress.remaining")
+
+
+class Screen:
+    """Draws what happens: bars on a terminal, notes on standard error, results on standard output."""
+
+    def __init__(self, *, quiet: bool, json_to_stdout: bool, verbose: bool) -> None:
+        """Take what the user wants to see."""
+        self.notes = _Console(stderr=True, quiet=quiet)
+        self.results = _Console(stderr=json_to_stdout, quiet=quiet)
+        if not self.results.is_terminal:
+            self.results.width = _FILE_WIDTH
+        self.verbose = verbose
+        self.draws_bars = self.notes.is_terminal and not quiet
+        self._annotate: Callable[[str], None] | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Progress]:
+        """Show one stage as a bar with the time it takes; off a terminal, as one line when it is done."""
+        start = time.perf_counter()
+        if not self.draws_bars:
+            yield lambda done, total: None
+            if self.verbose:
+                self.notes.print(f"{name}: {time.perf_counter() - start:.1f} s")
+            return
+        columns = (TextColumn("{task.description:<24}"), BarColumn(None), TaskProgressColumn(), TimeElapsedColumn(),
+                   _TimeLeftColumn())  # fmt: skip
+        with Bars(*columns, console=self.notes) as bars:
+            task = bars.add_task(name, total=None)
+            self._annotate = lambda text: bars.update(task, description=text)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+            bars.update(task, completed=1, total=1)
+        self._annotate = None
+
+    def annotate(self, text: str) -> None:
+        """Show a running figure in place of the name of the open bar; off a terminal, a line to who asked for more."""
+        if self._annotate is not None:
+            self._annotate(text)
+        elif self.verbose:
+            self.notes.print(text, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Tell what may spoil the result, in one line."""
+        self.notes.print(f"warning: {text}", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Tell one fact in one line; off a terminal, only to who asked for more."""
+        if self.notes.is_terminal or self.verbose:
+            self.notes.print(text, soft_wrap=True)
+
+    def show(self, view: RenderableType) -> None:
+        """Show a result; text is one line, however long."""
+        self.results.print(view, soft_wrap=isinstance(view, Text))
+
+
+def write_json(destination: str | None, data: Any) -> None:
+    """Write JSON to a file, or to standard output for ``-``; raises ``OutputError`` when that fails."""
+    if destination is None:
+        return
+    text = json.dumps(data, indent=1) + "\n"  # ASCII: the terminal's encoding does not matter
+    if destination == "-":
+        print(text, end="")
+        return
+    write_text(Path(destination), text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file; raises ``OutputError`` when that fails."""
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror}") from error

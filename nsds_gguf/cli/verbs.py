@@ -1,0 +1,320 @@
+"""What each verb does: options in, work done, results shown."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.text import Text
+
+from .. import convert, display
+from ..bundle import Bundle, Source, bundle_folder, make_bundle, ollama_create
+from ..compare import DEFAULT_STOCK, compare
+from ..errors import PlanError
+from ..explain import why
+from ..gguf_header import is_gguf
+from ..inspect import inspect_gguf
+from ..inspect_view import inspection_view
+from ..perplexity import Measurement, Perplexity, perplexity
+from ..plot import plot_comparison, plot_scores
+from ..records import Plan, Scores, Target, read_json
+from ..report import Check, Report, file_report, plan_report, write_report
+from ..sample import DEFAULT_PROMPT, sample
+from .options import (
+    check_bundle_arguments,
+    given_record,
+    model_source,
+    output_options,
+    plan_options,
+    public_command,
+    public_word,
+    scoring_options,
+    verify_options,
+)
+from .screen import Screen, write_json, write_text
+
+
+def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Convert a model, or with ``--dry-run`` show what would be written."""
+    check_bundle_arguments(arguments)
+    if arguments.dry_run:
+        run_plan(arguments, screen)
+    elif arguments.bundle is None:
+        results = _convert(arguments, screen, output_options(arguments))
+        write_json(arguments.json, [_converted_json(arguments, screen, result) for result in results])
+    else:
+        with bundle_folder(arguments.bundle, arguments.force) as folder:
+            results = _convert(arguments, screen, convert.Output(folder, arguments.force, arguments.keep))
+            bundles = [_bundle_converted(arguments, screen, folder, result) for result in results]
+        write_json(arguments.json, [
+            {**_converted_json(arguments, screen, result), "bundle": bundle.to_json()}
+            for result, bundle in zip(results, bundles, strict=True)
+        ])  # fmt: skip
+
+
+def _convert(arguments: argparse.Namespace, screen: Screen, output: convert.Output) -> list[convert.Converted]:
+    """Convert and show what came out."""
+    results = convert.convert(
+        model_source(arguments),
+        [] if arguments.plan else plan_options(arguments),
+        scoring=scoring_options(arguments),
+        verifying=verify_options(arguments),
+        output=output,
+        given=given_record(arguments),
+        pre=arguments.pre,
+        allow_requantize=arguments.allow_requantize,
+        n_threads=arguments.threads,
+        report=screen,
+    )
+    for result in results:
+        screen.show(display.plan_view(result.plan))
+        if screen.verbose:
+            screen.show(display.plan_details(result.plan))
+        if result.perplexity is not None:
+            screen.show(display.perplexity_view(result.perplexity, result.path.name, arguments.against))
+        screen.show(Text.assemble((str(result.path), "bold"), f": {result.path.stat().st_size / 2**20:.2f} MiB"))
+        if arguments.report is not None:
+            _write_report(arguments, screen, result.path.stem, _converted_report(arguments, result))
+    return results
+
+
+def _converted_report(arguments: argparse.Namespace, result: convert.Converted) -> Report:
+    text = convert.SHIPPED_TEXT if arguments.text is None else arguments.text.name
+    against = None if arguments.against is None else Path(arguments.against).name
+    return plan_report(
+        result.plan,
+        scores=result.scores,
+        check=Check(result.perplexity, text, against) if result.perplexity else None,
+        architecture=inspect_gguf(result.path).architecture,
+        model=public_word(str(arguments.model)),
+        given=public_command(arguments.given),
+    )
+
+
+def _write_report(arguments: argparse.Namespace, screen: Screen, name: str, report: Report) -> None:
+    """Write a page where it is wanted; in a folder, under a name."""
+    path: Path = arguments.report / f"{name}.html" if arguments.report.is_dir() else arguments.report
+    write_report(report, path)
+    screen.show(Text(f"report: {path}"))
+
+
+def _converted_json(arguments: argparse.Namespace, screen: Screen, result: convert.Converted) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "path": str(result.path),
+        "plan": result.plan.to_json(),
+        "perplexity": result.perplexity.to_json() if result.perplexity else None,
+    }
+    if arguments.chat is not None or (arguments.bundle is not None and not arguments.no_verify):
+        found["sample"] = _show_sample(arguments, screen, result.path)
+    return found
+
+
+def _bundle_converted(arguments: argparse.Namespace, screen: Screen, folder: Path, result: convert.Converted) -> Bundle:
+    source = Source(
+        path=result.source,
+        base_model=arguments.base_model,
+        plan=result.plan,
+        scores=result.scores,
+        perplexity=result.perplexity,
+        text=convert.SHIPPED_TEXT if arguments.text is None else arguments.text.name,
+        command=public_command(arguments.given),
+    )
+    return _bundle(arguments, screen, result.path, folder, source)
+
+
+def _bundle(arguments: argparse.Namespace, screen: Screen, file: Path, folder: Path, source: Source) -> Bundle:
+    """Make a bundle, show what it holds, and hand it to Ollama where that is wanted."""
+    bundle = make_bundle(file, folder, source, screen)
+    screen.show(display.bundle_view(bundle))
+    if arguments.ollama is not None:
+        with screen.stage("ollama create"):
+            ollama_create(bundle, arguments.ollama)
+        screen.show(Text(f"ollama run {arguments.ollama}"))
+    return bundle
+
+
+def _show_sample(arguments: argparse.Namespace, screen: Screen, file: Path) -> dict[str, Any]:
+    """Let a finished file say its first words."""
+    with screen.stage("first words"):
+        found = sample(file, DEFAULT_PROMPT if arguments.chat is None else arguments.chat, arguments.threads)
+    screen.show(display.sample_view(found))
+    return found.to_json()
+
+
+def run_bundle(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Put a GGUF and what belongs to it into a folder."""
+    check_bundle_arguments(arguments)
+    plan = None if arguments.plan is None else Plan.from_json(read_json(arguments.plan), str(arguments.plan))
+    scores = None if arguments.scores is None else Scores.from_json(read_json(arguments.scores), str(arguments.scores))
+    inspect_gguf(arguments.file)
+    with bundle_folder(arguments.bundle, arguments.force) as folder:
+        source = Source(arguments.file, arguments.base_model, plan, scores)
+        bundle = _bundle(arguments, screen, arguments.file, folder, source)
+    found: dict[str, Any] = {"bundle": bundle.to_json()}
+    if arguments.chat is not None:
+        found["sample"] = _show_sample(arguments, screen, bundle.gguf)
+    write_json(arguments.json, found)
+
+
+def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Plan without writing a model."""
+    options = plan_options(arguments)
+    if arguments.tensor_types is not None and len(options) > 1:
+        raise PlanError(f"--tensor-types holds one plan, got {len(options)} targets; give one")
+    planned = convert.plan(
+        model_source(arguments),
+        options,
+        scoring=scoring_options(arguments),
+        given=given_record(arguments),
+        pre=arguments.pre,
+        allow_requantize=arguments.allow_requantize,
+        n_threads=arguments.threads,
+        report=screen,
+    )
+    plans = planned.plans
+    for plan in plans:
+        screen.show(display.plan_view(plan))
+        if screen.verbose:
+            screen.show(display.plan_details(plan))
+        for name in arguments.why:
+            screen.show(Text(why(plan, planned.scores, name)))
+        if arguments.report is not None:
+            page = plan_report(plan, scores=planned.scores, model=public_word(str(arguments.model)))
+            _write_report(arguments, screen, f"plan-{plan.bpw:.2f}bpw", page)
+    if arguments.tensor_types is not None:
+        write_text(arguments.tensor_types, convert.tensor_types_file(plans[0]))
+    write_json(arguments.json, plans[0].to_json() if len(plans) == 1 else [plan.to_json() for plan in plans])
+
+
+def run_report(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Show a plan or a GGUF as a page."""
+    file: Path = arguments.file
+    if not is_gguf(file):
+        plan = Plan.from_json(read_json(file), str(file))
+        scores = arguments.scores and Scores.from_json(read_json(arguments.scores), str(arguments.scores))
+        report = plan_report(plan, scores=scores)
+    elif arguments.scores is None:
+        report = file_report(inspect_gguf(file))
+    else:
+        raise PlanError(f"{file}: a GGUF goes without --scores: they may not be those it was made from; give its plan")
+    _write_report(arguments, screen, file.stem, report)
+    write_json(arguments.json, report.to_json())
+
+
+def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Score layers and measure tensors."""
+    scores = convert.score_model(
+        model_source(arguments),
+        scoring_options(arguments),
+        types=arguments.types,
+        importance=arguments.importance,
+        pre=arguments.pre,
+        allow_requantize=arguments.allow_requantize,
+        n_threads=arguments.threads,
+        report=screen,
+    )
+    screen.show(display.scores_view(scores))
+    if arguments.plot is not None:
+        plot_scores(scores, arguments.plot)
+        screen.say(f"picture: {arguments.plot}")
+    write_json(arguments.json, scores.to_json())
+
+
+def run_perplexity(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Measure perplexity, and with ``--against`` the divergence; an interrupted run shows what it found."""
+    text = convert.evaluation_text(convert.VerifyOptions(arguments.text, arguments.ctx))
+    _check_trained_context(arguments, screen)
+    if arguments.against is not None and not arguments.against.is_dir():
+        inspect_gguf(arguments.against)
+    runs: list[Measurement] = []
+    try:
+        found = _measure_perplexity(arguments, screen, text, runs)
+    except KeyboardInterrupt:
+        if runs:
+            _show_perplexity(arguments, screen, runs[-1].result())
+        raise
+    _show_perplexity(arguments, screen, found)
+
+
+def _check_trained_context(arguments: argparse.Namespace, screen: Screen) -> None:
+    metadata = inspect_gguf(arguments.file).metadata
+    n_ctx_train = metadata.get(f"{metadata.get('general.architecture')}.context_length")
+    if isinstance(n_ctx_train, int) and arguments.ctx > n_ctx_train:
+        screen.warn(
+            f"{arguments.file}: trained for {n_ctx_train} tokens, --ctx {arguments.ctx} asked: beyond the first "
+            f"{n_ctx_train} of a chunk the numbers say little about the file"
+        )
+
+
+def _measure_perplexity(
+    arguments: argparse.Namespace, screen: Screen, text: str, runs: list[Measurement]
+) -> Perplexity:
+    """Run the measurement, which joins ``runs`` with its first chunk."""
+
+    def on_chunk(run: Measurement) -> None:
+        runs[:] = [run]
+        divergence = "" if run.kld_mean is None else f", KLD {run.kld_mean:.6f}"
+        screen.annotate(f"chunk {run.n_chunks} of {run.n_chunks_wanted}: PPL {run.ppl:.4f}{divergence}")
+
+    with (
+        convert.reference_of(
+            arguments.against, arguments.file, text, arguments.ctx,
+            pre=arguments.pre, n_threads=arguments.threads, report=screen,
+        ) as reference,
+        screen.stage("perplexity") as progress,
+    ):  # fmt: skip
+        return perplexity(
+            arguments.file,
+            text,
+            n_ctx=arguments.ctx,
+            n_chunks=arguments.chunks or None,
+            n_threads=arguments.threads,
+            n_batch=arguments.batch,
+            against=reference,
+            progress=progress,
+            on_chunk=on_chunk,
+        )
+
+
+def _show_perplexity(arguments: argparse.Namespace, screen: Screen, found: Perplexity) -> None:
+    reference = arguments.against
+    screen.show(display.perplexity_view(found, arguments.file.name, reference and reference.name))
+    if found.divergence is not None:
+        screen.show(display.divergence_details(found.divergence))
+    compared = {"against": str(reference)} if reference else {}
+    write_json(arguments.json, {"file": str(arguments.file), **compared, **found.to_json()})
+
+
+def run_compare(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Measure our plan, other allocations and llama.cpp's mixes at equal bytes."""
+    stock = arguments.stock
+    if stock is None:
+        stock = () if arguments.target_bpw else DEFAULT_STOCK
+    found = compare(
+        model_source(arguments),
+        [Target("bpw", value) for value in arguments.target_bpw or ()],
+        stock,
+        arguments.output,
+        verifying=convert.VerifyOptions(arguments.text, arguments.ctx, arguments.chunks or None),
+        scoring=scoring_options(arguments),
+        n_seeds=arguments.seeds,
+        types=arguments.types,
+        importance=arguments.importance,
+        pre=arguments.pre,
+        allow_requantize=arguments.allow_requantize,
+        n_threads=arguments.threads,
+        report=screen,
+    )
+    screen.show(display.comparison_view(found))
+    if arguments.plot is not None:
+        plot_comparison(found, arguments.plot)
+        screen.say(f"picture: {arguments.plot}")
+    write_json(arguments.json, found.to_json())
+
+
+def run_inspect(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Show what a GGUF holds."""
+    found = inspect_gguf(arguments.file)
+    screen.show(inspection_view(found))
+    write_json(arguments.json, found.to_json())

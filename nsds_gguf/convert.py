@@ -11,18 +11,24 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Protocol
 
-import gguf
-
-from . import allocate, ggml, gguf_header, llama, read, score
-from .allocate import Candidate, PlanOptions, Propagation
-from .errors import OutputError, PlanError, RecordError, TextError, VerifyError
+from . import allocate, ggml, llama, read, score
+from .allocate import PlanOptions, Propagation
+from .errors import VerifyError
 from .estimate import estimate_seconds
+from .given import check_scores, checked_plan
 from .hub import HubName, fetch
-from .inspect import inspect_gguf
+from .outputs import (
+    Output,
+    check_not_input,
+    check_output_folder,
+    check_writable,
+    default_name,
+    named,
+    output_paths,
+)
 from .perplexity import Perplexity, check_comparable, check_sane, perplexity
 from .records import (
     ALIGNMENT_BYTES,
@@ -30,34 +36,25 @@ from .records import (
     Float32,
     Model,
     Plan,
-    PlannedTensor,
     Progress,
     Scores,
     Target,
     no_progress,
 )
 from .resources import THREADED_WIDTH, blas_threads, check_disk, check_memory
+from .texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions, check_vocabulary, evaluation_text
 from .verify import verify_structure
 from .write import header_bytes, temporary_sibling, write_gguf, write_vocabulary
 
-SHIPPED_TEXT = "old_curiosity_shop.txt"
-
-ORIGINAL = "original"  # --against: a temporary GGUF of the source's own precision
-
-# Architectures that decode only what their encoder has read (llama.cpp, llama_model_has_encoder).
-WITH_ENCODER = ("t5", "t5encoder", "eagle3", "dflash")
+__all__ = [
+    "ORIGINAL", "SHIPPED_TEXT", "Converted", "Output", "Planned", "Reporter", "ScoreOptions", "Silent", "VerifyOptions",
+    "Work", "check_targets", "check_vocabulary", "convert", "evaluation_text", "open_model", "plan", "reference_file",
+    "reference_of", "reference_plan", "score_model", "tensor_types_file",
+]  # fmt: skip
 
 # Working memory of scoring and writing, without the page cache: measured in tools/bench.py.
 _BASE_MEMORY_BYTES = 400 << 20
 _THREAD_MEMORY_BYTES = 48 << 20
-
-# Letters that some file system refuses in a name, and how many of a name are kept: names may have 255 bytes.
-_NO_FILE_LETTERS = r'/\:*?"<>|'
-_NAME_LETTERS = 96
-
-_ABSURD = 1e30  # no score, sensitivity or relative error is near it; their products must not overflow
-
-_EXTRA_TOKENS = 3  # that a tokenizer may add to a text: BOS, EOS and a space before it all
 
 
 class Reporter(Protocol):
@@ -90,29 +87,6 @@ class ScoreOptions:
     metric: str = "nsds"
     se: str = "ratio"
     measure: bool = True
-
-
-@dataclass(frozen=True)
-class VerifyOptions:
-    """How to check a finished file by perplexity: ``text`` ``None`` is the text that ships with the package.
-
-    ``n_chunks`` ``None`` takes the whole text; ``against`` is ``original``, the path of a GGUF, or ``None``.
-    """
-
-    text: Path | None = None
-    n_ctx: int = 512
-    n_chunks: int | None = 8
-    against: str | None = None
-    enabled: bool = True
-
-
-@dataclass(frozen=True)
-class Output:
-    """Where the file goes: a file, an existing folder, or ``None`` for the working directory."""
-
-    path: Path | None = None
-    force: bool = False
-    keep_failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -367,61 +341,6 @@ def open_model(path: Path | HubName, pre: str | None, allow_requantize: bool, re
     return model
 
 
-def checked_plan(model: Model, plan: Plan) -> Plan:
-    """Return a plan read from a file, made consistent with the model: types count, bytes are computed again.
-
-    Raises ``RecordError`` when it is another model's or a type does not fit its tensor, ``PlanError`` when it was made
-    with options that are not known or edited types exceed its target.
-    """
-    if plan.model_id != model.model_id:
-        raise RecordError(f"the plan is of another model ({plan.model_name}); plan {model.name} again")
-    if [(tensor.name, tensor.shape) for tensor in plan.tensors] != [(t.name, t.shape) for t in model.tensors]:
-        raise RecordError("the plan does not list the model's tensors in their order and shapes; plan again")
-    if plan.metric not in (None, *score.METRICS):
-        raise RecordError(f"the plan's metric {plan.metric!r} is not known; plan again")
-    uniform = next(iter(plan.types), None)
-    options = PlanOptions(plan.target, plan.allocator, plan.types, uniform, importance=plan.importance)
-    allocate.check_options(options)
-    found = allocate.candidates(model, options.allowed_types)
-    tensors = tuple(_resized(planned, candidate) for planned, candidate in zip(plan.tensors, found, strict=True))
-    n_header = header_bytes(
-        model, allocator=plan.allocator, target=plan.target, importance=plan.importance, metric=plan.metric
-    )
-    checked = replace(plan, tensors=tensors, header_bytes=n_header)
-    if checked.unused_bytes < 0:
-        raise PlanError(f"the plan exceeds its target {plan.target} by {-checked.unused_bytes} bytes")
-    return checked
-
-
-def _resized(planned: PlannedTensor, candidate: Candidate) -> PlannedTensor:
-    if candidate.reason.startswith("kept"):
-        if planned.type.upper() != candidate.types[0]:
-            raise RecordError(f"plan: {planned.name} cannot be {planned.type}: it is {candidate.reason}")
-        return replace(planned, type=candidate.types[0], n_bytes=candidate.n_bytes(candidate.types[0]))
-    type_name = allocate.check_type(planned.type, planned.name)
-    if not ggml.fits(type_name, planned.shape[-1]):
-        raise RecordError(f"plan: {planned.name}: rows of {planned.shape[-1]} weights cannot be {type_name}")
-    return replace(planned, type=type_name, n_bytes=candidate.n_bytes(type_name))
-
-
-def check_scores(model: Model, scores: Scores | None) -> None:
-    """Raise ``RecordError`` when scores read from a file are another model's or do not cover its layers."""
-    if scores is None:
-        return
-    if scores.model_id != model.model_id:
-        raise RecordError(f"the scores are of another model ({scores.model_name}); score {model.name} again")
-    if [layer.layer for layer in scores.layers] != list(range(model.hparams.n_layers)):
-        raise RecordError(f"the scores do not list layers 0 to {model.hparams.n_layers - 1} in order; score again")
-    limit = 1.0 if scores.metric == "nsds" else _ABSURD
-    damaged = next((layer.layer for layer in scores.layers if abs(layer.score) > limit), None)
-    if damaged is not None:
-        raise RecordError(f"the score of layer {damaged} is beyond what {scores.metric} gives; score again")
-    for cost in scores.costs:
-        numbers = (cost.sensitivity, *cost.errors.values(), *cost.stderr.values())
-        if cost.errors.keys() != cost.stderr.keys() or not all(0 <= number < _ABSURD for number in numbers):
-            raise RecordError(f"the scores' costs of {cost.name} are damaged; score again")
-
-
 def _duration(seconds: float) -> str:
     """Return a rounded duration for people."""
     if seconds < 90:
@@ -437,62 +356,6 @@ def tensor_types_file(plan: Plan) -> str:
     """
     matrices = [tensor for tensor in plan.tensors if len(tensor.shape) > 1 and tensor.type in ggml.TYPES]
     return "".join(f"^{re.escape(tensor.name)}$={tensor.type.lower()}\n" for tensor in matrices)
-
-
-def evaluation_text(verifying: VerifyOptions) -> str:
-    """Return the text to verify on, or the public-domain one that ships with the package.
-
-    Raises ``TextError`` when it cannot be read, or is too short whatever the tokenizer: no token is less than a byte.
-    """
-    if verifying.text is None:
-        text = (resources.files("nsds_gguf") / "data" / SHIPPED_TEXT).read_text(encoding="utf-8")
-    else:
-        text = read_text(verifying.text)
-    n_bytes = len(text.encode())
-    if n_bytes + _EXTRA_TOKENS < 2 * verifying.n_ctx:
-        raise TextError(
-            f"{verifying.text or SHIPPED_TEXT}: text too short: wanted at least {2 * verifying.n_ctx} tokens for a "
-            f"context of {verifying.n_ctx}, got {n_bytes} bytes; use a longer text or a smaller --ctx"
-        )
-    return text
-
-
-def read_text(path: Path) -> str:
-    """Return the text of a file; raises ``TextError`` when it is missing or not UTF-8."""
-    try:
-        return path.read_bytes().decode()  # line ends as they are: llama-perplexity counts them too
-    except OSError as error:
-        raise TextError(f"{path}: cannot be read: {error.strerror}; wanted a text file") from error
-    except UnicodeDecodeError as error:
-        raise TextError(
-            f"{path}: not UTF-8 text: byte {error.object[error.start]:#04x} at position {error.start}; "
-            "convert it to UTF-8 or choose another text"
-        ) from error
-
-
-def default_name(model: Model, job: PlanOptions | Plan) -> str:
-    """Return the file name by the GGUF naming convention, ``Name-Size-v1.0-NSDS_3_00BPW.gguf``."""
-
-    def field(key: str) -> str | None:
-        entry = model.metadata.get(f"general.{key}")
-        return _file_letters(entry.value) if entry is not None and isinstance(entry.value, str) else None
-
-    if job.allocator == "uniform":
-        encoding = job.types[0] if isinstance(job, Plan) else str(job.uniform)
-    else:
-        bpw = job.target.value if job.target.kind == "bpw" else job.target.value * 8 / model.n_weights
-        encoding = f"{job.allocator}_{bpw:.2f}BPW".replace(".", "_")
-    model_name, version = _file_letters(model.name), field("version") or "v1.0"
-    name = gguf.naming_convention(
-        model_name, field("basename"), field("finetune"), version, field("size_label"), encoding
-    )
-    return f"{name}.gguf"
-
-
-def _file_letters(text: str) -> str | None:
-    """Return text that any file's name may hold, ``None`` when nothing is left: a GGUF may say anything."""
-    safe = "".join(letter if letter.isprintable() and letter not in _NO_FILE_LETTERS else "-" for letter in text)
-    return safe.strip(" .-")[:_NAME_LETTERS] or None
 
 
 def largest_file_bytes(model: Model, job: PlanOptions | Plan) -> int:
@@ -514,111 +377,6 @@ def check_targets(model: Model, options: Sequence[PlanOptions], metric: str) -> 
     """Refuse impossible targets and pins before any weight is read."""
     for option in options:
         allocate.open_candidates(model, option, _header_bytes(model, option, metric))
-
-
-def check_output_folder(output: Output) -> None:
-    """Raise ``OutputError`` when the output cannot be where it is wanted, whatever it will be called."""
-    path = output.path
-    folder = Path.cwd() if path is None else path if path.is_dir() else path.parent
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder}: is a file; wanted a folder for the output")
-    if not folder.is_dir():
-        raise OutputError(f"{folder}: no such folder for the output; create it first")
-
-
-def output_paths(names: Sequence[str], output: Output) -> list[Path]:
-    """Return one path per file; raises ``OutputError`` when one exists or several would share a name."""
-    if output.path is not None and not output.path.is_dir():
-        if len(names) > 1:
-            raise OutputError(f"{output.path}: one file cannot hold {len(names)} targets; give a folder")
-        paths = [output.path]
-    else:
-        paths = [(output.path or Path.cwd()) / name for name in names]
-    if len(set(paths)) < len(paths):
-        raise OutputError(f"two targets would both be written to {paths[0].name}; drop one")
-    for path in filter(Path.exists, paths):
-        if not _may_replace(path):
-            raise OutputError(f"{path}: exists and is no GGUF file, so it is not replaced; choose another name")
-        if not output.force:
-            raise OutputError(f"{path}: exists already; pass --force to replace it")
-    return paths
-
-
-def check_not_input(paths: Sequence[Path], model: Model) -> None:
-    """Raise ``OutputError`` when an output is a file that the model is read from, by whatever name or link."""
-    for path in filter(Path.exists, paths):
-        if any(path.samefile(file) for file in model.files):
-            raise OutputError(f"{path}: is the input, which is never replaced; choose another name")
-
-
-def _may_replace(path: Path) -> bool:
-    """Return whether a path is a GGUF or an empty file: devices, weights and texts are not for ``--force``."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as stream:
-        return stream.read(len(gguf_header.MAGIC)) in (gguf_header.MAGIC, b"")
-
-
-def check_writable(paths: Sequence[Path]) -> None:
-    """Raise ``OutputError`` when a file cannot be created beside an output, before the work and not after it."""
-    for path in paths:
-        try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".check"):
-                pass
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from error
-
-
-def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
-    """Let llama.cpp load the vocabulary and tokenize the text before the work that would be verified with it.
-
-    Raises ``VerifyError`` when the model has no perplexity or llama.cpp refuses the vocabulary, ``TextError`` when the
-    text is too short, and for a GGUF to compare with ``ModelError`` when it is none and ``VerifyError`` when its
-    vocabulary is another.
-    """
-    if not verifying.enabled:
-        return
-    check_predicts(model)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "vocabulary.gguf"
-        write_vocabulary(model, path)
-        with llama.open_model(path, vocab_only=True) as vocabulary:
-            n_tokens, n_vocab = len(vocabulary.tokenize(text)), vocabulary.n_vocab
-    if n_tokens < 2 * verifying.n_ctx:
-        raise TextError(
-            f"{verifying.text or SHIPPED_TEXT}: text too short: wanted at least {2 * verifying.n_ctx} tokens for a "
-            f"context of {verifying.n_ctx}, got {n_tokens}; use a longer text or a smaller --ctx"
-        )
-    if verifying.against in (None, ORIGINAL):
-        return
-    against = Path(str(verifying.against))
-    inspect_gguf(against)
-    with llama.open_model(against, vocab_only=True) as reference:
-        if reference.n_vocab != n_vocab:
-            raise VerifyError(
-                f"--against {against}: wanted a vocabulary of {n_vocab}, got {reference.n_vocab}; "
-                f"compare with a GGUF of {model.name}"
-            )
-
-
-def check_predicts(model: Model) -> None:
-    """Raise ``VerifyError`` when a model does not predict the next token: no perplexity says whether it works."""
-    causal = model.metadata.get(f"{model.architecture}.attention.causal")
-    if model.architecture in WITH_ENCODER or (causal is not None and not causal.value):
-        raise VerifyError(
-            f"{model.path}: architecture {model.architecture} does not predict the next token, so that perplexity "
-            "cannot check it; pass --no-verify"
-        )
-
-
-@contextmanager
-def named(target: Path, temporary: Path, output: Output) -> Iterator[None]:
-    """Let a failed check speak of the file that the user asked for, and say what became of it."""
-    try:
-        yield
-    except VerifyError as error:
-        fate = f"kept as {target.name}.failed" if output.keep_failed else "removed; --keep would keep it"
-        raise VerifyError(f"{error} ({fate})".replace(str(temporary), str(target))) from error
 
 
 def reference_plan(model: Model) -> Plan:

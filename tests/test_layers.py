@@ -20,6 +20,7 @@ LAYERS = [
     ["chat", "ggml", "gguf_header", "llama", "resources", "divergence"],
     ["estimate", "read", "score", "allocate", "write", "verify", "perplexity", "inspect", "modelfile"],
     ["hub"],
+    ["given", "outputs", "texts"],
     ["convert", "model_card", "sample", "explain"],
     ["bundle", "compare"],
     ["display", "plot", "report"],

@@ -1,0 +1,110 @@
+"""What a finished file is checked on: the text, and whether model and vocabulary fit it, before any work is done."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from . import llama
+from .errors import TextError, VerifyError
+from .inspect import inspect_gguf
+from .records import Model
+from .write import write_vocabulary
+
+SHIPPED_TEXT = "old_curiosity_shop.txt"
+
+ORIGINAL = "original"  # --against: a temporary GGUF of the source's own precision
+
+# Architectures that decode only what their encoder has read (llama.cpp, llama_model_has_encoder).
+WITH_ENCODER = ("t5", "t5encoder", "eagle3", "dflash")
+
+_EXTRA_TOKENS = 3  # that a tokenizer may add to a text: BOS, EOS and a space before it all
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How to check a finished file by perplexity: ``text`` ``None`` is the text that ships with the package.
+
+    ``n_chunks`` ``None`` takes the whole text; ``against`` is ``original``, the path of a GGUF, or ``None``.
+    """
+
+    text: Path | None = None
+    n_ctx: int = 512
+    n_chunks: int | None = 8
+    against: str | None = None
+    enabled: bool = True
+
+
+def evaluation_text(verifying: VerifyOptions) -> str:
+    """Return the text to verify on, or the public-domain one that ships with the package.
+
+    Raises ``TextError`` when it cannot be read, or is too short whatever the tokenizer: no token is less than a byte.
+    """
+    if verifying.text is None:
+        text = (resources.files("nsds_gguf") / "data" / SHIPPED_TEXT).read_text(encoding="utf-8")
+    else:
+        text = read_text(verifying.text)
+    n_bytes = len(text.encode())
+    if n_bytes + _EXTRA_TOKENS < 2 * verifying.n_ctx:
+        raise TextError(
+            f"{verifying.text or SHIPPED_TEXT}: text too short: wanted at least {2 * verifying.n_ctx} tokens for a "
+            f"context of {verifying.n_ctx}, got {n_bytes} bytes; use a longer text or a smaller --ctx"
+        )
+    return text
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file; raises ``TextError`` when it is missing or not UTF-8."""
+    try:
+        return path.read_bytes().decode()  # line ends as they are: llama-perplexity counts them too
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read: {error.strerror}; wanted a text file") from error
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path}: not UTF-8 text: byte {error.object[error.start]:#04x} at position {error.start}; "
+            "convert it to UTF-8 or choose another text"
+        ) from error
+
+
+def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
+    """Let llama.cpp load the vocabulary and tokenize the text before the work that would be verified with it.
+
+    Raises ``VerifyError`` when the model has no perplexity or llama.cpp refuses the vocabulary, ``TextError`` when the
+    text is too short, and for a GGUF to compare with ``ModelError`` when it is none and ``VerifyError`` when its
+    vocabulary is another.
+    """
+    if not verifying.enabled:
+        return
+    check_predicts(model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "vocabulary.gguf"
+        write_vocabulary(model, path)
+        with llama.open_model(path, vocab_only=True) as vocabulary:
+            n_tokens, n_vocab = len(vocabulary.tokenize(text)), vocabulary.n_vocab
+    if n_tokens < 2 * verifying.n_ctx:
+        raise TextError(
+            f"{verifying.text or SHIPPED_TEXT}: text too short: wanted at least {2 * verifying.n_ctx} tokens for a "
+            f"context of {verifying.n_ctx}, got {n_tokens}; use a longer text or a smaller --ctx"
+        )
+    if verifying.against in (None, ORIGINAL):
+        return
+    against = Path(str(verifying.against))
+    inspect_gguf(against)
+    with llama.open_model(against, vocab_only=True) as reference:
+        if reference.n_vocab != n_vocab:
+            raise VerifyError(
+                f"--against {against}: wanted a vocabulary of {n_vocab}, got {reference.n_vocab}; "
+                f"compare with a GGUF of {model.name}"
+            )
+
+
+def check_predicts(model: Model) -> None:
+    """Raise ``VerifyError`` when a model does not predict the next token: no perplexity says whether it works."""
+    causal = model.metadata.get(f"{model.architecture}.attention.causal")
+    if model.architecture in WITH_ENCODER or (causal is not None and not causal.value):
+        raise VerifyError(
+            f"{model.path}: architecture {model.architecture} does not predict the next token, so that perplexity "
+            "cannot check it; pass --no-verify"
+        )

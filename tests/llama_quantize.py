@@ -57,10 +57,11 @@ def llama_quantize(
 
 
 def per_expert(model: Model, importance: Mapping[str, Float32]) -> dict[str, Float32]:
-    """Return the column weights as llama.cpp takes them: repeated for every expert of a stacked tensor."""
+    """Return the column weights as llama.cpp takes them: those of every expert of a stack, one after another."""
     return {
-        name: np.tile(values, model.by_name[name].n_rows // model.by_name[name].shape[-2])
+        name: values.ravel() if values.ndim > 1 else np.tile(values, tensor.n_rows // tensor.shape[-2])
         for name, values in importance.items()
+        for tensor in [model.by_name[name]]
     }
 
 

@@ -12,10 +12,10 @@ from arrays import random_arrays
 from models import make_model
 
 from nsds_gguf import allocate, convert, ggml
-from nsds_gguf.allocate import FAST_MARGIN, PREFERENCES, PlanOptions, check_options, make_plan
-from nsds_gguf.allocate.candidates import Pin, candidates, check_target
+from nsds_gguf.allocate import FAST_MARGIN, PREFERENCES, PlanOptions, check_options, make_plan, measurement
+from nsds_gguf.allocate.candidates import Candidate, Pin, candidates, check_target
 from nsds_gguf.allocate.measurement import measure, ratio_estimate, sample_rows
-from nsds_gguf.allocate.propagation import propagate
+from nsds_gguf.allocate.propagation import Propagation, propagate
 from nsds_gguf.errors import ModelError, PlanError, RecordError, TargetError
 from nsds_gguf.records import UNQUANTIZED, LayerScore, Plan, Scores, Target
 
@@ -76,6 +76,29 @@ class TestCandidates:
         found = {c.tensor.name: c for c in candidates(model, ("Q8_0", "Q4_0"))}
         assert found["blk.0.attn_q.weight"].types == ("Q4_0", "Q8_0")
         assert found["blk.0.attn_q.weight"].reason == ""
+
+    def test_what_llama_cpp_keeps_is_f32_or_as_a_gguf_has_it(self):
+        arrays, hparams = random_arrays(seed=2, **ALIGNED)
+        arrays["blk.0.ffn_gate_inp.weight"] = np.ones((4, 256), "f4")
+        arrays["position_embd.weight"] = np.ones((8, 256), "f4")
+        arrays["blk.0.ffn_gate_exps.weight"] = np.ones((4, 8, 256), "f4")
+        model = make_model(arrays, hparams)
+        halves = dataclasses.replace(
+            model, tensors=tuple(dataclasses.replace(tensor, dtype="BF16") for tensor in model.tensors)
+        )
+        from_gguf = dataclasses.replace(halves, files=(Path("model.gguf"),))
+        for each, kept in ((model, "F32"), (halves, "F32"), (from_gguf, "BF16")):
+            found = {c.tensor.name: c for c in candidates(each, ("Q2_K", "Q4_K"))}
+            for name, why in (
+                ("blk.0.attn_norm.weight", "vector"),
+                ("blk.0.ffn_gate_inp.weight", "router"),
+                ("position_embd.weight", "positions"),
+            ):
+                assert found[name].is_kept and found[name].types == (kept,)
+                assert found[name].reason == f"kept {kept}: {why}"
+            assert found["blk.0.ffn_gate_exps.weight"].types == ("Q2_K", "Q4_K")
+        with pytest.raises(PlanError, match=r"only position_embd\.weight and its like, which stay BF16"):
+            candidates(from_gguf, ("Q2_K",), [Pin.parse("position_embd.weight=Q4_K")])
 
     def test_rows_that_no_block_divides_stay_f16(self):
         model = make_model(*random_arrays(seed=3, n_embd=40, n_ff=40))
@@ -152,6 +175,27 @@ class TestMeasure:
                 data = ggml.quantize(x.astype("f4"), type_name, importance.get(name))
                 y = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[type_name]).astype(np.float64)
                 assert error == pytest.approx((weights * (x - y) ** 2).sum() / (weights * x**2).sum(), rel=1e-4)
+
+    @pytest.mark.parametrize("limit", [1 << 30, 1], ids=["whole", "sampled"])
+    def test_experts_are_measured_with_weights_of_their_own(self, monkeypatch, limit):
+        """Slabs of rows have one expert's weights each, whether they are a sample or not."""
+        monkeypatch.setattr(measurement, "WHOLE_BELOW_WEIGHTS", limit)
+        monkeypatch.setattr(measurement, "_SLAB_WEIGHTS", 5 * 256)
+        rng = np.random.default_rng(4)
+        stack = (rng.standard_normal((3, 50, 256)) * np.array([1, 3, 0.1])[:, None, None]).astype("f4")
+        weights = np.exp(rng.standard_normal((3, 256))).astype("f4")
+        name = "blk.0.ffn_down_exps.weight"
+        _, hparams = random_arrays(seed=0)
+        tensor = make_model({name: stack}, hparams).tensors[0]
+        (cost,) = measure([Candidate(tensor, ("Q4_K",))], Propagation({}, {}, {}), {name: weights}, 1)
+        rows = sample_rows(tensor)
+        assert (len(rows) == 150) == (limit > 1) and len(rows) >= 64
+        error = energy = 0.0
+        for row in rows:
+            x, w = stack.reshape(-1, 256)[row : row + 1], weights[row // 50]
+            delta = gguf.quants.dequantize(ggml.quantize(x, "Q4_K", w), gguf.GGMLQuantizationType.Q4_K) - x
+            error, energy = error + (w * delta**2).sum(), energy + (w * x**2).sum()
+        assert cost.errors["Q4_K"] == pytest.approx(error / energy, rel=1e-5)
 
     def test_sample_of_rows_is_fixed_and_stratified(self):
         model = make_model(*random_arrays(seed=5, **{**ALIGNED, "n_vocab": 4096}))
@@ -231,6 +275,10 @@ class TestPlans:
         assert allocate.layer_factors(other)[2] / allocate.layer_factors(other)[0] == pytest.approx(
             math.exp(allocate.NSDS_WEIGHT)
         )
+
+    def test_what_scoring_could_not_see_is_said(self, model, scores):
+        plan = make_plan(model, dataclasses.replace(scores, notes=("Unseen.",)), bpw(4), HEADER)
+        assert "Unseen." in plan.notes
 
     def test_ceiling_is_said(self, model, scores):
         plan = make_plan(model, scores, bpw(9), HEADER)

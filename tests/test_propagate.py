@@ -1,5 +1,7 @@
 """The moment sweep against sampling and against a plain float64 retelling of its formulas."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from arrays import random_arrays
@@ -8,6 +10,7 @@ from models import make_model
 from nsds_gguf.allocate.blocks import ATTENTION_SHRINK
 from nsds_gguf.allocate.moments import Signal, gated_unit_moments
 from nsds_gguf.allocate.propagation import FLOOR_OF_IMPORTANCE, STREAM_WEIGHT, propagate
+from nsds_gguf.anatomy import kept_reason
 from nsds_gguf.errors import ModelError, PlanError
 
 
@@ -149,3 +152,88 @@ def test_function_preserving_rescaling_moves_importance_not_sensitivity():
     assert after.sensitivity == pytest.approx(dict(before.sensitivity), rel=1e-4)
     ratio = after.inputs["blk.0.ffn_up.weight"] / before.inputs["blk.0.ffn_up.weight"]
     assert ratio[7] == pytest.approx(400, rel=1e-4) and ratio[8] == pytest.approx(1, rel=1e-4)
+
+
+# --- what the sweep does not follow ---------------------------------------------------------------------------
+
+
+def hybrid_arrays():
+    """Return a decoder whose second of three layers has a recurrence in place of attention."""
+    arrays, hparams = random_arrays(seed=6, n_layers=3)
+    arrays = {name: value for name, value in arrays.items() if not name.startswith("blk.1.attn_") or "norm" in name}
+    rng = np.random.default_rng(6)
+    for role, shape in (("ssm_in", (64, 32)), ("ssm_out", (32, 64)), ("ssm_conv1d", (64, 4))):
+        arrays[f"blk.1.{role}.weight"] = rng.standard_normal(shape).astype("f4")
+    return arrays, hparams
+
+
+def test_a_recurrence_gets_the_median_of_what_mixes_positions_and_is_said():
+    found = propagate(make_model(*hybrid_arrays()))
+    known = [found.sensitivity[f"blk.{i}.attn_{role}.weight"] for i in (0, 2) for role in ("q", "k", "v", "output")]
+    assert found.sensitivity["blk.1.ssm_in.weight"] == found.sensitivity["blk.1.ssm_out.weight"] == np.median(known)
+    assert "blk.1.ssm_conv1d.weight" not in found.sensitivity  # is not quantized
+    assert found.notes == (
+        "2 tensors (ssm_in, ssm_out) belong to blocks that the moment sweep does not follow: "
+        "they get the median sensitivity of the others of their kind.",
+    )
+
+
+def test_a_block_that_is_not_followed_writes_nothing_and_its_readers_are_known():
+    arrays, hparams = hybrid_arrays()
+    found = propagate(make_model(arrays, hparams))
+    gain = arrays["blk.1.attn_norm.weight"].astype(np.float64) ** 2
+    before = found.inputs["blk.0.ffn_up.weight"]  # only to see that the stream moved on
+    reads = found.inputs["blk.1.ssm_in.weight"]
+    ffn_gain = arrays["blk.1.ffn_norm.weight"].astype(np.float64) ** 2
+    np.testing.assert_allclose(reads / gain, found.inputs["blk.1.ffn_up.weight"] / ffn_gain, rtol=1e-12)
+    assert not np.allclose(before / before.mean(), reads / reads.mean())
+    assert "blk.1.ssm_out.weight" not in found.inputs
+
+
+def test_an_unknown_activation_leaves_the_attention_known():
+    arrays, hparams = random_arrays(seed=7)
+    known = propagate(make_model(arrays, hparams))
+    found = propagate(make_model(arrays, replace(hparams, activation="unknown")))
+    assert found.sensitivity["blk.0.attn_q.weight"] == known.sensitivity["blk.0.attn_q.weight"]
+    alike = STREAM_WEIGHT / (2 * hparams.n_layers)  # no feed-forward block is known: all write alike
+    assert {found.sensitivity[f"blk.{i}.ffn_{r}.weight"] for i in (0, 1) for r in ("gate", "up", "down")} == {alike}
+    assert "blk.0.ffn_up.weight" not in found.inputs
+
+
+@pytest.mark.parametrize(
+    ("role", "shape"),
+    [
+        ("altup_proj", (3, 32, 32)),  # several streams
+        ("attn_q", (64, 32)),  # queries with a gate among them
+        ("attn_q_norm", (5,)),  # a norm of no known width
+        ("attn_gate", (7, 32)),  # a gate of no known width
+        ("pre_ffw_norm_2", (32,)),  # experts that read something else
+    ],
+)
+def test_layers_of_other_wiring_degrade_to_typical_values(role, shape):
+    arrays, hparams = random_arrays(seed=8, n_layers=3)
+    arrays[f"blk.1.{role}.weight"] = np.ones(shape, dtype="f4")
+    model = make_model(arrays, hparams)
+    found = propagate(model)
+    assert len(found.notes) == 1
+    missed = {t.name for t in model.tensors if t.is_matrix} - set(found.inputs) - {"token_embd.weight"}
+    assert all(tensor.startswith(("blk.1.", "altup")) for tensor in missed)
+    assert all(found.sensitivity[t.name] > 0 for t in model.tensors if not kept_reason(t))
+
+
+def test_a_model_without_an_embedding_has_typical_values_only():
+    arrays, hparams = random_arrays(seed=9)
+    del arrays["token_embd.weight"]
+    found = propagate(make_model(arrays, hparams))
+    assert set(found.sensitivity.values()) == {STREAM_WEIGHT / 4} and found.inputs == {}
+
+
+def test_layers_without_attention_or_feed_forward_pass_the_stream_on():
+    arrays, hparams = random_arrays(seed=10, n_layers=3)
+    whole = propagate(make_model(arrays, hparams))
+    pruned = {name: value for name, value in arrays.items() if not name.startswith("blk.2.")}
+    found = propagate(make_model(pruned, hparams))
+    assert found.notes == ()
+    for name in pruned:
+        if name.startswith("blk.") and name in found.sensitivity:
+            assert found.sensitivity[name] == whole.sensitivity[name]

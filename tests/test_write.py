@@ -57,10 +57,10 @@ def awkward_model(n_cols_multiple):
 
 
 def random_importance(model):
-    """Return column weights over several orders of magnitude for every matrix."""
+    """Return column weights over several orders of magnitude for every matrix, every expert's own."""
     rng = np.random.default_rng(6)
     return {
-        tensor.name: np.exp(2 * rng.standard_normal(tensor.n_cols)).clip(1e-4).astype(np.float32)
+        tensor.name: np.exp(2 * rng.standard_normal((*tensor.shape[:-2], tensor.n_cols))).clip(1e-4).astype(np.float32)
         for tensor in model.tensors
         if tensor.is_matrix
     }

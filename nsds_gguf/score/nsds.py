@@ -290,8 +290,16 @@ def ov_component(attention: Attention, projection: Float32, reading: Reading) ->
 
 
 def ffn_component(matrix: Float32, weight: FfnWeight, reading: Reading) -> Sensitivity:
-    """Return NV and SE of an FFN ``matrix`` (n_ff, d), the residual stream last."""
-    sigma, vectors = right_vectors(residual_gram(row_tiles(matrix, GRAM_ENTRIES), matrix.shape[1]))
+    """Return NV and SE of an FFN ``matrix`` (n_ff, d), the residual stream last.
+
+    A narrow one, as experts are, is decomposed from its other side, which is smaller: ``v_i = W^T u_i / sigma_i``.
+    """
+    if matrix.shape[0] >= matrix.shape[1]:
+        sigma, vectors = right_vectors(residual_gram(row_tiles(matrix, GRAM_ENTRIES), matrix.shape[1]))
+    else:
+        sigma, left = right_vectors(residual_gram(row_tiles(matrix.T, GRAM_ENTRIES), matrix.shape[0]))
+        images = matrix.T.astype(np.float64) @ left
+        vectors = np.divide(images, sigma, out=np.zeros_like(images), where=sigma > 0)
     return Sensitivity(matrix_kurtosis(matrix), structural_expressiveness(sigma, weight(vectors), reading))
 
 

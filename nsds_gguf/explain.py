@@ -10,7 +10,7 @@ from . import ggml
 from .errors import PlanError, RecordError
 from .records import UNQUANTIZED, Plan, PlannedTensor, Scores, TensorCost
 
-# A tensor below this share of the bytes is cheap whatever it takes; above this multiple of the layers' average
+# A tensor below this share of the bytes is cheap whatever it takes; above this multiple of the layers' median
 # sensitivity per weight (or below its inverse) that is the reason.
 CHEAP_SHARE = 0.005
 NOTABLE = 1.5
@@ -44,23 +44,27 @@ def in_a_word(plan: Plan, tensor: PlannedTensor) -> str:
     share = tensor.n_bytes / plan.tensor_bytes
     density = sensitivity_per_weight(plan, tensor)
     if density >= NOTABLE:
-        return f"sensitive: {density:.1f} x the average weight"
+        return f"sensitive: {density:.1f} x the median weight"
     if share < CHEAP_SHARE and ggml.bits_per_weight(tensor.type) > plan.quantized_bpw:
         return f"cheap: {_percent(share)} of the bytes"
     if density <= 1 / NOTABLE:
-        return f"tolerant: {density:.2f} x the average weight"
-    return f"average: {density:.2f} x the average weight"
+        return f"tolerant: {density:.2f} x the median weight"
+    return f"as most: {density:.2f} x the median weight"
 
 
 def sensitivity_per_weight(plan: Plan, tensor: PlannedTensor) -> float:
-    """Return a tensor's sensitivity per weight over that of the quantized tensors of all layers together."""
+    """Return a tensor's sensitivity per weight over the median one of the weights quantized in all layers."""
     known = [t for t in plan.tensors if t.sensitivity is not None and t.type not in UNQUANTIZED]
     in_layers = [t for t in known if t.layer is not None] or known
-    total = sum(t.sensitivity or 0.0 for t in in_layers)
-    if tensor.sensitivity is None or total <= 0:
+    densities = sorted(((t.sensitivity or 0.0) / t.n_weights, t.n_weights) for t in in_layers)
+    half, reached, median = sum(n for _, n in densities) / 2, 0, 0.0
+    for median, n_weights in densities:
+        reached += n_weights
+        if reached >= half:
+            break
+    if tensor.sensitivity is None or median <= 0:
         return 1.0
-    mean = total / sum(t.n_weights for t in in_layers)
-    return tensor.sensitivity / tensor.n_weights / mean
+    return tensor.sensitivity / tensor.n_weights / median
 
 
 def why(plan: Plan, scores: Scores | None, name: str) -> str:

@@ -44,9 +44,9 @@ AVERAGE = planned("blk.0.ffn_up.weight", "Q2_K", 0.1)
     [
         (planned("output.weight", "Q4_K", 1.0), "error reaches the logits directly"),
         (planned("token_embd.weight", "Q4_K", 1.14), "error reaches the logits directly"),
-        (planned("token_embd.weight", "Q2_K", 0.01), "tolerant: 0.10 x the average weight"),
-        (planned("blk.1.attn_v.weight", "Q4_K", 0.5), "sensitive: 1.7 x the average weight"),
-        (planned("blk.1.attn_v.weight", "Q2_K", 0.1), "average: 1.00 x the average weight"),
+        (planned("token_embd.weight", "Q2_K", 0.01), "tolerant: 0.10 x the median weight"),
+        (planned("blk.1.attn_v.weight", "Q4_K", 0.5), "sensitive: 5.0 x the median weight"),
+        (planned("blk.1.attn_v.weight", "Q2_K", 0.1), "as most: 1.00 x the median weight"),
         (planned("blk.1.attn_q.weight", reason="pinned"), "pinned"),
         (planned("blk.1.attn_norm.weight", "F32", reason="kept F32: vector"), "vector, stays as it is"),
         (
@@ -67,14 +67,15 @@ def test_a_cheap_tensor() -> None:
     assert in_a_word(plan_of(tensor, large), tensor) == "cheap: 0.34 % of the bytes"
 
 
-def test_the_average_is_that_of_the_layers_by_weights() -> None:
+def test_the_median_is_that_of_the_layers_by_weights() -> None:
     small, large = (
         planned("blk.0.attn_v.weight", sensitivity=0.3, n_rows=100),
         planned("blk.0.ffn_up.weight", n_rows=300),
     )
     plan = plan_of(small, large, planned("output.weight", sensitivity=1.0))
-    assert sensitivity_per_weight(plan, small) == pytest.approx(0.003 / 0.001)
-    assert sensitivity_per_weight(plan, plan.tensors[2]) == pytest.approx(0.01 / 0.001)
+    assert sensitivity_per_weight(plan, small) == pytest.approx((0.3 / 100) / (0.1 / 300))
+    assert sensitivity_per_weight(plan, large) == pytest.approx(1.0)
+    assert sensitivity_per_weight(plan, plan.tensors[2]) == pytest.approx((1.0 / 100) / (0.1 / 300))
 
 
 def test_steps_down_and_up() -> None:
@@ -96,7 +97,7 @@ def test_a_sentence_with_its_numbers() -> None:
     tensors = [planned("blk.0.a.weight", "Q3_K", 0.5), planned("blk.0.b.weight", "Q2_K", 0.25)]
     # divergence: 0.5 x 0.02 + 0.25 x 0.08 = 0.03; last byte: 0.25 x 0.06 / 2600 = 5.77e-6
     assert why(plan_of(*tensors), scores_of(*tensors), "blk.0.a.weight") == (
-        "blk.0.a.weight is Q3_K: 3.4375 bits per weight, 11,000 bytes, 57 % of all (average: 1.33 x the average "
+        "blk.0.a.weight is Q3_K: 3.4375 bits per weight, 11,000 bytes, 57 % of all (sensitive: 2.0 x the median "
         "weight). Its relative error there is 0.02, its sensitivity 0.5: 33 % of the predicted divergence. "
         "Q2_K would save 2,600 bytes and add 100 % to the divergence, 2 x what the plan pays for its last bytes. "
         "Q4_K would cost 3,400 bytes and take away 25 %, 0.38 x what the plan pays for its last bytes."
@@ -105,7 +106,7 @@ def test_a_sentence_with_its_numbers() -> None:
 
 def test_without_scores_only_the_plan_speaks() -> None:
     tensor = planned("blk.0.a.weight", "Q3_K", 0.5)
-    assert why(plan_of(tensor), None, tensor.name).endswith("100 % of all (average: 1.00 x the average weight).")
+    assert why(plan_of(tensor), None, tensor.name).endswith("100 % of all (as most: 1.00 x the median weight).")
 
 
 def test_a_tensor_that_is_not_there() -> None:

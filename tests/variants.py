@@ -20,6 +20,8 @@ EPS = 1e-5
 # Size of what attention writes: small, so that the stream stays as uncorrelated as the theory takes it to be.
 SMALL = 0.3
 
+LATENT, ROPE = 48, 8  # channels of latents and of rotated keys
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -36,6 +38,7 @@ class Variant:
     bias: bool = False
     qk_norm: str | None = None  # "head" or "width"
     attention_gate: bool = False
+    latent: str | None = None  # keys and values from a latent: "joint" in one matrix, "apart", "queries" from one too
     gated: bool = True
     fused_gate: bool = False
     activation: str = "silu"
@@ -68,6 +71,9 @@ VARIANTS = {
     "nemotron": Variant(norm="layer", norm_bias=True, gated=False, activation="relu2"),
     "qwen3": Variant(qk_norm="head"),
     "afmoe, parallel": Variant(attention_gate=True, before_ffn="attn_norm", parallel=True),
+    "deepseek2": Variant(latent="joint"),
+    "deepseek2, apart": Variant(latent="apart"),
+    "deepseek3": Variant(latent="queries"),
     "mixtral": Variant(n_experts=4, n_used=2),
     "qwen2moe": Variant(n_experts=4, n_used=2, shared=True),
     "gpt-oss": Variant(before_ffn="post_attention_norm", bias=True, n_experts=3, n_used=2, activation="swiglu_oai"),
@@ -108,10 +114,25 @@ def variant_arrays(variant, seed=0, *, n_layers=1, n_embd=128, n_ff=160, n_heads
             out |= linear(f"ffn_gate{suffix}", n_ff, n_embd, *stack)
         return out
 
+    def latent():
+        out = linear("attn_kv_a_mqa", LATENT + ROPE, n_embd)
+        out["attn_kv_a_norm.weight"] = rng.lognormal(0, 0.3, LATENT).astype("f4")
+        if variant.latent == "queries":
+            out |= linear("attn_q_a", LATENT, n_embd) | linear("attn_q_b", n_heads * (head_dim + ROPE), LATENT)
+            out["attn_q_a_norm.weight"] = rng.lognormal(0, 0.3, LATENT).astype("f4")
+        else:
+            out |= linear("attn_q", n_heads * (head_dim + ROPE), n_embd)
+        if variant.latent == "joint":
+            return out | linear("attn_kv_b", n_heads * 2 * head_dim, LATENT)
+        out["attn_k_b.weight"] = matrix(head_dim, LATENT, n_heads).swapaxes(1, 2).copy()
+        return out | linear("attn_v_b", head_dim, LATENT, n_heads)
+
     def layer():
         out = norm(variant.before_attention) | norm(variant.behind_attention, SMALL)
         out |= norm(variant.before_ffn) | norm(variant.behind_ffn, SMALL)
-        for part, rows in (("q", q), ("k", kv), ("v", kv)):
+        if variant.latent:
+            out |= latent()
+        for part, rows in (("q", q), ("k", kv), ("v", kv)) if not variant.latent else ():
             out |= linear(f"attn_{part}", rows, n_embd)
         out |= linear("attn_output", n_embd, q)
         out["attn_output.weight"] *= SMALL
@@ -222,6 +243,8 @@ class Simulation:
         return x @ w.T + b
 
     def attention(self, at, x):
+        if self.variant.latent:
+            return self.latent_attention(at, x)
         h = self.h
         self.logits(at, x)
         v = self.linear(f"{at}attn_v", x)
@@ -231,6 +254,29 @@ class Simulation:
         if self.variant.attention_gate:
             heads = heads * sigmoid(self.linear(f"{at}attn_gate", x))
         return self.linear(f"{at}attn_output", heads)
+
+    def latent_attention(self, at, x):
+        h, n = self.h, len(x)
+        latent, rotated = np.split(self.linear(f"{at}attn_kv_a_mqa", x), [LATENT], axis=1)
+        latent = self.norm("", latent, self.a[f"{at}attn_kv_a_norm.weight"])
+        if self.variant.latent == "queries":
+            short = self.norm("", self.linear(f"{at}attn_q_a", x), self.a[f"{at}attn_q_a_norm.weight"])
+            q = self.linear(f"{at}attn_q_b", short)
+        else:
+            q = self.linear(f"{at}attn_q", x)
+        q = q.reshape(n, h.n_heads, h.head_dim + ROPE)
+        if self.variant.latent == "joint":
+            both = self.linear(f"{at}attn_kv_b", latent).reshape(n, h.n_heads, 2 * h.head_dim)
+            k, v = both[..., : h.head_dim], both[..., h.head_dim :]
+        else:
+            k = np.einsum("tr,hrc->thc", latent, self.a[f"{at}attn_k_b.weight"])
+            v = np.einsum("tr,hcr->thc", latent, self.a[f"{at}attn_v_b.weight"])
+            self.seen[f"{at}attn_v_b.weight"] = latent
+            for head in range(h.n_heads):
+                self.seen[f"{at}attn_k_b.weight", head] = q[:, head, : h.head_dim]
+        k = np.concatenate([k, np.repeat(rotated[:, None], h.n_heads, axis=1)], axis=2)
+        self.logit_square.append(((q * self.rng.permutation(k)).sum(axis=-1) ** 2).mean() / (h.head_dim + ROPE))
+        return self.linear(f"{at}attn_output", math.sqrt(ATTENTION_SHRINK) * v.reshape(n, -1))
 
     def logits(self, at, x):
         """Keep the mean square of the logits of random pairs of positions."""

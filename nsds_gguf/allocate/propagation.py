@@ -12,7 +12,7 @@ What differs between architectures: ``wiring`` says where the norms sit, ``views
 ``Hparams`` the scales. A stream that is read through layer norms alone never shows the mean of its channels: it is
 followed without. Left out: caps on logits, sinks, windows, rope; they bound or move attention, not what values carry.
 
-A block put together in a way not known here (latent attention, recurrence, ...) writes nothing in the sweep; its
+A block put together in a way not known here (recurrence, linear attention, ...) writes nothing in the sweep; its
 tensors get the typical sensitivity of their kind, and a note.
 """
 
@@ -35,6 +35,7 @@ from .blocks import (
     has_known_gate,
     has_known_qk_norms,
 )
+from .latent import latent_write, view_latent
 from .moments import ACTIVATIONS, Norm, Signal, row_moments
 from .wiring import BlockWiring, has_plain_experts, is_plain_stream, read_wiring, reads_as_attention
 
@@ -167,9 +168,12 @@ class _Sweep:
         self.stream = stream.scaled(factor**2, factor)
 
     def attention(self, view: Layer, wiring: BlockWiring, stream: Signal) -> list[Write]:
-        """Return the write of plain attention; nothing where the layer has none that is known."""
+        """Return the write of plain or latent attention; nothing where the layer has none that is known."""
         a, x = view.attention, self.read(wiring, stream)
         self.record_readers([t.name for t in view.rest if reads_as_attention(t)], wiring, x)
+        latent = view_latent(view.tensors, self.hparams)
+        if latent is not None:
+            return [self.finished(latent_write(latent, view.tensors, x, self.hparams), wiring, x)]
         known = a is not None and has_known_gate(a, view.tensors) and has_known_qk_norms(a, view.tensors)
         if a is None or not known or self.model.architecture in _OTHER_ATTENTION:
             return []

@@ -148,7 +148,11 @@ def variant_arrays(variant, seed=0, *, n_layers=1, n_embd=128, n_ff=160, n_heads
             out["ffn_gate_inp.weight"] = matrix(variant.n_experts, n_embd)
         if variant.shared:
             out |= feed_forward("_shexp") | {"ffn_gate_inp_shexp.weight": vector(n_embd)}
-        return out if variant.n_experts else out | feed_forward("")
+        out |= {} if variant.n_experts else feed_forward("")
+        if variant.norm == "layer":  # what is written to all channels alike is never read
+            for role in ("attn_output", "ffn_down"):
+                out[f"{role}.weight"] += rng.standard_normal(out[f"{role}.weight"].shape[1]).astype("f4") / 8
+        return out
 
     mean = vector(n_embd) if variant.norm == "layer" else 0  # the sweep follows means behind layer norms alone
     arrays = {"token_embd.weight": table(1.0) + mean}

@@ -95,9 +95,18 @@ def written(linear: Linear, hidden: Signal, hparams: Hparams) -> Signal:
     return Signal(total.second) if hidden.mean is None else total
 
 
-def noise_of(linear: Linear, second: Float64, hparams: Hparams) -> Float64:
-    """Return the second moment that a matrix makes of noise of this second moment: ``(n_embd,)``."""
+def noise_through(linear: Linear, second: Float64, hparams: Hparams) -> Float64:
+    """Return the second moment that a matrix writes of noise of this second moment: ``(n_embd,)``."""
     return WRITERS.get(hparams.norm, matrix_moments)(linear.weight, second)
+
+
+def noise_within(linear: Linear, second: Float64) -> Float64:
+    """Return the second moment that relative noise of 1 in a writing matrix adds: ``(n_embd,)``.
+
+    Noise is independent in every row, so that all of it shows, even where the rows have something in common that is
+    never read.
+    """
+    return matrix_moments(linear.weight, second)
 
 
 # --- attention ------------------------------------------------------------------------------------------------
@@ -124,14 +133,15 @@ def attention_write(a: Attention, tensors: Mapping[str, Tensor], x: Signal, hpar
     if gate is not None:
         opening = sigmoid_moments(product(Linear(gate, tensors.get("attn_gate.bias")), x))
         n_wide = a.value_dim if len(opening.second) == a.n_heads else 1
-        noise[gate.name] = noise_of(a.o, attended.second * np.repeat(opening.noise, n_wide), hparams)
+        noise[gate.name] = noise_through(a.o, attended.second * np.repeat(opening.noise, n_wide), hparams)
         attended = attended.scaled(np.repeat(opening.second, n_wide), np.repeat(opening.mean, n_wide))
         readers.append(gate.name)
-    energy = noise_of(a.o, attended.second, hparams)
+    energy = noise_through(a.o, attended.second, hparams)
+    shrink = ATTENTION_SHRINK if x.mean is None else _shrink(value)
     # noise of a matrix is alike at all positions: no averaging shrinks it
-    of_values = energy / (ATTENTION_SHRINK if x.mean is None else _shrink(value))
+    of_values, of_output = energy / shrink, noise_within(a.o, attended.second) / shrink
     of_logits = energy * logit_variance(a, tensors, x, hparams)
-    noise |= _of_parts([(a.v, of_values), (a.o, of_values), (a.q, of_logits), (a.k, of_logits)])
+    noise |= _of_parts([(a.v, of_values), (a.o, of_output), (a.q, of_logits), (a.k, of_logits)])
     signal = written(a.o, attended, hparams)
     return Write(a.o.name, signal, noise, tuple(readers), {a.o.name: attended.second})
 
@@ -263,8 +273,8 @@ def block_write(block: FeedForward, tensors: Mapping[str, Tensor], x: Signal, hp
     if sub_norm is not None:
         hidden = Norm(sub_norm).apply(hidden, hparams.norm_eps)
         noisy = [(part, value * ratio(hidden.second, units.second)) for part, value in noisy]
-    through_down = [(part, noise_of(block.down, value, hparams)) for part, value in noisy]
-    noise = _of_parts([*through_down, (block.down, noise_of(block.down, hidden.second, hparams))])
+    through = [(part, noise_through(block.down, value, hparams)) for part, value in noisy]
+    noise = _of_parts([*through, (block.down, noise_within(block.down, hidden.second))])
     readers, signal = tuple(part.name for part, _ in noisy), written(block.down, hidden, hparams)
     return Write(block.down.name, signal, noise, readers, {block.down.name: hidden.second})
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..records import Float64, Hparams, Tensor
 from ..views import Linear, rows_of
-from .blocks import ATTENTION_SHRINK, Write, added, noise_of, written
+from .blocks import ATTENTION_SHRINK, Write, added, noise_through, written
 from .moments import Norm, Signal, matrix_moments
 
 
@@ -91,7 +91,7 @@ def latent_write(a: LatentAttention, tensors: Mapping[str, Tensor], x: Signal, h
     attended, logit2 = _heads(a, tensors, x.second, latent, query_input, rotated)
     scale2 = 1 / (a.n_nope + a.n_rope) if hparams.attention_scale is None else hparams.attention_scale**2
     output = Linear(a.output, tensors.get("attn_output.bias"))
-    energy = noise_of(output, attended, hparams)
+    energy = noise_through(output, attended, hparams)
     of_values, of_logits = energy / ATTENTION_SHRINK, energy * (logit2 * scale2)
     noise = {a.output.name: of_values, a.key_values.name: of_values + of_logits}
     noise |= dict.fromkeys([*readers, a.queries.name], of_logits)

@@ -6,13 +6,14 @@ below are leading terms; the constants in front are set so that the estimate mat
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
 from . import ggml
-from .records import Hparams, Model
+from .records import Model
 
 _TRIAL_ROWS, _TRIAL_SIZE = 128, 512
 _EIGEN_OPERATIONS = 30.0  # per d^3: eigenvectors cost far more than their count, in terms of matrix products
@@ -41,21 +42,27 @@ def estimate_seconds(
     rate = _product_rate()
     seconds = n_files * n_matrix * per_weight + 2 * n_tokens * n_matrix / (rate * _DECODE_EFFICIENCY)
     if scores:
-        seconds += score_operations(model.hparams) / rate
+        seconds += score_operations(model) / rate
     if measures:
         seconds += n_matrix * (_MEASURED_SHARE * per_weight * len(types) + _SWEEP_SECONDS_PER_WEIGHT)
     return seconds
 
 
-def score_operations(h: Hparams) -> float:
+def score_operations(model: Model) -> float:
     """Return the floating-point operations of scoring every layer and the unembedding by NSDS, roughly.
 
-    Feed-forward: three Gram matrices and their eigenvectors. Attention: two products of d x d a head, in tiles.
+    Feed-forward: the Gram matrix of every matrix, experts one by one, and its eigenvectors, on the smaller side.
+    Attention: two products of d x d a head, in tiles.
     """
-    eigen = _EIGEN_OPERATIONS * h.n_embd**3
-    feed_forward = 3 * (h.n_embd**2 * h.n_ff + eigen)
+    h = model.hparams
+    operations = h.n_embd**2 * h.n_vocab + _EIGEN_OPERATIONS * h.n_embd**3
+    for tensor in model.tensors:
+        if tensor.layer is not None and tensor.is_matrix and tensor.role.startswith("ffn_"):
+            *stacked, n_rows, n_cols = tensor.shape
+            small, large = sorted((n_rows, n_cols))
+            operations += math.prod(stacked) * (small**2 * large + _EIGEN_OPERATIONS * small**3)
     attention = 2 * h.n_heads * (2 * h.n_embd**2 * h.head_dim)
-    return h.n_layers * (feed_forward + attention) + h.n_embd**2 * h.n_vocab + eigen
+    return operations + h.n_layers * attention
 
 
 def _quantize_seconds(type_name: str) -> float:

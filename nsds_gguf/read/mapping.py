@@ -147,6 +147,8 @@ def map_tensors(
     if tied:
         used.add(actual(family.unembedding))
     notes = _tie_notes(stored, family, actual) if tied else []
+    if tied and family.output == "required":
+        notes.append(f"The embedding is written twice: llama.cpp's {family.architecture} knows no tied output.")
     left_out = _left_over(stored, used, family, is_wrapped, actual, sizes["layers"])
     if left_out:
         notes.append(f"Only the language model is taken; left out: {left_out}.")

@@ -1,0 +1,264 @@
+"""What families differ in: where their tensors come from, what is left out, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from zoo_specs import SPECS, write_spec
+
+from nsds_gguf.errors import ModelError, UnsupportedError
+from nsds_gguf.read import open_model
+from nsds_gguf.read.families import FAMILIES, TEXT_MODELS, WRAPPERS, find_family
+from nsds_gguf.read.mapping import CHANGES, ROW_ORDERS
+
+
+def written(folder: Path, name: str, config: Mapping[str, Any] | None = None, **tensors: Any) -> Path:
+    """Write the folder of a spec with changed settings (``...`` takes one out) and tensors added."""
+    path = write_spec(folder / "model", name)
+    file = path / "config.json"
+    settings = {**json.loads(file.read_text()), **(config or {})}
+    file.write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
+    if tensors:
+        weights = path / "model.safetensors"
+        save_file({**load_file(weights), **tensors}, weights)
+    return path
+
+
+def rows(path: Path) -> dict[str, np.ndarray]:
+    """Return the stored tensors of a folder."""
+    return load_file(path / "model.safetensors")
+
+
+# The table
+
+
+def test_the_tables_agree() -> None:
+    for family in FAMILIES:
+        assert set(family.activations)
+        for part in (*family.layer.values(), *family.outside.values()):
+            assert not part.order or part.order in ROW_ORDERS
+            assert not part.change or part.change in CHANGES
+    assert {find_family(name).architecture for name in TEXT_MODELS.values()}
+    assert len(set(WRAPPERS)) == len(WRAPPERS)
+
+
+def test_every_row_order_takes_each_row_once() -> None:
+    sizes = {
+        "heads": 6, "kv_heads": 2, "head": 8, "qkv": 80, "experts": 3, "ff_exp": 5, "ff_shexp": 7, "nope": 4,
+        "v_head": 3, "kv_b": 42,
+    }  # fmt: skip
+    together = {
+        "grouped": ("grouped_q", "grouped_k", "grouped_v"),
+        "exps": ("first_half_exps", "second_half_exps"),
+        "shexp": ("first_half_shexp", "second_half_shexp"),
+        "heads": ("first_part_of_heads", "last_part_of_heads"),
+        "rope_q": ("rope_q",),
+        "rope_k": ("rope_k",),
+    }
+    for names in together.values():
+        taken = np.concatenate([ROW_ORDERS[name](sizes) for name in names])
+        assert sorted(taken) == list(range(len(taken))), names
+    same_heads = {**sizes, "kv_heads": 6, "qkv": 144}
+    assert sorted(ROW_ORDERS["by_head_qkv"](same_heads)) == list(range(144))
+    assert {name for names in together.values() for name in names} | {"by_head_qkv"} == set(ROW_ORDERS)
+
+
+# Where tensors come from: what was stored, taken apart and put together here
+
+
+def test_experts_are_stacked_in_their_order(tmp_path: Path) -> None:
+    path = written(tmp_path, "mixtral")
+    stored, model = rows(path), open_model(path)
+    for role, source in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
+        tensor = model.by_name[f"blk.1.ffn_{role}_exps.weight"]
+        wanted = [
+            stored[f"model.layers.1.block_sparse_moe.experts.{e}.{source}.weight"] for e in range(tensor.shape[0])
+        ]
+        assert np.array_equal(tensor.load(), np.stack(wanted))
+        across = tensor.read_rows(tensor.shape[1] - 2, tensor.shape[1] + 3)  # from the first expert into the second
+        assert np.array_equal(across, np.concatenate([wanted[0][-2:], wanted[1][:3]]))
+
+
+def test_gemma_stores_gains_less_one(tmp_path: Path) -> None:
+    path = written(tmp_path, "gemma3")
+    stored, model = rows(path), open_model(path)
+    for name, source in (
+        ("blk.0.attn_norm", "model.layers.0.input_layernorm"),
+        ("blk.2.attn_q_norm", "model.layers.2.self_attn.q_norm"),
+        ("output_norm", "model.norm"),
+    ):
+        assert np.array_equal(model.by_name[f"{name}.weight"].load(), stored[f"{source}.weight"] + np.float32(1))
+
+
+def test_gpt2_stores_matrices_the_other_way_round(tmp_path: Path) -> None:
+    path = written(tmp_path, "gpt2")
+    stored, model = rows(path), open_model(path)
+    for role, source in (("attn_qkv", "attn.c_attn"), ("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj")):
+        tensor = model.by_name[f"blk.0.{role}.weight"]
+        assert np.array_equal(tensor.load(), stored[f"transformer.h.0.{source}.weight"].T)
+        assert np.array_equal(tensor.read_rows(3, 9), stored[f"transformer.h.0.{source}.weight"].T[3:9])
+
+
+def test_latent_keys_are_turned_head_by_head(tmp_path: Path) -> None:
+    path = written(tmp_path, "deepseek2")
+    config, model = json.loads((path / "config.json").read_text()), open_model(path)
+    heads, nope, v = config["num_attention_heads"], config["qk_nope_head_dim"], config["v_head_dim"]
+    kv_b = rows(path)["model.layers.0.self_attn.kv_b_proj.weight"].reshape(heads, nope + v, -1)
+    assert np.array_equal(model.by_name["blk.0.attn_k_b.weight"].load(), kv_b[:, :nope].swapaxes(1, 2))
+    assert np.array_equal(model.by_name["blk.0.attn_v_b.weight"].load(), kv_b[:, nope:])
+
+
+def test_a_state_space_holds_minus_the_exponential(tmp_path: Path) -> None:
+    path = written(tmp_path, "mamba")
+    stored, model = rows(path), open_model(path)
+    a = model.by_name["blk.0.ssm_a"].load()
+    assert np.allclose(a, -np.exp(stored["backbone.layers.0.mixer.A_log"]), rtol=1e-6)
+    conv = stored["backbone.layers.0.mixer.conv1d.weight"]
+    assert np.array_equal(model.by_name["blk.0.ssm_conv1d.weight"].load(), conv[:, 0])
+
+
+def test_a_tied_output_that_llama_cpp_demands_is_written_twice(tmp_path: Path) -> None:
+    path = written(tmp_path, "qwen2moe", {"tie_word_embeddings": True})
+    weights = rows(path)
+    del weights["lm_head.weight"]
+    save_file(weights, path / "model.safetensors")
+    model = open_model(path)
+    assert np.array_equal(model.by_name["output.weight"].load(), model.by_name["token_embd.weight"].load())
+    assert "The embedding is written twice: llama.cpp's qwen2moe knows no tied output." in model.notes
+
+
+# What is left out
+
+
+def test_of_a_multimodal_model_the_language_model_is_taken(tmp_path: Path) -> None:
+    model = open_model(written(tmp_path, "llava"))
+    (note,) = [note for note in model.notes if note.startswith("Only the language model is taken")]
+    assert re.search(r"left out: multi_modal_projector \(\d+ tensors\), vision_tower \(\d+ tensors\)\.$", note)
+    assert model.architecture == "llama"
+    assert not [tensor for tensor in model.tensors if "vision" in tensor.source]
+
+
+def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
+    n_layers = json.loads((written(tmp_path / "a", "deepseek3") / "config.json").read_text())["num_hidden_layers"]
+    extra = {f"model.layers.{n_layers}.eh_proj.weight": np.ones((4, 8), np.float32)}
+    model = open_model(written(tmp_path / "b", "deepseek3", **extra))
+    assert "Only the language model is taken; left out: layer of multi-token prediction (1 tensors)." in model.notes
+
+
+def test_tensors_of_other_models_need_a_multimodal_class(tmp_path: Path) -> None:
+    extra = {"vision_tower.patch.weight": np.ones((4, 8), np.float32)}
+    with pytest.raises(UnsupportedError, match=r"has no place for: vision_tower\.patch\.weight"):
+        open_model(written(tmp_path, "llama", **extra))
+
+
+@pytest.mark.parametrize(
+    ("name", "inner", "outer"),
+    [("llama", "", ""), ("llama", "model.language_model.", ""), ("llama", "language_model.model.", "language_model.")],
+)
+def test_names_may_begin_otherwise(name: str, inner: str, outer: str, tmp_path: Path) -> None:
+    path = written(tmp_path, name)
+    plain = {tensor.name: tensor.load() for tensor in open_model(path).tensors}
+    renamed = {
+        inner + key.removeprefix("model.") if key.startswith("model.") else outer + key: value
+        for key, value in rows(path).items()
+    }
+    save_file(renamed, path / "model.safetensors")
+    found = {tensor.name: tensor.load() for tensor in open_model(path).tensors}
+    assert found.keys() == plain.keys()
+    assert all(np.array_equal(found[key], plain[key]) for key in plain)
+
+
+# What llama.cpp computes otherwise is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "message"),
+    [
+        ("qwen2moe", {"norm_topk_prob": True}, "norm_topk_prob True: llama.cpp's qwen2moe computes with False only"),
+        ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob False: llama.cpp's qwen3moe computes with True only"),
+        ("qwen3moe", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\]: llama.cpp's qwen3moe computes with \[\] only"),
+        ("olmoe", {"clip_qkv": 2.0}, "clip_qkv 2.0: llama.cpp's olmoe computes with None only"),
+        ("gemma2", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar 100: llama.cpp's gemma2 computes with"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        ("gpt2", {"activation_function": "relu"}, "hidden_act 'relu' is not supported for gpt2"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm True: llama.cpp's command-r computes with False only"),
+        ("smollm3", {"no_rope_layers": [1, 1]}, r"no_rope_layers \[1, 1\]"),
+        ("deepseek2", {"topk_method": "group_limited_greedy"}, "topk_method 'group_limited_greedy'"),
+        ("gemma", {"tie_word_embeddings": False}, "llama.cpp's gemma has no output projection of its own"),
+        ("stablelm", {"head_dim": 8}, "head_dim 8 x 4 heads is not hidden_size"),
+        ("llava", {"text_config": {"model_type": "bloom"}}, "around a language model of type 'bloom'; known: gemma"),
+    ],
+)  # fmt: skip
+def test_refused(name: str, config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        open_model(written(tmp_path, name, config))
+
+
+def test_a_theta_for_windowed_layers_that_llama_cpp_would_not_use(tmp_path: Path) -> None:
+    rope = {
+        "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+    }
+    with pytest.raises(UnsupportedError, match=r"a rope theta of their own, 300\.0; llama\.cpp's olmo2 has one"):
+        open_model(written(tmp_path, "olmo3", {"rope_parameters": rope}))
+
+
+@pytest.mark.parametrize(
+    ("factors", "message"),
+    [
+        ({"long_factor": [1.0]}, "longrope long_factor: wanted 8 positive numbers"),
+        ({"short_factor": [0.0] * 8}, "longrope short_factor: wanted 8 positive numbers"),
+        ({"long_factor": None}, "longrope long_factor: wanted 8 positive numbers"),
+    ],
+)
+def test_longrope_factors_that_do_not_fit(factors: dict[str, Any], message: str, tmp_path: Path) -> None:
+    name = "phi-3-longrope-long"
+    rope = json.loads((written(tmp_path / "a", name) / "config.json").read_text())["rope_parameters"]
+    with pytest.raises(ModelError, match=message):
+        open_model(written(tmp_path / "b", name, {"rope_parameters": {**rope, **factors}}))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_local_experts": -1}, "num_experts: wanted a positive integer"),
+        ({"num_experts_per_tok": 9}, "9 experts a token of 8 in all"),
+    ],
+)
+def test_experts_that_contradict_themselves(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=message):
+        open_model(written(tmp_path, "mixtral", config))
+
+
+# Keys
+
+
+def test_windows_that_llama_cpp_computes_are_keys(tmp_path: Path) -> None:
+    usual = open_model(written(tmp_path / "a", "gemma3")).metadata
+    assert "gemma3.attention.sliding_window_pattern" not in usual
+    other = open_model(written(tmp_path / "b", "gemma3-pattern-3")).metadata
+    assert other["gemma3.attention.sliding_window_pattern"].value == [True, True, False] * 2
+    assert open_model(written(tmp_path / "c", "mistral", {"sliding_window": 64})).notes
+
+
+def test_a_list_of_layers_of_another_length(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="layer_types: wanted 7 entries, got 1"):
+        open_model(written(tmp_path, "gemma3", {"layer_types": ["full_attention"]}))
+
+
+def test_every_architecture_has_a_model_and_experts_show_in_the_size(tmp_path: Path) -> None:
+    architectures = set()
+    for name in SPECS:
+        model = open_model(write_spec(tmp_path / name, name))
+        architectures.add(model.architecture)
+        has_experts = any("exps" in tensor.role for tensor in model.tensors)
+        assert ("x" in str(model.metadata["general.size_label"].value)) == has_experts
+    assert architectures == {family.architecture for family in FAMILIES}

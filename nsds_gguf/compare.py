@@ -20,6 +20,7 @@ from .allocate import Pin, PlanOptions
 from .convert import Reporter, ScoreOptions, VerifyOptions, Work
 from .errors import OutputError, PlanError, RecordError, TargetError
 from .hub import HubName
+from .imatrix import Imatrix
 from .inspect import inspect_gguf
 from .perplexity import perplexity
 from .records import Plan, Scores, Target, read_json
@@ -187,6 +188,7 @@ def compare(
     importance: str = "sweep",
     pre: str | None = None,
     allow_requantize: bool = False,
+    imatrix: Imatrix | None = None,
     n_threads: int | None = None,
     report: Reporter | None = None,
 ) -> Comparison:
@@ -204,6 +206,7 @@ def compare(
         importance: column importance of all plans but the stock mixes, which have none.
         pre: as for ``convert``, like those that follow.
         allow_requantize: take quantized input.
+        imatrix: importance matrix for our plans; llama.cpp's mixes go without.
         n_threads: threads for everything.
         report: who is told.
 
@@ -224,7 +227,7 @@ def compare(
     convert.check_targets(model, [replace(options, target=target) for target in targets], scoring.metric)
     convert.check_vocabulary(model, verifying, text)
     make_folder(folder)
-    work = Work(model, n_threads or llama.default_threads(), report)
+    work = Work(model, n_threads or llama.default_threads(), report, imatrix)
     check_disk(folder, 2 * convert.reference_plan(model).file_bytes, "the original and one file at a time")
     bench = _Bench(work, folder, verifying, text)
     with convert.reference_file(work, verifying, folder) as reference:

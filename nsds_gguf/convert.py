@@ -16,10 +16,11 @@ from typing import Protocol
 
 from . import allocate, ggml, llama, read, score
 from .allocate import PlanOptions, Propagation
-from .errors import VerifyError
+from .errors import RecordError, VerifyError
 from .estimate import estimate_seconds
 from .given import check_scores, checked_plan
 from .hub import HubName, fetch
+from .imatrix import IMATRIX, Imatrix
 from .outputs import (
     Output,
     check_not_input,
@@ -122,6 +123,7 @@ def convert(
     given: Scores | Plan | None = None,
     pre: str | None = None,
     allow_requantize: bool = False,
+    imatrix: Imatrix | None = None,
     n_threads: int | None = None,
     report: Reporter | None = None,
 ) -> list[Converted]:
@@ -136,6 +138,7 @@ def convert(
         given: scores or a plan from an earlier run, in place of making them.
         pre: name of the pre-tokenizer, overriding the one recognised.
         allow_requantize: take a GGUF whose weights are quantized already to less than Q8_0.
+        imatrix: importance matrix of llama.cpp, for options, scores or a plan whose ``importance`` is its name.
         n_threads: threads for everything; ``None`` for one a core.
         report: who is told.
 
@@ -162,7 +165,7 @@ def convert(
     check_not_input(paths, model)
     check_writable(paths)
     check_vocabulary(model, verifying, text)
-    work = Work(model, n_threads, report)
+    work = Work(model, n_threads, report, imatrix)
     work.check_resources([largest_file_bytes(model, job) for job in jobs], paths[0].parent, verifying)
     work.tell_time(given, options, len(paths), verifying)
     plans = [given] if isinstance(given, Plan) else work.plans(options, scoring, given)
@@ -184,6 +187,7 @@ def plan(
     given: Scores | Plan | None = None,
     pre: str | None = None,
     allow_requantize: bool = False,
+    imatrix: Imatrix | None = None,
     n_threads: int | None = None,
     report: Reporter | None = None,
 ) -> Planned:
@@ -194,7 +198,7 @@ def plan(
         return Planned([checked_plan(model, given)])
     check_scores(model, given)
     check_targets(model, options, given.metric if given else scoring.metric)
-    work = Work(model, n_threads or llama.default_threads(), report)
+    work = Work(model, n_threads or llama.default_threads(), report, imatrix)
     return Planned(work.plans(options, scoring, given), work.scores)
 
 
@@ -206,6 +210,7 @@ def score_model(
     importance: str = "sweep",
     pre: str | None = None,
     allow_requantize: bool = False,
+    imatrix: Imatrix | None = None,
     n_threads: int | None = None,
     report: Reporter | None = None,
 ) -> Scores:
@@ -213,7 +218,7 @@ def score_model(
     report = report or Silent()
     model = open_model(path, pre, allow_requantize, report)
     options = PlanOptions(Target("none", 0), types=types, importance=importance)
-    return Work(model, n_threads or llama.default_threads(), report).score([options], scoring)
+    return Work(model, n_threads or llama.default_threads(), report, imatrix).score([options], scoring)
 
 
 class Work:
@@ -222,9 +227,10 @@ class Work:
     ``scores`` are those that the last plans were made from.
     """
 
-    def __init__(self, model: Model, n_threads: int, report: Reporter) -> None:
-        """Take the model, the threads and who is told."""
+    def __init__(self, model: Model, n_threads: int, report: Reporter, imatrix: Imatrix | None = None) -> None:
+        """Take the model, the threads, who is told, and an importance matrix, which must be of the model."""
         self.model, self.n_threads, self.report = model, n_threads, report
+        self.imatrix, self._columns = imatrix, imatrix.weights(model) if imatrix is not None else {}
         self.scores: Scores | None = None
         self._propagation: Propagation | None = None
 
@@ -253,7 +259,7 @@ class Work:
         """Return the scores with the costs of the tensors added."""
         found = allocate.candidates(self.model, options.types, options.pins)
         propagation = self.propagation()
-        importance = propagation.importance(options.importance)
+        importance = self.columns(options.importance)
         with self.report.stage("measure tensors") as progress, blas_threads(1):
             costs = allocate.measure(found, propagation, importance, self.n_threads, progress)
         versions = {**scores.versions, "ggml": ggml.version()}
@@ -264,13 +270,24 @@ class Work:
         """Choose the types."""
         n_header = _header_bytes(self.model, options, scores.metric if scores else None)
         with self.report.stage(f"allocate for {options.target}"):
-            return allocate.make_plan(self.model, scores, options, n_header)
+            plan = allocate.make_plan(self.model, scores, options, n_header)
+        if self.imatrix is None or options.importance != self.imatrix.name:
+            return plan
+        return replace(plan, notes=(*plan.notes, self.imatrix.note(self.model)))
 
     def importance(self, plan: Plan) -> Mapping[str, Float32]:
         """Return the column weights that the plan's quantizers take; none are needed where nothing is quantized."""
         if all(tensor.type in UNQUANTIZED for tensor in plan.tensors):
             return {}
-        return self.propagation().importance(plan.importance) if plan.importance != "none" else {}
+        return self.columns(plan.importance) if plan.importance != "none" else {}
+
+    def columns(self, kind: str) -> dict[str, Float32]:
+        """Return column weights of a kind; raises ``RecordError`` for an importance matrix that was not given."""
+        if not kind.startswith(IMATRIX):
+            return self.propagation().importance(kind)
+        if self.imatrix is None or self.imatrix.name != kind:
+            raise RecordError(f"made with the importance matrix {kind}: pass that file with --imatrix")
+        return {**self.propagation().importance("sweep"), **self._columns}
 
     def check_resources(self, sizes: Sequence[int], folder: Path, verifying: VerifyOptions) -> None:
         """Check disk and memory for files of these bytes before the heavy work."""

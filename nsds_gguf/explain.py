@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -57,11 +58,9 @@ def sensitivity_per_weight(plan: Plan, tensor: PlannedTensor) -> float:
     known = [t for t in plan.tensors if t.sensitivity is not None and t.type not in UNQUANTIZED]
     in_layers = [t for t in known if t.layer is not None] or known
     densities = sorted(((t.sensitivity or 0.0) / t.n_weights, t.n_weights) for t in in_layers)
-    half, reached, median = sum(n for _, n in densities) / 2, 0, 0.0
-    for median, n_weights in densities:
-        reached += n_weights
-        if reached >= half:
-            break
+    reached = itertools.accumulate(n_weights for _, n_weights in densities)
+    half = sum(n_weights for _, n_weights in densities) / 2
+    median = next((d for (d, _), n in zip(densities, reached, strict=True) if n >= half), 0.0)
     if tensor.sensitivity is None or median <= 0:
         return 1.0
     return tensor.sensitivity / tensor.n_weights / median

@@ -27,6 +27,7 @@ from typing import Any, Literal
 from . import ggml
 from .errors import OutputError, PlanError, RecordError
 from .explain import in_a_word
+from .imatrix import IMATRIX
 from .inspect import FoundTensor, Inspection
 from .perplexity import Perplexity
 from .records import UNQUANTIZED, LayerScore, Plan, PlannedTensor, Scores
@@ -188,7 +189,7 @@ def command(plan: Plan, scores: Scores | None, model: str) -> str:
         words += ["--allocator", plan.allocator, "--types", ",".join(plan.types)]
         words += ["--metric", scores.metric if scores else str(plan.metric)]
         words += ["--se", scores.settings["se"]] if scores and "se" in scores.settings else []
-    words += ["--importance", plan.importance]
+    words += ["--imatrix", "FILE"] if plan.importance.startswith(IMATRIX) else ["--importance", plan.importance]
     pins: dict[str, list[str]] = {}
     for tensor in plan.tensors:
         if tensor.reason == "pinned":

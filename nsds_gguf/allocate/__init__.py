@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from .. import ggml
 from ..errors import PlanError, RecordError
+from ..imatrix import IMATRIX
 from ..records import (
     UNQUANTIZED,
     Model,
@@ -211,7 +212,7 @@ def check_options(options: PlanOptions) -> None:
     """Raise ``PlanError`` for options that no model could satisfy."""
     if options.allocator not in ALLOCATORS:
         raise PlanError(f"allocator {options.allocator!r} is not known; wanted one of {', '.join(ALLOCATORS)}")
-    if options.importance not in IMPORTANCES:
+    if options.importance not in IMPORTANCES and not options.importance.startswith(IMATRIX):
         raise PlanError(f"importance {options.importance!r} is not known; wanted one of {', '.join(IMPORTANCES)}")
     if options.prefer not in PREFERENCES:
         raise PlanError(f"preference {options.prefer!r} is not known; wanted one of {', '.join(PREFERENCES)}")
@@ -301,9 +302,10 @@ def _checked_costs(problem: Problem) -> dict[str, TensorCost]:
     if scores is None or not scores.costs:
         raise RecordError("the scores hold no tensor costs; score again without --layers-only")
     if scores.importance != asked:
+        made_with = str(scores.importance)
+        pass_it = "pass that file with --imatrix" if made_with.startswith(IMATRIX) else f"pass --importance {made_with}"
         raise RecordError(
-            f"the scores were measured with importance {scores.importance}, the plan asks for {asked}; "
-            f"score again or pass --importance {scores.importance}"
+            f"the scores were measured with importance {made_with}, the plan asks for {asked}; score again or {pass_it}"
         )
     costs = {cost.name: cost for cost in scores.costs}
     for candidate in problem.found:

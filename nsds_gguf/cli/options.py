@@ -14,14 +14,30 @@ from ..bundle import check_ollama
 from ..errors import OutputError, PlanError
 from ..gguf_header import is_gguf
 from ..hub import HubName, parse_name
+from ..imatrix import Imatrix, read_imatrix
 from ..plot import check_plot
 from ..records import Plan, Scores, Target, read_json
 from ..report import check_report
 
 DEFAULT_SCORING = convert.ScoreOptions()
+DEFAULT_IMPORTANCE = "sweep"
 
 
-def plan_options(arguments: argparse.Namespace) -> list[PlanOptions]:
+def given_imatrix(arguments: argparse.Namespace) -> Imatrix | None:
+    """Return the importance matrix that the user brings; raises ``PlanError`` where it is not the only importance."""
+    if arguments.imatrix is None:
+        return None
+    if arguments.importance is not None:
+        raise PlanError(f"--imatrix and --importance {arguments.importance} contradict each other; drop one")
+    return read_imatrix(arguments.imatrix)
+
+
+def importance_name(arguments: argparse.Namespace, imatrix: Imatrix | None) -> str:
+    """Return the name of the column importance that is asked for."""
+    return imatrix.name if imatrix is not None else arguments.importance or DEFAULT_IMPORTANCE
+
+
+def plan_options(arguments: argparse.Namespace, imatrix: Imatrix | None = None) -> list[PlanOptions]:
     """Return one entry per target; raises ``PlanError`` for contradicting flags."""
     if arguments.uniform is not None and arguments.allocator not in (None, "uniform"):
         raise PlanError(f"--uniform and --allocator {arguments.allocator} contradict each other; drop one")
@@ -37,7 +53,7 @@ def plan_options(arguments: argparse.Namespace) -> list[PlanOptions]:
             types=arguments.types,
             uniform=arguments.uniform,
             pins=tuple(arguments.pin),
-            importance=arguments.importance,
+            importance=importance_name(arguments, imatrix),
             prefer=arguments.prefer,
         )
         for target in targets or [Target("none", 0)]

@@ -17,7 +17,7 @@ from ..model_card import is_repo
 from ..perplexity import DEFAULT_BATCH, MIN_CTX
 from ..score import METRICS, SE_READINGS
 from ..version import __version__
-from .options import DEFAULT_SCORING
+from .options import DEFAULT_IMPORTANCE, DEFAULT_SCORING
 from .screen import Screen
 from .verbs import (
     run_bundle,
@@ -331,8 +331,10 @@ def _add_types(group: Any) -> None:
     group.add_argument("--types", metavar="LIST", type=_argument(parse_types, "some of " + ",".join(ggml.TYPES)),
                        default=",".join(DEFAULT_TYPES),
                        help="types to choose from (%(default)s unless told)")  # fmt: skip
-    group.add_argument("--importance", choices=tuple(allocate.IMPORTANCES), default="sweep",
-                       help="column importance for the quantizers (%(default)s unless told)")  # fmt: skip
+    group.add_argument("--importance", choices=tuple(allocate.IMPORTANCES),
+                       help=f"column importance for the quantizers ({DEFAULT_IMPORTANCE} unless told)")  # fmt: skip
+    group.add_argument("--imatrix", metavar="FILE", type=Path,
+                       help="column importance from an importance matrix of llama.cpp, as GGUF or .dat")  # fmt: skip
 
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:

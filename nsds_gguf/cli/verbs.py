@@ -23,7 +23,9 @@ from ..report import Check, Report, file_report, plan_report, write_report
 from ..sample import DEFAULT_PROMPT, sample
 from .options import (
     check_bundle_arguments,
+    given_imatrix,
     given_record,
+    importance_name,
     model_source,
     output_options,
     plan_options,
@@ -55,15 +57,17 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
 
 def _convert(arguments: argparse.Namespace, screen: Screen, output: convert.Output) -> list[convert.Converted]:
     """Convert and show what came out."""
+    imatrix = given_imatrix(arguments)
     results = convert.convert(
         model_source(arguments),
-        [] if arguments.plan else plan_options(arguments),
+        [] if arguments.plan else plan_options(arguments, imatrix),
         scoring=scoring_options(arguments),
         verifying=verify_options(arguments),
         output=output,
         given=given_record(arguments),
         pre=arguments.pre,
         allow_requantize=arguments.allow_requantize,
+        imatrix=imatrix,
         n_threads=arguments.threads,
         report=screen,
     )
@@ -159,7 +163,8 @@ def run_bundle(arguments: argparse.Namespace, screen: Screen) -> None:
 
 def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
     """Plan without writing a model."""
-    options = plan_options(arguments)
+    imatrix = given_imatrix(arguments)
+    options = plan_options(arguments, imatrix)
     if arguments.tensor_types is not None and len(options) > 1:
         raise PlanError(f"--tensor-types holds one plan, got {len(options)} targets; give one")
     planned = convert.plan(
@@ -169,6 +174,7 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
         given=given_record(arguments),
         pre=arguments.pre,
         allow_requantize=arguments.allow_requantize,
+        imatrix=imatrix,
         n_threads=arguments.threads,
         report=screen,
     )
@@ -204,13 +210,15 @@ def run_report(arguments: argparse.Namespace, screen: Screen) -> None:
 
 def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
     """Score layers and measure tensors."""
+    imatrix = given_imatrix(arguments)
     scores = convert.score_model(
         model_source(arguments),
         scoring_options(arguments),
         types=arguments.types,
-        importance=arguments.importance,
+        importance=importance_name(arguments, imatrix),
         pre=arguments.pre,
         allow_requantize=arguments.allow_requantize,
+        imatrix=imatrix,
         n_threads=arguments.threads,
         report=screen,
     )
@@ -288,7 +296,7 @@ def _show_perplexity(arguments: argparse.Namespace, screen: Screen, found: Perpl
 
 def run_compare(arguments: argparse.Namespace, screen: Screen) -> None:
     """Measure our plan, other allocations and llama.cpp's mixes at equal bytes."""
-    stock = arguments.stock
+    imatrix, stock = given_imatrix(arguments), arguments.stock
     if stock is None:
         stock = () if arguments.target_bpw else DEFAULT_STOCK
     found = compare(
@@ -300,9 +308,10 @@ def run_compare(arguments: argparse.Namespace, screen: Screen) -> None:
         scoring=scoring_options(arguments),
         n_seeds=arguments.seeds,
         types=arguments.types,
-        importance=arguments.importance,
+        importance=importance_name(arguments, imatrix),
         pre=arguments.pre,
         allow_requantize=arguments.allow_requantize,
+        imatrix=imatrix,
         n_threads=arguments.threads,
         report=screen,
     )

@@ -253,6 +253,10 @@ def _comparison_row(rows: Sequence[Row], ours: Row, factor: float | None) -> lis
     ]
 
 
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def _comparison_summary(found: Comparison) -> Text:
     lines = []
     first = found.rows[0]
@@ -261,7 +265,7 @@ def _comparison_summary(found: Comparison) -> Text:
     for kind in dict.fromkeys(row.kind for row in found.rows if row.kind != OURS):
         ratios = list(found.ratios(kind).values())
         lines.append(f"our divergence over that of {kind}: {geometric_mean(ratios):.3f} "
-                     f"(geometric mean over {len(ratios)} budgets, largest {max(ratios):.3f})")  # fmt: skip
+                     f"(geometric mean over {_count(len(ratios), 'budget')}, largest {max(ratios):.3f})")  # fmt: skip
     rho = found.prediction_rank_correlation
     if rho is not None:
         lines.append(f"predictions rank the plans with a correlation of {rho:.3f} (Spearman); the predicted column is "

@@ -15,7 +15,7 @@ from zoo_specs import SPECS, write_spec
 
 from nsds_gguf.errors import ModelError, UnsupportedError
 from nsds_gguf.read import open_model
-from nsds_gguf.read.families import FAMILIES, TEXT_MODELS, WRAPPERS, find_family
+from nsds_gguf.read.families import FAMILIES, TEXT_MODELS, WRAPPERS
 from nsds_gguf.read.mapping import CHANGES, ROW_ORDERS
 
 
@@ -41,11 +41,12 @@ def rows(path: Path) -> dict[str, np.ndarray]:
 
 def test_the_tables_agree() -> None:
     for family in FAMILIES:
-        assert set(family.activations)
         for part in (*family.layer.values(), *family.outside.values()):
             assert not part.order or part.order in ROW_ORDERS
             assert not part.change or part.change in CHANGES
-    assert {find_family(name).architecture for name in TEXT_MODELS.values()}
+    classes = {name for family in FAMILIES for name in family.classes}
+    assert set(TEXT_MODELS.values()) <= classes
+    assert not classes & set(WRAPPERS)
     assert len(set(WRAPPERS)) == len(WRAPPERS)
 
 
@@ -247,6 +248,24 @@ def test_windows_that_llama_cpp_computes_are_keys(tmp_path: Path) -> None:
     other = open_model(written(tmp_path / "b", "gemma3-pattern-3")).metadata
     assert other["gemma3.attention.sliding_window_pattern"].value == [True, True, False] * 2
     assert open_model(written(tmp_path / "c", "mistral", {"sliding_window": 64})).notes
+
+
+def test_dynamic_scaling_is_none_up_to_the_context(tmp_path: Path) -> None:
+    """As InternLM 2.5 has it: transformers' frequencies are the unscaled ones up to ``max_position_embeddings``."""
+    rope = {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 700.0}
+    model = open_model(
+        written(tmp_path, "internlm2-4", {**rope, "rope_parameters": ..., "max_position_embeddings": 128})
+    )
+    assert model.metadata["internlm2.rope.freq_base"].value == 700.0
+    assert "internlm2.rope.scaling.type" not in model.metadata
+    assert model.notes[0].startswith("llama.cpp has no dynamic rope scaling: the model is as it was trained up to 128")
+
+
+def test_the_context_of_command_r(tmp_path: Path) -> None:
+    plain = open_model(written(tmp_path / "a", "cohere"))
+    longer = open_model(written(tmp_path / "b", "cohere", {"model_max_length": 4096}))
+    assert longer.metadata["command-r.context_length"].value == longer.hparams.n_ctx_train == 4096
+    assert plain.hparams.n_ctx_train != 4096
 
 
 def test_a_list_of_layers_of_another_length(tmp_path: Path) -> None:

@@ -523,9 +523,9 @@ def test_llama3_factors_by_hand(tmp_path: Path) -> None:
     [
         (
             LLAMA,
-            {"rope_type": "dynamic", "factor": 2.0},
+            {"rope_type": "ntk", "factor": 2.0},
             UnsupportedError,
-            "rope scaling 'dynamic' is not supported for llama; known: default, linear, yarn, llama3",
+            "rope scaling 'ntk' is not supported for llama; known: default, linear, yarn, llama3",
         ),
         (
             QWEN3,

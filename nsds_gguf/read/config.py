@@ -189,8 +189,8 @@ def _checked_sizes(config: Config, family: Family) -> dict[str, int]:
 
 
 def _shared_ff(config: Config) -> str:
-    """Return the setting that holds the width of the shared expert: two classes, two names."""
-    return next((key for key in ("shared_intermediate_size",) if key in config), "shared_expert_intermediate_size")
+    """Return the setting that holds the width of the shared expert: Granite's name of it, or Qwen's."""
+    return "shared_intermediate_size" if "shared_intermediate_size" in config else "shared_expert_intermediate_size"
 
 
 def integer(config: Config, key: str, default: int | None = None, at_least: int = 1) -> int:

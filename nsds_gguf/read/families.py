@@ -149,6 +149,12 @@ def unscaled_rope(_config: Config, _sizes: Sizes) -> dict[str, GGUFValue]:
     return {"rope.scaling.type": kv("none", GGUFValueType.STRING)}
 
 
+def command_r_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
+    """Return Command R's keys; the context it was trained for is its ``model_max_length``, where it has one."""
+    n_ctx = config.get("model_max_length") or sizes["ctx"]
+    return {**unscaled_rope(config, sizes), "context_length": kv(n_ctx, GGUFValueType.UINT32)}
+
+
 def attention_scale(n_layers_of_27b: int) -> Callable[[Config], float]:
     """Return what gives the ``query_pre_attn_scalar`` that llama.cpp computes with (gemma2.cpp, gemma3.cpp)."""
 
@@ -875,7 +881,7 @@ FAMILIES = (
         fixed_head_dim=True,
         rope_kinds=("default",),
         output="tied",
-        more_keys=unscaled_rope,
+        more_keys=command_r_keys,
         example="Command R, Aya",
     ),
     Family(
@@ -949,7 +955,7 @@ FAMILIES = (
             "rope_interleave": True,
         },
         extra_layers=True,
-        example="DeepSeek-V3, R1, Moonlight",
+        example="DeepSeek-V3, R1",
     ),
     Family(
         classes=("MambaForCausalLM",),

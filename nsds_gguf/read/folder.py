@@ -30,7 +30,7 @@ from .family import Family
 from .keys import model_keys, window_note
 from .mapping import map_tensors
 from .quantization import read_quantization
-from .rope import check_rope, llama3_factors, longrope_factors, rope_dim, rope_settings
+from .rope import check_rope, llama3_factors, longrope_factors, rope_dim, rope_note, rope_settings
 from .stored import StoredTensor
 from .vocab import open_vocab
 
@@ -75,7 +75,7 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Mode
         hparams=read_hparams(family.architecture, metadata, tensors),
         tensors=tuple(tensors),
         metadata=metadata,
-        notes=(*window_note(config, family, sizes), *notes, *vocab.notes, *unread),
+        notes=(*window_note(config, family, sizes), *(rope_note(rope) if rope else ()), *notes, *vocab.notes, *unread),
         model_id=_identity(whole, stored),
     )
 

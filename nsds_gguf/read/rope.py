@@ -81,6 +81,8 @@ def _settings(config: Mapping[str, Any], form: str | None) -> dict[str, Any]:
     settings.setdefault("rope_type", settings.pop("type", "default"))
     if settings["rope_type"] == "su":  # the first name of longrope
         settings["rope_type"] = "longrope"
+    if settings["rope_type"] == "dynamic":  # the frequencies are the plain ones up to the context
+        settings |= {"rope_type": "default", "is_dynamic": True}
     for key in _OUTER_KEYS:
         outer = config.get(key)
         if outer is not None and settings.setdefault(key, outer) != outer:
@@ -106,6 +108,16 @@ def _by_kind_of_layer(given: Mapping[str, Any], form: str) -> tuple[Mapping[str,
             f"config.json: {form}: {_SLIDING} is scaled ({sliding['rope_type']}); llama.cpp scales other layers only"
         )
     return full, sliding.get("rope_theta")
+
+
+def rope_note(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the note on dynamic scaling: transformers changes theta beyond the context only, llama.cpp never."""
+    if not settings.get("is_dynamic"):
+        return ()
+    return (
+        "llama.cpp has no dynamic rope scaling: the model is as it was trained up to "
+        f"{settings['n_ctx_train']} tokens, and is not stretched beyond.",
+    )
 
 
 def rope_dim(settings: Mapping[str, Any], head_dim: int) -> int:

@@ -53,7 +53,22 @@ WIDTH_SCALED_ATTENTION = {"gemma2": 46, "gemma3": 62}
 # The only architecture whose graph asks ``use_parallel_residual``; elsewhere the layer's norms tell.
 PARALLEL_KEY = ("gptneox",)
 
+# Rope turns neighbouring channels (``llama_model_rope_type`` in src/llama-model.cpp); elsewhere it turns the two halves
+# of a head, and there is none at all where positions have embeddings of their own or biases on the logits.
+NEIGHBOUR_ROPE = (
+    "arcee", "arctic", "baichuan", "bailingmoe", "chameleon", "chatglm", "cohere2", "command-r", "deci", "deepseek",
+    "deepseek2", "ernie4_5", "ernie4_5-moe", "granite", "granitehybrid", "granitemoe", "internlm2", "llada", "llama",
+    "llama4", "minicpm", "mistral3", "neo-bert", "olmo", "plm", "smollm3", "starcoder", "xverse",
+)  # fmt: skip
+NO_ROPE = ("bert", "bloom", "gpt2", "jais", "jina-bert-v2", "mpt", "refact", "starcoder", "t5", "t5encoder")
+
+DEFAULT_THETA = 10000.0  # of llama.cpp, where no key says
+
+# Architectures that divide the output's logits by ``logit_scale``; others multiply.
+DIVIDED_LOGITS = ("granite", "granitemoe", "granitehybrid", "minicpm")
+
 NormKind = Literal["rms", "layer", "unknown"]
+RopeKind = Literal["neighbours", "halves", "none"]
 
 
 def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: Sequence[Tensor]) -> Hparams:
@@ -98,7 +113,24 @@ def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: 
         n_experts=keys.integer("expert_count"),
         n_experts_used=keys.integer("expert_used_count"),
         experts_scale=keys.number("expert_weights_scale") or 1.0,
+        rope=_rope(architecture),
+        rope_dim=keys.integer("rope.dimension_count") or head_dim,
+        rope_theta=keys.number("rope.freq_base") or DEFAULT_THETA,
+        attention_cap=keys.number("attn_logit_softcapping"),
+        logit_cap=keys.number("final_logit_softcapping"),
+        logit_scale=_logit_scale(architecture, keys),
     )
+
+
+def _rope(architecture: str) -> RopeKind:
+    if architecture in NO_ROPE:
+        return "none"
+    return "neighbours" if architecture in NEIGHBOUR_ROPE else "halves"
+
+
+def _logit_scale(architecture: str, keys: _Keys) -> float:
+    scale = keys.number("logit_scale") or 1.0
+    return 1 / scale if architecture in DIVIDED_LOGITS else scale
 
 
 class _Keys:

@@ -237,8 +237,8 @@ class Work:
     def propagation(self) -> Propagation:
         """Return the moment sweep."""
         if self._propagation is None:
-            with self.report.stage("sweep moments") as progress, blas_threads(1):
-                self._propagation = allocate.propagate(self.model, progress)
+            with self.report.stage("find sensitivities") as progress, blas_threads(1):
+                self._propagation = allocate.sensitivities(self.model, self.n_threads, progress)
         return self._propagation
 
     def score(self, options: Sequence[PlanOptions], scoring: ScoreOptions) -> Scores:

@@ -144,6 +144,13 @@ class Hparams:
         n_experts: routed experts of a layer.
         n_experts_used: of them, how many a token visits.
         experts_scale: factor on the routed experts' sum.
+        rope: which channels of queries and keys pair up to be turned by their position: ``neighbours``, ``halves`` (of
+            the turned channels) or ``none``.
+        rope_dim: channels of a head that are turned.
+        rope_theta: base of the frequencies.
+        attention_cap: logits of attention are ``cap * tanh(logits / cap)``; 0 for no cap.
+        logit_cap: likewise the logits of the output.
+        logit_scale: factor on the logits of the output.
     """
 
     n_layers: int
@@ -166,6 +173,12 @@ class Hparams:
     n_experts: int = 0
     n_experts_used: int = 0
     experts_scale: float = 1.0
+    rope: Literal["neighbours", "halves", "none"] = "halves"
+    rope_dim: int = 0
+    rope_theta: float = 10000.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    logit_scale: float = 1.0
 
 
 @dataclass(frozen=True)

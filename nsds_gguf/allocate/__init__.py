@@ -2,7 +2,7 @@
 
 Allocators are functions in ``ALLOCATORS``; each gets a ``Problem`` and returns one type per tensor.
 
-* ``nsds``: the exact knapsack over sensitivity x measured error (``propagation``, ``measurement``, ``knapsack``), with
+* ``nsds``: the exact knapsack over sensitivity x measured error (``sensitivity``, ``measurement``, ``knapsack``), with
   the NSDS score as a factor on the tensors of its layer.
 * ``paper``: whole layers, the most sensitive fraction at 4 bit, the rest at 2 (arXiv 2603.17354).
 * ``random``: types drawn at random within the budget: what knowing nothing is worth.
@@ -30,8 +30,9 @@ from ..records import (
 from .candidates import FALLBACKS, LAST_RESORT, Candidate, Pin, budget_bytes, candidates, check_target, check_type
 from .knapsack import Choices, solve
 from .measurement import measure
-from .propagation import IMPORTANCES, Propagation, propagate
+from .propagation import IMPORTANCES, Propagation
 from .randomly import random_types
+from .sensitivity import sensitivities
 
 __all__ = [
     "ALLOCATORS",
@@ -48,7 +49,7 @@ __all__ = [
     "make_plan",
     "measure",
     "open_candidates",
-    "propagate",
+    "sensitivities",
 ]  # fmt: skip
 
 DEFAULT_TYPES = ggml.K_TYPES

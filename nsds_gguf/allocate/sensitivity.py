@@ -1,0 +1,64 @@
+"""What noise in each tensor does, and what its columns multiply: by a pass over tokens where a model can be followed.
+
+``fisher`` is the theory without constants; it needs every operation of a model. Where one is not known to ``decoder``
+(experts, latent attention, recurrence, ...), ``propagation`` sweeps moments through the blocks that it knows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..anatomy import kept_reason
+from ..records import Float64, Model, Progress, no_progress
+from ..views import view_layer
+from .decoder import what_is_missing
+from .fisher import Tokens, draw_tokens, fisher
+from .propagation import Propagation, propagate, typical_sensitivities
+from .wiring import BlockWiring, read_wiring
+
+
+def sensitivities(
+    model: Model, n_threads: int, progress: Progress = no_progress, tokens: Tokens | None = None
+) -> Propagation:
+    """Return the sensitivity of every matrix that may be quantized and the moments of its columns.
+
+    Args:
+        model: any model.
+        n_threads: threads; they do not change the result.
+        progress: called with layers done and layers in all.
+        tokens: ``(n_sequences, n_positions)`` ids to read; ``None`` for ids drawn at random.
+
+    Raises:
+        ModelError: activations or moments are not finite: the weights are damaged.
+
+    """
+    missing = what_is_missing(model)
+    if missing:
+        swept = propagate(model, progress)
+        note = f"Sensitivities come from the moment sweep: the pass over tokens cannot follow {missing}."
+        return replace(swept, notes=(note, *swept.notes))
+    found = fisher(model, draw_tokens(model) if tokens is None else tokens, n_threads, progress)
+    missed = [t for t in model.tensors if t.name not in found.sensitivity and not kept_reason(t, model.architecture)]
+    typical = typical_sensitivities(model, found.sensitivity, missed)
+    return Propagation({**found.sensitivity, **typical}, found.inputs, squared_gains(model))
+
+
+def squared_gains(model: Model) -> dict[str, Float64]:
+    """Return the squared gain of the norm in front of every matrix that has one, ``(n_cols,)`` by stored name."""
+    h, found = model.hparams, dict[str, Float64]()
+
+    def note(wiring: BlockWiring, *names: str) -> None:
+        if wiring.before is not None:
+            found.update(dict.fromkeys(names, wiring.before.gains(h.n_embd) ** 2))
+
+    for index in range(h.n_layers):
+        view = view_layer(model, index)
+        wiring, a = read_wiring(view.tensors, h), view.attention
+        if a is not None:
+            note(wiring.attention, a.q.name, a.k.name, a.v.name)
+        for block in view.feed_forward:
+            note(wiring.feed_forward, *(part.name for part in (block.gate, block.up) if part is not None))
+    gain = model.by_name.get("output_norm.weight")
+    if gain is not None:
+        found[model.unembedding().name] = gain.load().ravel().astype("f8") ** 2
+    return found

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import ggml
 from .errors import GgmlError, TextError, VerifyError
 from .records import Float32
 
@@ -45,6 +46,18 @@ N_PHYSICAL_BATCH = 512
 
 # llama_tokenize counts bytes and tokens in int32.
 _MAX_TEXT_BYTES = 2**31 - 1
+
+
+class Observer(Protocol):
+    """Who looks at the products with weights while a context decodes; called in the thread that decodes."""
+
+    def wants(self, product: ggml.Product) -> bool:
+        """Return whether ``take`` is to be called when this product has been computed."""
+        ...
+
+    def take(self, product: ggml.Product) -> None:
+        """Look at what the product read, with ``ggml.product_rows``."""
+        ...
 
 
 def llama_build() -> str:
@@ -177,7 +190,14 @@ def open_model(file: Path, *, vocab_only: bool = False) -> Iterator[LlamaModel]:
 
 @contextmanager
 def open_context(
-    model: LlamaModel, *, n_ctx: int, n_batch: int, n_seq: int = 1, n_threads: int | None = None, exact: bool = False
+    model: LlamaModel,
+    *,
+    n_ctx: int,
+    n_batch: int,
+    n_seq: int = 1,
+    n_threads: int | None = None,
+    exact: bool = False,
+    observer: Observer | None = None,
 ) -> Iterator[LlamaContext]:
     """Create the state in which a model decodes, for the length of a ``with`` block.
 
@@ -191,6 +211,7 @@ def open_context(
         n_seq: sequences of a block.
         n_threads: CPU threads; ``None`` for ``default_threads()``.
         exact: F32 KV cache and no flash attention.
+        observer: who sees the products with weights. What it raises, ``decode`` raises.
 
     Yields:
         The context.
@@ -202,7 +223,7 @@ def open_context(
     """
     context = LlamaContext(model)
     try:
-        context._create(n_ctx, n_batch, n_seq, n_threads or default_threads(), exact)
+        context._create(n_ctx, n_batch, n_seq, n_threads or default_threads(), exact, observer)
         yield context
     finally:
         context._close()
@@ -319,8 +340,12 @@ class LlamaContext:
         self._worker = model._worker
         self._pointer: Any = None
         self._batch: Any = None
+        self._observer: Observer | None = None
+        self._observer_error: BaseException | None = None
 
-    def _create(self, n_ctx: int, n_batch: int, n_seq: int, n_threads: int, exact: bool) -> None:
+    def _create(
+        self, n_ctx: int, n_batch: int, n_seq: int, n_threads: int, exact: bool, observer: Observer | None
+    ) -> None:
         binding = self._binding
         params = binding.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
@@ -332,6 +357,9 @@ class LlamaContext:
             params.type_k = params.type_v = _GGML_TYPE_F32
         # Kept alive by self: llama.cpp keeps nothing but the address.
         self._abort_callback = params.abort_callback = binding.ggml_abort_callback(lambda _: self._worker.stopping)
+        if observer is not None:
+            self._observer = observer
+            self._eval_callback = params.cb_eval = binding.ggml_backend_sched_eval_callback(self._evaluated)
         self._worker.run(self._init_from_model, params)
         if not self._pointer:
             raise GgmlError(f"{self._model.file}: llama.cpp cannot create a context: {_log_error()}")
@@ -342,6 +370,24 @@ class LlamaContext:
     def _init_from_model(self, params: Any) -> None:
         _log.clear()
         self._pointer = self._binding.llama_init_from_model(self._model._pointer, params)
+
+    def _evaluated(self, address: int, ask: bool, _data: Any) -> bool:
+        """Answer llama.cpp before a node of the graph (``ask``) and after one that was wanted; false ends the graph.
+
+        An exception cannot pass through llama.cpp, so it waits here for ``decode``.
+        """
+        if self._observer is None or self._observer_error is not None or self._worker.stopping:
+            return False
+        try:
+            product = ggml.product(address)
+            if product is None or (ask and not self._observer.wants(product)):
+                return False
+            if not ask:
+                self._observer.take(product)
+        except Exception as error:
+            self._observer_error = error
+            return False
+        return True
 
     def _close(self) -> None:
         if self._batch:
@@ -369,13 +415,17 @@ class LlamaContext:
 
         Raises:
             GgmlError: llama.cpp refuses.
+            Exception: whatever the context's observer raised.
 
         """
         n_seq, n = tokens.shape
         n_outputs = max(0, start + n - max(start, first_output))
         self._fill_batch(tokens, start, first_output)
         _log.clear()
+        self._observer_error = None
         status, address = self._worker.run(self._decode_batch)
+        if self._observer_error is not None:
+            raise self._observer_error
         if status != 0:
             raise GgmlError(f"{self._model.file}: llama_decode failed with status {status}: {_log_error()}")
         shape = (n_seq, n_outputs, self._model.n_vocab)

@@ -272,7 +272,7 @@ def _tensor_values(address: int) -> NDArray[Any]:
     data = np.empty(library.ggml_nbytes(address), np.uint8)
     library.ggml_backend_tensor_get(address, data.ctypes.data, 0, data.nbytes)
     dtype = np.dtype(dtypes[tensor.type])
-    values = np.ndarray(tuple(tensor.ne[::-1]), dtype, data, strides=tuple(tensor.nb[::-1]))
+    values: NDArray[Any] = np.ndarray(tuple(tensor.ne[::-1]), dtype, data, strides=tuple(tensor.nb[::-1]))
     return values.astype(np.float32) if dtype == np.float16 else values
 
 
@@ -396,7 +396,8 @@ def _check_tensor(library: ctypes.CDLL, path: Path, address: int) -> None:
         4 + sum((n - 1) * stride for n, stride in zip(tensor.ne, tensor.nb, strict=True)),  # of types of 4 bytes
         tensor.data,
     )
-    wanted = tuple(getattr(library, f"ggml_{name}")(address) for name in ("get_name", "nelements", "nbytes", "get_data"))
+    accessors = ("get_name", "nelements", "nbytes", "get_data")
+    wanted = tuple(getattr(library, f"ggml_{name}")(address) for name in accessors)
     if found != wanted or tensor.type not in (_F32, _I32):
         raise _layout_error(path)
 

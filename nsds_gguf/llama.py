@@ -13,7 +13,7 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -68,14 +68,18 @@ def llama_build() -> str:
     return f"{version} (llama-cpp-python {binding.__version__}; {' '.join(features)})"
 
 
-def quantize_stock(source: Path, target: Path, mix: str, n_threads: int) -> None:
-    """Let llama.cpp quantize a GGUF by its own rules, without an importance matrix.
+def quantize_stock(
+    source: Path, target: Path, mix: str, n_threads: int, importance: Mapping[str, Float32] | None = None
+) -> None:
+    """Let llama.cpp quantize a GGUF by its own rules.
 
     Args:
         source: F32, F16, BF16 or Q8_0 GGUF.
         target: file to write; an existing one is replaced.
         mix: name of a file type, ``Q3_K_M``.
         n_threads: CPU threads.
+        importance: column weights by tensor name, ``(n_cols,)`` or for a stack ``(n_matrices, n_cols)``, as an
+            importance matrix holds them (``Imatrix.columns``); ``None`` for none.
 
     Raises ``GgmlError`` when llama.cpp refuses.
     """
@@ -83,9 +87,21 @@ def quantize_stock(source: Path, target: Path, mix: str, n_threads: int) -> None
     params = binding.llama_model_quantize_default_params()
     params.ftype, params.nthread = getattr(binding, f"LLAMA_FTYPE_MOSTLY_{mix}"), n_threads
     params.allow_requantize = True  # of Q8_0
+    if importance is not None:
+        params.imatrix, _columns = _imatrix_data(binding, importance)
     _log.clear()
     if binding.llama_model_quantize(os.fsencode(source), os.fsencode(target), params):
         raise GgmlError(f"{source}: llama.cpp cannot make {mix} of it: {_log_error()}")
+
+
+def _imatrix_data(binding: Any, importance: Mapping[str, Float32]) -> tuple[Any, list[Float32]]:
+    """Return llama.cpp's array of names and columns, ended by a null name, and what its pointers point to."""
+    columns = [np.ascontiguousarray(values, dtype=np.float32).ravel() for values in importance.values()]
+    data = (binding.llama_model_imatrix_data * (len(columns) + 1))()
+    for entry, name, values in zip(data, importance, columns, strict=False):
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = values.ctypes.data_as(type(entry.data))
+    return data, columns
 
 
 def default_threads() -> int:

@@ -20,7 +20,7 @@ LAYERS = [
     ["chat", "ggml", "gguf_header", "resources", "divergence"],
     ["llama"],
     ["activations"],
-    ["imatrix"],
+    ["imatrix", "selftext"],
     ["estimate", "read", "score", "allocate", "write", "verify", "perplexity", "inspect", "modelfile"],
     ["hub"],
     ["given", "outputs", "texts"],

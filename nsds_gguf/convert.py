@@ -327,7 +327,7 @@ class Work:
                 self.report.stage("write and read own text") as progress,
                 blas_threads(self.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1),
             ):
-                self._own_text = own_text(path, n_threads=self.n_threads, progress=progress)
+                self._own_text = own_text(path, n_tokens=N_TOKENS, n_threads=self.n_threads, progress=progress)
         return self._own_text
 
     def needs_text(self, job: PlanOptions | Plan) -> bool:

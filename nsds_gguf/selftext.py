@@ -24,6 +24,8 @@ LENGTH = 256  # tokens of a sequence
 N_PARALLEL = 32  # sequences drawn at a time
 SEED = 0
 
+_TABLES = ("token_embd", "position_embd", "token_types")  # rows are looked up, nothing is multiplied unless tied
+
 _FLOOR = 1e-4  # of a matrix's mean: a block of columns that no token touched would make ggml divide by zero
 
 
@@ -101,14 +103,12 @@ class OwnText:
             f"sequences of {self.tokens.shape[1]}{start}); they are written anew for every file, and another processor "
             "or llama.cpp may write others."
         )
-        matrices = [tensor for tensor in model.tensors if tensor.is_matrix]
+        matrices = [t for t in model.tensors if t.is_matrix and (t.role not in _TABLES or t.name in self.moments)]
         lacking = [tensor.name for tensor in matrices if not self._counts(tensor.name).any()]
-        experts = sum(int((self._counts(t.name) == 0).sum()) for t in matrices if t.name not in lacking)
-        what = (
-            [", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")] if lacking else []
-        )
-        what += [f"{experts} matrices of experts"] if experts else []
-        return f"{text} They do not reach {' and '.join(what)}: there it is the moment sweep's." if what else text
+        n_experts = sum(int((self._counts(t.name) == 0).sum()) for t in matrices if t.name not in lacking)
+        missed = [*lacking[:3], *([f"{len(lacking) - 3} more tensors"] if len(lacking) > 3 else [])]
+        missed += [f"{n_experts} matrices of experts"] if n_experts else []
+        return f"{text} They do not reach {', '.join(missed)}: there it is the moment sweep's." if missed else text
 
     @property
     def _begins_alike(self) -> bool:
@@ -241,7 +241,8 @@ def _weights(moments: Moments, other: Float32) -> Float32:
     if not seen.any():
         return other
     if means.ndim == 1:
-        return np.maximum(means / means.mean(), _FLOOR).astype(np.float32)
+        only: Float32 = np.maximum(means / means.mean(), _FLOOR).astype(np.float32)
+        return only
     own = means / means[seen].mean()
     rows = np.where(seen[:, np.newaxis], np.maximum(own, _FLOOR * own.mean(axis=1, keepdims=True)), other)
     weights: Float32 = rows.astype(np.float32)

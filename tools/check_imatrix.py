@@ -54,8 +54,9 @@ def main() -> int:
 def _run(tool: Path, folder: Path, case: Case) -> Path:
     text, output = folder / "text.txt", folder / f"imatrix-{case.model}.gguf"
     text.write_text(case_text(case), encoding="utf-8")
-    options = ["--model", str(case_file(folder, case)), "--file", "text.txt", "--output", str(output), "--no-ppl",
-               "--ctx-size", str(case.n_ctx), "--chunks", str(case.n_chunks), "--process-output", "--no-repack"]  # fmt: skip
+    options = ["--model", str(case_file(folder, case)), "--file", "text.txt", "--output", str(output)]
+    options += ["--ctx-size", str(case.n_ctx), "--chunks", str(case.n_chunks)]
+    options += ["--process-output", "--no-ppl", "--no-repack"]
     done = subprocess.run([str(tool.resolve()), *options], capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode != 0 or not output.is_file():
         raise RuntimeError(f"{tool} {' '.join(options)}: exit code {done.returncode}: {done.stderr[-300:]}")

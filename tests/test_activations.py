@@ -16,10 +16,12 @@ from llama_forward import matrix_inputs
 from tiny_archs import N_EXPERTS
 from tiny_gguf import N_VOCAB, tiny_weights, write_tiny_gguf
 
-from nsds_gguf import ggml
+from nsds_gguf import convert, ggml
 from nsds_gguf.activations import collect
 from nsds_gguf.errors import GgmlError, TextError, VerifyError
+from nsds_gguf.imatrix import read_imatrix
 
+DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 GOLDEN = Path(__file__).parent / "golden"
 MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
@@ -53,6 +55,19 @@ def test_mean_squares_are_llama_imatrix(case, folder):
         got = moments.mean_squares.reshape(wanted.shape)
         assert np.allclose(got, wanted, rtol=1e-3, atol=1e-4 * wanted.max()), name
         assert np.array_equal(moments.counts, np.broadcast_to(counts, moments.counts.shape)), name
+
+
+def test_mean_squares_of_a_trained_model_are_llama_imatrix(folder):
+    """The demo in BF16 over eight chunks, whose token ids are kept: ``golden/imatrix.gguf`` of llama-imatrix."""
+    work = convert.Work(convert.open_model(DEMO, None, False, convert.Silent()), 1, convert.Silent())
+    work.write(convert.reference_plan(work.model), folder / "demo.gguf")
+    tokens = np.load(GOLDEN / "imatrix-tokens.npy").astype(np.int32)
+    found = collect(folder / "demo.gguf", tokens, n_threads=1)
+    wanted = read_imatrix(GOLDEN / "imatrix.gguf").columns
+    assert len(wanted) == 6 * len(MATRICES)
+    for name, columns in wanted.items():
+        assert np.allclose(found[name].mean_squares, columns[0], rtol=1e-3, atol=1e-4 * columns.max()), name
+    assert found.keys() - wanted.keys() == {"output.weight"}  # llama-imatrix leaves it out unless told
 
 
 @pytest.mark.parametrize("shape", [(1, 40), (3, 50), (30, 40), (2, 600)], ids=str)

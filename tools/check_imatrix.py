@@ -23,7 +23,8 @@ from gguf import GGUFReader
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # the makers of the very files that the tests use
 
-from imatrix_cases import CASES, Case, case_file, case_text, case_tokens  # noqa: E402
+from imatrix_cases import CASES, Case, case_file, case_tokens  # noqa: E402
+from tiny_gguf import tiny_text  # noqa: E402
 
 from nsds_gguf.activations import collect  # noqa: E402
 from nsds_gguf.llama import llama_build  # noqa: E402
@@ -53,7 +54,7 @@ def main() -> int:
 
 def _run(tool: Path, folder: Path, case: Case) -> Path:
     text, output = folder / "text.txt", folder / f"imatrix-{case.model}.gguf"
-    text.write_text(case_text(case), encoding="utf-8")
+    text.write_text(tiny_text(), encoding="utf-8")
     options = ["--model", str(case_file(folder, case)), "--file", "text.txt", "--output", str(output)]
     options += ["--ctx-size", str(case.n_ctx), "--chunks", str(case.n_chunks)]
     options += ["--process-output", "--no-ppl", "--no-repack"]

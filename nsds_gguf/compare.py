@@ -230,9 +230,8 @@ def compare(
     work = Work(model, n_threads or llama.default_threads(), report, imatrix)
     check_disk(folder, 2 * convert.reference_plan(model).file_bytes, "the original and one file at a time")
     bench = _Bench(work, folder, verifying, text)
-    with convert.reference_file(work, verifying, folder) as reference:
-        if reference is None:
-            raise PlanError("a comparison needs the original to compare with")
+    work.folder = folder
+    with work.original() as reference:
         scores = bench.scores(replace(options, target=Target("bpw", 1)), scoring)
         for target in targets:
             bench.run(_plans(bench, str(target), target, scores, options, n_seeds, {}), reference)

@@ -9,7 +9,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -17,7 +17,7 @@ from typing import Protocol
 from . import allocate, ggml, llama, read, score
 from .allocate import PlanOptions, Propagation
 from .errors import RecordError, VerifyError
-from .estimate import estimate_seconds
+from .estimate import estimate_seconds, own_text_seconds
 from .given import check_scores, checked_plan
 from .hub import HubName, fetch
 from .imatrix import IMATRIX, Imatrix
@@ -33,6 +33,7 @@ from .outputs import (
 from .perplexity import Perplexity, check_comparable, check_sane, perplexity
 from .records import (
     ALIGNMENT_BYTES,
+    SELF,
     UNQUANTIZED,
     Float32,
     Model,
@@ -43,6 +44,7 @@ from .records import (
     no_progress,
 )
 from .resources import THREADED_WIDTH, blas_threads, check_disk, check_memory
+from .selftext import N_TOKENS, OwnText, own_text
 from .texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions, check_vocabulary, evaluation_text
 from .verify import verify_structure
 from .write import header_bytes, temporary_sibling, write_gguf, write_vocabulary
@@ -166,11 +168,16 @@ def convert(
     check_writable(paths)
     check_vocabulary(model, verifying, text)
     work = Work(model, n_threads, report, imatrix)
-    work.check_resources([largest_file_bytes(model, job) for job in jobs], paths[0].parent, verifying)
-    work.tell_time(given, options, len(paths), verifying)
-    plans = [given] if isinstance(given, Plan) else work.plans(options, scoring, given)
+    work.folder = paths[0].parent
+    writes_text = any(work.needs_text(job) for job in jobs)
+    work.check_resources([largest_file_bytes(model, job) for job in jobs], verifying, writes_text)
+    work.tell_time(given, options, len(paths), verifying, writes_text)
     results = []
-    with reference_file(work, verifying, paths[0].parent) as reference:
+    with ExitStack() as files:
+        if writes_text:  # before planning, which needs it too
+            files.enter_context(work.original())
+        plans = [given] if isinstance(given, Plan) else work.plans(options, scoring, given)
+        reference = files.enter_context(reference_file(work, verifying))
         for target, plan in zip(paths, plans, strict=True):
             with temporary_sibling(target, output.keep_failed) as temporary, named(target, temporary, output):
                 work.write(plan, temporary)
@@ -222,9 +229,10 @@ def score_model(
 
 
 class Work:
-    """The stages on one model, each told to the reporter; the moment sweep is done once, when first needed.
+    """The stages on one model, each told to the reporter.
 
-    ``scores`` are those that the last plans were made from.
+    The moment sweep and the model's own text are made once, when first needed. ``scores`` are those that the last plans
+    were made from, ``folder`` is where large temporary files go.
     """
 
     def __init__(self, model: Model, n_threads: int, report: Reporter, imatrix: Imatrix | None = None) -> None:
@@ -232,7 +240,10 @@ class Work:
         self.model, self.n_threads, self.report = model, n_threads, report
         self.imatrix, self._columns = imatrix, imatrix.weights(model) if imatrix is not None else {}
         self.scores: Scores | None = None
+        self.folder = Path()
         self._propagation: Propagation | None = None
+        self._own_text: OwnText | None = None
+        self._original: Path | None = None
 
     def propagation(self) -> Propagation:
         """Return the moment sweep."""
@@ -264,6 +275,8 @@ class Work:
             costs = allocate.measure(found, propagation, importance, self.n_threads, progress)
         versions = {**scores.versions, "ggml": ggml.version()}
         notes = (*scores.notes, *propagation.notes)
+        if options.importance == SELF:
+            notes += (self.own_text().note(self.model),)
         return replace(scores, importance=options.importance, costs=costs, notes=notes, versions=versions)
 
     def allocate(self, scores: Scores | None, options: PlanOptions) -> Plan:
@@ -271,9 +284,56 @@ class Work:
         n_header = _header_bytes(self.model, options, scores.metric if scores else None)
         with self.report.stage(f"allocate for {options.target}"):
             plan = allocate.make_plan(self.model, scores, options, n_header)
-        if self.imatrix is None or options.importance != self.imatrix.name:
-            return plan
-        return replace(plan, notes=(*plan.notes, self.imatrix.note(self.model)))
+        if self.imatrix is not None and options.importance == self.imatrix.name:
+            return replace(plan, notes=(*plan.notes, self.imatrix.note(self.model)))
+        told = scores is not None and scores.importance == SELF
+        if self.needs_text(plan) and not told:
+            return replace(plan, notes=(*plan.notes, self.own_text().note(self.model)))
+        return plan
+
+    @contextmanager
+    def original(self) -> Iterator[Path]:
+        """Give the original as a GGUF for the length of a ``with`` block; within one, another gives the same file.
+
+        Of a folder it is written to ``folder`` and removed on every exit; a GGUF is its own original.
+        """
+        if self._original is not None:
+            yield self._original
+            return
+        if self.model.files:
+            yield self.model.files[0]
+            return
+        plan = reference_plan(self.model)
+        path = self.folder / f".reference-{os.getpid()}.gguf"
+        check_writable([path])
+        check_disk(self.folder, plan.file_bytes, "the original")
+        size = f"{plan.file_bytes / 2**20:.0f} MiB"
+        self.report.say(f"Writing the original as a temporary {plan.types[0]} GGUF of {size}: {path}")
+        try:
+            self.write(plan, path, "write reference")
+            self._original = path
+            yield path
+        finally:
+            self._original = None
+            path.unlink(missing_ok=True)
+
+    def own_text(self) -> OwnText:
+        """Return what the model writes itself, with the moments of its matrices' inputs."""
+        if self._own_text is None:
+            seconds = own_text_seconds(self.model, N_TOKENS)
+            self.report.say(f"The model writes {N_TOKENS:,} tokens and reads them again: about {_duration(seconds)}.")
+            with (
+                self.original() as path,
+                self.report.stage("write and read own text") as progress,
+                blas_threads(self.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1),
+            ):
+                self._own_text = own_text(path, n_tokens=N_TOKENS, n_threads=self.n_threads, progress=progress)
+        return self._own_text
+
+    def needs_text(self, job: PlanOptions | Plan) -> bool:
+        """Return whether a plan, or one that is made so, takes its column importance from the model's own text."""
+        types = [tensor.type for tensor in job.tensors] if isinstance(job, Plan) else job.allowed_types
+        return job.importance == SELF and not set(types) <= set(UNQUANTIZED)
 
     def importance(self, plan: Plan) -> Mapping[str, Float32]:
         """Return the column weights that the plan's quantizers take; none are needed where nothing is quantized."""
@@ -283,26 +343,37 @@ class Work:
 
     def columns(self, kind: str) -> dict[str, Float32]:
         """Return column weights of a kind; raises ``RecordError`` for an importance matrix that was not given."""
+        if kind == SELF:
+            text = self.own_text()
+            return text.weights(self.model, self.propagation().importance("sweep"))
         if not kind.startswith(IMATRIX):
             return self.propagation().importance(kind)
         if self.imatrix is None or self.imatrix.name != kind:
             raise RecordError(f"made with the importance matrix {kind}: pass that file with --imatrix")
         return {**self.propagation().importance("sweep"), **self._columns}
 
-    def check_resources(self, sizes: Sequence[int], folder: Path, verifying: VerifyOptions) -> None:
+    def check_resources(self, sizes: Sequence[int], verifying: VerifyOptions, writes_text: bool = False) -> None:
         """Check disk and memory for files of these bytes before the heavy work."""
         against_original = verifying.enabled and verifying.against == ORIGINAL
-        reference = original_bytes(self.model) if against_original else 0
-        written = 0 if self.model.files else reference
-        check_disk(folder, sum(sizes) + written, "the output" + (" with the reference" if written else ""))
+        original = original_bytes(self.model) if against_original or writes_text else 0
+        reference = original if against_original else 0
+        written = 0 if self.model.files else original
+        check_disk(self.folder, sum(sizes) + written, "the output" + (" with the reference" if written else ""))
         working = _BASE_MEMORY_BYTES + self.n_threads * _THREAD_MEMORY_BYTES
         check_memory(working, "converting", "close other programs or lower --threads")
+        if writes_text:
+            check_memory(original + working, "a text by the model itself", "choose another --importance")
         if verifying.enabled:
             remedy = "pass --no-verify" + (" or leave out --against" if reference else "")
             check_memory(max(sizes, default=0) + reference + _BASE_MEMORY_BYTES, "verification", remedy)
 
     def tell_time(
-        self, given: Scores | Plan | None, options: Sequence[PlanOptions], n_files: int, verifying: VerifyOptions
+        self,
+        given: Scores | Plan | None,
+        options: Sequence[PlanOptions],
+        n_files: int,
+        verifying: VerifyOptions,
+        writes_text: bool = False,
     ) -> None:
         """Tell how long the whole conversion will take, from a short trial on this machine."""
         n_tokens = verifying.n_ctx * (verifying.n_chunks or 0) * n_files * (2 if verifying.against else 1)
@@ -314,6 +385,7 @@ class Work:
             scores=given is None and any(option.allocator != "uniform" for option in options),
             measures=given is None and any(option.allocator == "nsds" for option in options),
             n_tokens=n_tokens if verifying.enabled else 0,
+            n_own_tokens=N_TOKENS if writes_text else 0,
         )
         size = f"{self.model.n_weights / 1e6:.1f} M weights"
         self.report.say(f"{self.model.name}, {size}: about {_duration(seconds)} with {self.n_threads} threads.")
@@ -410,27 +482,15 @@ def original_bytes(model: Model) -> int:
 
 
 @contextmanager
-def reference_file(work: Work, options: VerifyOptions, folder: Path) -> Iterator[Path | None]:
-    """Give the GGUF to compare with.
-
-    The original of a folder is written beside the output and removed on every exit; a GGUF is its own original.
-    """
+def reference_file(work: Work, options: VerifyOptions) -> Iterator[Path | None]:
+    """Give the GGUF to compare with: a file of the user's, the original, or none."""
     if not options.enabled or options.against is None:
         yield None
     elif options.against != ORIGINAL:
         yield Path(options.against)
-    elif work.model.files:
-        yield work.model.files[0]
     else:
-        plan = reference_plan(work.model)
-        path = folder / f".reference-{os.getpid()}.gguf"
-        size = f"{plan.file_bytes / 2**20:.0f} MiB"
-        work.report.say(f"Writing the original as a temporary {plan.types[0]} GGUF of {size} to compare with: {path}")
-        try:
-            work.write(plan, path, "write reference")
+        with work.original() as path:
             yield path
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _quantized_types(plan: Plan) -> list[str]:
@@ -483,7 +543,8 @@ def reference_of(
     working = _BASE_MEMORY_BYTES + work.n_threads * _THREAD_MEMORY_BYTES
     check_memory(n_bytes + file.stat().st_size + working, "a comparison with the original",
                  "close other programs or compare with a smaller GGUF")  # fmt: skip
-    with reference_file(work, VerifyOptions(against=ORIGINAL), folder) as reference:
+    work.folder = folder
+    with work.original() as reference:
         yield reference
 
 

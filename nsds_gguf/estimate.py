@@ -20,10 +20,19 @@ _EIGEN_OPERATIONS = 30.0  # per d^3: eigenvectors cost far more than their count
 _SWEEP_SECONDS_PER_WEIGHT = 2e-9  # memory-bound: one pass that squares and multiplies
 _MEASURED_SHARE = 1 / 8  # of the rows, in every type
 _DECODE_EFFICIENCY = 0.5  # of the matrix product's rate that a forward pass reaches
+_WRITE_EFFICIENCY = 0.25  # the same, when a few tokens are computed at a time
 
 
 def estimate_seconds(
-    model: Model, *, types: Sequence[str], n_threads: int, n_files: int, scores: bool, measures: bool, n_tokens: int
+    model: Model,
+    *,
+    types: Sequence[str],
+    n_threads: int,
+    n_files: int,
+    scores: bool,
+    measures: bool,
+    n_tokens: int,
+    n_own_tokens: int = 0,
 ) -> float:
     """Return the seconds that scoring, measuring, writing and verification will take together.
 
@@ -35,6 +44,7 @@ def estimate_seconds(
         scores: whether layers are scored (by the cost of ``nsds``).
         measures: whether tensors are measured in every type.
         n_tokens: tokens that the perplexity check decodes, all files and references together.
+        n_own_tokens: tokens that the model writes itself.
 
     """
     n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
@@ -45,7 +55,18 @@ def estimate_seconds(
         seconds += score_operations(model) / rate
     if measures:
         seconds += n_matrix * (_MEASURED_SHARE * per_weight * len(types) + _SWEEP_SECONDS_PER_WEIGHT)
-    return seconds
+    return seconds + own_text_seconds(model, n_own_tokens, rate)
+
+
+def own_text_seconds(model: Model, n_tokens: int, rate: float | None = None) -> float:
+    """Return the seconds that the model needs to write tokens and to read them again.
+
+    ``rate``, in floating-point operations a second, is measured unless given.
+    """
+    if not n_tokens:
+        return 0.0
+    n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
+    return 2 * n_tokens * n_matrix / (rate or _product_rate()) * (1 / _WRITE_EFFICIENCY + 1 / _DECODE_EFFICIENCY)
 
 
 def score_operations(model: Model) -> float:

@@ -365,6 +365,9 @@ class PlannedTensor:
         return -(-self.n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
+# Name of the column importance that comes from text that the model writes itself.
+SELF = "self"
+
 # Types that hold weights as they are: everything else counts as quantized.
 UNQUANTIZED = ("F32", "F16", "BF16", *COPIED_TYPES)
 
@@ -377,7 +380,8 @@ class Plan:
         allocator: name of the allocator that made it.
         target: the budget asked for.
         types: the types that were allowed.
-        importance: name of the column importance handed to the quantizer (``sweep``, ``norm``, ``none``).
+        importance: name of the column importance handed to the quantizer (``sweep``, ``norm``, ``none``, ``self``,
+            or the name of an importance matrix).
         tensors: one entry per tensor, in the order of the file.
         header_bytes: bytes before the tensor data: header, metadata, tensor table and padding.
         gap: proven relative optimality gap of the solver; ``None`` where nothing was solved.

@@ -19,6 +19,7 @@ from .. import ggml
 from ..errors import PlanError, RecordError
 from ..imatrix import IMATRIX
 from ..records import (
+    SELF,
     UNQUANTIZED,
     Model,
     Plan,
@@ -213,8 +214,9 @@ def check_options(options: PlanOptions) -> None:
     """Raise ``PlanError`` for options that no model could satisfy."""
     if options.allocator not in ALLOCATORS:
         raise PlanError(f"allocator {options.allocator!r} is not known; wanted one of {', '.join(ALLOCATORS)}")
-    if options.importance not in IMPORTANCES and not options.importance.startswith(IMATRIX):
-        raise PlanError(f"importance {options.importance!r} is not known; wanted one of {', '.join(IMPORTANCES)}")
+    known = (*IMPORTANCES, SELF)
+    if options.importance not in known and not options.importance.startswith(IMATRIX):
+        raise PlanError(f"importance {options.importance!r} is not known; wanted one of {', '.join(known)}")
     if options.prefer not in PREFERENCES:
         raise PlanError(f"preference {options.prefer!r} is not known; wanted one of {', '.join(PREFERENCES)}")
     for name in options.allowed_types:

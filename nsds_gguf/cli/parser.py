@@ -15,6 +15,7 @@ from ..compare import DEFAULT_STOCK, N_SEEDS
 from ..errors import NsdsError
 from ..model_card import is_repo
 from ..perplexity import DEFAULT_BATCH, MIN_CTX
+from ..records import SELF
 from ..score import METRICS, SE_READINGS
 from ..version import __version__
 from .options import DEFAULT_IMPORTANCE, DEFAULT_SCORING
@@ -331,8 +332,9 @@ def _add_types(group: Any) -> None:
     group.add_argument("--types", metavar="LIST", type=_argument(parse_types, "some of " + ",".join(ggml.TYPES)),
                        default=",".join(DEFAULT_TYPES),
                        help="types to choose from (%(default)s unless told)")  # fmt: skip
-    group.add_argument("--importance", choices=tuple(allocate.IMPORTANCES),
-                       help=f"column importance for the quantizers ({DEFAULT_IMPORTANCE} unless told)")  # fmt: skip
+    group.add_argument("--importance", choices=(*allocate.IMPORTANCES, SELF),
+                       help="column importance for the quantizers; self: from text that the model writes first"
+                       f" ({DEFAULT_IMPORTANCE} unless told)")  # fmt: skip
     group.add_argument("--imatrix", metavar="FILE", type=Path,
                        help="column importance from an importance matrix of llama.cpp, as GGUF or .dat")  # fmt: skip
 

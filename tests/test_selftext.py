@@ -1,0 +1,243 @@
+"""Importance from text that the model writes: how tokens are drawn, what is made of them, and the way to a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import call, message
+from tiny_archs import write_tiny_arch
+from tiny_gguf import BOS, EOS, write_tiny_gguf
+from tiny_models import Spec, write_tiny
+
+from nsds_gguf import convert, read
+from nsds_gguf.activations import Moments, collect
+from nsds_gguf.allocate import PlanOptions
+from nsds_gguf.convert import Output, ScoreOptions, VerifyOptions
+from nsds_gguf.errors import OutputError, VerifyError
+from nsds_gguf.llama import open_context, open_model
+from nsds_gguf.records import SELF, Plan, Target
+from nsds_gguf.selftext import OwnText, draw, own_text, write_tokens
+
+WIDE = Spec("LlamaForCausalLM", n_embd=256, n_ff=256)  # rows fit K-quants; no BOS is added
+UNCHECKED = VerifyOptions(enabled=False)
+NONE = np.array([], np.intp)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("selftext")
+
+
+@pytest.fixture(scope="module")
+def tiny(folder):
+    return write_tiny_gguf(folder / "tiny.gguf")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(convert, "N_TOKENS", 512)
+
+
+# Drawing
+
+
+def test_draws_follow_the_distribution():
+    """Chi-squared of 20 000 draws of six tokens, one banned; at 4 degrees of freedom 23.5 is the 1e-4 point."""
+    logits = np.log(np.array([0.4, 0.05, 0.2, 0.25, 0.03, 0.07])).astype(np.float32) + 3
+    for temperature in (1.0, 0.5):
+        wanted = np.array([0.4, 0.05, 0.2, 0, 0.03, 0.07]) ** (1 / temperature)
+        tokens = draw(np.tile(logits, (20000, 1)), temperature, np.array([3]), np.random.default_rng(1))
+        counts = np.bincount(tokens, minlength=6)
+        assert counts[3] == 0
+        expected = np.delete(wanted / wanted.sum() * 20000, 3)
+        assert (np.square(np.delete(counts, 3) - expected) / expected).sum() < 23.5
+
+
+def test_extreme_logits_can_be_drawn_from():
+    rows = np.array([[-1e4, 1e4, 0], [5, -np.inf, -np.inf], [0, 0, 80]], np.float32)
+    assert draw(rows, 1.0, NONE, np.random.default_rng(0)).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("row", [[np.nan, 1, 2], [np.inf, 1, 2], [-np.inf, -np.inf, -np.inf]])
+def test_logits_that_are_none(row):
+    with np.errstate(invalid="ignore"), pytest.raises(VerifyError, match="logits are not finite"):
+        draw(np.array([row], np.float32), 1.0, NONE, np.random.default_rng(0))
+
+
+def test_tokens_are_the_models_own(tiny):
+    """Each token is drawn from the prediction after those before it: replayed in one pass, with the same draws."""
+    tokens = write_tokens(tiny, n_sequences=3, length=40, seed=7, n_threads=1)
+    rng = np.random.default_rng(7)
+    with open_model(tiny) as model, open_context(model, n_ctx=40, n_batch=120, n_seq=3, n_threads=1) as context:
+        logits = context.decode(tokens).copy()
+    replayed = np.stack([draw(logits[:, at], 1.0, np.array([EOS]), rng) for at in range(39)], axis=1)
+    assert (tokens[:, 0] == BOS).all()
+    assert (replayed == tokens[:, 1:]).mean() > 0.97  # a rounding may tip a draw
+    assert EOS not in tokens
+    assert len({tuple(row) for row in tokens.tolist()}) == 3
+
+
+def test_seed_and_start(tiny, folder):
+    def written(file, seed):
+        return write_tokens(file, n_sequences=40, length=8, seed=seed, n_threads=1)
+
+    assert np.array_equal(written(tiny, 1), written(tiny, 1))
+    assert not np.array_equal(written(tiny, 1), written(tiny, 2))
+    plain = write_tiny_gguf(folder / "plain.gguf", add_bos=False)
+    assert len(set(written(plain, 1)[:, 0].tolist())) > 20
+    assert EOS not in written(plain, 1)
+
+
+# What is made of it
+
+
+def test_moments_are_those_of_the_text(tiny):
+    seen = []
+    text = own_text(tiny, n_tokens=100, length=32, n_threads=1, progress=lambda *at: seen.append(at))
+    assert text.tokens.shape == (4, 32)  # rounded up
+    again = collect(tiny, text.tokens, n_threads=1)
+    assert all(np.array_equal(moments.mean_squares, again[name].mean_squares) for name, moments in text.moments.items())
+    assert seen[-1] == (256, 256)
+    assert seen == sorted(seen)
+
+
+def test_full_moments_come_in_groups_that_fit(tiny):
+    text = own_text(tiny, n_tokens=64, length=32, n_threads=1)
+    names = [f"blk.{i}.{role}.weight" for i in (0, 1) for role in ("attn_q", "attn_v", "ffn_up", "ffn_down", "attn_k")]
+    groups = list(text.full_moments(names, 2 * 8 * 64**2, n_threads=1))
+    kinds = [sorted({name.split(".", 1)[1] for name in group}) for group in groups]
+    attention = [f"{i}.attn_{letter}.weight" for i in (0, 1) for letter in "kqv"]
+    assert kinds == [[*attention[:3], "0.ffn_up.weight"], ["0.ffn_down.weight"],
+                     [*attention[3:], "1.ffn_up.weight"], ["1.ffn_down.weight"]]  # fmt: skip
+    for group in groups:
+        for name, moments in group.items():
+            assert np.allclose(np.diag(moments.full), text.moments[name].mean_squares, rtol=1e-5)
+    assert groups[0]["blk.0.attn_q.weight"] is groups[0]["blk.0.attn_k.weight"]
+
+
+def test_weights_of_what_the_text_reaches_and_of_the_rest(folder):
+    """An expert that no token went to has the sweep's columns, in the measure of the others."""
+    model = read.open_model(write_tiny_arch(folder / "deepseek2.gguf", "deepseek2"), None, False)
+    stack, dense, missed = "blk.1.ffn_up_exps.weight", "blk.0.attn_q_a.weight", "blk.0.ffn_down.weight"
+    rng = np.random.default_rng(1)
+    own = rng.lognormal(size=(4, 256))
+    own[2] = 0
+    moments = {
+        stack: Moments(own, own, np.array([5, 1, 0, 9])),
+        dense: Moments(own[0], own[0], np.array([15])),
+    }
+    sweep = {t.name: rng.lognormal(size=t.n_cols).astype(np.float32) for t in model.tensors if t.is_matrix}
+    text = OwnText(Path(), np.zeros((3, 5), np.int32), 4, moments)
+    weights = text.weights(model, sweep)
+    assert np.allclose(weights[dense], own[0] / own[0].mean())
+    assert np.allclose(weights[stack][[0, 1, 3]], own[[0, 1, 3]] / own[[0, 1, 3]].mean())
+    assert np.array_equal(weights[stack][2], sweep[stack])
+    assert weights[missed] is sweep[missed]
+    assert all(array.dtype == np.float32 for array in weights.values())
+    note = text.note(model)
+    assert note.startswith(
+        "Column importance comes from 15 tokens that the model wrote itself (seed 4, sequences of 5);"
+    )
+    assert note.endswith(" 1 matrices of experts: there it is the moment sweep's.")
+    assert "token_embd" not in note
+
+
+def test_columns_that_stay_zero_weigh_little(folder):
+    model = read.open_model(write_tiny(folder / "zero", WIDE), None, False)
+    name, squares = "blk.0.ffn_down.weight", np.ones(256)
+    squares[7] = 0
+    text = OwnText(Path(), np.zeros((1, 5), np.int32), 0, {name: Moments(squares, squares, np.array([5]))})
+    weights = text.weights(model, {})[name]
+    assert weights[7] == np.float32(1e-4)
+    assert weights.min() > 0
+
+
+# The way to a file
+
+
+def test_one_original_serves_text_and_check(folder, tmp_path, monkeypatch):
+    """The temporary GGUF is written once, before planning, and is gone afterwards; a plan can be carried out again."""
+    source = write_tiny(folder / "wide", WIDE)
+    written = []
+    real = convert.write_gguf
+    monkeypatch.setattr(convert, "write_gguf", lambda *a, **k: (written.append(a[3].name), real(*a, **k)))
+    options = [PlanOptions(Target("bpw", bpw), importance=SELF) for bpw in (4, 6)]
+    checked = VerifyOptions(against="original", n_chunks=1, n_ctx=64)
+    done = convert.convert(source, options, verifying=checked, output=Output(tmp_path), n_threads=1)
+    assert len(written) == 3
+    assert sorted(tmp_path.iterdir()) == sorted(item.path for item in done)
+    plan = done[0].plan
+    assert plan.importance == SELF
+    assert plan.notes[-1].startswith("Column importance comes from 512 tokens that the model wrote itself (seed 0, seq")
+    again = convert.convert(
+        source, [], given=Plan.from_json(plan.to_json()), verifying=UNCHECKED, output=Output(tmp_path / "b.gguf"),
+        n_threads=1,
+    )  # fmt: skip
+    assert again[0].path.read_bytes() == done[0].path.read_bytes()
+    swept = convert.convert(source, [PlanOptions(Target("bpw", 4))], verifying=UNCHECKED,
+                            output=Output(tmp_path / "swept.gguf"), n_threads=1)  # fmt: skip
+    assert swept[0].path.read_bytes() != done[0].path.read_bytes()
+
+
+def test_a_gguf_writes_its_own_text(folder, tmp_path, monkeypatch):
+    """No temporary file; scores are measured with the text, which planning and a uniform file tell of too."""
+    source = write_tiny(folder / "wide2", WIDE)
+    plain = [PlanOptions(Target("none", 0), "uniform", uniform="F32", importance=SELF)]
+    file = convert.convert(source, plain, verifying=UNCHECKED, output=Output(tmp_path / "f32.gguf"))[0]
+    assert file.plan.notes == ()  # nothing is quantized: no text
+    monkeypatch.chdir(tmp_path)
+    scores = convert.score_model(file.path, ScoreOptions(), importance=SELF, n_threads=1)
+    assert scores.importance == SELF
+    own = own_text(file.path, n_tokens=512, n_threads=1)
+    assert own.note(read.open_model(file.path, None, False)) == scores.notes[-1]
+    planned = convert.plan(file.path, [PlanOptions(Target("bpw", 4), importance=SELF)], given=scores, n_threads=1)
+    assert planned.plans[0].notes.count(scores.notes[-1]) == 1
+    uniform = [PlanOptions(Target("none", 0), "uniform", uniform="Q4_K", importance=SELF)]
+    assert convert.plan(file.path, uniform, n_threads=1).plans[0].notes[-1] == scores.notes[-1]
+    assert list(tmp_path.iterdir()) == [file.path]
+
+
+def test_the_command(folder, tmp_path, monkeypatch):
+    source = write_tiny(folder / "wide3", WIDE)
+    monkeypatch.chdir(tmp_path)
+    outcome = call(
+        "plan", source, "--target-bpw", "4", "--importance", "self", "--json", "plan.json", "--threads", 1, "-v"
+    )
+    assert outcome.code == 0
+    assert "The model writes 512 tokens and reads them again: about 1 s." in outcome.err.replace("\n", " ")
+    assert "Writing the original as a temporary F32 GGUF" in outcome.err
+    assert json.loads((tmp_path / "plan.json").read_text())["importance"] == "self"
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    assert call("convert", source, "--plan", "plan.json", "-o", "x.gguf", "--no-verify", "--threads", 1).code == 0
+    outcome = call("plan", source, "--target-bpw", "4", "--importance", "self", "--imatrix", "x.gguf")
+    assert message(outcome, 4) == "--imatrix and --importance self contradict each other; drop one"
+
+
+def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch):
+    source = write_tiny(folder / "wide4", WIDE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(convert, "N_TOKENS", 1 << 20)
+
+    class Impatient(convert.Silent):
+        def stage(self, name):
+            if "own text" in name:
+                assert list(tmp_path.glob(".reference-*"))
+                threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+            return super().stage(name)
+
+    with pytest.raises(KeyboardInterrupt):
+        convert.plan(source, [PlanOptions(Target("bpw", 4), importance=SELF)], n_threads=1, report=Impatient())
+    assert list(tmp_path.iterdir()) == []
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("llama.cpp")]
+
+
+def test_no_room_for_the_original(folder, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OutputError, match="the original takes"):
+        convert.plan(write_tiny(folder / "wide5", WIDE), [PlanOptions(Target("bpw", 4), importance=SELF)], n_threads=1)

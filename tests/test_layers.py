@@ -18,7 +18,7 @@ LAYERS = [
     ["anatomy"],
     ["views"],
     ["chat", "ggml", "gguf_header", "llama", "resources", "divergence"],
-    ["imatrix"],
+    ["imatrix", "rounding"],
     ["estimate", "read", "score", "allocate", "write", "verify", "perplexity", "inspect", "modelfile"],
     ["hub"],
     ["given", "outputs", "texts"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,25 +89,26 @@ def best_targets(row, rounded, hessian):
 
 
 @pytest.mark.parametrize("name", ["Q5_1", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K"])
-def test_feedback_rounds_what_a_naive_loop_finds_best(name):
+def test_feedback_rounds_what_a_naive_loop_finds_best(name, monkeypatch):
     """Column after column by the definition, given what was rounded before; blocks too see the best targets."""
     format = FORMATS[name]
     n_cols = 2 * format.block
     rows, hessian = random_rows(2, n_cols), random_hessian(n_cols).astype(np.float64)
     hessian += np.eye(n_cols) * 0.1 * hessian.diagonal().mean()
-    seen, scales = {}, {}
+    seen = {}
 
-    def find_scales(targets, columns):
-        seen[columns.start] = targets
-        scales[columns.start] = format.unpack(ggml.quantize(targets, name))
-        return scales[columns.start]
+    def quantize(targets, type_name, variances):
+        seen[len(seen) * format.block] = targets
+        return ggml.quantize(targets, type_name, variances)
 
-    found = feedback.round_with_feedback(rows, format, make_feedback(hessian, damping=0), find_scales, 0)
+    monkeypatch.setattr(feedback, "ggml", SimpleNamespace(quantize=quantize))
+    factors = make_feedback(hessian, shrinkage=0, damping=0)
+    found = feedback.round_with_feedback(rows, name, factors, n_descents=0)
     rounded = format.dequantize(found).astype(np.float64)
     assert list(seen) == [0, format.block]
     for r, row in enumerate(rows.astype(np.float64)):
-        for start, blocks in scales.items():
-            scale, offset = (np.repeat(x[r, 0], format.sub).astype(np.float64) for x in (blocks.scale, blocks.offset))
+        for i, start in enumerate(seen):
+            scale, offset = (np.repeat(x[r, i], format.sub).astype(np.float64) for x in (found.scale, found.offset))
             targets = best_targets(row, rounded[r, :start], hessian)[: format.block]
             np.testing.assert_allclose(seen[start][r], targets, atol=1e-4 * np.abs(row).max())
             for j in range(format.block):
@@ -129,7 +131,7 @@ def test_row_errors_are_the_quadratic_form(name):
 @pytest.mark.parametrize("name", COVERED_TYPES)
 def test_feedback_is_better_than_ggml_in_every_row(name, rank):
     rows, hessian = random_rows(), random_hessian(rank=rank)
-    factors = make_feedback(hessian, damping=0.01)
+    factors = make_feedback(hessian, shrinkage=0, damping=0.01)
     damped = hessian + np.eye(512) * 0.01 * hessian.diagonal().mean()
     plain = weighted_errors(ggml.quantize(rows, name, factors.importance), rows, name, damped)
     ours = weighted_errors(quantize(rows, name, feedback=factors), rows, name, damped)
@@ -151,8 +153,8 @@ def test_descent_lowers_the_error_in_sum(name):
 def test_a_row_keeps_ggmls_bytes_where_feedback_would_be_worse(monkeypatch):
     rows, factors = random_rows(), make_feedback(random_hessian())
 
-    def spoiled(rows, format, *others):
-        blocks = format.unpack(ggml.quantize(rows, "Q4_K"))
+    def spoiled(rows, type_name, *others):
+        blocks = FORMATS[type_name].unpack(ggml.quantize(rows, type_name))
         blocks.codes[::2] = 0
         return blocks
 
@@ -176,13 +178,18 @@ def test_search_is_never_worse_than_ggml(name, with_importance):
     assert ours.sum() < 0.9999 * plain.sum()
 
 
+@pytest.mark.parametrize("with_feedback", [False, True])
 @pytest.mark.parametrize("name", ["Q2_K", "Q6_K", "IQ4_NL"])
-def test_bytes_do_not_depend_on_slabs_or_threads(name):
-    rows, factors = random_rows(700), make_feedback(random_hessian())
+def test_bytes_do_not_depend_on_slabs_or_threads(name, with_feedback):
+    rows, factors = random_rows(700), make_feedback(random_hessian()) if with_feedback else None
     whole = quantize(rows, name, feedback=factors)
     cuts = [0, 1, 130, 386, 387, 700]
+
+    def part(i):
+        return quantize(rows[cuts[i] : cuts[i + 1]], name, feedback=factors, first_row=cuts[i])
+
     with ThreadPoolExecutor(3) as pool:
-        parts = list(pool.map(lambda i: quantize(rows[cuts[i] : cuts[i + 1]], name, feedback=factors), range(5)))
+        parts = list(pool.map(part, range(5)))
     assert np.array_equal(np.concatenate(parts), whole)
 
 
@@ -194,7 +201,7 @@ def test_dead_columns(name):
     hessian[dead] = hessian[:, dead] = 0
     found = ggml.dequantize(quantize(rows, name, feedback=make_feedback(hessian)), name, 512)
     assert np.isfinite(found).all()
-    plain = ggml.quantize(rows, name, hessian.diagonal() + 1e-4 * hessian.diagonal().mean())
+    plain = ggml.quantize(rows, name, hessian.diagonal() + 1e-3 * hessian.diagonal().mean())
     errors = rows.astype(np.float64) - found
     ours = np.einsum("ri,ij,rj->r", errors, hessian, errors)
     assert ours.sum() < weighted_errors(plain, rows, name, hessian).sum()
@@ -228,8 +235,8 @@ def test_refusals():
         make_feedback(np.zeros((4, 4)))
     with pytest.raises(ModelError, match=r"^Hessian: wanted finite numbers"):
         make_feedback(np.full((4, 4), np.nan))
-    with pytest.raises(ModelError, match=r"^Hessian: not positive definite with a damping of 0: "):
-        make_feedback(np.array([[1.0, 2.0], [2.0, 1.0]]), damping=0)
+    with pytest.raises(ModelError, match=r"^Hessian: not positive definite with shrinkage 0 and damping 0: "):
+        make_feedback(np.array([[1.0, 2.0], [2.0, 1.0]]), shrinkage=0, damping=0)
 
 
 def test_joining():

@@ -1,11 +1,13 @@
 """Rounding to block formats with less error than ggml's quantizers leave, in the same bytes.
 
-Two ways, one on top of the other: ``search`` finds scales that fit better, with column importance or without;
-``feedback`` lets later columns make good what earlier ones do wrong, and needs the second moment of the matrix's input.
-``formats`` knows the bytes. ggml's own result is where both start, and what a row keeps where it is better.
+Two ways: ``search`` finds scales that fit better, with column importance or without; ``feedback`` lets later columns
+make good what earlier ones do wrong, and needs the second moment of the matrix's input. ``formats`` knows the bytes.
+ggml's own result is where both start, and what a row keeps where it is better.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +16,15 @@ from .. import ggml
 from ..errors import GgmlError
 from ..records import Float32
 from .feedback import Feedback, make_feedback, round_with_feedback
-from .formats import FORMATS, Blocks
+from .formats import FORMATS
 from .search import refine
 
 __all__ = ["COVERED_TYPES", "ROW_TILE", "Feedback", "make_feedback", "quantize"]
 
 COVERED_TYPES = tuple(FORMATS)
 
-# Rows are rounded in tiles of this many, the last one filled up with zeros: matrix products then have the same shapes
-# and the same sums however rows are cut into slabs. A multiple of it wastes nothing.
+# Rows are rounded in tiles: rows ``k * ROW_TILE`` and following of a matrix, with zeros in place of what is not asked
+# for. The last bits of a matrix product depend on its shape and on where in it a row stands, so both are fixed.
 ROW_TILE = 256
 
 
@@ -32,22 +34,24 @@ def quantize(
     importance: Float32 | None = None,
     feedback: Feedback | None = None,
     *,
+    first_row: int = 0,
     n_rounds: int = 2,
     n_descents: int = 1,
 ) -> NDArray[np.uint8]:
     """Quantize rows as ``ggml.quantize`` does, with less error.
 
-    The same rows give the same bytes however they are cut into slabs, as long as BLAS runs on the same number of
-    threads: callers hold it at one. In memory, beside the result: two float32 copies of a tile.
+    A row becomes the same bytes however its matrix is cut into slabs and whatever threads work on slabs, with one and
+    the same BLAS on one thread: callers set that. With feedback, slabs that begin at multiples of ``ROW_TILE`` and hold
+    whole tiles waste nothing. In memory, beside the result: five float32 copies of a tile.
 
     Args:
         rows: ``(n_rows, n_cols)`` float32, finite.
         type_name: one of ``COVERED_TYPES``.
-        importance: ``(n_cols,)`` float32, weight of each column's squared error, or ``None``; with feedback, which has
-            its own, it is not needed.
+        importance: ``(n_cols,)`` float32, weight of each column's squared error, or ``None``. Feedback brings its own.
         feedback: of the matrix's input, or ``None``.
-        n_rounds: turns of the search for scales.
-        n_descents: passes of coordinate descent over the codes; without feedback there is nothing to descend.
+        first_row: number of the first row in its matrix.
+        n_rounds: turns of the search for scales; without feedback only.
+        n_descents: passes of descent over scales and codes; with feedback only.
 
     Returns:
         ``(n_rows, row_bytes)`` uint8.
@@ -59,40 +63,41 @@ def quantize(
     if type_name not in FORMATS:
         raise GgmlError(f"cannot round to {type_name}; wanted one of {', '.join(COVERED_TYPES)}")
     n_rows, n_cols = rows.shape
-    if feedback is not None:
-        if feedback.importance.shape != (n_cols,):
-            raise GgmlError(f"feedback: wanted {n_cols} columns, got {len(feedback.importance)}")
-        importance = feedback.importance
+    if feedback is not None and len(feedback.importance) != n_cols:
+        raise GgmlError(f"feedback: wanted {n_cols} columns, got {len(feedback.importance)}")
     out = np.empty((n_rows, ggml.row_bytes(type_name, n_cols)), dtype=np.uint8)
     with np.errstate(over="ignore", invalid="ignore"):  # scales beyond float16: ggml's rows are kept there
-        for start in range(0, n_rows, ROW_TILE):
+        for start, stop, place in _tiles(n_rows, first_row):
+            if feedback is None:
+                out[start:stop] = _searched(rows[start:stop], type_name, importance, n_rounds)
+                continue
             tile = np.zeros((ROW_TILE, n_cols), dtype=np.float32)
-            part = rows[start : start + ROW_TILE]
-            tile[: len(part)] = part
-            data = _quantized_tile(tile, type_name, importance, feedback, n_rounds, n_descents)
-            out[start : start + ROW_TILE] = data[: len(part)]
+            within = slice(place, place + stop - start)
+            tile[within] = rows[start:stop]
+            out[start:stop] = _fed_back(tile, type_name, feedback, n_descents)[within]
     return out
 
 
-def _quantized_tile(
-    rows: Float32,
-    type_name: str,
-    importance: Float32 | None,
-    feedback: Feedback | None,
-    n_rounds: int,
-    n_descents: int,
-) -> NDArray[np.uint8]:
-    format = FORMATS[type_name]
-    plain = ggml.quantize(rows, type_name, importance)
-    if feedback is None:
-        return format.pack(refine(rows, importance, format.unpack(plain), format, n_rounds))
+def _tiles(n_rows: int, first_row: int) -> Iterator[tuple[int, int, int]]:
+    """Yield where the rows of each tile start and stop, and the place of the first in the tile."""
+    start = 0
+    while start < n_rows:
+        place = (first_row + start) % ROW_TILE
+        stop = min(n_rows, start + ROW_TILE - place)
+        yield start, stop, place
+        start = stop
 
-    def find_scales(targets: Float32, columns: slice) -> Blocks:
-        weights = feedback.variances[columns]
-        start = format.unpack(ggml.quantize(targets, type_name, weights))
-        return refine(targets, weights, start, format, n_rounds) if n_rounds else start
 
-    data = format.pack(round_with_feedback(rows, format, feedback, find_scales, n_descents))
+def _searched(rows: Float32, type_name: str, importance: Float32 | None, n_rounds: int) -> NDArray[np.uint8]:
+    format, rows = FORMATS[type_name], np.ascontiguousarray(rows, dtype=np.float32)
+    blocks = format.unpack(ggml.quantize(rows, type_name, importance))
+    return format.pack(refine(rows, importance, blocks, format, n_rounds))
+
+
+def _fed_back(rows: Float32, type_name: str, feedback: Feedback, n_descents: int) -> NDArray[np.uint8]:
+    """Return the better of both for each row: with feedback, and ggml's."""
+    plain = ggml.quantize(rows, type_name, feedback.importance)
+    data = FORMATS[type_name].pack(round_with_feedback(rows, type_name, feedback, n_descents))
     plain_errors, errors = (
         feedback.row_errors(ggml.dequantize(each, type_name, rows.shape[1]) - rows) for each in (plain, data)
     )

@@ -38,6 +38,8 @@ from numpy.typing import NDArray
 
 from ..records import Float32
 
+_DETERMINED = 1e-6  # share of the product of the diagonal that a determinant must exceed
+
 UInt8 = NDArray[np.uint8]
 Int16 = NDArray[np.int16]
 
@@ -229,6 +231,11 @@ class Format:
         """Sub-blocks of a block."""
         return self.block // self.sub
 
+    @property
+    def has_s(self) -> bool:
+        """Whether sub-blocks have scales of their own."""
+        return self.s_range[0] < self.s_range[1]
+
     @cached_property
     def has_even_levels(self) -> bool:
         """Whether neighbouring levels are 1 apart."""
@@ -242,7 +249,8 @@ class Format:
             x[...] = self.levels[codes]
             return codes
         np.rint(x, out=x)
-        np.clip(x, low, high, out=x)
+        np.minimum(x, high, out=x)
+        np.maximum(x, low, out=x)  # NaN, of weights that no scale reaches, stays
         return (x - low).astype(np.uint8) if low else x.astype(np.uint8)
 
     @cached_property
@@ -297,6 +305,17 @@ def joined(parts: Sequence[Blocks]) -> Blocks:
 def inverse(scale: Float32) -> Float32:
     """Return 1 / scale, and 0 where that is 0: all levels are the same weight then."""
     return np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
+
+
+def determined(aa: Float32, ab: Float32, bb: Float32) -> Float32:
+    """Return the determinants of normal equations of two unknowns, and 0 where they do not determine both."""
+    determinant = aa * bb - ab * ab
+    return np.where(determinant > _DETERMINED * aa * bb, determinant, np.float32(0))
+
+
+def to_float16(x: Float32) -> Float32:
+    """Round to float16."""
+    return x.astype(np.float16).astype(np.float32)
 
 
 def _float16_at(blocks: UInt8, start: int) -> Float32:

@@ -14,10 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..records import Float32
-from .formats import Blocks, Format, UInt8, inverse
-
-# A pair of unknowns counts as determined when the determinant is this share of the diagonal's product.
-_DETERMINED = 1e-6
+from .formats import Blocks, Format, UInt8, determined, inverse, to_float16
 
 
 def refine(rows: Float32, importance: Float32 | None, blocks: Blocks, format: Format, n_rounds: int) -> Blocks:
@@ -34,7 +31,7 @@ def refine(rows: Float32, importance: Float32 | None, blocks: Blocks, format: Fo
     search = _Search(rows, importance, blocks, format)
     for _ in range(n_rounds):
         search.fit_blocks()
-        if format.s_range[0] < format.s_range[1]:
+        if format.has_s:
             search.try_sub_blocks()
     return search.blocks()
 
@@ -66,13 +63,12 @@ class _Search:
             ab = -(weighted.sum(-1) * self.m).sum(-1)
             bb = (self.w.sum(-1) * self.m * self.m).sum(-1)
             bx = -(self.wx.sum(-1) * self.m).sum(-1)
-            determinant = aa * bb - ab * ab
-            over = inverse(np.where(determinant > _DETERMINED * aa * bb, determinant, np.float32(0)))
+            over = inverse(determined(aa, ab, bb))
             d = np.where(over > 0, (ax * bb - bx * ab) * over, self.d)
             dmin = np.where(over > 0, (bx * aa - ax * ab) * over, self.dmin)
         else:
             d, dmin = np.where(aa > 0, ax * inverse(aa), self.d), self.dmin
-        d, dmin = d.astype(np.float16).astype(np.float32), dmin.astype(np.float16).astype(np.float32)
+        d, dmin = to_float16(d), to_float16(dmin)
         codes, costs = self._rounded(d, dmin, self.s, self.m)
         better = costs.sum(-1) < self.costs.sum(-1)
         self.d, self.dmin = np.where(better, d, self.d), np.where(better, dmin, self.dmin)
@@ -87,8 +83,7 @@ class _Search:
         wll, wlx = (weighted * level).sum(-1), (self.wx * level).sum(-1)
         d, dmin = self.d[..., None], self.dmin[..., None]
         if self.format.m_max:
-            determinant = wll * w - wl * wl
-            over = inverse(np.where(determinant > _DETERMINED * wll * w, determinant, np.float32(0)))
+            over = inverse(determined(wll, wl, w))
             fitted = np.floor(np.where(over > 0, (wlx * w - wx * wl) * over * inverse(d), self.s))
         else:
             fitted = np.floor(np.where(wll > 0, wlx * inverse(wll) * inverse(d), self.s))

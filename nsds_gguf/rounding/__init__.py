@@ -2,7 +2,7 @@
 
 Two ways: ``search`` finds scales that fit better, with column importance or without; ``feedback`` lets later columns
 make good what earlier ones do wrong, and needs the second moment of the matrix's input. ``formats`` knows the bytes.
-ggml's own result is where both start, and what a row keeps where it is better.
+The scales that ggml finds are where both start.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def quantize(
     if feedback is not None and len(feedback.importance) != n_cols:
         raise GgmlError(f"feedback: wanted {n_cols} columns, got {len(feedback.importance)}")
     out = np.empty((n_rows, ggml.row_bytes(type_name, n_cols)), dtype=np.uint8)
-    with np.errstate(over="ignore", invalid="ignore"):  # scales beyond float16: ggml's rows are kept there
+    with np.errstate(over="ignore", invalid="ignore"):  # scales beyond float16 become infinite, as ggml's do
         for start, stop, place in _tiles(n_rows, first_row):
             if feedback is None:
                 out[start:stop] = _searched(rows[start:stop], type_name, importance, n_rounds)
@@ -74,7 +74,8 @@ def quantize(
             tile = np.zeros((ROW_TILE, n_cols), dtype=np.float32)
             within = slice(place, place + stop - start)
             tile[within] = rows[start:stop]
-            out[start:stop] = _fed_back(tile, type_name, feedback, n_descents)[within]
+            blocks = round_with_feedback(tile, type_name, feedback, n_descents)
+            out[start:stop] = FORMATS[type_name].pack(blocks)[within]
     return out
 
 
@@ -92,13 +93,3 @@ def _searched(rows: Float32, type_name: str, importance: Float32 | None, n_round
     format, rows = FORMATS[type_name], np.ascontiguousarray(rows, dtype=np.float32)
     blocks = format.unpack(ggml.quantize(rows, type_name, importance))
     return format.pack(refine(rows, importance, blocks, format, n_rounds))
-
-
-def _fed_back(rows: Float32, type_name: str, feedback: Feedback, n_descents: int) -> NDArray[np.uint8]:
-    """Return the better of both for each row: with feedback, and ggml's."""
-    plain = ggml.quantize(rows, type_name, feedback.importance)
-    data = FORMATS[type_name].pack(round_with_feedback(rows, type_name, feedback, n_descents))
-    plain_errors, errors = (
-        feedback.row_errors(ggml.dequantize(each, type_name, rows.shape[1]) - rows) for each in (plain, data)
-    )
-    return np.where((errors < plain_errors)[:, None], data, plain)

@@ -188,7 +188,8 @@ class _Columns:
         over = inverse(determined(aa, ab, bb))
         x: Float32 = np.where(over > 0, (ae * bb - be * ab) * over, ae * inverse(aa))  # a alone where there is no b
         x = to_float16(self.d + x) - self.d
-        y = to_float16(self.dmin + (be * aa - ae * ab) * over) - self.dmin
+        y: Float32 = (be * aa - ae * ab) * over
+        y = to_float16(self.dmin + y) - self.dmin
         gain = x * (2 * ae - x * aa) + y * (2 * be - y * bb) - 2 * x * y * ab
         x, y = np.where(gain > 0, x, np.float32(0)), np.where(gain > 0, y, np.float32(0))
         self.d, self.dmin = self.d + x, self.dmin + y

@@ -186,6 +186,7 @@ def compare(
     n_seeds: int = N_SEEDS,
     types: tuple[str, ...] | None = None,
     importance: str = "sweep",
+    effort: str = "normal",
     pre: str | None = None,
     allow_requantize: bool = False,
     imatrix: Imatrix | None = None,
@@ -204,6 +205,7 @@ def compare(
         n_seeds: random allocations a budget.
         types: types that our plan and the random ones may use; ``None`` for the default ones.
         importance: column importance of all plans but the stock mixes, which have none.
+        effort: how weights of our plans are rounded.
         pre: as for ``convert``, like those that follow.
         allow_requantize: take quantized input.
         imatrix: importance matrix for our plans; llama.cpp's mixes go without.
@@ -222,7 +224,7 @@ def compare(
     report, scoring = report or convert.Silent(), scoring or ScoreOptions()
     text = convert.evaluation_text(verifying)
     model = convert.open_model(path, pre, allow_requantize, report)
-    options = PlanOptions(Target("none", 0), importance=importance)
+    options = PlanOptions(Target("none", 0), importance=importance, effort=effort)
     options = replace(options, types=types or options.types)
     convert.check_targets(model, [replace(options, target=target) for target in targets], scoring.metric)
     convert.check_vocabulary(model, verifying, text)
@@ -365,10 +367,11 @@ class _Bench:
         path = self.folder / _SCORES
         if path.is_file():
             kept = Scores.from_json(read_json(path), str(path))
-            alike = (kept.model_id, kept.metric, kept.importance) == (
+            alike = (kept.model_id, kept.metric, kept.importance, kept.effort) == (
                 self.work.model.model_id,
                 scoring.metric,
                 options.importance,
+                options.effort,
             )
             if alike and _covers(kept, options.types):
                 return kept

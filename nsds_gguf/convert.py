@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from . import allocate, ggml, llama, read, score
-from .allocate import PlanOptions, Propagation
-from .errors import RecordError, VerifyError
+from .allocate import PlanOptions, Propagation, Tokens
+from .errors import PlanError, RecordError, VerifyError
 from .estimate import estimate_seconds, own_text_seconds
 from .given import check_scores, checked_plan
+from .hessians import N_DRAWN, disk_bytes, make_feedbacks
 from .hub import HubName, fetch
 from .imatrix import IMATRIX, Imatrix
 from .outputs import (
@@ -44,6 +49,7 @@ from .records import (
     no_progress,
 )
 from .resources import THREADED_WIDTH, blas_threads, check_disk, check_memory
+from .rounding import Feedbacks
 from .selftext import N_TOKENS, OwnText, own_text
 from .texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions, check_vocabulary, evaluation_text
 from .verify import verify_structure
@@ -58,6 +64,9 @@ __all__ = [
 # Working memory of scoring and writing, without the page cache: measured in tools/bench.py.
 _BASE_MEMORY_BYTES = 400 << 20
 _THREAD_MEMORY_BYTES = 48 << 20
+
+FISHER_SEQUENCES = 8  # of the model's own text that sensitivities are found on
+DRAWN_LENGTH = 512  # tokens of a drawn sequence
 
 
 class Reporter(Protocol):
@@ -215,6 +224,7 @@ def score_model(
     *,
     types: tuple[str, ...] = allocate.DEFAULT_TYPES,
     importance: str = "sweep",
+    effort: str = "normal",
     pre: str | None = None,
     allow_requantize: bool = False,
     imatrix: Imatrix | None = None,
@@ -224,7 +234,7 @@ def score_model(
     """Return layer scores and, with ``scoring.measure``, what every type costs every tensor."""
     report = report or Silent()
     model = open_model(path, pre, allow_requantize, report)
-    options = PlanOptions(Target("none", 0), types=types, importance=importance)
+    options = PlanOptions(Target("none", 0), types=types, importance=importance, effort=effort)
     return Work(model, n_threads or llama.default_threads(), report, imatrix).score([options], scoring)
 
 
@@ -241,16 +251,46 @@ class Work:
         self.imatrix, self._columns = imatrix, imatrix.weights(model) if imatrix is not None else {}
         self.scores: Scores | None = None
         self.folder = Path()
-        self._propagation: Propagation | None = None
+        self._propagations: dict[bool, Propagation] = {}
+        self._feedbacks: dict[bool, Feedbacks] = {}
         self._own_text: OwnText | None = None
         self._original: Path | None = None
 
-    def propagation(self) -> Propagation:
-        """Return the moment sweep."""
-        if self._propagation is None:
+    def propagation(self, own: bool = False) -> Propagation:
+        """Return sensitivities and column moments, on drawn tokens or on the model's own text."""
+        if own not in self._propagations:
+            tokens = self.own_text().tokens[:FISHER_SEQUENCES].astype(np.int64) if own else None
             with self.report.stage("find sensitivities") as progress, blas_threads(1):
-                self._propagation = allocate.sensitivities(self.model, self.n_threads, progress)
-        return self._propagation
+                self._propagations[own] = allocate.sensitivities(self.model, self.n_threads, progress, tokens)
+        return self._propagations[own]
+
+    def feedbacks(self, job: PlanOptions | Plan) -> Feedbacks | None:
+        """Return the factors for rounding with feedback where the job asks for it."""
+        if job.effort == "normal" or set(_types_of(job)) <= set(UNQUANTIZED):
+            return None
+        own = job.importance == SELF
+        if own not in self._feedbacks:
+            model, looked_up = self.model, self.propagation(own).looked_up
+            source: Tokens | OwnText
+            if own:
+                source = self.own_text()
+            elif allocate.what_is_missing(model):
+                raise PlanError(
+                    f"--effort high cannot follow {allocate.what_is_missing(model)} of {model.name} on its own; pass "
+                    "--importance self, which llama.cpp computes"
+                )
+            else:
+                source = allocate.draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
+            folder = Path(tempfile.mkdtemp(prefix=".feedback-", dir=self.folder))
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            check_disk(folder, disk_bytes(model), "rounding with feedback")
+            with self.report.stage("factor second moments") as progress, blas_threads(1), self.readable(own):
+                self._feedbacks[own] = make_feedbacks(model, source, looked_up, folder, self.n_threads, progress)
+        return self._feedbacks[own]
+
+    def readable(self, own: bool) -> AbstractContextManager[object]:
+        """Give the file that the model's own text is read with again, where it is."""
+        return self.original() if own else nullcontext()
 
     def score(self, options: Sequence[PlanOptions], scoring: ScoreOptions) -> Scores:
         """Score layers and, if an allocator needs it, measure tensors."""
@@ -269,15 +309,17 @@ class Work:
     def measure(self, scores: Scores, options: PlanOptions) -> Scores:
         """Return the scores with the costs of the tensors added."""
         found = allocate.candidates(self.model, options.types, options.pins)
-        propagation = self.propagation()
-        importance = self.columns(options.importance)
+        propagation = self.propagation(options.importance == SELF)
+        importance, feedbacks = self.columns(options.importance), self.feedbacks(options)
         with self.report.stage("measure tensors") as progress, blas_threads(1):
-            costs = allocate.measure(found, propagation, importance, self.n_threads, progress)
+            costs = allocate.measure(found, propagation, importance, self.n_threads, progress, feedbacks)
         versions = {**scores.versions, "ggml": ggml.version()}
         notes = (*scores.notes, *propagation.notes)
         if options.importance == SELF:
             notes += (self.own_text().note(self.model),)
-        return replace(scores, importance=options.importance, costs=costs, notes=notes, versions=versions)
+        return replace(
+            scores, importance=options.importance, effort=options.effort, costs=costs, notes=notes, versions=versions
+        )
 
     def allocate(self, scores: Scores | None, options: PlanOptions) -> Plan:
         """Choose the types."""
@@ -332,8 +374,7 @@ class Work:
 
     def needs_text(self, job: PlanOptions | Plan) -> bool:
         """Return whether a plan, or one that is made so, takes its column importance from the model's own text."""
-        types = [tensor.type for tensor in job.tensors] if isinstance(job, Plan) else job.allowed_types
-        return job.importance == SELF and not set(types) <= set(UNQUANTIZED)
+        return job.importance == SELF and not set(_types_of(job)) <= set(UNQUANTIZED)
 
     def importance(self, plan: Plan) -> Mapping[str, Float32]:
         """Return the column weights that the plan's quantizers take; none are needed where nothing is quantized."""
@@ -344,8 +385,7 @@ class Work:
     def columns(self, kind: str) -> dict[str, Float32]:
         """Return column weights of a kind; raises ``RecordError`` for an importance matrix that was not given."""
         if kind == SELF:
-            text = self.own_text()
-            return text.weights(self.model, self.propagation().importance("sweep"))
+            return self.own_text().weights(self.model, self.propagation(own=True).importance("sweep"))
         if not kind.startswith(IMATRIX):
             return self.propagation().importance(kind)
         if self.imatrix is None or self.imatrix.name != kind:
@@ -392,9 +432,11 @@ class Work:
 
     def write(self, plan: Plan, path: Path, name: str = "quantize and write") -> None:
         """Write the file."""
-        importance = self.importance(plan)
-        with self.report.stage(name) as progress:
-            write_gguf(self.model, plan, importance, path, n_threads=self.n_threads, progress=progress)
+        importance, feedbacks = self.importance(plan), self.feedbacks(plan)
+        with self.report.stage(name) as progress, blas_threads(1):
+            write_gguf(
+                self.model, plan, importance, path, n_threads=self.n_threads, progress=progress, feedbacks=feedbacks
+            )
 
     def verify(
         self, plan: Plan, path: Path, options: VerifyOptions, text: str, reference: Path | None
@@ -493,6 +535,10 @@ def reference_file(work: Work, options: VerifyOptions) -> Iterator[Path | None]:
             yield path
 
 
+def _types_of(job: PlanOptions | Plan) -> Sequence[str]:
+    return [tensor.type for tensor in job.tensors] if isinstance(job, Plan) else job.allowed_types
+
+
 def _quantized_types(plan: Plan) -> list[str]:
     """Return the types that ggml makes of weights in a plan; some tensors may be copied instead."""
     return sorted({tensor.type for tensor in plan.tensors} & set(ggml.TYPES)) or ["F32"]
@@ -563,5 +609,10 @@ def _header_bytes(model: Model, option: PlanOptions, metric: str | None) -> int:
     if option.allocator == "uniform":
         metric = None
     return header_bytes(
-        model, allocator=option.allocator, target=option.target, importance=option.importance, metric=metric
+        model,
+        allocator=option.allocator,
+        target=option.target,
+        importance=option.importance,
+        metric=metric,
+        effort=option.effort,
     )

@@ -26,12 +26,19 @@ def checked_plan(model: Model, plan: Plan) -> Plan:
     if plan.metric not in (None, *score.METRICS):
         raise RecordError(f"the plan's metric {plan.metric!r} is not known; plan again")
     uniform = next(iter(plan.types), None)
-    options = PlanOptions(plan.target, plan.allocator, plan.types, uniform, importance=plan.importance)
+    options = PlanOptions(
+        plan.target, plan.allocator, plan.types, uniform, importance=plan.importance, effort=plan.effort
+    )
     allocate.check_options(options)
     found = allocate.candidates(model, options.allowed_types)
     tensors = tuple(_resized(planned, candidate) for planned, candidate in zip(plan.tensors, found, strict=True))
     n_header = header_bytes(
-        model, allocator=plan.allocator, target=plan.target, importance=plan.importance, metric=plan.metric
+        model,
+        allocator=plan.allocator,
+        target=plan.target,
+        importance=plan.importance,
+        effort=plan.effort,
+        metric=plan.metric,
     )
     checked = replace(plan, tensors=tensors, header_bytes=n_header)
     if checked.unused_bytes < 0:

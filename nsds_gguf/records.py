@@ -269,10 +269,11 @@ class TensorCost:
 
     Attributes:
         name: GGUF name.
-        sensitivity: predicted KL divergence (nats per token) per unit of relative error, in units of the output
-            tensor's; before the layer factor from the scores.
+        sensitivity: predicted KL divergence (nats per token) per unit of relative error; before the layer factor from
+            the scores.
         errors: by type name, ``sum(w * (x - q)**2) / sum(w * x**2)`` over the sampled rows, ``w`` the column
-            importance (1 where there is none).
+            importance (1 where there is none); with feedback the numerator is ``(x - q)^T H (x - q)``, ``w`` the
+            diagonal of H.
         stderr: standard error of each entry of ``errors`` that comes from sampling rows; 0 when all were taken.
         n_rows_sampled: rows that were quantized to measure it.
     """
@@ -288,9 +289,9 @@ class TensorCost:
 class Scores:
     """Result of scoring, small enough to keep: one score a layer and, when measured, one cost a tensor.
 
-    ``importance`` names the column importance under which ``costs`` was measured; both are empty when only
-    layers were scored. ``settings`` records what else shaped the numbers (``se`` reading), ``notes`` what the method
-    cannot see of the model, one sentence each.
+    ``importance`` and ``effort`` name the column importance and the rounding under which ``costs`` was measured; all
+    three are empty when only layers were scored. ``settings`` records what else shaped the numbers (``se`` reading),
+    ``notes`` what the method cannot see of the model, one sentence each.
     """
 
     metric: str
@@ -299,6 +300,7 @@ class Scores:
     model_name: str
     settings: Mapping[str, str] = field(default_factory=dict)
     importance: str | None = None
+    effort: str | None = None
     costs: tuple[TensorCost, ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -368,6 +370,9 @@ class PlannedTensor:
 # Name of the column importance that comes from text that the model writes itself.
 SELF = "self"
 
+# How weights are rounded: by ggml's own quantizers, or with feedback from column to column (``rounding``).
+EFFORTS = ("normal", "high")
+
 # Types that hold weights as they are: everything else counts as quantized.
 UNQUANTIZED = ("F32", "F16", "BF16", *COPIED_TYPES)
 
@@ -387,6 +392,7 @@ class Plan:
         gap: proven relative optimality gap of the solver; ``None`` where nothing was solved.
         notes: what the user must know: ceiling reached, fallbacks, attention window left out, sampling.
         metric, model_id, model_name, scores_digest, versions: where it comes from.
+        effort: how weights are rounded, one of ``EFFORTS``.
     """
 
     allocator: str
@@ -402,6 +408,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     scores_digest: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    effort: str = "normal"
 
     @property
     def n_weights(self) -> int:

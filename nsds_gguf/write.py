@@ -29,9 +29,10 @@ from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 from gguf.gguf_writer import GGUFValue, WriterState
 from numpy.typing import NDArray
 
-from . import ggml
+from . import ggml, rounding
 from .errors import ModelError, OutputError
 from .records import ALIGNMENT_BYTES, Float32, Model, Plan, PlannedTensor, Progress, Target, Tensor, kv, no_progress
+from .rounding import Feedback, Feedbacks
 from .version import __version__
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
@@ -59,9 +60,11 @@ _LARGEST_F16 = 65504.0  # scales are float16: only weights above can overflow a 
 _NO_DIGEST = "0" * 64  # as long as a real one: the header's size is known before the plan is
 
 
-def header_bytes(model: Model, *, allocator: str, target: Target, importance: str, metric: str | None) -> int:
+def header_bytes(
+    model: Model, *, allocator: str, target: Target, importance: str, metric: str | None, effort: str = "normal"
+) -> int:
     """Return the bytes before the tensor data; they depend on the plan's settings, not on its types."""
-    settings = _settings(allocator, target, importance, metric)
+    settings = _settings(allocator, target, importance, effort, metric)
     types = {tensor.name: "F32" for tensor in model.tensors}
     return len(_header(model, _keys(settings, "F32", _NO_DIGEST, _NO_DIGEST), types))
 
@@ -79,6 +82,7 @@ def write_gguf(
     *,
     n_threads: int,
     progress: Progress = no_progress,
+    feedbacks: Feedbacks | None = None,
 ) -> None:
     """Write the file that the plan describes.
 
@@ -92,6 +96,7 @@ def write_gguf(
         path: file to create, usually that of ``temporary_sibling``.
         n_threads: threads that read and quantize.
         progress: called with weights done and weights in all.
+        feedbacks: where weights are rounded with feedback, the factors of the tensors that have it.
 
     Raises:
         ModelError: a tensor holds NaN or infinite values, or values that its type cannot hold.
@@ -99,14 +104,14 @@ def write_gguf(
 
     """
     types = {tensor.name: tensor.type for tensor in plan.tensors}
-    settings = _settings(plan.allocator, plan.target, plan.importance, plan.metric)
+    settings = _settings(plan.allocator, plan.target, plan.importance, plan.effort, plan.metric)
     header = _header(model, _keys(settings, _main_type(plan), plan.scores_digest or _NO_DIGEST, plan.digest), types)
     if len(header) != plan.header_bytes:
         raise OutputError(f"{path}: header takes {len(header)} bytes, the plan says {plan.header_bytes}: plan again")
     try:
         with path.open("wb") as stream, ThreadPoolExecutor(n_threads) as pool:
             stream.write(header)
-            _write_tensors(stream, pool, model, plan, importance, n_threads, progress)
+            _write_tensors(stream, pool, model, plan, importance, n_threads, progress, feedbacks)
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
@@ -141,12 +146,13 @@ def _main_type(plan: Plan) -> str:
     return max(n_bytes, key=lambda name: (n_bytes[name], -ggml.TYPES.index(name)))
 
 
-def _settings(allocator: str, target: Target, importance: str, metric: str | None) -> dict[str, str]:
+def _settings(allocator: str, target: Target, importance: str, effort: str, metric: str | None) -> dict[str, str]:
     return {
         "version": __version__,
         "metric": metric or "none",
         "allocator": allocator,
         "importance": importance,
+        "effort": effort,
         "target": str(target),
     }
 
@@ -201,6 +207,7 @@ def _write_tensors(
     importance: Mapping[str, Float32],
     n_threads: int,
     progress: Progress,
+    feedbacks: Feedbacks | None,
 ) -> None:
     """Quantize slabs in the pool and write them in order, a bounded number in flight."""
     pending: deque[tuple[Future[NDArray[np.uint8]], int, int]] = deque()
@@ -216,8 +223,11 @@ def _write_tensors(
 
     try:
         for tensor, planned in zip(model.tensors, plan.tensors, strict=True):
-            for start, stop in _slabs(tensor):
-                job = pool.submit(_quantized_slab, tensor, planned, start, stop, importance.get(tensor.name))
+            feedback = None
+            if feedbacks is not None and planned.type in rounding.COVERED_TYPES:
+                feedback = feedbacks.of(tensor.name)
+            for start, stop in _slabs(tensor, 1 if feedback is None else rounding.ROW_TILE):
+                job = pool.submit(_quantized_slab, tensor, planned, start, stop, importance.get(tensor.name), feedback)
                 n_padding = planned.padded_bytes - planned.n_bytes if stop == tensor.n_rows else 0
                 pending.append((job, (stop - start) * tensor.n_cols, n_padding))
                 if len(pending) >= n_threads * _IN_FLIGHT_PER_THREAD:
@@ -229,9 +239,9 @@ def _write_tensors(
         raise
 
 
-def _slabs(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield stretches of rows; none has rows of two matrices of a stack, whose importance may differ."""
-    step, n_rows = max(1, _SLAB_WEIGHTS // tensor.n_cols), _rows_of_matrix(tensor)
+def _slabs(tensor: Tensor, tile: int = 1) -> Iterator[tuple[int, int]]:
+    """Yield stretches of whole tiles of rows; none has rows of two matrices of a stack, whose importance may differ."""
+    step, n_rows = max(1, _SLAB_WEIGHTS // tensor.n_cols // tile) * tile, _rows_of_matrix(tensor)
     for first in range(0, tensor.n_rows, n_rows):
         for start in range(first, first + n_rows, step):
             yield start, min(start + step, first + n_rows)
@@ -243,7 +253,12 @@ def _rows_of_matrix(tensor: Tensor) -> int:
 
 
 def _quantized_slab(
-    tensor: Tensor, planned: PlannedTensor, start: int, stop: int, importance: Float32 | None
+    tensor: Tensor,
+    planned: PlannedTensor,
+    start: int,
+    stop: int,
+    importance: Float32 | None,
+    feedback: Feedback | None = None,
 ) -> NDArray[np.uint8]:
     if tensor.copy_rows is not None:
         return tensor.copy_rows(start, stop)
@@ -254,7 +269,10 @@ def _quantized_slab(
     weights = importance
     if importance is not None and importance.ndim == 2:
         weights = importance[start // _rows_of_matrix(tensor)]
-    data = ggml.quantize(rows, planned.type, weights)
+    if feedback is None:
+        data = ggml.quantize(rows, planned.type, weights)
+    else:
+        data = rounding.quantize(rows, planned.type, feedback=feedback, first_row=start)
     largest = max(high, -low)
     if largest > _LARGEST_F16 and not np.isfinite(ggml.dequantize(data, planned.type, tensor.n_cols)).all():
         raise ModelError(

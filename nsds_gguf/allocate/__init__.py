@@ -19,6 +19,7 @@ from .. import ggml
 from ..errors import PlanError, RecordError
 from ..imatrix import IMATRIX
 from ..records import (
+    EFFORTS,
     SELF,
     UNQUANTIZED,
     Model,
@@ -29,6 +30,8 @@ from ..records import (
     TensorCost,
 )
 from .candidates import FALLBACKS, LAST_RESORT, Candidate, Pin, budget_bytes, candidates, check_target, check_type
+from .decoder import what_is_missing
+from .fisher import Tokens, draw_tokens, mixed_roles, read_tokens
 from .knapsack import Choices, solve
 from .measurement import measure
 from .propagation import IMPORTANCES, Propagation
@@ -44,13 +47,18 @@ __all__ = [
     "Pin",
     "PlanOptions",
     "Propagation",
+    "Tokens",
     "candidates",
     "check_options",
     "check_type",
+    "draw_tokens",
     "make_plan",
     "measure",
+    "mixed_roles",
     "open_candidates",
+    "read_tokens",
     "sensitivities",
+    "what_is_missing",
 ]  # fmt: skip
 
 DEFAULT_TYPES = ggml.K_TYPES
@@ -60,6 +68,9 @@ PAPER_TYPES = ("Q2_K", "Q4_K")  # the paper's 2 and 4 bits
 # Weight of the NSDS layer score in the exponent of the layer factor (docs/log.md, 2026-11-23).
 NSDS_WEIGHT = 1.0
 
+
+# Importances whose source gives full second moments too, for feedback from column to column.
+FULL_IMPORTANCES = ("sweep", SELF)
 
 # What decides between types that cost about the same: nothing else, or ggml's speed on a CPU.
 PREFERENCES = ("quality", "fast")
@@ -74,7 +85,7 @@ class PlanOptions:
     """What the user asked of the allocator.
 
     ``uniform`` is the type of the allocator of that name, ``seed`` that of ``random``; ``prefer``, one of
-    ``PREFERENCES``, is heard by ``nsds``.
+    ``PREFERENCES``, is heard by ``nsds``; ``effort``, one of ``records.EFFORTS``, says how weights are rounded.
     """
 
     target: Target
@@ -85,6 +96,7 @@ class PlanOptions:
     importance: str = "sweep"
     seed: int = 0
     prefer: str = "quality"
+    effort: str = "normal"
 
     @property
     def allowed_types(self) -> tuple[str, ...]:
@@ -219,6 +231,13 @@ def check_options(options: PlanOptions) -> None:
         raise PlanError(f"importance {options.importance!r} is not known; wanted one of {', '.join(known)}")
     if options.prefer not in PREFERENCES:
         raise PlanError(f"preference {options.prefer!r} is not known; wanted one of {', '.join(PREFERENCES)}")
+    if options.effort not in EFFORTS:
+        raise PlanError(f"effort {options.effort!r} is not known; wanted one of {', '.join(EFFORTS)}")
+    if options.effort == "high" and options.importance not in FULL_IMPORTANCES:
+        raise PlanError(
+            f"--effort high needs more of what matrices multiply than importance {options.importance} holds; wanted "
+            f"importance {' or '.join(FULL_IMPORTANCES)}"
+        )
     for name in options.allowed_types:
         check_type(name, "--uniform" if options.allocator == "uniform" else "--types")
     if options.allocator != "uniform" and options.target.kind == "none":
@@ -275,6 +294,7 @@ def make_plan(model: Model, scores: Scores | None, options: PlanOptions, header_
         model_name=model.name,
         metric=scores.metric if scores else None,
         gap=choice.gap,
+        effort=options.effort,
         notes=(*model.notes, *(scores.notes if scores else ()), *choice.notes),
         scores_digest=scores.digest if scores else "",
         versions=dict(scores.versions) if scores else {},
@@ -309,6 +329,11 @@ def _checked_costs(problem: Problem) -> dict[str, TensorCost]:
         pass_it = "pass that file with --imatrix" if made_with.startswith(IMATRIX) else f"pass --importance {made_with}"
         raise RecordError(
             f"the scores were measured with importance {made_with}, the plan asks for {asked}; score again or {pass_it}"
+        )
+    if scores.effort != problem.options.effort:
+        raise RecordError(
+            f"the scores were measured with --effort {scores.effort}, the plan asks for {problem.options.effort}; "
+            f"score again or pass --effort {scores.effort}"
         )
     costs = {cost.name: cost for cost in scores.costs}
     for candidate in problem.found:

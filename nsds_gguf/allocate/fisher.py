@@ -36,6 +36,7 @@ N_SEQUENCES, N_POSITIONS = 4, 512  # of the tokens drawn
 SCORED_FROM = 0.5  # of a sequence: as perplexity does, tokens with little in front of them are left out
 ZIPF_SHIFT = 27.0  # ranks count from here (Mandelbrot's form of the law): the commonest token is 1 % of the text
 
+_LOOKUP = "rows looked up"  # energy of the embedding as such, beside that of the output
 _NORMAL = 1  # LLAMA_TOKEN_TYPE_NORMAL
 
 
@@ -45,11 +46,14 @@ class Fisher:
 
     Attributes:
         sensitivity: nats of divergence per unit of relative error.
-        inputs: ``(n_cols,)`` float64, mean square of what each column multiplies.
+        inputs: ``(n_cols,)`` float64, mean square of what each column multiplies; of an embedding that doubles as the
+            output, of what noise in it meets in both roles.
+        looked_up: share of the sensitivity of a tied embedding that is due to the rows looked up, not to the output.
     """
 
     sensitivity: Mapping[str, float]
     inputs: Mapping[str, Float64]
+    looked_up: float = 0.0
 
 
 def draw_tokens(model: Model, n_sequences: int = N_SEQUENCES, n_positions: int = N_POSITIONS, seed: int = 0) -> Tokens:
@@ -93,7 +97,6 @@ def fisher(
     tokens: Tokens,
     n_threads: int,
     progress: Progress = no_progress,
-    on_input: Callable[[str, Float32], None] | None = None,
     seed: int = 0,
 ) -> Fisher:
     """Return the sensitivity of every matrix and what its columns multiply.
@@ -105,14 +108,60 @@ def fisher(
         tokens: ``(n_sequences, n_positions)`` ids.
         n_threads: threads; they do not change the result.
         progress: called with layers done, forward and back, and layers in all.
-        on_input: told of every matrix and what it multiplies, ``(n, n_cols)``, once; first positions included.
         seed: of the predictions that are drawn.
 
     Raises:
         ModelError: activations are not finite: the weights are damaged.
 
     """
-    return _Pass(model, tokens, n_threads, progress, on_input, seed).run()
+    return _Pass(model, tokens, n_threads, progress, seed).run()
+
+
+def mixed_roles(moments: Float64, looked_up: float) -> Float64:
+    """Return column moments, or full ones, of a matrix in two roles, each weighing its share of the sensitivity.
+
+    Looked-up rows enter the stream, where noise in one channel does as much as in another.
+
+    Args:
+        moments: ``(n_cols,)`` or ``(n_cols, n_cols)``, of what the output multiplies.
+        looked_up: share of the other role, from 0 to 1.
+
+    """
+    scale = (moments if moments.ndim == 1 else moments.diagonal()).mean()
+    alike = np.ones(len(moments)) if moments.ndim == 1 else np.eye(len(moments))
+    mixed: Float64 = (1 - looked_up) * moments + looked_up * scale * alike
+    return mixed
+
+
+def read_tokens(
+    model: Model, tokens: Tokens, n_threads: int, on_input: Callable[[str, Float32], None], n_layers: int
+) -> None:
+    """Read tokens with the first layers of a model, and with its output where these are all.
+
+    Args:
+        model: one of which nothing ``decoder.what_is_missing``.
+        tokens: ``(n_sequences, n_positions)`` ids.
+        n_threads: threads; they do not change the result.
+        on_input: told of every matrix and what it multiplies, ``(n, n_cols)``, first positions left out; matrices with
+            one input are told one array.
+        n_layers: how many layers read.
+
+    """
+    reader = _Pass(model, tokens, n_threads, no_progress, 0)
+    last: list[Float32] = []  # an input and what is told of it
+
+    def told(name: str, x: Float32) -> None:
+        if not last or last[0] is not x:
+            last[:] = x, x[reader.seen]
+        on_input(name, last[1])
+
+    with ThreadPoolExecutor(n_threads) as pool:
+        stream = reader.embed(reader.tape(pool))[1].value
+        for index in range(n_layers):
+            view = view_layer(model, index)
+            stream = reader.decoder.layer(reader.tape(pool, told), view, Node(stream)).value
+        if n_layers == model.hparams.n_layers:
+            told(model.unembedding().name, reader.behind_norm(reader.tape(pool), Node(stream)).value)
 
 
 class _Pass:
@@ -124,11 +173,10 @@ class _Pass:
         tokens: Tokens,
         n_threads: int,
         progress: Progress,
-        on_input: Callable[[str, Float32], None] | None,
         seed: int,
     ) -> None:
         self.model, self.tokens, self.hparams = model, tokens, model.hparams
-        self.n_threads, self.progress, self.on_input, self.seed = n_threads, progress, on_input, seed
+        self.n_threads, self.progress, self.seed = n_threads, progress, seed
         self.n_positions = tokens.shape[1]
         self.decoder = Decoder.of(model, self.n_positions)
         self.inputs: dict[str, Float64] = {}
@@ -163,8 +211,21 @@ class _Pass:
         entry.receive(grad)
         embedded.backward()
         self.embedding(rows)
-        per_token = 0.5 / len(self.scored)
-        return Fisher({name: per_token * energy for name, energy in self.energies.items()}, self.inputs)
+        return self.result(0.5 / len(self.scored))
+
+    def result(self, per_token: float) -> Fisher:
+        """Return what was found, the two roles of a tied embedding put together."""
+        energies, head = dict(self.energies), self.model.unembedding().name
+        looked_up = 0.0
+        if self.model.is_tied:
+            rows, output = energies.pop(_LOOKUP), energies[head]
+            energies[head] = rows + output
+            looked_up = rows / energies[head] if energies[head] else 0.0
+            self.inputs[head] = mixed_roles(self.inputs[head], looked_up)
+        else:
+            energies["token_embd.weight"] = energies.pop(_LOOKUP)
+        sensitivity = {name: per_token * energy for name, energy in energies.items()}
+        return Fisher(sensitivity, self.inputs, looked_up)
 
     def tape(self, pool: Executor, on_input: Callable[[str, Float32], None] | None = None) -> Tape:
         """Return an empty tape."""
@@ -174,8 +235,6 @@ class _Pass:
         """Take the mean square of a matrix's input; several parts of one stored tensor read the same."""
         if name not in self.inputs:
             self.inputs[name] = np.square(x[self.seen], dtype=np.float64).mean(axis=0)
-            if self.on_input is not None:
-                self.on_input(name, x)
 
     def embed(self, tape: Tape) -> tuple[Node, Node]:
         """Return the embedding's rows, and what enters the first layer, each ``(n, n_embd)``."""
@@ -193,24 +252,29 @@ class _Pass:
 
     def embedding(self, rows: Node) -> None:
         """Add the energy of the embedding, whose rows have received their derivative."""
+        energy, self.energies[_LOOKUP] = 0.0, 0.0
         if rows.grad is None:
             return
-        tensor, energy = self.model.by_name["token_embd.weight"], 0.0
         weighted = rows.grad * rows.value  # of a row's occurrences the derivatives add up, the row is the same
         for start in range(0, len(weighted), self.n_positions):
             ids, at = np.unique(self.tokens.ravel()[start : start + self.n_positions], return_inverse=True)
             sums = np.zeros((len(ids), weighted.shape[1]))
             np.add.at(sums, at, weighted[start : start + self.n_positions])
             energy += float(np.square(sums).sum())
-        self.energies[tensor.name] = self.energies.get(tensor.name, 0.0) + energy
+        self.energies[_LOOKUP] = energy
+
+    def behind_norm(self, tape: Tape, x: Node) -> Node:
+        """Return what the output reads."""
+        tensors = self.model.by_name
+        gain = tensors.get("output_norm.weight")
+        if gain is None:  # RMS models without a gain have no norm here; layer norms without one are olmo's
+            return x if self.hparams.norm == "rms" else self.decoder.norm(tape, Norm(), x)
+        return self.decoder.norm(tape, Norm(gain, tensors.get("output_norm.bias")), x)
 
     def output(self, pool: Executor, stream: Float32) -> Float32:
         """Draw predictions, add the energy of the output tensor, return the derivative by the stream, its shape."""
-        tensors, tape, x = self.model.by_name, self.tape(pool), Node(stream)
-        gain = tensors.get("output_norm.weight")
-        norm = Norm() if gain is None else Norm(gain, tensors.get("output_norm.bias"))
-        # without a gain RMS models have no norm here at all; layer norms without one are olmo's
-        read = x if gain is None and self.hparams.norm == "rms" else self.decoder.norm(tape, norm, x)
+        tape, x = self.tape(pool), Node(stream)
+        read = self.behind_norm(tape, x)
         head = Head(self.model, read.value[self.scored], self.seed)
         self.record(head.tensor.name, read.value)
         found = list(pool.map(head.scan, head.slabs))

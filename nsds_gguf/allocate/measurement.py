@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import ggml
+from .. import ggml, rounding
 from ..errors import ModelError
 from ..records import Float32, Float64, Progress, Tensor, TensorCost, no_progress
+from ..rounding import Feedback, Feedbacks
 from .candidates import Candidate
 from .propagation import Propagation
 
@@ -45,6 +46,7 @@ def measure(
     importance: Mapping[str, Float32],
     n_threads: int,
     progress: Progress = no_progress,
+    feedbacks: Feedbacks | None = None,
 ) -> tuple[TensorCost, ...]:
     """Measure every open tensor in every type open to it.
 
@@ -55,6 +57,7 @@ def measure(
             where columns weigh the same.
         n_threads: threads; each works on one tensor at a time.
         progress: called with weights done and weights in all.
+        feedbacks: where weights are rounded with feedback, the factors of the tensors that have it.
 
     Returns:
         One cost per matrix that may be quantized, in file order.
@@ -68,7 +71,7 @@ def measure(
     costs, done = [], 0
     progress(0, total)
     with ThreadPoolExecutor(n_threads) as pool:
-        jobs = [pool.submit(_measure_one, c, propagation, importance.get(c.tensor.name)) for c in matrices]
+        jobs = [pool.submit(_measure_one, c, propagation, importance.get(c.tensor.name), feedbacks) for c in matrices]
         try:
             for candidate, job in zip(matrices, jobs, strict=True):
                 costs.append(job.result())
@@ -94,10 +97,13 @@ def sample_rows(tensor: Tensor) -> NDArray[np.intp]:
     return generator.integers(edges[:-1], edges[1:]).astype(np.intp)
 
 
-def _measure_one(candidate: Candidate, propagation: Propagation, importance: Float32 | None) -> TensorCost:
+def _measure_one(
+    candidate: Candidate, propagation: Propagation, importance: Float32 | None, feedbacks: Feedbacks | None
+) -> TensorCost:
     tensor = candidate.tensor
     rows = sample_rows(tensor)
-    sums = _row_sums(tensor, rows, candidate.types, importance)
+    feedback = feedbacks.of(tensor.name) if feedbacks is not None else None
+    sums = _row_sums(tensor, rows, candidate.types, importance, feedback)
     sampled_share = len(rows) / tensor.n_rows
     errors, stderr = {}, {}
     for name, row_errors in sums.errors.items():
@@ -107,8 +113,17 @@ def _measure_one(candidate: Candidate, propagation: Propagation, importance: Flo
     return TensorCost(tensor.name, _rounded(sensitivity), errors, stderr, len(rows))
 
 
-def _row_sums(tensor: Tensor, rows: NDArray[np.intp], types: Sequence[str], importance: Float32 | None) -> _Sums:
-    parts = [_slab_sums(_gather(tensor, some), types, weights) for some, weights in _slabs(tensor, rows, importance)]
+def _row_sums(
+    tensor: Tensor,
+    rows: NDArray[np.intp],
+    types: Sequence[str],
+    importance: Float32 | None,
+    feedback: Feedback | None,
+) -> _Sums:
+    parts = [
+        _slab_sums(_gather(tensor, some), types, weights, feedback)
+        for some, weights in _slabs(tensor, rows, importance)
+    ]
     sums = _Sums(
         np.concatenate([part.energy for part in parts]),
         {name: np.concatenate([part.errors[name] for part in parts]) for name in types},
@@ -138,7 +153,10 @@ def _gather(tensor: Tensor, rows: NDArray[np.intp]) -> Float32:
     return np.concatenate([tensor.read_rows(int(row), int(row) + 1) for row in rows])
 
 
-def _slab_sums(x: Float32, types: Sequence[str], importance: Float32 | None) -> _Sums:
+def _slab_sums(x: Float32, types: Sequence[str], importance: Float32 | None, feedback: Feedback | None) -> _Sums:
+    if feedback is not None:
+        errors = {name: _feedback_errors(x, name, feedback) for name in types}
+        return _Sums((np.square(x) @ feedback.importance).astype(np.float64), errors)
     weights = np.ones(x.shape[1], dtype=np.float32) if importance is None else importance
     errors = {}
     for name in types:
@@ -146,6 +164,15 @@ def _slab_sums(x: Float32, types: Sequence[str], importance: Float32 | None) -> 
         delta -= x
         errors[name] = (np.square(delta, out=delta) @ weights).astype(np.float64)
     return _Sums((np.square(x) @ weights).astype(np.float64), errors)
+
+
+def _feedback_errors(x: Float32, type_name: str, feedback: Feedback) -> Float64:
+    """Return the error of every row as written, by types without feedback too."""
+    if type_name in rounding.COVERED_TYPES:
+        data = rounding.quantize(x, type_name, feedback=feedback)
+    else:
+        data = ggml.quantize(x, type_name, feedback.importance)
+    return feedback.row_errors(x - ggml.dequantize(data, type_name, x.shape[1]))
 
 
 def ratio_estimate(numerator: Float64, denominator: Float64, sampled_share: float) -> tuple[float, float]:

@@ -63,15 +63,17 @@ MAX_SHOWN_ROLES = 4  # in the note on tensors that the sweep does not reach
 class Propagation:
     """Result of the sweep, by tensor name.
 
-    ``sensitivity`` is in units of the output tensor's; ``inputs`` holds ``(n_cols,)`` float64 second moments of what
-    each matrix multiplies, ``(n_experts, n_cols)`` where stacked matrices multiply different things; ``gains`` the
-    squared gain of the norm in front of it where there is one; ``notes`` says what the sweep did not reach.
+    ``sensitivity`` is in units of the output tensor's, from ``fisher`` in nats; ``inputs`` holds ``(n_cols,)`` float64
+    second moments of what each matrix multiplies, ``(n_experts, n_cols)`` where stacked matrices multiply different
+    things; ``gains`` the squared gain of the norm in front of it where there is one; ``notes`` says what the sweep did
+    not reach, ``looked_up`` which share of a tied embedding's sensitivity is not the output's.
     """
 
     sensitivity: Mapping[str, float]
     inputs: Mapping[str, Float64]
     gains: Mapping[str, Float64]
     notes: tuple[str, ...] = ()
+    looked_up: float = 0.0
 
     def importance(self, kind: str) -> dict[str, Float32]:
         """Return float32 weights of mean 1 by tensor name, shaped as ``inputs``; no entry where columns weigh alike.

@@ -40,7 +40,8 @@ def sensitivities(
     found = fisher(model, draw_tokens(model) if tokens is None else tokens, n_threads, progress)
     missed = [t for t in model.tensors if t.name not in found.sensitivity and not kept_reason(t, model.architecture)]
     typical = typical_sensitivities(model, found.sensitivity, missed)
-    return Propagation({**found.sensitivity, **typical}, found.inputs, squared_gains(model))
+    sensitivity = {**found.sensitivity, **typical}
+    return Propagation(sensitivity, found.inputs, squared_gains(model), looked_up=found.looked_up)
 
 
 def squared_gains(model: Model) -> dict[str, Float64]:

@@ -21,6 +21,7 @@ from ..report import check_report
 
 DEFAULT_SCORING = convert.ScoreOptions()
 DEFAULT_IMPORTANCE = "sweep"
+DEFAULT_EFFORT = "normal"
 
 
 def given_imatrix(arguments: argparse.Namespace) -> Imatrix | None:
@@ -55,6 +56,7 @@ def plan_options(arguments: argparse.Namespace, imatrix: Imatrix | None = None) 
             pins=tuple(arguments.pin),
             importance=importance_name(arguments, imatrix),
             prefer=arguments.prefer,
+            effort=arguments.effort,
         )
         for target in targets or [Target("none", 0)]
     ]

@@ -15,10 +15,10 @@ from ..compare import DEFAULT_STOCK, N_SEEDS
 from ..errors import NsdsError
 from ..model_card import is_repo
 from ..perplexity import DEFAULT_BATCH, MIN_CTX
-from ..records import SELF
+from ..records import EFFORTS, SELF
 from ..score import METRICS, SE_READINGS
 from ..version import __version__
-from .options import DEFAULT_IMPORTANCE, DEFAULT_SCORING
+from .options import DEFAULT_EFFORT, DEFAULT_IMPORTANCE, DEFAULT_SCORING
 from .screen import Screen
 from .verbs import (
     run_bundle,
@@ -335,6 +335,9 @@ def _add_types(group: Any) -> None:
     group.add_argument("--importance", choices=(*allocate.IMPORTANCES, SELF),
                        help="column importance for the quantizers; self: from text that the model writes first"
                        f" ({DEFAULT_IMPORTANCE} unless told)")  # fmt: skip
+    group.add_argument("--effort", choices=EFFORTS, default=DEFAULT_EFFORT,
+                       help="rounding: by ggml's quantizers, or with feedback from column to column, which takes"
+                       " several times as long (%(default)s unless told)")  # fmt: skip
     group.add_argument("--imatrix", metavar="FILE", type=Path,
                        help="column importance from an importance matrix of llama.cpp, as GGUF or .dat")  # fmt: skip
 

@@ -1,0 +1,233 @@
+"""Rounding beyond ggml's: the codec against ggml, feedback against a naive loop, both against ggml's own error."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from nsds_gguf import ggml
+from nsds_gguf.errors import GgmlError, ModelError
+from nsds_gguf.resources import blas_threads
+from nsds_gguf.rounding import COVERED_TYPES, feedback, formats, make_feedback, quantize
+from nsds_gguf.rounding.formats import FORMATS
+
+
+@pytest.fixture(autouse=True)
+def one_blas_thread():
+    with blas_threads(1):
+        yield
+
+
+def random_rows(n_rows=20, n_cols=512, seed=0):
+    """Return rows with uneven channels, as trained matrices have."""
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((n_rows, n_cols)) * np.exp(rng.standard_normal(n_cols) / 2)).astype(np.float32)
+
+
+def random_hessian(n_cols=512, rank=None, seed=1):
+    """Return the second moment of correlated inputs; of ``rank`` tokens, if that is given."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((n_cols, n_cols)) * np.exp(rng.standard_normal(n_cols)) ** 2
+    inputs = rng.standard_normal((rank or 4 * n_cols, n_cols)) @ mixing.T / n_cols
+    return (inputs.T @ inputs / len(inputs)).astype(np.float32)
+
+
+def weighted_errors(data, rows, type_name, hessian):
+    """Return e^T H e of every row, in float64."""
+    errors = rows.astype(np.float64) - ggml.dequantize(data, type_name, rows.shape[1])
+    return np.einsum("ri,ij,rj->r", errors, hessian.astype(np.float64), errors)
+
+
+def with_finite_scales(data, type_name):
+    """Return random blocks with scales that are numbers: NaN has more than one form."""
+    blocks = data.reshape(-1, ggml.block(type_name)[1]).copy()
+    scale = np.random.default_rng(5).standard_normal((len(blocks), 2)).astype("<f2").view(np.uint8)
+    starts = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q5_1": (0, 2)}
+    for i, start in enumerate(starts.get(type_name, (0,))):
+        blocks[:, start : start + 2] = scale[:, 2 * i : 2 * i + 2]
+    return blocks.reshape(data.shape)
+
+
+def test_types_covered_are_all_that_are_quantized():
+    assert set(COVERED_TYPES) == {*ggml.K_TYPES, *ggml.NARROW_TYPES}
+
+
+@pytest.mark.parametrize("source", ["ggml", "random bytes"])
+@pytest.mark.parametrize("name", COVERED_TYPES)
+def test_codec_is_ggmls_bit_for_bit(name, source):
+    data = ggml.quantize(random_rows(), name)
+    if source == "random bytes":
+        data = with_finite_scales(np.random.default_rng(4).integers(0, 256, data.shape, dtype=np.uint8), name)
+    format = FORMATS[name]
+    blocks = format.unpack(data)
+    assert np.array_equal(format.pack(blocks), data)
+    assert np.array_equal(format.dequantize(blocks).view(np.int32), ggml.dequantize(data, name, 512).view(np.int32))
+    assert blocks.codes.shape == (20, 512 // format.block, format.block // format.sub, format.sub)
+    assert blocks.codes.max() < len(format.levels)
+    assert (format.block, format.block_bytes) == ggml.block(name)
+
+
+@pytest.mark.parametrize("name", COVERED_TYPES)
+def test_levels_are_the_nearest(name):
+    levels = FORMATS[name].levels
+    x = np.random.default_rng(0).uniform(1.2 * levels[0] - 1, 1.2 * levels[-1], 5000).astype(np.float32)
+    values = x.copy()
+    codes = FORMATS[name].to_levels(values)
+    assert np.array_equal(values, levels[codes])
+    nearest = np.abs(x[:, None].astype(np.float64) - levels).min(axis=1)
+    np.testing.assert_allclose(np.abs(x - values), nearest, atol=1e-4)
+
+
+def best_targets(row, rounded, hessian):
+    """Return what columns right of those rounded should be: where e^T H e is least when they are free, in float64."""
+    n = len(rounded)
+    wrong = row[:n] - rounded
+    return row[n:] + np.linalg.solve(hessian[n:, n:], hessian[n:, :n] @ wrong)
+
+
+@pytest.mark.parametrize("name", ["Q5_1", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K"])
+def test_feedback_rounds_what_a_naive_loop_finds_best(name, monkeypatch):
+    """Column after column by the definition, given what was rounded before; blocks too see the best targets."""
+    format = FORMATS[name]
+    n_cols = 2 * format.block
+    rows, hessian = random_rows(2, n_cols), random_hessian(n_cols).astype(np.float64)
+    hessian += np.eye(n_cols) * 0.1 * hessian.diagonal().mean()
+    seen = {}
+
+    def quantize(targets, type_name, variances):
+        seen[len(seen) * format.block] = targets
+        return ggml.quantize(targets, type_name, variances)
+
+    monkeypatch.setattr(feedback, "ggml", SimpleNamespace(quantize=quantize))
+    factors = make_feedback(hessian, shrinkage=0, damping=0)
+    found = feedback.round_with_feedback(rows, name, factors, n_descents=0)
+    rounded = format.dequantize(found).astype(np.float64)
+    assert list(seen) == [0, format.block]
+    for r, row in enumerate(rows.astype(np.float64)):
+        for i, start in enumerate(seen):
+            scale, offset = (np.repeat(x[r, i], format.sub).astype(np.float64) for x in (found.scale, found.offset))
+            targets = best_targets(row, rounded[r, :start], hessian)[: format.block]
+            np.testing.assert_allclose(seen[start][r], targets, atol=1e-4 * np.abs(row).max())
+            for j in range(format.block):
+                target = best_targets(row, rounded[r, : start + j], hessian)[0]
+                distances = np.abs(scale[j] * format.levels - offset[j] - target)
+                taken = distances[found.codes.reshape(2, n_cols)[r, start + j]]
+                assert taken <= distances.min() + 1e-4 * np.abs(row).max()
+
+
+@pytest.mark.parametrize("name", COVERED_TYPES)
+def test_row_errors_are_the_quadratic_form(name):
+    hessian, errors = random_hessian(), random_rows(seed=3)
+    factors = make_feedback(hessian, damping=0.01, shrinkage=0.25)
+    damped = 0.75 * hessian.astype(np.float64)
+    np.fill_diagonal(damped, hessian.diagonal() + 0.01 * hessian.diagonal().mean())
+    np.testing.assert_allclose(factors.row_errors(errors), np.einsum("ri,ij,rj->r", errors, damped, errors), rtol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [None, 40])
+@pytest.mark.parametrize("name", COVERED_TYPES)
+def test_feedback_is_better_than_ggml_in_every_row(name, rank):
+    rows, hessian = random_rows(), random_hessian(rank=rank)
+    factors = make_feedback(hessian, shrinkage=0, damping=0.01)
+    damped = hessian + np.eye(512) * 0.01 * hessian.diagonal().mean()
+    plain = weighted_errors(ggml.quantize(rows, name, factors.importance), rows, name, damped)
+    ours = weighted_errors(quantize(rows, name, feedback=factors), rows, name, damped)
+    assert (ours <= plain * 1.0001).all()
+    assert ours.sum() < 0.8 * plain.sum()
+
+
+@pytest.mark.parametrize("name", COVERED_TYPES)
+def test_descent_lowers_the_error_in_sum(name):
+    rows, hessian = random_rows(), random_hessian()
+    factors = make_feedback(hessian)
+    without, once = (
+        factors.row_errors(rows - ggml.dequantize(quantize(rows, name, feedback=factors, n_descents=n), name, 512))
+        for n in (0, 1)
+    )
+    assert once.sum() < without.sum() * (1 if name in ggml.K_TYPES else 1.01)
+
+
+@pytest.mark.parametrize("with_importance", [False, True])
+@pytest.mark.parametrize("name", COVERED_TYPES)
+def test_search_is_never_worse_than_ggml(name, with_importance):
+    rows = random_rows()
+    importance = np.random.default_rng(1).gamma(1, 1, 512).astype(np.float32) if with_importance else None
+    weights = np.ones(512) if importance is None else importance
+    plain, ours = (
+        weighted_errors(data, rows, name, np.diag(weights))
+        for data in (ggml.quantize(rows, name, importance), quantize(rows, name, importance))
+    )
+    assert (ours <= plain * 1.00001).all()
+    assert ours.sum() < 0.9999 * plain.sum()
+
+
+@pytest.mark.parametrize("with_feedback", [False, True])
+@pytest.mark.parametrize("name", ["Q2_K", "Q6_K", "IQ4_NL"])
+def test_bytes_do_not_depend_on_slabs_or_threads(name, with_feedback):
+    rows, factors = random_rows(700), make_feedback(random_hessian()) if with_feedback else None
+    whole = quantize(rows, name, feedback=factors)
+    cuts = [0, 1, 130, 386, 387, 700]
+
+    def part(i):
+        return quantize(rows[cuts[i] : cuts[i + 1]], name, feedback=factors, first_row=cuts[i])
+
+    with ThreadPoolExecutor(3) as pool:
+        parts = list(pool.map(part, range(5)))
+    assert np.array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.parametrize("name", COVERED_TYPES)
+def test_dead_columns(name):
+    """Columns that no input uses may become anything; the others must not suffer."""
+    rows, hessian = random_rows(), random_hessian()
+    dead = np.arange(512) % 3 == 0
+    hessian[dead] = hessian[:, dead] = 0
+    found = ggml.dequantize(quantize(rows, name, feedback=make_feedback(hessian)), name, 512)
+    assert np.isfinite(found).all()
+    plain = ggml.quantize(rows, name, hessian.diagonal() + 1e-3 * hessian.diagonal().mean())
+    errors = rows.astype(np.float64) - found
+    ours = np.einsum("ri,ij,rj->r", errors, hessian, errors)
+    assert ours.sum() < weighted_errors(plain, rows, name, hessian).sum()
+
+
+@pytest.mark.parametrize("name", COVERED_TYPES)
+def test_rows_of_zeros_and_huge_weights(name):
+    rows = random_rows(6)
+    rows[0] = 0
+    rows[1, :256] = 0
+    rows[2] *= 1e10  # no float16 scale reaches it: infinite, as ggml's own, which the writer refuses
+    rows[3] *= 1e-30
+    rows[4] = 1
+    for factors in (None, make_feedback(random_hessian())):
+        found = ggml.dequantize(quantize(rows, name, feedback=factors), name, 512)
+        assert np.isfinite(found[[0, 1, 3, 4, 5]]).all()
+        assert not np.isfinite(found[2]).all()
+        assert (found[0] == 0).all()
+
+
+def test_refusals():
+    rows, hessian = random_rows(2), random_hessian()
+    with pytest.raises(GgmlError, match=r"^cannot round to F16; wanted one of Q2_K, Q3_K"):
+        quantize(rows, "F16")
+    with pytest.raises(GgmlError, match=r"^Q4_K needs rows of a multiple of 256 weights, got 160$"):
+        quantize(rows[:, :160], "Q4_K")
+    with pytest.raises(GgmlError, match=r"^feedback: wanted 256 columns, got 512$"):
+        quantize(rows[:, :256], "Q4_K", feedback=make_feedback(hessian))
+    with pytest.raises(GgmlError, match=r"^importance: wanted 512 columns, got shape \(3,\)$"):
+        quantize(rows, "Q4_K", np.ones(3, np.float32))
+    with pytest.raises(ModelError, match=r"^Hessian: wanted finite numbers and a positive diagonal, got a diagonal of"):
+        make_feedback(np.zeros((4, 4)))
+    with pytest.raises(ModelError, match=r"^Hessian: wanted finite numbers"):
+        make_feedback(np.full((4, 4), np.nan))
+    with pytest.raises(ModelError, match=r"^Hessian: not positive definite with shrinkage 0 and damping 0: "):
+        make_feedback(np.array([[1.0, 2.0], [2.0, 1.0]]), shrinkage=0, damping=0)
+
+
+def test_joining():
+    whole = FORMATS["Q4_K"].unpack(ggml.quantize(random_rows(), "Q4_K"))
+    parts = [FORMATS["Q4_K"].unpack(ggml.quantize(random_rows()[:, i : i + 256], "Q4_K")) for i in (0, 256)]
+    joined = formats.joined(parts)
+    assert all(np.array_equal(getattr(joined, key), getattr(whole, key)) for key in ("codes", "s", "m", "d", "dmin"))

@@ -20,7 +20,7 @@ _EIGEN_OPERATIONS = 30.0  # per d^3: eigenvectors cost far more than their count
 _SWEEP_SECONDS_PER_WEIGHT = 2e-9  # memory-bound: one pass that squares and multiplies
 _MEASURED_SHARE = 1 / 8  # of the rows, in every type
 _DECODE_EFFICIENCY = 0.5  # of the matrix product's rate that a forward pass reaches
-_WRITE_EFFICIENCY = 0.25  # the same, when a few tokens are computed at a time
+_WRITE_EFFICIENCY = 0.3  # the same, when a few tokens are computed at a time
 
 
 def estimate_seconds(

@@ -201,7 +201,7 @@ class Product:
 
     Attributes:
         weight: GGUF name of the weights.
-        n_matrices: matrices in them: above 1 for experts and for heads.
+        stack: how many matrices they are, in two dimensions, slowest first: ``(1, n)`` for experts and for heads.
         n_cols: length of their rows.
         inputs: address of the node that they are multiplied with: two products with the same one read the same rows.
         ids: address of the node that says which expert takes which row; ``None`` where every matrix has its own rows.
@@ -209,10 +209,15 @@ class Product:
     """
 
     weight: str
-    n_matrices: int
+    stack: tuple[int, int]
     n_cols: int
     inputs: int
     ids: int | None
+
+    @property
+    def n_matrices(self) -> int:
+        """Matrices in the weights."""
+        return math.prod(self.stack)
 
 
 def product(address: int) -> Product | None:
@@ -229,9 +234,9 @@ def product(address: int) -> Product | None:
     weight = _Tensor.from_address(matrices.view_src) if matrices.view_src else matrices
     if not weight.buffer or library.ggml_backend_buffer_get_usage(weight.buffer) != _USAGE_WEIGHTS:
         return None
-    n_cols, _, *stacked = matrices.ne
+    n_cols, _, inner, outer = matrices.ne
     ids = node.src[2] if node.op == routed else None
-    return Product(_weight_name(weight.name.decode()), math.prod(stacked), n_cols, node.src[1], ids)
+    return Product(_weight_name(weight.name.decode()), (outer, inner), n_cols, node.src[1], ids)
 
 
 def _weight_name(name: str) -> str:
@@ -254,11 +259,12 @@ def product_rows(found: Product) -> tuple[Float32, NDArray[np.intp] | None]:
         ids = _tensor_values(found.ids)[0, 0]
         rows = np.broadcast_to(rows[0], (*ids.shape, found.n_cols))
         return rows.reshape(-1, found.n_cols), ids.ravel().astype(np.intp)
-    n_batches = math.prod(rows.shape[:2])
-    owners = None
-    if found.n_matrices > 1:  # ggml repeats the matrices over the batches (ggml-cpu.c, ggml_compute_forward_mul_mat)
-        owners = np.repeat(np.arange(n_batches) // (n_batches // found.n_matrices), rows.shape[2])
-    return rows.reshape(-1, found.n_cols), owners
+    if found.n_matrices == 1:
+        return rows.reshape(-1, found.n_cols), None
+    # ggml repeats matrices in both dimensions (ggml-cpu.c, ggml_compute_forward_mul_mat)
+    outer, inner = (np.arange(n) * size // n for n, size in zip(rows.shape, found.stack, strict=False))
+    owners = outer[:, np.newaxis] * found.stack[1] + inner
+    return rows.reshape(-1, found.n_cols), np.repeat(owners.ravel(), rows.shape[2])
 
 
 def _tensor_values(address: int) -> NDArray[Any]:

@@ -40,7 +40,7 @@ def in_a_word(plan: Plan, tensor: PlannedTensor) -> str:
         return f"{where}: {tensor.type} at {ggml.bits_per_weight(tensor.type):g} bpw"
     if tensor.reason != "optimum" or tensor.sensitivity is None:
         return tensor.reason
-    if tensor.role in ("output", "token_embd") and tensor.sensitivity >= 1:
+    if tensor.role in ("output", "token_embd") and tensor.sensitivity >= max(t.sensitivity or 0 for t in plan.tensors):
         return "error reaches the logits directly"
     share = tensor.n_bytes / plan.tensor_bytes
     density = sensitivity_per_weight(plan, tensor)

@@ -2,8 +2,8 @@
 
 Allocators are functions in ``ALLOCATORS``; each gets a ``Problem`` and returns one type per tensor.
 
-* ``nsds``: the exact knapsack over sensitivity x measured error (``sensitivity``, ``measurement``, ``knapsack``), with
-  the NSDS score as a factor on the tensors of its layer.
+* ``nsds``: the exact knapsack over sensitivity x measured error (``sensitivity``, ``measurement``, ``knapsack``),
+  if asked with the layer score as a factor on the tensors of its layer.
 * ``paper``: whole layers, the most sensitive fraction at 4 bit, the rest at 2 (arXiv 2603.17354).
 * ``random``: types drawn at random within the budget: what knowing nothing is worth.
 * ``uniform``: one type for every matrix; also the plain converter to F32, F16, BF16 and Q8_0.
@@ -43,6 +43,7 @@ __all__ = [
     "DEFAULT_TYPES",
     "IMPORTANCES",
     "PREFERENCES",
+    "SCORE_WEIGHT",
     "Candidate",
     "Pin",
     "PlanOptions",
@@ -65,8 +66,9 @@ DEFAULT_TYPES = ggml.K_TYPES
 
 PAPER_TYPES = ("Q2_K", "Q4_K")  # the paper's 2 and 4 bits
 
-# Weight of the NSDS layer score in the exponent of the layer factor (docs/log.md, 2026-11-23).
-NSDS_WEIGHT = 1.0
+# Weight of the layer score in the exponent of the layer factor: beside the Fisher information, no score of layers has
+# been found to improve plans (docs/log.md, 2026-11-25).
+SCORE_WEIGHT = 0.0
 
 
 # Importances whose source gives full second moments too, for feedback from column to column.
@@ -85,7 +87,8 @@ class PlanOptions:
     """What the user asked of the allocator.
 
     ``uniform`` is the type of the allocator of that name, ``seed`` that of ``random``; ``prefer``, one of
-    ``PREFERENCES``, is heard by ``nsds``; ``effort``, one of ``records.EFFORTS``, says how weights are rounded.
+    ``PREFERENCES``, is heard by ``nsds``; ``effort``, one of ``records.EFFORTS``, says how weights are rounded,
+    ``score_weight`` how much the layer score counts.
     """
 
     target: Target
@@ -97,6 +100,7 @@ class PlanOptions:
     seed: int = 0
     prefer: str = "quality"
     effort: str = "normal"
+    score_weight: float = SCORE_WEIGHT
 
     @property
     def allowed_types(self) -> tuple[str, ...]:
@@ -133,7 +137,7 @@ class Choice:
 def allocate_nsds(problem: Problem) -> Choice:
     """Minimise predicted divergence within the budget, exactly; without a budget, take the largest types."""
     costs = _checked_costs(problem)
-    factors = layer_factors(problem.scores)
+    factors = layer_factors(problem.scores, problem.options.score_weight)
     prefers_fast = problem.options.prefer == "fast"
     items = [_choices(candidate, costs, factors, problem.padded, prefers_fast) for candidate in problem.found]
     budget = sum(max(item.bytes) for item in items) if problem.budget is None else problem.budget
@@ -231,6 +235,8 @@ def check_options(options: PlanOptions) -> None:
         raise PlanError(f"importance {options.importance!r} is not known; wanted one of {', '.join(known)}")
     if options.prefer not in PREFERENCES:
         raise PlanError(f"preference {options.prefer!r} is not known; wanted one of {', '.join(PREFERENCES)}")
+    if not math.isfinite(options.score_weight):
+        raise PlanError(f"score weight {options.score_weight}: wanted a number")
     if options.effort not in EFFORTS:
         raise PlanError(f"effort {options.effort!r} is not known; wanted one of {', '.join(EFFORTS)}")
     if options.effort == "high" and options.importance not in FULL_IMPORTANCES:
@@ -282,7 +288,7 @@ def make_plan(model: Model, scores: Scores | None, options: PlanOptions, header_
     problem = Problem(tuple(found), budget, options.target.kind == "size", scores, options)
     choice = ALLOCATORS[options.allocator](problem)
     costs = {cost.name: cost for cost in scores.costs} if scores else {}
-    factors = layer_factors(scores)
+    factors = layer_factors(scores, options.score_weight)
     plan = Plan(
         allocator=options.allocator,
         target=options.target,
@@ -302,21 +308,19 @@ def make_plan(model: Model, scores: Scores | None, options: PlanOptions, header_
     return replace(plan, notes=(*plan.notes, *_plan_notes(plan, found), *_speed_note(plan, options)))
 
 
-def layer_factors(scores: Scores | None) -> dict[int | None, float]:
-    """Return the factor of each layer on its tensors' sensitivity, ``exp(g (S - mean S))``.
+def layer_factors(scores: Scores | None, weight: float) -> dict[int | None, float]:
+    """Return the factor of each layer on its tensors' sensitivity, ``exp(weight (S - mean S))``.
 
     Scores of metrics that are not in [0, 1] are first mapped onto it, smallest to 0 and largest to 1.
     """
-    if scores is None or not scores.layers:
+    if scores is None or not scores.layers or not weight:
         return {}
     values = [layer.score for layer in scores.layers]
     if scores.metric != "nsds":
         low, span = min(values), max(values) - min(values)
         values = [(value - low) / span if span > 0 else 0.0 for value in values]
     mean = sum(values) / len(values)
-    return {
-        layer.layer: math.exp(NSDS_WEIGHT * (value - mean)) for layer, value in zip(scores.layers, values, strict=True)
-    }
+    return {layer.layer: math.exp(weight * (value - mean)) for layer, value in zip(scores.layers, values, strict=True)}
 
 
 def _checked_costs(problem: Problem) -> dict[str, TensorCost]:

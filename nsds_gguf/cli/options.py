@@ -57,6 +57,7 @@ def plan_options(arguments: argparse.Namespace, imatrix: Imatrix | None = None) 
             importance=importance_name(arguments, imatrix),
             prefer=arguments.prefer,
             effort=arguments.effort,
+            score_weight=arguments.score_weight,
         )
         for target in targets or [Target("none", 0)]
     ]

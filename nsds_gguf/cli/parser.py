@@ -322,6 +322,13 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prefer", choices=allocate.PREFERENCES, default="quality",
                        help="between types of the same quality: nothing else, or what ggml is fast with on CPUs"
                        " (%(default)s unless told)")  # fmt: skip
+    group.add_argument(
+        "--score-weight",
+        metavar="G",
+        type=float,
+        default=allocate.SCORE_WEIGHT,
+        help="multiply sensitivities of a layer by exp(G (score - mean score)) (%(default)g unless told)",
+    )
     group.add_argument("--pin", metavar="REGEX=TYPE", action="append", default=[],
                        type=_argument(Pin.parse, "REGEX=TYPE"),
                        help="fix the type of tensors whose whole name matches; repeatable")  # fmt: skip

@@ -272,7 +272,7 @@ def _quantized_slab(
     if feedback is None:
         data = ggml.quantize(rows, planned.type, weights)
     else:
-        data = rounding.quantize(rows, planned.type, feedback=feedback, first_row=start)
+        data = rounding.quantize(rows, planned.type, feedback, first_row=start)
     largest = max(high, -low)
     if largest > _LARGEST_F16 and not np.isfinite(ggml.dequantize(data, planned.type, tensor.n_cols)).all():
         raise ModelError(

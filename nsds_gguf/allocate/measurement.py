@@ -169,7 +169,7 @@ def _slab_sums(x: Float32, types: Sequence[str], importance: Float32 | None, fee
 def _feedback_errors(x: Float32, type_name: str, feedback: Feedback) -> Float64:
     """Return the error of every row as written, by types without feedback too."""
     if type_name in rounding.COVERED_TYPES:
-        data = rounding.quantize(x, type_name, feedback=feedback)
+        data = rounding.quantize(x, type_name, feedback)
     else:
         data = ggml.quantize(x, type_name, feedback.importance)
     return feedback.row_errors(x - ggml.dequantize(data, type_name, x.shape[1]))

@@ -1,8 +1,8 @@
 """Rounding to block formats with less error than ggml's quantizers leave, in the same bytes.
 
-Two ways: ``search`` finds scales that fit better, with column importance or without; ``feedback`` lets later columns
-make good what earlier ones do wrong, and needs the second moment of the matrix's input. ``formats`` knows the bytes.
-The scales that ggml finds are where both start.
+``feedback`` lets later columns make good what earlier ones do wrong; it needs the second moment of the matrix's input,
+and starts from the scales that ggml finds. ``formats`` knows the bytes. Without a second moment nothing is gained here:
+scales that fit better than ggml's in weighted error were not better in divergence (docs/log.md, 2026-11-25).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from ..errors import GgmlError
 from ..records import Float32
 from .feedback import Feedback, make_feedback, round_with_feedback
 from .formats import FORMATS
-from .search import refine
 from .store import Feedbacks
 
 __all__ = ["COVERED_TYPES", "ROW_TILE", "Feedback", "Feedbacks", "make_feedback", "quantize"]
@@ -32,46 +31,39 @@ ROW_TILE = 256
 def quantize(
     rows: Float32,
     type_name: str,
-    importance: Float32 | None = None,
-    feedback: Feedback | None = None,
+    feedback: Feedback,
     *,
     first_row: int = 0,
-    n_rounds: int = 2,
     n_descents: int = 1,
 ) -> NDArray[np.uint8]:
-    """Quantize rows as ``ggml.quantize`` does, with less error.
+    """Quantize rows to the same format as ``ggml.quantize``, with less error of what the matrix puts out.
 
     A row becomes the same bytes however its matrix is cut into slabs and whatever threads work on slabs, with one and
-    the same BLAS on one thread: callers set that. With feedback, slabs that begin at multiples of ``ROW_TILE`` and hold
-    whole tiles waste nothing. In memory, beside the result: five float32 copies of a tile.
+    the same BLAS on one thread: callers set that. Slabs that begin at multiples of ``ROW_TILE`` and hold whole tiles
+    waste nothing. In memory, beside the result: five float32 copies of a tile.
 
     Args:
         rows: ``(n_rows, n_cols)`` float32, finite.
         type_name: one of ``COVERED_TYPES``.
-        importance: ``(n_cols,)`` float32, weight of each column's squared error, or ``None``. Feedback brings its own.
-        feedback: of the matrix's input, or ``None``.
+        feedback: of the matrix's input.
         first_row: number of the first row in its matrix.
-        n_rounds: turns of the search for scales; without feedback only.
-        n_descents: passes of descent over scales and codes; with feedback only.
+        n_descents: passes of descent over the scales and codes of each block.
 
     Returns:
         ``(n_rows, row_bytes)`` uint8.
 
     Raises:
-        GgmlError: the type or the row length is not covered, or the importance or the feedback has other columns.
+        GgmlError: the type or the row length is not covered, or the feedback has other columns.
 
     """
     if type_name not in FORMATS:
         raise GgmlError(f"cannot round to {type_name}; wanted one of {', '.join(COVERED_TYPES)}")
     n_rows, n_cols = rows.shape
-    if feedback is not None and len(feedback.importance) != n_cols:
+    if len(feedback.importance) != n_cols:
         raise GgmlError(f"feedback: wanted {n_cols} columns, got {len(feedback.importance)}")
     out = np.empty((n_rows, ggml.row_bytes(type_name, n_cols)), dtype=np.uint8)
     with np.errstate(over="ignore", invalid="ignore"):  # scales beyond float16 become infinite, as ggml's do
         for start, stop, place in _tiles(n_rows, first_row):
-            if feedback is None:
-                out[start:stop] = _searched(rows[start:stop], type_name, importance, n_rounds)
-                continue
             tile = np.zeros((ROW_TILE, n_cols), dtype=np.float32)
             within = slice(place, place + stop - start)
             tile[within] = rows[start:stop]
@@ -88,9 +80,3 @@ def _tiles(n_rows: int, first_row: int) -> Iterator[tuple[int, int, int]]:
         stop = min(n_rows, start + ROW_TILE - place)
         yield start, stop, place
         start = stop
-
-
-def _searched(rows: Float32, type_name: str, importance: Float32 | None, n_rounds: int) -> NDArray[np.uint8]:
-    format, rows = FORMATS[type_name], np.ascontiguousarray(rows, dtype=np.float32)
-    blocks = format.unpack(ggml.quantize(rows, type_name, importance))
-    return format.pack(refine(rows, importance, blocks, format, n_rounds))

@@ -1,0 +1,288 @@
+"""Measure GGUFs of one model against its original, on chunks spread evenly over half a text.
+
+The original's logits on those chunks are computed once and kept on disk, so that a file costs one pass of its own.
+Everything measured is appended to a file of JSON lines at once; a measurement with a known key is not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsds_gguf import convert, ggml, llama
+from nsds_gguf.convert import Work
+from nsds_gguf.divergence import TOKEN_SCORE, TokenScores, score_rows
+from nsds_gguf.errors import TextError
+from nsds_gguf.inspect import inspect_gguf
+from nsds_gguf.records import Float32, Plan
+
+Int32 = NDArray[np.int32]
+
+N_CTX = 512
+N_SEQUENCES = 4  # decoded together, as nsds_gguf.perplexity does at this context
+
+# Whose code decides, with ggml's, which bytes a plan becomes: part of every key.
+WRITERS = ("write.py", "ggml.py")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Half of a text and how many chunks of it are taken; ``name`` is that of the text."""
+
+    name: str
+    half: str  # "choosing" or "final"
+    text: str
+    n_chunks: int
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One file on one passage: per chunk the mean over its scored tokens.
+
+    Attributes:
+        key: digest of what was measured how.
+        tensor_bytes: of the file's tensors, without padding.
+        kld: divergence from the original, nats per token.
+        nll: negative log-likelihood, nats per token.
+        original_nll: that of the original.
+        same_top: share of positions at which both prefer the same token.
+        n_tokens: scored tokens of a chunk.
+    """
+
+    key: str
+    tensor_bytes: int
+    kld: tuple[float, ...]
+    nll: tuple[float, ...]
+    original_nll: tuple[float, ...]
+    same_top: tuple[float, ...]
+    n_tokens: int
+
+
+def halves(text: str) -> tuple[str, str]:
+    """Return the half of a text to choose on and the half for final tables, cut behind a line."""
+    middle = text.rfind("\n", 0, len(text) // 2) + 1
+    if middle == 0:
+        middle = len(text) // 2
+    return text[:middle], text[middle:]
+
+
+def spread(n_all: int, n_taken: int) -> list[int]:
+    """Return the numbers of ``n_taken`` of ``n_all`` things, spread evenly: the middles of equal stretches."""
+    n_taken = min(n_all, n_taken)
+    return [(2 * i + 1) * n_all // (2 * n_taken) for i in range(n_taken)]
+
+
+class Yardstick:
+    """The chosen chunks of a passage and the original's logits on them."""
+
+    def __init__(self, reference: Path, model_id: str, passage: Passage, folder: Path, n_threads: int) -> None:
+        """Tokenize the passage and compute the original's logits, or take both from ``folder``."""
+        self.passage, self.n_threads = passage, n_threads
+        what = f"{model_id} {passage.digest} {N_CTX} {passage.n_chunks} {llama.llama_build()}"
+        self.digest = hashlib.sha256(what.encode()).hexdigest()
+        tokens = folder / f"tokens-{self.digest[:16]}.npy"
+        logits = folder / f"logits-{self.digest[:16]}.npy"
+        if not tokens.is_file():
+            np.save(tokens, chosen_chunks(reference, passage))
+        self.chunks: Int32 = np.load(tokens)
+        if not logits.is_file():
+            self._keep_logits(reference, logits)
+        self.logits: Float32 = np.load(logits, mmap_mode="r")
+
+    def score(self, file: Path) -> TokenScores:
+        """Return the scores of a file's tokens, ``(n_chunks, n_scored)`` of ``TOKEN_SCORE``."""
+        n, n_scored = self.logits.shape[:2]
+        scores = np.zeros((n, n_scored), dtype=TOKEN_SCORE)
+        for index, logits in second_halves(file, self.chunks, self.n_threads):
+            targets = self.chunks[index, -n_scored:]
+            score_rows(scores[index], [logits, np.asarray(self.logits[index])], targets)
+        if not all(np.isfinite(scores[name]).all() for name in ("nll", "kld")):
+            raise TextError(f"{file}: NaN or infinite logits")
+        return scores
+
+    def measure(self, file: Path, key: str) -> Measured:
+        """Return what a file does on the passage."""
+        scores = self.score(file)
+
+        def means(name: str) -> tuple[float, ...]:
+            return tuple(float(f"{value:.9g}") for value in scores[name].mean(axis=1))
+
+        n_bytes = sum(tensor.n_bytes for tensor in inspect_gguf(file).tensors)
+        columns = (means(name) for name in ("kld", "nll", "reference_nll", "same_top"))
+        return Measured(key, n_bytes, *columns, scores.shape[1])
+
+    def _keep_logits(self, reference: Path, path: Path) -> None:
+        n_scored = N_CTX - 1 - N_CTX // 2
+        temporary = path.with_suffix(".part")
+        kept: Float32 | None = None
+        for index, logits in second_halves(reference, self.chunks, self.n_threads):
+            if kept is None:
+                shape = (len(self.chunks), n_scored, logits.shape[1])
+                kept = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+            kept[index] = logits
+        assert kept is not None
+        kept.flush()
+        temporary.replace(path)
+
+
+def chosen_chunks(reference: Path, passage: Passage) -> Int32:
+    """Return the chunks of a passage that are taken, ``(n, N_CTX)`` int32, begun by BOS where the model wants it."""
+    with llama.open_model(reference, vocab_only=True) as model:
+        tokens = model.tokenize(passage.text.removesuffix("\n"))
+        n_all = len(tokens) // N_CTX
+        if n_all < passage.n_chunks:
+            raise TextError(f"{passage.name}: wanted {passage.n_chunks} chunks in half of it, got {n_all}")
+        chunks = tokens[: n_all * N_CTX].reshape(n_all, N_CTX)[spread(n_all, passage.n_chunks)].copy()
+        if model.bos is not None:
+            chunks[:, 0] = model.bos
+    return chunks
+
+
+def second_halves(file: Path, chunks: Int32, n_threads: int) -> Iterator[tuple[int, Float32]]:
+    """Yield the number of every chunk and the logits that predict its second half, ``(n_scored, n_vocab)``.
+
+    The logits are a view that is valid until the next one is asked for.
+    """
+    n_chunks, n_ctx = chunks.shape
+    n_seq = min(N_SEQUENCES, n_chunks)
+    with (
+        llama.open_model(file) as model,
+        llama.open_context(model, n_ctx=n_ctx, n_batch=n_seq * n_ctx, n_seq=n_seq, n_threads=n_threads) as context,
+    ):
+        for start in range(0, n_chunks, n_seq):
+            block = chunks[start : start + n_seq]
+            context.clear()
+            logits = context.decode(block, first_output=n_ctx // 2)
+            for i in range(len(block)):
+                yield start + i, logits[i, :-1]
+
+
+class Bench:
+    """Makes files of one model, measures and removes them, and keeps what it found.
+
+    ``reference`` is the original as a GGUF; it stays in ``folder``.
+    """
+
+    def __init__(self, work: Work, folder: Path) -> None:
+        """Take the model; write the original unless it is there."""
+        self.work, self.folder = work, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.reference = folder / f"original-{work.model.model_id[:16]}.gguf"
+        if not self.reference.is_file():
+            temporary = self.reference.with_suffix(".part")
+            work.write(convert.reference_plan(work.model), temporary)
+            temporary.replace(self.reference)
+        self._log = folder / "measured.jsonl"
+        self._known = self._read_log()
+        self._build = build_digest()
+
+    def yardstick(self, passage: Passage) -> Yardstick:
+        """Return the yardstick of a passage."""
+        return Yardstick(self.reference, self.work.model.model_id, passage, self.folder, self.work.n_threads)
+
+    def plan(self, plan: Plan, yardsticks: Sequence[Yardstick]) -> list[Measured]:
+        """Measure the file of a plan."""
+
+        @contextmanager
+        def file() -> Iterator[Path]:
+            path = self.folder / ".measured.gguf"
+            try:
+                self.work.write(plan, path)
+                yield path
+            finally:
+                path.unlink(missing_ok=True)
+
+        return self._measure(self._recipe(plan), file, yardsticks)
+
+    def stock(self, mix: str, imatrix: Path | None, yardsticks: Sequence[Yardstick]) -> list[Measured]:
+        """Measure llama.cpp's own mix, made with an importance matrix where one is given."""
+        path = self.folder / f".stock-{mix}.gguf"
+
+        @contextmanager
+        def file() -> Iterator[Path]:
+            with self.stock_file(mix, imatrix, path):
+                yield path
+
+        importance = hashlib.sha256(imatrix.read_bytes()).hexdigest() if imatrix else "none"
+        return self._measure(f"stock {mix} {self.work.model.model_id} {importance}", file, yardsticks)
+
+    @contextmanager
+    def stock_file(self, mix: str, imatrix: Path | None, path: Path | None = None) -> Iterator[Path]:
+        """Give llama.cpp's own mix; removed on every exit."""
+        path = path or self.folder / f".stock-{mix}.gguf"
+        try:
+            quantize_stock(self.reference, path, mix, imatrix, self.work.n_threads)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    def _measure(self, recipe: str, file, yardsticks: Sequence[Yardstick]) -> list[Measured]:  # type: ignore[no-untyped-def]
+        keys = [digest(recipe, yardstick.digest, self._build) for yardstick in yardsticks]
+        lacking = [(key, y) for key, y in zip(keys, yardsticks, strict=True) if key not in self._known]
+        if lacking:
+            with file() as path:
+                for key, yardstick in lacking:
+                    self._keep(yardstick.measure(path, key))
+        return [self._known[key] for key in keys]
+
+    def _keep(self, measured: Measured) -> None:
+        with self._log.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(measured)) + "\n")
+        self._known[measured.key] = measured
+
+    def _read_log(self) -> dict[str, Measured]:
+        if not self._log.is_file():
+            return {}
+        found = {}
+        for line in self._log.read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            found[values["key"]] = Measured(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return found
+
+    def _recipe(self, plan: Plan) -> str:
+        """Return what the bytes of a plan's tensors depend on: types and the importance of columns."""
+        columns = self.work.importance(plan)
+        types = [(tensor.name, tensor.type) for tensor in plan.tensors]
+        quantized = {tensor.name for tensor in plan.tensors if tensor.type not in ggml.FLOAT_TYPES}
+        parts = [f"{name} {hash_array(columns[name])}" for name, _ in types if name in columns and name in quantized]
+        return digest(self.work.model.model_id, json.dumps(types), *parts)
+
+
+def digest(*parts: str) -> str:
+    """Return the hex SHA-256 of some texts."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def hash_array(array: Float32) -> str:
+    """Return the hex SHA-256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def build_digest() -> str:
+    """Return a digest of llama.cpp's build and of the code that turns plans into bytes."""
+    package = Path(convert.__file__).parent
+    return digest(llama.llama_build(), *((package / name).read_text(encoding="utf-8") for name in WRITERS))
+
+
+def quantize_stock(source: Path, target: Path, mix: str, imatrix: Path | None, n_threads: int) -> None:
+    """Let llama.cpp quantize a GGUF by its own rules."""
+    if imatrix is not None:
+        raise NotImplementedError
+    llama.quantize_stock(source, target, mix, n_threads)
+
+
+def by_name(measured: Mapping[str, Measured]) -> dict[str, float]:
+    """Return the mean divergence of each."""
+    return {name: float(np.mean(m.kld)) for name, m in measured.items()}

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,9 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsds_gguf import convert, ggml, llama
-from nsds_gguf.convert import Work
+from nsds_gguf.activations import collect
+from nsds_gguf.convert import Silent, Work
 from nsds_gguf.divergence import TOKEN_SCORE, TokenScores, score_rows
 from nsds_gguf.errors import TextError
+from nsds_gguf.imatrix import Imatrix, read_imatrix, write_imatrix
 from nsds_gguf.inspect import inspect_gguf
 from nsds_gguf.records import Float32, Plan
 
@@ -28,8 +30,14 @@ Int32 = NDArray[np.int32]
 N_CTX = 512
 N_SEQUENCES = 4  # decoded together, as nsds_gguf.perplexity does at this context
 
-# Whose code decides, with ggml's, which bytes a plan becomes: part of every key.
-WRITERS = ("write.py", "ggml.py")
+# What llama.cpp's mixes treat apart, and llama-imatrix has no entry for.
+OUTSIDE = ("output.weight", "token_embd.weight")
+
+# Whose code decides, with llama.cpp's build, which bytes a plan becomes: part of every key.
+WRITERS = ("write.py", "rounding/*.py")
+
+# Gives a file for the length of a ``with`` block.
+File = Callable[[], AbstractContextManager[Path]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ class Measured:
         original_nll: that of the original.
         same_top: share of positions at which both prefer the same token.
         n_tokens: scored tokens of a chunk.
+        outside: types of the tensors ``OUTSIDE``, as far as the file has them.
     """
 
     key: str
@@ -68,6 +77,7 @@ class Measured:
     original_nll: tuple[float, ...]
     same_top: tuple[float, ...]
     n_tokens: int
+    outside: dict[str, str]
 
 
 def halves(text: str) -> tuple[str, str]:
@@ -119,9 +129,10 @@ class Yardstick:
         def means(name: str) -> tuple[float, ...]:
             return tuple(float(f"{value:.9g}") for value in scores[name].mean(axis=1))
 
-        n_bytes = sum(tensor.n_bytes for tensor in inspect_gguf(file).tensors)
+        tensors = inspect_gguf(file).tensors
         columns = (means(name) for name in ("kld", "nll", "reference_nll", "same_top"))
-        return Measured(key, n_bytes, *columns, scores.shape[1])
+        outside = {tensor.name: tensor.type for tensor in tensors if tensor.name in OUTSIDE}
+        return Measured(key, sum(tensor.n_bytes for tensor in tensors), *columns, scores.shape[1], outside)
 
     def _keep_logits(self, reference: Path, path: Path) -> None:
         n_scored = N_CTX - 1 - N_CTX // 2
@@ -132,22 +143,27 @@ class Yardstick:
                 shape = (len(self.chunks), n_scored, logits.shape[1])
                 kept = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
             kept[index] = logits
-        assert kept is not None
-        kept.flush()
+        if kept is not None:
+            kept.flush()
         temporary.replace(path)
 
 
-def chosen_chunks(reference: Path, passage: Passage) -> Int32:
-    """Return the chunks of a passage that are taken, ``(n, N_CTX)`` int32, begun by BOS where the model wants it."""
-    with llama.open_model(reference, vocab_only=True) as model:
-        tokens = model.tokenize(passage.text.removesuffix("\n"))
-        n_all = len(tokens) // N_CTX
-        if n_all < passage.n_chunks:
-            raise TextError(f"{passage.name}: wanted {passage.n_chunks} chunks in half of it, got {n_all}")
-        chunks = tokens[: n_all * N_CTX].reshape(n_all, N_CTX)[spread(n_all, passage.n_chunks)].copy()
+def tokenized(file: Path, text: str) -> Int32:
+    """Return all whole chunks of a text, ``(n, N_CTX)`` int32, begun by BOS where the model wants it."""
+    with llama.open_model(file, vocab_only=True) as model:
+        tokens = model.tokenize(text.removesuffix("\n"))
+        chunks = tokens[: len(tokens) // N_CTX * N_CTX].reshape(-1, N_CTX).copy()
         if model.bos is not None:
             chunks[:, 0] = model.bos
     return chunks
+
+
+def chosen_chunks(reference: Path, passage: Passage) -> Int32:
+    """Return the chunks of a passage that are taken, ``(n_chunks, N_CTX)`` int32."""
+    chunks = tokenized(reference, passage.text)
+    if len(chunks) < passage.n_chunks:
+        raise TextError(f"{passage.name}: wanted {passage.n_chunks} chunks in half of it, got {len(chunks)}")
+    return chunks[spread(len(chunks), passage.n_chunks)]
 
 
 def second_halves(file: Path, chunks: Int32, n_threads: int) -> Iterator[tuple[int, Float32]]:
@@ -206,29 +222,39 @@ class Bench:
 
         return self._measure(self._recipe(plan), file, yardsticks)
 
-    def stock(self, mix: str, imatrix: Path | None, yardsticks: Sequence[Yardstick]) -> list[Measured]:
+    def stock(self, mix: str, imatrix: Imatrix | None, yardsticks: Sequence[Yardstick]) -> list[Measured]:
         """Measure llama.cpp's own mix, made with an importance matrix where one is given."""
-        path = self.folder / f".stock-{mix}.gguf"
 
         @contextmanager
         def file() -> Iterator[Path]:
-            with self.stock_file(mix, imatrix, path):
+            path = self.folder / f".stock-{mix}.gguf"
+            try:
+                columns = None if imatrix is None else imatrix.columns
+                llama.quantize_stock(self.reference, path, mix, self.work.n_threads, columns)
                 yield path
+            finally:
+                path.unlink(missing_ok=True)
 
-        importance = hashlib.sha256(imatrix.read_bytes()).hexdigest() if imatrix else "none"
-        return self._measure(f"stock {mix} {self.work.model.model_id} {importance}", file, yardsticks)
+        recipe = f"stock {mix} {self.work.model.model_id} {imatrix.sha256 if imatrix else 'none'}"
+        return self._measure(recipe, file, yardsticks)
 
-    @contextmanager
-    def stock_file(self, mix: str, imatrix: Path | None, path: Path | None = None) -> Iterator[Path]:
-        """Give llama.cpp's own mix; removed on every exit."""
-        path = path or self.folder / f".stock-{mix}.gguf"
-        try:
-            quantize_stock(self.reference, path, mix, imatrix, self.work.n_threads)
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
+    def imatrix(self, text: str) -> Imatrix:
+        """Return the importance matrix of a text, as llama-imatrix collects it: nothing for the tensors ``OUTSIDE``.
 
-    def _measure(self, recipe: str, file, yardsticks: Sequence[Yardstick]) -> list[Measured]:  # type: ignore[no-untyped-def]
+        From then on ``work`` knows it.
+        """
+        chunks = tokenized(self.reference, text)
+        path = self.folder / f"imatrix-{digest(self.work.model.model_id, text)[:16]}.gguf"
+        if not path.is_file():
+            moments = collect(self.reference, chunks, n_threads=self.work.n_threads)
+            inside = {name: moment for name, moment in moments.items() if name not in OUTSIDE}
+            write_imatrix(path.with_suffix(".part"), inside, source="text", n_chunks=len(chunks), n_ctx=N_CTX)
+            path.with_suffix(".part").replace(path)
+        imatrix = read_imatrix(path)
+        self.work = Work(self.work.model, self.work.n_threads, Silent(), imatrix)
+        return imatrix
+
+    def _measure(self, recipe: str, file: File, yardsticks: Sequence[Yardstick]) -> list[Measured]:
         keys = [digest(recipe, yardstick.digest, self._build) for yardstick in yardsticks]
         lacking = [(key, y) for key, y in zip(keys, yardsticks, strict=True) if key not in self._known]
         if lacking:
@@ -273,16 +299,5 @@ def hash_array(array: Float32) -> str:
 def build_digest() -> str:
     """Return a digest of llama.cpp's build and of the code that turns plans into bytes."""
     package = Path(convert.__file__).parent
-    return digest(llama.llama_build(), *((package / name).read_text(encoding="utf-8") for name in WRITERS))
-
-
-def quantize_stock(source: Path, target: Path, mix: str, imatrix: Path | None, n_threads: int) -> None:
-    """Let llama.cpp quantize a GGUF by its own rules."""
-    if imatrix is not None:
-        raise NotImplementedError
-    llama.quantize_stock(source, target, mix, n_threads)
-
-
-def by_name(measured: Mapping[str, Measured]) -> dict[str, float]:
-    """Return the mean divergence of each."""
-    return {name: float(np.mean(m.kld)) for name, m in measured.items()}
+    files = [file for pattern in WRITERS for file in sorted(package.glob(pattern))]
+    return digest(llama.llama_build(), *(file.read_text(encoding="utf-8") for file in files))

@@ -1,6 +1,7 @@
 """Importance matrices of llama.cpp: mean squared inputs of every column, collected by running a text through a model.
 
-Two forms are read, as ``llama-imatrix`` writes them (tools/imatrix/imatrix.cpp; read by common/imatrix-loader.cpp).
+Two forms are read, and the first is written, as ``llama-imatrix`` has them (tools/imatrix/imatrix.cpp; it is read by
+common/imatrix-loader.cpp).
 
 GGUF: per tensor ``NAME.in_sum2`` ``(n_matrices, n_cols)``, the sums of squares, and ``NAME.counts``
 ``(n_matrices, 1)``, how many tokens they are of; leading dimensions of 1 are not in the file. The older binary form,
@@ -18,7 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from gguf import GGUFWriter
 
+from .activations import Moments
 from .errors import ModelError, RecordError
 from .gguf_header import is_gguf, read_gguf_header
 from .records import Float32, Model
@@ -91,6 +94,33 @@ def read_imatrix(path: Path) -> Imatrix:
         if not np.isfinite(columns).all() or (columns < 0).any():
             raise RecordError(f"{path}: {name}: holds what no mean of squares can be; make it again")
     return Imatrix(path, hashlib.sha256(data).hexdigest(), {name: _floored(value) for name, value in entries.items()})
+
+
+def write_imatrix(path: Path, moments: Mapping[str, Moments], *, source: str, n_chunks: int, n_ctx: int) -> None:
+    """Write collected mean squares as llama-imatrix would, in its GGUF form.
+
+    Args:
+        path: file to write; an existing one is replaced.
+        moments: by tensor name.
+        source: what the tokens were of; the file says so.
+        n_chunks: sequences that were run.
+        n_ctx: tokens of each.
+
+    """
+    writer = GGUFWriter(path, "")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [source])
+    writer.add_uint32("imatrix.chunk_count", n_chunks)
+    writer.add_uint32("imatrix.chunk_size", n_ctx)
+    for name in sorted(moments):
+        counts = moments[name].counts.astype(np.float32)[:, np.newaxis]
+        sums = moments[name].mean_squares.reshape(len(counts), -1) * counts
+        writer.add_tensor(name + _SUMS, sums.astype(np.float32))
+        writer.add_tensor(name + _COUNTS, counts)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _of_gguf(path: Path) -> Iterator[tuple[str, Float32]]:

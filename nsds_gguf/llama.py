@@ -13,15 +13,16 @@ import os
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import ggml
 from .errors import GgmlError, TextError, VerifyError
 from .records import Float32
 
@@ -47,6 +48,18 @@ N_PHYSICAL_BATCH = 512
 _MAX_TEXT_BYTES = 2**31 - 1
 
 
+class Observer(Protocol):
+    """Who looks at the products with weights while a context decodes; called in the thread that decodes."""
+
+    def wants(self, product: ggml.Product) -> bool:
+        """Return whether ``take`` is to be called when this product has been computed."""
+        ...
+
+    def take(self, product: ggml.Product) -> None:
+        """Look at what the product read, with ``ggml.product_rows``."""
+        ...
+
+
 def llama_build() -> str:
     """Return llama.cpp's version, that of the binding, and the CPU features in use, in one line."""
     binding = _binding()
@@ -55,14 +68,18 @@ def llama_build() -> str:
     return f"{version} (llama-cpp-python {binding.__version__}; {' '.join(features)})"
 
 
-def quantize_stock(source: Path, target: Path, mix: str, n_threads: int) -> None:
-    """Let llama.cpp quantize a GGUF by its own rules, without an importance matrix.
+def quantize_stock(
+    source: Path, target: Path, mix: str, n_threads: int, importance: Mapping[str, Float32] | None = None
+) -> None:
+    """Let llama.cpp quantize a GGUF by its own rules.
 
     Args:
         source: F32, F16, BF16 or Q8_0 GGUF.
         target: file to write; an existing one is replaced.
         mix: name of a file type, ``Q3_K_M``.
         n_threads: CPU threads.
+        importance: column weights by tensor name, ``(n_cols,)`` or for a stack ``(n_matrices, n_cols)``, as an
+            importance matrix holds them (``Imatrix.columns``); ``None`` for none.
 
     Raises ``GgmlError`` when llama.cpp refuses.
     """
@@ -70,9 +87,21 @@ def quantize_stock(source: Path, target: Path, mix: str, n_threads: int) -> None
     params = binding.llama_model_quantize_default_params()
     params.ftype, params.nthread = getattr(binding, f"LLAMA_FTYPE_MOSTLY_{mix}"), n_threads
     params.allow_requantize = True  # of Q8_0
+    if importance is not None:
+        params.imatrix, _columns = _imatrix_data(binding, importance)
     _log.clear()
     if binding.llama_model_quantize(os.fsencode(source), os.fsencode(target), params):
         raise GgmlError(f"{source}: llama.cpp cannot make {mix} of it: {_log_error()}")
+
+
+def _imatrix_data(binding: Any, importance: Mapping[str, Float32]) -> tuple[Any, list[Float32]]:
+    """Return llama.cpp's array of names and columns, ended by a null name, and what its pointers point to."""
+    columns = [np.ascontiguousarray(values, dtype=np.float32).ravel() for values in importance.values()]
+    data = (binding.llama_model_imatrix_data * (len(columns) + 1))()
+    for entry, name, values in zip(data, importance, columns, strict=False):
+        entry.name, entry.size = name.encode(), values.size
+        entry.data = values.ctypes.data_as(type(entry.data))
+    return data, columns
 
 
 def default_threads() -> int:
@@ -177,7 +206,14 @@ def open_model(file: Path, *, vocab_only: bool = False) -> Iterator[LlamaModel]:
 
 @contextmanager
 def open_context(
-    model: LlamaModel, *, n_ctx: int, n_batch: int, n_seq: int = 1, n_threads: int | None = None, exact: bool = False
+    model: LlamaModel,
+    *,
+    n_ctx: int,
+    n_batch: int,
+    n_seq: int = 1,
+    n_threads: int | None = None,
+    exact: bool = False,
+    observer: Observer | None = None,
 ) -> Iterator[LlamaContext]:
     """Create the state in which a model decodes, for the length of a ``with`` block.
 
@@ -191,6 +227,7 @@ def open_context(
         n_seq: sequences of a block.
         n_threads: CPU threads; ``None`` for ``default_threads()``.
         exact: F32 KV cache and no flash attention.
+        observer: who sees the products with weights. What it raises, ``decode`` raises.
 
     Yields:
         The context.
@@ -202,7 +239,7 @@ def open_context(
     """
     context = LlamaContext(model)
     try:
-        context._create(n_ctx, n_batch, n_seq, n_threads or default_threads(), exact)
+        context._create(n_ctx, n_batch, n_seq, n_threads or default_threads(), exact, observer)
         yield context
     finally:
         context._close()
@@ -319,8 +356,12 @@ class LlamaContext:
         self._worker = model._worker
         self._pointer: Any = None
         self._batch: Any = None
+        self._observer: Observer | None = None
+        self._observer_error: BaseException | None = None
 
-    def _create(self, n_ctx: int, n_batch: int, n_seq: int, n_threads: int, exact: bool) -> None:
+    def _create(
+        self, n_ctx: int, n_batch: int, n_seq: int, n_threads: int, exact: bool, observer: Observer | None
+    ) -> None:
         binding = self._binding
         params = binding.llama_context_default_params()
         params.n_ctx = n_ctx * n_seq
@@ -332,6 +373,9 @@ class LlamaContext:
             params.type_k = params.type_v = _GGML_TYPE_F32
         # Kept alive by self: llama.cpp keeps nothing but the address.
         self._abort_callback = params.abort_callback = binding.ggml_abort_callback(lambda _: self._worker.stopping)
+        if observer is not None:
+            self._observer = observer
+            self._eval_callback = params.cb_eval = binding.ggml_backend_sched_eval_callback(self._evaluated)
         self._worker.run(self._init_from_model, params)
         if not self._pointer:
             raise GgmlError(f"{self._model.file}: llama.cpp cannot create a context: {_log_error()}")
@@ -342,6 +386,24 @@ class LlamaContext:
     def _init_from_model(self, params: Any) -> None:
         _log.clear()
         self._pointer = self._binding.llama_init_from_model(self._model._pointer, params)
+
+    def _evaluated(self, address: int, ask: bool, _data: Any) -> bool:
+        """Answer llama.cpp before a node of the graph (``ask``) and after one that was wanted; false ends the graph.
+
+        An exception cannot pass through llama.cpp, so it waits here for ``decode``.
+        """
+        if self._observer is None or self._observer_error is not None or self._worker.stopping:
+            return False
+        try:
+            product = ggml.product(address)
+            if product is None or (ask and not self._observer.wants(product)):
+                return False
+            if not ask:
+                self._observer.take(product)
+        except Exception as error:
+            self._observer_error = error
+            return False
+        return True
 
     def _close(self) -> None:
         if self._batch:
@@ -369,13 +431,17 @@ class LlamaContext:
 
         Raises:
             GgmlError: llama.cpp refuses.
+            Exception: whatever the context's observer raised.
 
         """
         n_seq, n = tokens.shape
         n_outputs = max(0, start + n - max(start, first_output))
         self._fill_batch(tokens, start, first_output)
         _log.clear()
+        self._observer_error = None
         status, address = self._worker.run(self._decode_batch)
+        if self._observer_error is not None:
+            raise self._observer_error
         if status != 0:
             raise GgmlError(f"{self._model.file}: llama_decode failed with status {status}: {_log_error()}")
         shape = (n_seq, n_outputs, self._model.n_vocab)

@@ -15,14 +15,16 @@ import pytest
 from arrays import random_arrays
 from command import call, message
 from gguf import GGUFReader, GGUFWriter
-from llama_quantize import assert_same_bytes, llama_quantize, name_patterns
+from llama_quantize import assert_same_bytes, llama_quantize, name_patterns, read_tensors
 from models import make_model
+from tiny_archs import write_tiny_arch
 
-from nsds_gguf import convert
+from nsds_gguf import convert, ggml, llama
+from nsds_gguf.activations import Moments
 from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.convert import Output, VerifyOptions
 from nsds_gguf.errors import RecordError
-from nsds_gguf.imatrix import Imatrix, read_imatrix
+from nsds_gguf.imatrix import Imatrix, read_imatrix, write_imatrix
 from nsds_gguf.records import Target
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
@@ -87,7 +89,49 @@ def test_experts_have_their_own_counts(tmp_path: Path) -> None:
     assert np.allclose(columns, [[1.0, 3.0], [1.0, 1.0], [1e-4, 2.0]])  # never seen: alike; 0: the least there is
 
 
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    """Experts with their own counts; the keys that llama-imatrix writes."""
+    squares = np.array([[1.0, 3.0], [0.0, 0.0], [2.5, 0.5]])
+    moments = {
+        "b.weight": Moments(squares, squares, np.array([4, 0, 6])),
+        "a.weight": Moments(squares[2], squares[2], np.array([7])),
+    }
+    write_imatrix(tmp_path / "i.gguf", moments, source="text", n_chunks=3, n_ctx=8)
+    columns = read_imatrix(tmp_path / "i.gguf").columns
+    assert np.allclose(columns["a.weight"], [[2.5, 0.5]])
+    assert np.allclose(columns["b.weight"], [[1.0, 3.0], [1.0, 1.0], [2.5, 0.5]])
+    ours, theirs = (GGUFReader(path).fields for path in (tmp_path / "i.gguf", GOLDEN / "imatrix.gguf"))
+    keys = {name: field.types for name, field in theirs.items() if name.startswith(("imatrix.", "general."))}
+    assert {name: ours[name].types for name in keys} == keys
+
+
 # What it is good for
+
+
+def test_stock_with_an_importance_matrix(tmp_path: Path) -> None:
+    """Tensor by tensor what ggml makes of the same rows and columns; only the choice of types is llama.cpp's."""
+    source = write_tiny_arch(tmp_path / "f32.gguf", "deepseek2")
+    rng = np.random.default_rng(1)
+    tensors = {tensor.name: np.asarray(tensor.data) for tensor in GGUFReader(source).tensors}
+    weights = {
+        name: rng.lognormal(sigma=2, size=(*data.shape[:-2], data.shape[-1])).astype(np.float32)
+        for name, data in tensors.items()
+        if data.ndim >= 2 and name != "token_embd.weight"
+    }
+    llama.quantize_stock(source, tmp_path / "plain.gguf", "Q2_K", 1)
+    llama.quantize_stock(source, tmp_path / "q2_k.gguf", "Q2_K", 1, weights)
+    plain = read_tensors(tmp_path / "plain.gguf")
+    n_changed = 0
+    for name, found in read_tensors(tmp_path / "q2_k.gguf").items():
+        type_name = found.tensor_type.name
+        if type_name == "F32":
+            continue
+        stack = tensors[name].reshape(-1, *tensors[name].shape[-2:])
+        columns = weights[name].reshape(len(stack), -1) if name in weights else [None] * len(stack)
+        wanted = [ggml.quantize(rows, type_name, own) for rows, own in zip(stack, columns, strict=True)]
+        assert np.array_equal(np.asarray(found.data).reshape(-1), np.concatenate(wanted).reshape(-1)), name
+        n_changed += bool(plain[name].data.tobytes() != found.data.tobytes())
+    assert n_changed > 20
 
 
 def test_quantized_bytes_are_llama_quantizes(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_one_tensor_is_quantized_and_the_others_are_not(bench: ModelBench) -> No
     plan = quality_sensitivity.one_tensor_plan(bench.bench, "blk.1.ffn_down.weight", "Q2_K", "sweep")
     types = {tensor.name: tensor.type for tensor in plan.tensors}
     assert types.pop("blk.1.ffn_down.weight") == "Q2_K"
-    assert set(types.values()) == {"F16", "F32"}
+    assert set(types.values()) == {"F32"}
 
 
 def test_measured_sensitivities_are_divergence_over_error(result: dict) -> None:
@@ -153,6 +153,7 @@ def test_nothing_is_measured_twice(bench: ModelBench, result: dict, settings: Se
     log = folder / "work" / "measured.jsonl"
     before = log.read_text()
     again = ModelBench(bench.entry, folder / "model", folder / "work", settings)
+    again.scores, again.metric_layers = bench.scores, bench.metric_layers
     again.bench._measure = lambda recipe, file, yardsticks, own=again.bench: [
         own._known[quality_measure.digest(recipe, y.digest, own._build)] for y in yardsticks
     ]

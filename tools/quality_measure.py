@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 
 from nsds_gguf import convert, ggml, llama
 from nsds_gguf.activations import collect
+from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.convert import Silent, Work
 from nsds_gguf.divergence import TOKEN_SCORE, TokenScores, score_rows
 from nsds_gguf.errors import TextError
 from nsds_gguf.imatrix import Imatrix, read_imatrix, write_imatrix
 from nsds_gguf.inspect import inspect_gguf
-from nsds_gguf.records import Float32, Plan
+from nsds_gguf.records import Float32, Plan, Target
 
 Int32 = NDArray[np.int32]
 
@@ -148,6 +149,11 @@ class Yardstick:
         temporary.replace(path)
 
 
+def original_plan(work: Work) -> Plan:
+    """Return the plan of the original's file: every weight as it is, in F32."""
+    return work.allocate(None, PlanOptions(Target("none", 0), "uniform", uniform="F32", importance="none"))
+
+
 def tokenized(file: Path, text: str) -> Int32:
     """Return all whole chunks of a text, ``(n, N_CTX)`` int32, begun by BOS where the model wants it."""
     with llama.open_model(file, vocab_only=True) as model:
@@ -188,7 +194,8 @@ def second_halves(file: Path, chunks: Int32, n_threads: int) -> Iterator[tuple[i
 class Bench:
     """Makes files of one model, measures and removes them, and keeps what it found.
 
-    ``reference`` is the original as a GGUF; it stays in ``folder``.
+    ``reference`` is the original as a GGUF; it stays in ``folder``. It is F32 whatever the source is: with BF16 weights
+    llama.cpp rounds what they multiply too, which alone is a divergence of 1e-5.
     """
 
     def __init__(self, work: Work, folder: Path) -> None:
@@ -198,7 +205,7 @@ class Bench:
         self.reference = folder / f"original-{work.model.model_id[:16]}.gguf"
         if not self.reference.is_file():
             temporary = self.reference.with_suffix(".part")
-            work.write(convert.reference_plan(work.model), temporary)
+            work.write(original_plan(work), temporary)
             temporary.replace(self.reference)
         self._log = folder / "measured.jsonl"
         self._known = self._read_log()

@@ -267,14 +267,17 @@ class ModelBench:
         return found
 
     def plan(self, budget: str, kind: str, detail: str, scores: Scores, options: PlanOptions) -> Plan:
-        """Plan, measure and keep the row."""
+        """Plan, measure and keep the row; outside the main table on the first text alone."""
         plan = self.work.allocate(scores, options)
-        self.keep(budget, kind, detail, self.bench.plan(plan, self.yardsticks))
+        in_main_table = budget in BUDGETS
+        self.keep(
+            budget, kind, detail, self.bench.plan(plan, self.yardsticks if in_main_table else self.yardsticks[:1])
+        )
         return plan
 
     def keep(self, budget: str, kind: str, detail: str, found: Sequence[Measured]) -> None:
         """Keep the rows of one file."""
-        for passage, m in zip(self.settings.final, found, strict=True):
+        for passage, m in zip(self.settings.final, found, strict=False):
             kld, error = mean_and_error(m.kld)
             bpw = m.tensor_bytes * 8 / self.work.model.n_weights
             ppl, original = (float(np.exp(np.mean(values))) for values in (m.nll, m.original_nll))

@@ -11,10 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from quality_measure import Bench, Yardstick
+from quality_measure import Bench, Yardstick, original_plan
 
 from nsds_gguf.allocate import PlanOptions, candidates
-from nsds_gguf.convert import reference_plan
 from nsds_gguf.records import Plan, Scores, TensorCost, role_and_layer
 from nsds_gguf.write import header_bytes
 
@@ -90,7 +89,7 @@ def stand_ins(open_types: Sequence[str], wanted: Sequence[str]) -> list[str]:
 def one_tensor_plan(bench: Bench, name: str, type_name: str, importance: str) -> Plan:
     """Return the plan of the original with one tensor in another type."""
     model = bench.work.model
-    plan = reference_plan(model)
+    plan = original_plan(bench.work)
     found = {candidate.tensor.name: candidate for candidate in candidates(model, (type_name,))}
     tensors = tuple(
         replace(t, type=type_name, n_bytes=found[name].n_bytes(type_name)) if t.name == name else t

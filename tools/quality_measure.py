@@ -1,7 +1,9 @@
 """Measure GGUFs of one model against its original, on chunks spread evenly over half a text.
 
 The original's logits on those chunks are computed once and kept on disk, so that a file costs one pass of its own.
-Everything measured is appended to a file of JSON lines at once; a measurement with a known key is not made again.
+Everything measured is appended to a file of JSON lines at once; a measurement with a known key is not made again. A key
+covers types, importance of columns, the plan's settings, the code named in ``WRITERS``, the tokens and llama.cpp's
+build.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +38,10 @@ OUTSIDE = ("output.weight", "token_embd.weight")
 
 # Whose code decides, with llama.cpp's build, which bytes a plan becomes: part of every key.
 WRITERS = ("write.py", "rounding/*.py")
+
+# What a plan says besides types and importance, and no byte of its tensors depends on.
+NO_BYTES = ("allocator", "target", "types", "importance", "tensors", "header_bytes", "model_name", "metric", "gap",
+            "notes", "scores_digest", "versions")  # fmt: skip
 
 # Gives a file for the length of a ``with`` block.
 File = Callable[[], AbstractContextManager[Path]]
@@ -285,12 +291,13 @@ class Bench:
         return found
 
     def _recipe(self, plan: Plan) -> str:
-        """Return what the bytes of a plan's tensors depend on: types and the importance of columns."""
+        """Return what the bytes of a plan's tensors depend on: types, the importance of columns, settings."""
         columns = self.work.importance(plan)
         types = [(tensor.name, tensor.type) for tensor in plan.tensors]
         quantized = {tensor.name for tensor in plan.tensors if tensor.type not in ggml.FLOAT_TYPES}
         parts = [f"{name} {hash_array(columns[name])}" for name, _ in types if name in columns and name in quantized]
-        return digest(self.work.model.model_id, json.dumps(types), *parts)
+        settings = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name not in NO_BYTES}
+        return digest(json.dumps(settings, sort_keys=True), json.dumps(types), *parts)
 
 
 def digest(*parts: str) -> str:

@@ -100,7 +100,7 @@ class ModelBench:
         model = convert.open_model(source, None, False, Silent())
         self.bench = Bench(Work(model, settings.n_threads, Silent()), folder)
         self.imatrix = None if settings.calibration is None else self.bench.imatrix(settings.calibration)
-        self.scores: dict[str, Scores] = {}  # with costs, by importance
+        self.scores: dict[PlanOptions, Scores] = {}
         self.rows: list[Row] = []
 
     @property
@@ -123,10 +123,11 @@ class ModelBench:
         return replace(FREE, **options)
 
     def scores_of(self, options: PlanOptions) -> Scores:
-        """Return scores measured under the importance of the options."""
-        if options.importance not in self.scores:
-            self.scores[options.importance] = self.work.score([replace(options, allocator="nsds")], ScoreOptions())
-        return self.scores[options.importance]
+        """Return scores with costs, measured as the options want; made once."""
+        how = replace(options, target=FREE.target, allocator=FREE.allocator, uniform=None, pins=(), seed=0)
+        if how not in self.scores:
+            self.scores[how] = self.work.score([how], ScoreOptions())
+        return self.scores[how]
 
     def run(self) -> dict[str, Any]:
         """Measure everything and return it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import quality
+import quality_figures
 import quality_measure
 import quality_model
 import quality_page
@@ -193,7 +194,7 @@ def test_correlations() -> None:
     ],
 )
 def test_what_is_not_reached_is_marked(value: float | None, goal: float, strict: bool, wanted: str) -> None:
-    assert quality_page.goal_cell(value, goal, strict) == wanted
+    assert quality_figures.goal_cell(value, goal, strict) == wanted
 
 
 def test_ours_is_compared_with_the_mean_of_the_seeds() -> None:
@@ -201,8 +202,8 @@ def test_ours_is_compared_with_the_mean_of_the_seeds() -> None:
         return {"text": "t", "budget": "b", "kind": kind, "chunks": chunks}
 
     result = {"rows": [row(OURS, 1.0, 1.0), row(RANDOM, 1.0, 2.0), row(RANDOM, 3.0, 2.0)]}
-    assert quality_page.ratio(result, "t", "b", RANDOM) == pytest.approx((0.5, 0))
-    assert quality_page.ratio(result, "t", "b", STOCK) is None
+    assert quality_figures.ratio(result, "t", "b", RANDOM) == pytest.approx((0.5, 0))
+    assert quality_figures.ratio(result, "t", "b", STOCK) is None
 
 
 def test_the_page_has_every_table(result: dict) -> None:
@@ -211,7 +212,7 @@ def test_the_page_has_every_table(result: dict) -> None:
     text = quality_page.page([result], facts)
     assert "commit abc1234" in text and "**Not measured, the models are not there:** big." in text
     (line,) = [line for line in text.splitlines() if line.startswith("| tiny | Q3_K_M |")]
-    assert line.count("±") == 5 and quality_page.NO_FIGURE not in line
+    assert line.count("±") == 5 and quality_figures.NO_FIGURE not in line
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
     assert len(tables) == 14
     for block in tables:

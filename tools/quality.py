@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import outlier_copy
+from quality_figures import alpha
 from quality_measure import N_CTX, Passage, digest, halves
 from quality_model import CALIBRATION_BYTES, CALIBRATION_PIECES, ModelBench, Settings, calibration_text
-from quality_page import alpha, page
+from quality_page import page
 from quality_sensitivity import MEASURED_AT
 from quality_zoo import IN_REPOSITORY, ROOT, ZOO, Entry
 

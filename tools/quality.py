@@ -7,7 +7,7 @@ tables are measured on the second halves. ``--trial`` measures everything on the
 
 What is measured is kept in ``--work`` at once, so that a run that was interrupted goes on where it stopped, and models
 can be measured by several runs side by side (``--models``). The page is made of all models of the zoo
-(``quality_zoo.py``) that were measured in this run or, by the same settings, an earlier one.
+(``quality_zoo.py``) that were measured in this run or, by the same settings and the same code, an earlier one.
 """
 
 from __future__ import annotations
@@ -136,9 +136,17 @@ def named(text: str) -> tuple[str, Path]:
 
 
 def settings_digest(arguments: argparse.Namespace, settings: Settings) -> str:
-    """Return a digest of what results must share to stand in one table."""
+    """Return a digest of what results must share to stand in one table: settings, and the code that decides."""
+    package, here = ROOT / "nsds_gguf", Path(__file__).parent
+    code = [*sorted(package.rglob("*.py")), *(here / f"quality_{name}.py" for name in ("measure", "model", "zoo"))]
     passages = [f"{p.name} {p.half} {p.digest} {p.n_chunks}" for p in (*settings.final, settings.choosing)]
-    return digest(*passages, settings.calibration or "", arguments.sensitivity_types, llama.llama_build())
+    return digest(
+        *passages,
+        settings.calibration or "",
+        arguments.sensitivity_types,
+        llama.llama_build(),
+        *(file.read_text(encoding="utf-8") for file in code),
+    )
 
 
 def measure(entry: Entry, folder: Path, settings: Settings, work: Path, mark: str) -> None:

@@ -99,18 +99,13 @@ def source(entry: Entry, arguments: argparse.Namespace) -> Path | None:
         original = source(next(e for e in ZOO if e.name == entry.copy_of), arguments)
         if original is None:
             return None
-        target = arguments.work / "copies" / slug(entry)
+        target = arguments.work / "copies" / entry.name
         if not target.is_dir():
             target.parent.mkdir(parents=True, exist_ok=True)
             outlier_copy.outlier_copy(original, target, entry.seed)
         return target
     places = [ROOT / IN_REPOSITORY, *([arguments.zoo] if arguments.zoo else [])]
     return next((place / entry.folder for place in places if (place / entry.folder / "config.json").is_file()), None)
-
-
-def slug(entry: Entry) -> str:
-    """Return the name of an entry's folder."""
-    return entry.name.replace(", ", "-").replace(" ", "-")
 
 
 def make_settings(arguments: argparse.Namespace) -> Settings:
@@ -151,7 +146,7 @@ def settings_digest(arguments: argparse.Namespace, settings: Settings) -> str:
 
 def measure(entry: Entry, folder: Path, settings: Settings, work: Path, mark: str) -> None:
     """Measure one model and keep its result."""
-    place = work / slug(entry)
+    place = work / entry.name
     result = ModelBench(entry, folder, place, settings).run()
     temporary = place / "result.part"
     temporary.write_text(json.dumps({"format": FORMAT, "settings": mark, "result": result}), encoding="utf-8")
@@ -162,7 +157,7 @@ def known_results(work: Path, mark: str) -> tuple[list[dict[str, Any]], list[str
     """Return the results of the zoo's models that were made by these settings, and the names of the others."""
     results, lacking = [], []
     for entry in ZOO:
-        path = work / slug(entry) / "result.json"
+        path = work / entry.name / "result.json"
         data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if data.get("format") == FORMAT and data.get("settings") == mark:
             results.append(data["result"])
@@ -239,8 +234,7 @@ def write_alphas(results: list[dict[str, Any]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for result in results:
         tensors = [{**tensor, "alpha": alpha(tensor)} for tensor in result["sensitivities"]]
-        name = result["name"].replace(", ", "-").replace(" ", "-")
-        (folder / f"{name}.json").write_text(json.dumps(tensors, indent=1) + "\n", encoding="utf-8")
+        (folder / f"{result['name']}.json").write_text(json.dumps(tensors, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

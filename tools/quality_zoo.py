@@ -16,7 +16,7 @@ class Entry:
     """One model of the zoo.
 
     Attributes:
-        name: what tables call it.
+        name: what tables call it; also that of its folder of results.
         folder: below ``examples`` of the repository, or else of the folder given by ``--zoo``; empty for a copy.
         fitted: whether constants were chosen by looking at it.
         copy_of: name of the model that this is an outlier copy of (``tools/outlier_copy.py``), or empty.
@@ -45,7 +45,7 @@ GROUPS = (PLAIN_HELD_OUT, PLAIN_FITTED, OUTLIER)
 ZOO = (
     Entry("books-4.6m", "books-4.6m", fitted=True, about="5.9 tokens seen per weight"),
     Entry("books-11m", "books-11m", fitted=True, about="0.8 tokens seen per weight"),
-    Entry("books-4.6m, outliers", copy_of="books-4.6m", seed=1, fitted=True, about="a copy with outlier channels"),
+    Entry("books-4.6m-outliers", copy_of="books-4.6m", seed=1, fitted=True, about="a copy with outlier channels"),
 )
 
 

@@ -21,7 +21,7 @@ import quality_statistics
 from command import TINY
 from quality_measure import Passage, halves, spread
 from quality_model import FREE, ModelBench, Settings
-from quality_zoo import GROUPS, ORACLE, OURS, RANDOM, STOCK, STOCK_IMATRIX, ZOO, Entry
+from quality_zoo import GROUPS, ORACLE, OURS, RANDOM, STOCK, STOCK_IMATRIX, UNIFORM, ZOO, Entry
 from tiny_models import write_tiny
 
 from nsds_gguf.perplexity import perplexity
@@ -136,6 +136,13 @@ def test_the_oracle_is_best_by_its_own_lights(result: dict) -> None:
         assert all(ratio > 1 - 1e-3 for ratio in entry["ratios"].values())
 
 
+def test_what_single_errors_add_up_to(result: dict) -> None:
+    """Of the plan with every matrix at Q3_K: the sum of what was measured of its tensors' sensitivities and errors."""
+    (row,) = [row for row in result["rows"] if row["kind"] == UNIFORM]
+    terms = [t["measured"]["Q2_K"]["alpha"] * t["measured"]["Q3_K"]["e"] for t in result["sensitivities"]]
+    assert row["expected"] == pytest.approx(sum(terms), rel=1e-6)
+
+
 def test_bytes_are_equal(result: dict) -> None:
     rows = [row for row in result["rows"] if row["budget"] == "Q3_K_M"]
     (stock,) = [row for row in rows if row["kind"] == STOCK]
@@ -214,7 +221,7 @@ def test_the_page_has_every_table(result: dict) -> None:
     (line,) = [line for line in text.splitlines() if line.startswith("| tiny | Q3_K_M |")]
     assert line.count("±") == 5 and quality_figures.NO_FIGURE not in line
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 14
+    assert len(tables) == 15
     for block in tables:
         assert len({line.count("|") for line in block.splitlines()}) == 1
 

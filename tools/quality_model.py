@@ -75,7 +75,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One file on one text: what it is, and per chunk its divergence from the original, nats per token."""
+    """One file on one text: what it is, and per chunk its divergence from the original, nats per token.
+
+    ``expected`` is ``sum_t alpha_t e_t`` over its tensors with measured sensitivities: what ``kld`` would be if single
+    errors added up. ``None`` for llama.cpp's mixes.
+    """
 
     text: str
     budget: str
@@ -88,6 +92,7 @@ class Row:
     ppl: float
     original_ppl: float
     same_top: float
+    expected: float | None
     chunks: tuple[float, ...]
 
 
@@ -101,6 +106,7 @@ class ModelBench:
         self.bench = Bench(Work(model, settings.n_threads, Silent()), folder)
         self.imatrix = None if settings.calibration is None else self.bench.imatrix(settings.calibration)
         self.scores: dict[PlanOptions, Scores] = {}
+        self.alphas: dict[str, float] = {}  # measured sensitivities by tensor
         self.rows: list[Row] = []
 
     @property
@@ -132,7 +138,8 @@ class ModelBench:
     def run(self) -> dict[str, Any]:
         """Measure everything and return it."""
         sensitivities = self.sensitivities()
-        oracle = with_sensitivities(self.scores_of(FREE), {t.name: t.alpha for t in sensitivities})
+        self.alphas = {t.name: t.alpha for t in sensitivities}
+        oracle = with_sensitivities(self.scores_of(FREE), self.alphas)
         budgets = {mix: self.budget(mix, oracle) for mix in BUDGETS}
         for type_name in UNIFORM_TYPES:
             self.uniform(type_name)
@@ -239,7 +246,11 @@ class ModelBench:
         """
         found = []
         base = self.scores_of(FREE)
-        best = {mix: self.predicted(oracle, oracle, target) for mix, target in budgets.items()}
+
+        def loss(scores: Scores, target: Target) -> float:
+            return self.expected(self.work.allocate(scores, replace(FREE, target=target)))
+
+        best = {mix: loss(oracle, target) for mix, target in budgets.items()}
         for reading in ("ratio", "product"):
             layers = self.metric_layers[f"nsds, {reading}"]
             for weight in NSDS_WEIGHTS:
@@ -248,15 +259,13 @@ class ModelBench:
                 mean = float(np.mean([layer.score for layer in layers]))
                 factors = {layer.layer: float(np.exp(weight * (layer.score - mean))) for layer in layers}
                 scores = with_factors(base, factors)
-                ratios = {mix: self.predicted(scores, oracle, t) / best[mix] for mix, t in budgets.items()}
+                ratios = {mix: loss(scores, target) / best[mix] for mix, target in budgets.items()}
                 found.append({"reading": reading, "weight": weight, "ratios": ratios})
         return found
 
-    def predicted(self, scores: Scores, oracle: Scores, target: Target) -> float:
-        """Return what measured sensitivities say of the plan that some scores lead to."""
-        plan = self.work.allocate(scores, replace(FREE, target=target))
-        alphas = {cost.name: cost.sensitivity for cost in oracle.costs}
-        return sum(alphas[t.name] * t.error for t in plan.tensors if t.name in alphas and t.error is not None)
+    def expected(self, plan: Plan) -> float:
+        """Return ``sum_t alpha_t e_t`` of a plan, nats per token."""
+        return sum(self.alphas[t.name] * t.error for t in plan.tensors if t.name in self.alphas and t.error is not None)
 
     # --- files ----------------------------------------------------------------------------------------------------
 
@@ -264,26 +273,25 @@ class ModelBench:
         """Measure one of llama.cpp's mixes."""
         kind = STOCK if imatrix is None else STOCK_IMATRIX
         found = self.bench.stock(mix, imatrix, self.yardsticks)
-        self.keep(mix, kind, "", found)
+        self.keep(mix, kind, "", found, None)
         return found
 
     def plan(self, budget: str, kind: str, detail: str, scores: Scores, options: PlanOptions) -> Plan:
         """Plan, measure and keep the row; outside the main table on the first text alone."""
         plan = self.work.allocate(scores, options)
         in_main_table = budget in BUDGETS
-        self.keep(
-            budget, kind, detail, self.bench.plan(plan, self.yardsticks if in_main_table else self.yardsticks[:1])
-        )
+        found = self.bench.plan(plan, self.yardsticks if in_main_table else self.yardsticks[:1])
+        self.keep(budget, kind, detail, found, self.expected(plan))
         return plan
 
-    def keep(self, budget: str, kind: str, detail: str, found: Sequence[Measured]) -> None:
+    def keep(self, budget: str, kind: str, detail: str, found: Sequence[Measured], expected: float | None) -> None:
         """Keep the rows of one file."""
         for passage, m in zip(self.settings.final, found, strict=False):
             kld, error = mean_and_error(m.kld)
             bpw = m.tensor_bytes * 8 / self.work.model.n_weights
             ppl, original = (float(np.exp(np.mean(values))) for values in (m.nll, m.original_nll))
             self.rows.append(Row(passage.name, budget, kind, detail, m.tensor_bytes, bpw, kld, error, ppl, original,
-                                 float(np.mean(m.same_top)), m.kld))  # fmt: skip
+                                 float(np.mean(m.same_top)), expected, m.kld))  # fmt: skip
             self.say(f"{passage.name} {budget} {kind} {detail}: {kld:.5f} ± {error:.5f}")
 
     def say(self, text: str) -> None:

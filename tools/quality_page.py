@@ -212,7 +212,20 @@ def linearity_table(results: Sequence[Result]) -> str:
             found = [[m["alpha"] for m in t["measured"].values()] for t in result["sensitivities"] if t["role"] == role]
             cells.append(mean_cell([values[1] / values[0] for values in found if len(values) > 1]))
         rows.append((result["name"], *cells))
-    return table(("alpha at Q3_K over Q2_K", *ROLES), rows)
+    return table(("model", *ROLES), rows)
+
+
+def additivity_table(results: Sequence[Result], text: str) -> str:
+    """Return measured divergence over the sum of single tensors' errors times sensitivities, by budget."""
+    rows = []
+    for result in results:
+        for kind in (OURS, ORACLE, RANDOM):
+            cells = []
+            for budget in BUDGETS:
+                found = rows_of(result, text, budget, kind)
+                cells.append(mean_cell([row["kld"] / row["expected"] for row in found]))
+            rows.append((result["name"], kind, *cells))
+    return table(("model", "plan", *BUDGETS), rows)
 
 
 # Columns of the table of NSDS: what of a layer's scores is compared.
@@ -309,7 +322,10 @@ def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
         sensitivity_table(results),
         "Measured (nats) over predicted (units of the output tensor's), geometric means over layers:",
         role_table(results),
+        "Sensitivity at Q3_K over that at Q2_K, geometric means over layers; 1 where divergence is linear:",
         linearity_table(results),
+        "Do single errors add up? Divergence of whole plans over the sum of sensitivity times error of their tensors:",
+        additivity_table(results, first),
         "## NSDS",
         "Rank correlation over layers with the sum of measured sensitivities of a layer's tensors:",
         nsds_table(results),

@@ -116,6 +116,7 @@ def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: 
         rope=_rope(architecture),
         rope_dim=keys.integer("rope.dimension_count") or head_dim,
         rope_theta=keys.number("rope.freq_base") or DEFAULT_THETA,
+        rope_factor=_rope_factor(keys),
         attention_cap=keys.number("attn_logit_softcapping"),
         logit_cap=keys.number("final_logit_softcapping"),
         logit_scale=_logit_scale(architecture, keys),
@@ -126,6 +127,13 @@ def _rope(architecture: str) -> RopeKind:
     if architecture in NO_ROPE:
         return "none"
     return "neighbours" if architecture in NEIGHBOUR_ROPE else "halves"
+
+
+def _rope_factor(keys: _Keys) -> float:
+    """Return what linear scaling divides positions by."""
+    kind = keys.first("rope.scaling.type")
+    kind = kind.decode(errors="replace") if isinstance(kind, bytes) else kind
+    return keys.number("rope.scaling.factor") or 1.0 if kind == "linear" else 1.0
 
 
 def _logit_scale(architecture: str, keys: _Keys) -> float:

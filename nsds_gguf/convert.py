@@ -417,6 +417,7 @@ class Work:
     ) -> None:
         """Tell how long the whole conversion will take, from a short trial on this machine."""
         n_tokens = verifying.n_ctx * (verifying.n_chunks or 0) * n_files * (2 if verifying.against else 1)
+        efforts = {given.effort} if isinstance(given, Plan) else {option.effort for option in options}
         seconds = estimate_seconds(
             self.model,
             types=_quantized_types(given) if isinstance(given, Plan) else options[0].allowed_types,
@@ -426,6 +427,7 @@ class Work:
             measures=given is None and any(option.allocator == "nsds" for option in options),
             n_tokens=n_tokens if verifying.enabled else 0,
             n_own_tokens=N_TOKENS if writes_text else 0,
+            n_feedback_tokens=0 if efforts == {"normal"} else N_DRAWN,
         )
         size = f"{self.model.n_weights / 1e6:.1f} M weights"
         self.report.say(f"{self.model.name}, {size}: about {_duration(seconds)} with {self.n_threads} threads.")

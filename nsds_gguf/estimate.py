@@ -13,11 +13,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import ggml
+from .allocate import N_POSITIONS, N_SEQUENCES
 from .records import Model
 
 _TRIAL_ROWS, _TRIAL_SIZE = 128, 512
 _EIGEN_OPERATIONS = 30.0  # per d^3: eigenvectors cost far more than their count, in terms of matrix products
-_SWEEP_SECONDS_PER_WEIGHT = 2e-9  # memory-bound: one pass that squares and multiplies
+_PASS_OPERATIONS = 8  # per weight and token, of a pass there and back that computes the way there twice
+_FEEDBACK_FACTOR = 5  # over ggml's quantizers
 _MEASURED_SHARE = 1 / 8  # of the rows, in every type
 _DECODE_EFFICIENCY = 0.5  # of the matrix product's rate that a forward pass reaches
 _WRITE_EFFICIENCY = 0.3  # the same, when a few tokens are computed at a time
@@ -33,6 +35,7 @@ def estimate_seconds(
     measures: bool,
     n_tokens: int,
     n_own_tokens: int = 0,
+    n_feedback_tokens: int = 0,
 ) -> float:
     """Return the seconds that scoring, measuring, writing and verification will take together.
 
@@ -45,16 +48,21 @@ def estimate_seconds(
         measures: whether tensors are measured in every type.
         n_tokens: tokens that the perplexity check decodes, all files and references together.
         n_own_tokens: tokens that the model writes itself.
+        n_feedback_tokens: tokens that second moments for feedback come from; 0 where there is none.
 
     """
     n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
     per_weight = sum(_quantize_seconds(name) for name in types) / len(types) / n_threads
+    per_weight *= _FEEDBACK_FACTOR if n_feedback_tokens else 1
     rate = _product_rate()
     seconds = n_files * n_matrix * per_weight + 2 * n_tokens * n_matrix / (rate * _DECODE_EFFICIENCY)
     if scores:
         seconds += score_operations(model) / rate
     if measures:
-        seconds += n_matrix * (_MEASURED_SHARE * per_weight * len(types) + _SWEEP_SECONDS_PER_WEIGHT)
+        seconds += n_matrix * _MEASURED_SHARE * per_weight * len(types)
+        seconds += _PASS_OPERATIONS * N_SEQUENCES * N_POSITIONS * n_matrix / rate
+    if n_feedback_tokens:
+        seconds += n_feedback_tokens * 2 * (n_matrix + sum(t.n_cols**2 for t in model.tensors if t.is_matrix)) / rate
     return seconds + own_text_seconds(model, n_own_tokens, rate)
 
 

@@ -148,6 +148,7 @@ class Hparams:
             the turned channels) or ``none``.
         rope_dim: channels of a head that are turned.
         rope_theta: base of the frequencies.
+        rope_factor: what positions are divided by (linear scaling).
         attention_cap: logits of attention are ``cap * tanh(logits / cap)``; 0 for no cap.
         logit_cap: likewise the logits of the output.
         logit_scale: factor on the logits of the output.
@@ -176,6 +177,7 @@ class Hparams:
     rope: Literal["neighbours", "halves", "none"] = "halves"
     rope_dim: int = 0
     rope_theta: float = 10000.0
+    rope_factor: float = 1.0
     attention_cap: float = 0.0
     logit_cap: float = 0.0
     logit_scale: float = 1.0
@@ -289,8 +291,8 @@ class TensorCost:
 class Scores:
     """Result of scoring, small enough to keep: one score a layer and, when measured, one cost a tensor.
 
-    ``importance`` and ``effort`` name the column importance and the rounding under which ``costs`` was measured; all
-    three are empty when only layers were scored. ``settings`` records what else shaped the numbers (``se`` reading),
+    ``importance`` and ``effort`` name the column importance and the rounding under which ``costs`` was measured; it and
+    ``importance`` are empty when only layers were scored. ``settings`` records what else shaped the numbers (``se`` reading),
     ``notes`` what the method cannot see of the model, one sentence each.
     """
 
@@ -300,7 +302,7 @@ class Scores:
     model_name: str
     settings: Mapping[str, str] = field(default_factory=dict)
     importance: str | None = None
-    effort: str | None = None
+    effort: str = "normal"
     costs: tuple[TensorCost, ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)

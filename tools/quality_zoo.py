@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nsds_gguf.records import SELF
+
 ROOT = Path(__file__).parent.parent
 
 IN_REPOSITORY = "examples"
@@ -45,6 +47,7 @@ GROUPS = (PLAIN_HELD_OUT, PLAIN_FITTED, OUTLIER)
 ZOO = (
     Entry("books-4.6m", "books-4.6m", fitted=True, about="5.9 tokens seen per weight"),
     Entry("books-11m", "books-11m", fitted=True, about="0.8 tokens seen per weight"),
+    Entry("tied", "zoo/tied", about="norms on queries and keys"),
     Entry("books-4.6m-outliers", copy_of="books-4.6m", seed=1, fitted=True, about="a copy with outlier channels"),
 )
 
@@ -63,10 +66,14 @@ class Variant:
 IMATRIX_OF_TEXT = "imatrix of text"
 
 OURS = "ours"
+HIGH = "ours, effort high, own text"
 VARIANTS = (
     Variant(OURS),
-    Variant("ours, no importance", {"importance": "none"}),
+    Variant("ours, own text", {"importance": SELF}),
+    Variant("ours, effort high", {"effort": "high"}),
+    Variant(HIGH, {"effort": "high", "importance": SELF}),
     Variant("ours, real imatrix", {"importance": IMATRIX_OF_TEXT}),
+    Variant("ours, no importance", {"importance": "none"}),
 )
 
 STOCK, STOCK_IMATRIX, ORACLE, RANDOM, UNIFORM = "stock", "stock, real imatrix", "oracle", "random", "uniform"

@@ -140,7 +140,7 @@ def encode(text: str, tokenizer_file: Path) -> np.ndarray:
 
 
 def prepare(args: argparse.Namespace, texts: Path, vocabulary: int) -> None:
-    """Train the tokenizer and write ``train.npy`` and ``heldout.npy`` to the folder ``texts``, unless they are there."""
+    """Train the tokenizer and write ``train.npy`` and ``heldout.npy`` to the folder ``texts``, unless there are any."""
     texts.mkdir(parents=True, exist_ok=True)
     if (texts / "sizes.json").exists():
         return

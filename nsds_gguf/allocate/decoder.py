@@ -1,8 +1,8 @@
 """A decoder's layers on a ``Tape``: which operations a model is made of, from the views of its tensors.
 
-Norm wiring, fused and separate matrices, biases, norms of queries and keys, caps and scales are followed. Left out:
-sliding windows and layers without rope among those with it, which only matter to texts longer than the ones used here
-or to which token is attended to.
+Norm wiring, fused and separate matrices, biases, norms of queries and keys, caps and scales are followed. Left out is
+what only moves attention: sliding windows, layers without rope among those with it, a theta of their own of windowed
+layers, the fine print of yarn and longrope.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Decoder:
         """Return the decoder of a model for sequences of ``n_positions``."""
         h = model.hparams
         n_pairs = 0 if h.rope == "none" else min(h.rope_dim, h.head_dim) // 2
-        frequencies = h.rope_theta ** (-np.arange(n_pairs) / max(n_pairs, 1))
+        frequencies = h.rope_theta ** (-np.arange(n_pairs) / max(n_pairs, 1)) / h.rope_factor
         factors = model.by_name.get("rope_freqs.weight")
         if factors is not None and factors.n_weights == n_pairs:
             frequencies = frequencies / factors.load().ravel()
@@ -98,7 +98,7 @@ class Decoder:
         for part, linear, n_heads in (("q", a.q, a.n_heads), ("k", a.k, a.n_kv_heads)):
             node, gain = tape.linear(linear, x), tensors.get(f"attn_{part}_norm")
             if gain is not None:
-                node = tape.heads_norm(gain, node, n_heads, h.norm_eps)
+                node = tape.heads_norm(gain, node, n_heads, h.norm, h.norm_eps)
             if self.cos.shape[1]:
                 node = tape.rotate(node, self.cos, self.sin, n_heads, h.rope == "halves")
             parts[part] = node

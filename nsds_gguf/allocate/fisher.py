@@ -187,6 +187,11 @@ class _Pass:
 
     def run(self) -> Fisher:
         """Go forward, keeping what layers read, then back."""
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it appears
+            return self.there_and_back()
+
+    def there_and_back(self) -> Fisher:
+        """Do the pass."""
         h, done = self.hparams, 0
         total = 2 * h.n_layers + 1
         with ThreadPoolExecutor(self.n_threads) as pool:
@@ -211,6 +216,8 @@ class _Pass:
         entry.receive(grad)
         embedded.backward()
         self.embedding(rows)
+        if not all(np.isfinite(energy) for energy in self.energies.values()):
+            raise ModelError("the derivatives of the logits are not finite; the weights are damaged")
         return self.result(0.5 / len(self.scored))
 
     def result(self, per_token: float) -> Fisher:
@@ -275,9 +282,11 @@ class _Pass:
         """Draw predictions, add the energy of the output tensor, return the derivative by the stream, its shape."""
         tape, x = self.tape(pool), Node(stream)
         read = self.behind_norm(tape, x)
+        if not np.isfinite(read.value).all():
+            raise ModelError("tensor output_norm.weight: what it gives is not finite; the weights are damaged")
         head = Head(self.model, read.value[self.scored], self.seed)
         self.record(head.tensor.name, read.value)
-        found = list(pool.map(head.scan, head.slabs))
+        found = list(tape.each(head.scan, head.slabs))
         log_sum = np.logaddexp.reduce([part.log_sum for part in found])
         best = np.argmax([part.best for part in found], axis=0)
         drawn = np.array([part.drawn for part in found])[best, np.arange(len(best))]
@@ -285,7 +294,9 @@ class _Pass:
         grad = np.zeros_like(stream)
         n_scored = len(self.scored) // len(self.tokens)
         energy = 0.0
-        for by_input, part in pool.map(lambda slab: head.derivative(slab, log_sum, drawn, signs, n_scored), head.slabs):
+        for by_input, part in tape.each(
+            lambda slab: head.derivative(slab, log_sum, drawn, signs, n_scored), head.slabs
+        ):
             grad[self.scored] += by_input
             energy += part
         self.energies[head.tensor.name] = self.energies.get(head.tensor.name, 0.0) + energy

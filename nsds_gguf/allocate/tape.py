@@ -59,8 +59,13 @@ class Tape:
             self._undo.pop()()
 
     def each(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """Yield the results of jobs in their order."""
-        return self.pool.map(function, jobs)
+        """Yield the results of jobs in their order; what overflows is for the caller to find."""
+
+        def quietly(job: Job) -> Result:
+            with np.errstate(over="ignore", invalid="ignore"):  # every thread has its own
+                return function(job)
+
+        return self.pool.map(quietly, jobs)
 
     def linear(self, linear: Linear, x: Node) -> Node:
         """Return ``x W^T + b``."""
@@ -122,13 +127,15 @@ class Tape:
         self._undo.append(undo)
         return out
 
-    def heads_norm(self, gain: Tensor, x: Node, n_heads: int, eps: float) -> Node:
-        """Return the RMS norm of queries or keys, of each head or of all together, whichever the gain is as long as."""
+    def heads_norm(self, gain: Tensor, x: Node, n_heads: int, kind: str, eps: float) -> Node:
+        """Return the norm of queries or keys, of each head or of all together, whichever the gain is as long as."""
         width = x.value.shape[1] // n_heads if gain.n_weights != x.value.shape[1] else x.value.shape[1]
         if gain.n_weights == x.value.shape[1] and len(gain.shape) > 1:
             width = gain.n_cols  # a gain for every head
         gains = np.resize(gain.load().ravel(), x.value.shape[1])
         shaped = x.value.reshape(len(x.value), -1, width)
+        if kind == "layer":
+            shaped = shaped - shaped.mean(axis=2, keepdims=True)
         inverse = 1 / np.sqrt(np.square(shaped).mean(axis=2, keepdims=True) + np.float32(eps))
         unit = shaped * inverse
         out = Node(unit.reshape(x.value.shape) * gains)
@@ -138,6 +145,7 @@ class Tape:
                 return
             grad = (out.grad * gains).reshape(shaped.shape)
             grad = (grad - unit * (grad * unit).mean(axis=2, keepdims=True)) * inverse
+            grad = grad - grad.mean(axis=2, keepdims=True) if kind == "layer" else grad
             x.receive(grad.reshape(x.value.shape))
 
         self._undo.append(undo)

@@ -291,9 +291,9 @@ class TensorCost:
 class Scores:
     """Result of scoring, small enough to keep: one score a layer and, when measured, one cost a tensor.
 
-    ``importance`` and ``effort`` name the column importance and the rounding under which ``costs`` was measured; it and
-    ``importance`` are empty when only layers were scored. ``settings`` records what else shaped the numbers (``se`` reading),
-    ``notes`` what the method cannot see of the model, one sentence each.
+    ``importance`` and ``effort`` name the column importance and the rounding under which ``costs`` was measured;
+    ``importance`` is empty, as they are, when only layers were scored. ``settings`` records what else shaped the
+    numbers (``se`` reading), ``notes`` what the method cannot see of the model, one sentence each.
     """
 
     metric: str

@@ -30,6 +30,7 @@ from quality_zoo import (
     BUDGET_CLASSES,
     BUDGETS,
     GROUPS,
+    HIGH,
     NSDS_WEIGHTS,
     ORACLE,
     OURS,
@@ -68,30 +69,35 @@ def zoo_table(results: Sequence[Result]) -> str:
     return table(head, rows)
 
 
-def goals_table(results: Sequence[Result], text: str) -> str:
-    """Return what had to be reached and what was, group by group."""
+def goals_table(results: Sequence[Result], text: str, ours: str = OURS) -> str:
+    """Return what had to be reached and what was, group by group; for ``ours`` of another way, over stock alone."""
     rows = []
     for group in GROUPS[:2]:
         members = in_group(results, group)
         for kind, goals in PLAIN_GOALS.items():
+            if ours != OURS and kind not in (STOCK, STOCK_IMATRIX):
+                continue
             cells = [
-                goal_cell(_mean(ratios(members, text, BUDGET_CLASSES[name], kind)), goal)
+                goal_cell(_mean(ratios(members, text, BUDGET_CLASSES[name], kind, ours)), goal)
                 for name, goal in goals.items()
             ]
             worst = NO_FIGURE
             if kind in PLAIN_WORST:
                 limit = PLAIN_WORST[kind]
-                worst = goal_cell(max(ratios(members, text, BUDGETS, kind), default=None), limit, limit == 1)
+                worst = goal_cell(max(ratios(members, text, BUDGETS, kind, ours), default=None), limit, limit == 1)
             rows.append((group, kind, *cells, worst))
+        if ours != OURS:
+            continue
         found = ratios(members, text, uniform_budgets(), UNIFORM)
         worst = goal_cell(max(found, default=None), UNIFORM_GOAL, strict=True)
         rows.append((group, "uniform, at its bytes", f"{mean_cell(found)} over {', '.join(UNIFORM_TYPES)}",
                      NO_FIGURE, NO_FIGURE, worst))  # fmt: skip
     members = in_group(results, OUTLIER)
     cells = [
-        goal_cell(_mean(ratios(members, text, mixes, STOCK_IMATRIX)), OUTLIER_GOAL) for mixes in BUDGET_CLASSES.values()
+        goal_cell(_mean(ratios(members, text, mixes, STOCK_IMATRIX, ours)), OUTLIER_GOAL)
+        for mixes in BUDGET_CLASSES.values()
     ]
-    rows.append((OUTLIER, STOCK_IMATRIX, *cells, f"{_worst(ratios(members, text, BUDGETS, STOCK_IMATRIX))}"))
+    rows.append((OUTLIER, STOCK_IMATRIX, *cells, f"{_worst(ratios(members, text, BUDGETS, STOCK_IMATRIX, ours))}"))
     classes = [f"{name}: {', '.join(mixes)}" for name, mixes in BUDGET_CLASSES.items()]
     return table(("models", "ours over", *classes, "worst single case"), rows)
 
@@ -109,21 +115,21 @@ def _worst(values: Sequence[float]) -> str:
     return f"{max(values):.3f}" if values else NO_FIGURE
 
 
-def main_table(results: Sequence[Result], text: str) -> str:
-    """Return every model at every budget."""
-    head = ("model", "budget", "bpw", "stock KLD", "ours / stock", "ours / stock, real imatrix", "ours / oracle",
-            "ours / random", "perplexity: original, stock, ours")  # fmt: skip
+def main_table(results: Sequence[Result], text: str, ours: str = OURS) -> str:
+    """Return every model at every budget, for one way of ours."""
+    kinds = (STOCK, STOCK_IMATRIX, ORACLE, RANDOM) if ours == OURS else (STOCK, STOCK_IMATRIX, OURS)
+    over = [f"over {kind}" for kind in kinds]
+    head = ("model", "budget", "bpw", "stock KLD", *over, "perplexity: original, stock, this")
     rows = []
     for result in results:
         for budget in BUDGETS:
-            stock, ours = (rows_of(result, text, budget, kind) for kind in (STOCK, OURS))
-            if not stock or not ours:
+            stock, mine = (rows_of(result, text, budget, kind) for kind in (STOCK, ours))
+            if not stock or not mine:
                 continue
-            kinds = (STOCK, STOCK_IMATRIX, ORACLE, RANDOM)
-            pairs = [with_error(ratio(result, text, budget, kind)) for kind in kinds]
-            ppl = f"{ours[0]['original_ppl']:.2f}, {stock[0]['ppl']:.2f}, {ours[0]['ppl']:.2f}"
+            pairs = [with_error(ratio(result, text, budget, kind, ours)) for kind in kinds]
+            ppl = f"{mine[0]['original_ppl']:.2f}, {stock[0]['ppl']:.2f}, {mine[0]['ppl']:.2f}"
             kld = f"{stock[0]['kld']:.5f} ± {stock[0]['kld_error']:.5f}"
-            rows.append((result["name"], budget, f"{ours[0]['bpw']:.3f}", kld, *pairs, ppl))
+            rows.append((result["name"], budget, f"{mine[0]['bpw']:.3f}", kld, *pairs, ppl))
     return table(head, rows)
 
 
@@ -303,9 +309,11 @@ def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
     """
     first = facts["texts"][0]
     parts = ["# Quality", intro(facts), "## What must hold", goals_note(results), goals_table(results, first),
+             f"The same of *{HIGH}*:", goals_table(results, first, HIGH),
              "## The models", zoo_table(results)]  # fmt: skip
     for text in facts["texts"]:
-        parts += [f"## Equal bytes: {text}", main_table(results, text), groups_table(results, text, STOCK),
+        parts += [f"## Equal bytes: {text}", main_table(results, text), f"*{HIGH}*:", main_table(results, text, HIGH),
+                  groups_table(results, text, STOCK),
                   groups_table(results, text, STOCK_IMATRIX), groups_table(results, text, ORACLE)]  # fmt: skip
         if text != first:
             parts += ["Goals on this text:", goals_table(results, text)]
@@ -316,11 +324,11 @@ def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
         "## One type for all",
         "At Q2_K's bytes there is nothing to choose.",
         uniform_table(results, first),
-        "## Does the propagation predict?",
+        "## Does the Fisher information predict?",
         "Sensitivity of a tensor: divergence over relative error, one tensor at a time at Q2_K, on the choosing half. "
         "Within roles and for sums over layers: rank correlation over the layers.",
         sensitivity_table(results),
-        "Measured (nats) over predicted (units of the output tensor's), geometric means over layers:",
+        "Measured over predicted, both in nats per unit of relative error, geometric means over layers:",
         role_table(results),
         "Sensitivity at Q3_K over that at Q2_K, geometric means over layers; 1 where divergence is linear:",
         linearity_table(results),
@@ -329,7 +337,7 @@ def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
         "## NSDS",
         "Rank correlation over layers with the sum of measured sensitivities of a layer's tensors:",
         nsds_table(results),
-        "Plans of the knapsack with the NSDS factor `exp(g (S - mean S))` on propagated sensitivities: divergence by "
+        "Plans of the knapsack with the NSDS factor `exp(g (S - mean S))` on predicted sensitivities: divergence by "
         "measured sensitivities over that of the oracle's plan, geometric mean over the budgets above:",
         regret_table(results),
         "The paper's allocator (whole layers at Q2_K or Q4_K, embedding and output at Q4_K): divergence over the mean "

@@ -47,7 +47,6 @@ GROUPS = (PLAIN_HELD_OUT, PLAIN_FITTED, OUTLIER)
 ZOO = (
     Entry("books-4.6m", "books-4.6m", fitted=True, about="5.9 tokens seen per weight"),
     Entry("books-11m", "books-11m", fitted=True, about="0.8 tokens seen per weight"),
-    Entry("tied", "zoo/tied", about="norms on queries and keys"),
     Entry("books-4.6m-outliers", copy_of="books-4.6m", seed=1, fitted=True, about="a copy with outlier channels"),
 )
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
+import pytest
+from arrays import random_arrays
+from gguf import GGUFValueType
+from models import make_model
+from zoo import zoo_tokens
+from zoo_logits import GOLDEN, difference, positions, recorded
+from zoo_specs import SPECS, write_spec
 
-from nsds_gguf.allocate.fisher import Head, _Pass
-from nsds_gguf.allocate.tape import Node
-from nsds_gguf.records import no_progress
+from nsds_gguf.allocate.decoder import Decoder, what_is_missing
+from nsds_gguf.allocate.fisher import ZIPF_SHIFT, Head, _Pass, draw_tokens, fisher, token_chances
+from nsds_gguf.allocate.tape import Node, Tape
+from nsds_gguf.read import open_model
+from nsds_gguf.records import kv, no_progress
 from nsds_gguf.views import view_layer
 
 
@@ -22,3 +32,128 @@ def logits_of(model, tokens):
         read = reader.behind_norm(reader.tape(pool), Node(stream)).value
     head = Head(model, read, 0)
     return np.concatenate([head.logits(slab)[1] for slab in head.slabs], axis=1)
+
+
+# Models of which the pass leaves something out that only moves attention: there the first position is compared, which
+# attends to itself alone.
+MOVED = ("yarn", "longrope", "phi-4", "gemma2", "gemma3", "olmo3", "olmo-clip", "cohere2", "smollm3")
+FOLLOWED = [name for name, spec in SPECS.items() if spec.source_class not in (
+    "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "GraniteMoeForCausalLM",
+    "GraniteMoeSharedForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "MambaForCausalLM",
+) and not name.startswith(("granite4-tiny", "granite4-h"))]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_the_pass_computes_what_transformers_computes(name, tmp_path):
+    model = open_model(write_spec(tmp_path / "checkpoint", name))
+    assert what_is_missing(model) == ""
+    with np.load(GOLDEN, allow_pickle=False) as golden:
+        wanted, largest = golden[f"{name}/logits"], float(golden[f"{name}/largest"])
+    rows = recorded(logits_of(model, zoo_tokens(SPECS[name])))
+    compared = slice(0, 1) if any(word in name for word in MOVED) else slice(None)
+    assert positions(2)[0] == 0
+    assert difference(rows[compared], wanted[compared], largest) <= max(SPECS[name].tolerance, 1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in SPECS if name not in FOLLOWED])
+def test_what_cannot_be_followed_is_said(name, tmp_path):
+    assert what_is_missing(open_model(write_spec(tmp_path / "checkpoint", name)))
+
+
+# One model of every kind of operation: plain, biases and fused rows, layer norms, parallel blocks, norms behind blocks,
+# norms of queries and keys in both kinds, caps, scales, no gate.
+DIFFERENT = ["llama-biases", "qwen3", "gemma2", "gpt2", "gpt-neox", "phi-2", "phi-3", "olmo", "olmo2", "granite",
+             "cohere-qk-norm", "stablelm-parallel-qk-norm", "starcoder2"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_derivatives_are_those_of_differences(name, tmp_path):
+    model = open_model(write_spec(tmp_path / "checkpoint", name))
+    n, width, rng = 12, model.hparams.n_embd, np.random.default_rng(0)
+    x, along, by_output = (rng.standard_normal((n, width), dtype=np.float32) for _ in range(3))
+    decoder, view = Decoder.of(model, n // 2), view_layer(model, 0)
+
+    with ThreadPoolExecutor(1) as pool:
+
+        def layer(value):
+            tape, node = Tape(pool, n // 2, {}), Node(value)
+            return tape, node, decoder.layer(tape, view, node)
+
+        tape, node, out = layer(x)
+        out.receive(by_output)
+        tape.backward()
+        step = 3e-3
+        ahead, back = (layer(x + sign * step * along)[2].value.astype(np.float64) for sign in (1, -1))
+    wanted = float(((ahead - back) * by_output).sum()) / (2 * step)
+    assert float((node.grad * along).sum()) == pytest.approx(wanted, rel=1e-2)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    arrays, hparams = random_arrays(5, n_layers=2)
+    return make_model(arrays, hparams), arrays
+
+
+def scored_logits(model, tokens):
+    """Return log-probabilities at the scored positions, float64."""
+    rows = np.concatenate([logits_of(model, sequence) for sequence in tokens]).astype(np.float64)
+    first = int(tokens.shape[1] * 0.5)
+    rows = rows.reshape(*tokens.shape, -1)[:, first:].reshape(-1, rows.shape[1])
+    rows -= rows.max(axis=1, keepdims=True)
+    return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+
+
+def test_sensitivity_is_the_divergence_that_noise_causes(tiny):
+    """Noise of relative energy e in one tensor: the mean KL divergence is the sensitivity times e."""
+    model, arrays = tiny
+    rng, energy = np.random.default_rng(1), 1e-4
+    tokens = rng.integers(0, model.hparams.n_vocab, (4, 24))
+    found = [fisher(model, tokens, 1, seed=seed).sensitivity for seed in range(24)]
+    reference = scored_logits(model, tokens)
+    for name in found[0]:
+        measured = []
+        for _ in range(12):
+            noise = rng.standard_normal(arrays[name].shape) * np.sqrt(energy)
+            noisy = make_model({**arrays, name: arrays[name] * (1 + noise)}, model.hparams)
+            other = scored_logits(noisy, tokens)
+            measured.append(float((np.exp(reference) * (reference - other)).sum(axis=1).mean()))
+        predicted = energy * np.mean([sensitivity[name] for sensitivity in found])
+        assert predicted == pytest.approx(np.mean(measured), rel=0.25), name
+
+
+def test_threads_do_not_change_the_result(tiny):
+    model, _ = tiny
+    tokens = draw_tokens(model, 3, 16)
+    one, three = fisher(model, tokens, 1), fisher(model, tokens, 3)
+    assert one.sensitivity == three.sensitivity
+    assert all((one.inputs[name] == three.inputs[name]).all() for name in one.inputs)
+
+
+def test_a_tied_embedding_has_both_roles():
+    arrays, hparams = random_arrays(6, tied=True)
+    tied, tokens = make_model(arrays, hparams), np.random.default_rng(0).integers(0, hparams.n_vocab, (2, 16))
+    untied = make_model({**arrays, "output.weight": arrays["token_embd.weight"]}, hparams)
+    both, apart = fisher(tied, tokens, 1), fisher(untied, tokens, 1)
+    rows, output = apart.sensitivity["token_embd.weight"], apart.sensitivity["output.weight"]
+    assert both.sensitivity["token_embd.weight"] == pytest.approx(rows + output)
+    assert both.looked_up == pytest.approx(rows / (rows + output)) and apart.looked_up == 0
+    wanted = (1 - both.looked_up) * apart.inputs["output.weight"]
+    wanted = wanted + both.looked_up * apart.inputs["output.weight"].mean()
+    np.testing.assert_allclose(both.inputs["token_embd.weight"], wanted)
+
+
+def test_tokens_are_drawn_by_rank_behind_bos(tmp_path):
+    model = open_model(write_spec(tmp_path / "checkpoint", "llama"))
+    n_vocab, metadata = model.hparams.n_vocab, {
+        "tokenizer.ggml.token_type": kv([3, *[1] * (model.hparams.n_vocab - 1)], GGUFValueType.ARRAY),
+        "tokenizer.ggml.bos_token_id": kv(0, GGUFValueType.UINT32),
+        "tokenizer.ggml.add_bos_token": kv(True, GGUFValueType.BOOL),
+    }  # fmt: skip
+    tokens = draw_tokens(replace(model, metadata=metadata), 40, 256)
+    assert (tokens[:, 0] == 0).all() and (tokens[:, 1:] > 0).all()
+    assert (tokens == draw_tokens(replace(model, metadata=metadata), 40, 256)).all()
+    counts = np.bincount(tokens[:, 1:].ravel(), minlength=n_vocab)
+    chance = token_chances(replace(model, metadata=metadata))
+    assert chance[1] / chance[28] == pytest.approx((27 + ZIPF_SHIFT) / ZIPF_SHIFT)
+    assert abs(counts[1:60].sum() / counts.sum() - chance[1:60].sum()) < 0.02
+    assert token_chances(replace(model, metadata={})) == pytest.approx(1 / n_vocab)

@@ -16,7 +16,7 @@ from ..gguf_header import is_gguf
 from ..hub import HubName, parse_name
 from ..imatrix import Imatrix, read_imatrix
 from ..plot import check_plot
-from ..records import Plan, Scores, Target, read_json
+from ..records import SELF, Plan, Scores, Target, read_json
 from ..report import check_report
 
 DEFAULT_SCORING = convert.ScoreOptions()
@@ -34,8 +34,10 @@ def given_imatrix(arguments: argparse.Namespace) -> Imatrix | None:
 
 
 def importance_name(arguments: argparse.Namespace, imatrix: Imatrix | None) -> str:
-    """Return the name of the column importance that is asked for."""
-    return imatrix.name if imatrix is not None else arguments.importance or DEFAULT_IMPORTANCE
+    """Return the name of the column importance that is asked for; high effort goes with the model's own text."""
+    if imatrix is not None:
+        return imatrix.name
+    return str(arguments.importance or (SELF if arguments.effort == "high" else DEFAULT_IMPORTANCE))
 
 
 def plan_options(arguments: argparse.Namespace, imatrix: Imatrix | None = None) -> list[PlanOptions]:

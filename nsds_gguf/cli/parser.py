@@ -341,10 +341,10 @@ def _add_types(group: Any) -> None:
                        help="types to choose from (%(default)s unless told)")  # fmt: skip
     group.add_argument("--importance", choices=(*allocate.IMPORTANCES, SELF),
                        help="column importance for the quantizers; self: from text that the model writes first"
-                       f" ({DEFAULT_IMPORTANCE} unless told)")  # fmt: skip
+                       f" ({DEFAULT_IMPORTANCE} unless told, {SELF} with --effort high)")  # fmt: skip
     group.add_argument("--effort", choices=EFFORTS, default=DEFAULT_EFFORT,
-                       help="rounding: by ggml's quantizers, or with feedback from column to column, which takes"
-                       " several times as long (%(default)s unless told)")  # fmt: skip
+                       help="high: the model writes a text and weights are rounded with feedback from column to"
+                       " column; much less divergence in several times the time (%(default)s unless told)")
     group.add_argument("--imatrix", metavar="FILE", type=Path,
                        help="column importance from an importance matrix of llama.cpp, as GGUF or .dat")  # fmt: skip
 

@@ -8,7 +8,7 @@ error. There is no constant to fit.
 
 No data is needed: of which tokens the model reads, little depends (docs/log.md, 2026-11-25). They are drawn by Zipf's
 law from the vocabulary, whose ids are ordered by how common the tokens were when it was made. One pass goes forward
-and back through the model, in numpy, layer by layer; what a layer reads is kept, the rest computed again backward.
+and back through the model, in numpy, layer by layer; what a layer reads is put away, the rest computed again backward.
 
 One backward pass serves all tokens of a sequence: their losses get random signs, so that in the square of the sum the
 products of two tokens cancel on average.
@@ -16,9 +16,12 @@ products of two tokens cancel on average.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,10 +63,11 @@ def draw_tokens(model: Model, n_sequences: int = N_SEQUENCES, n_positions: int =
     """Return ``(n_sequences, n_positions)`` token ids drawn by Zipf's law, behind BOS where the model knows one.
 
     Ranks are those of the vocabulary's scores where it has any (sentencepiece), otherwise of its ids; control tokens
-    and bytes are left out. A model without a vocabulary gets all rows of its embedding alike.
+    and bytes are left out. A model without a vocabulary gets all rows of its embedding alike. No sequence exceeds the
+    context that the model was trained for.
     """
     rng = np.random.default_rng(seed)
-    n_vocab = model.hparams.n_vocab
+    n_vocab, n_positions = model.hparams.n_vocab, min(n_positions, model.hparams.n_ctx_train or n_positions)
     chance = token_chances(model)
     tokens: Tokens = rng.choice(n_vocab, (n_sequences, n_positions), p=chance)
     bos = model.metadata.get("tokenizer.ggml.bos_token_id")
@@ -101,7 +105,8 @@ def fisher(
 ) -> Fisher:
     """Return the sensitivity of every matrix and what its columns multiply.
 
-    In memory: what every layer reads, ``n_layers * tokens.size * n_embd`` float32, and the activations of one layer.
+    In memory: activations of one layer, about ``tokens.size * (8 n_embd + 5 n_ff)`` float32. What every layer reads,
+    ``n_layers * tokens.size * n_embd`` float32, is in a temporary file.
 
     Args:
         model: one of which nothing ``decoder.what_is_missing``.
@@ -194,12 +199,12 @@ class _Pass:
         """Do the pass."""
         h, done = self.hparams, 0
         total = 2 * h.n_layers + 1
-        with ThreadPoolExecutor(self.n_threads) as pool:
-            embedded = self.tape(pool)
+        with ThreadPoolExecutor(self.n_threads) as pool, tempfile.TemporaryFile() as file:
+            embedded, kept = self.tape(pool), Shelf(file)
             rows, entry = self.embed(embedded)
-            stream, kept = entry.value, []
+            stream = entry.value
             for index in range(h.n_layers):
-                kept.append(stream)
+                kept.push(stream)
                 tape = self.tape(pool, self.record)
                 stream = self.decoder.layer(tape, view_layer(self.model, index), Node(stream)).value
                 if not np.isfinite(stream).all():
@@ -207,9 +212,9 @@ class _Pass:
                 self.progress(done := done + 1, total)
             grad = self.output(pool, stream)
             self.progress(done := done + 1, total)
-            while kept:
+            for index in reversed(range(h.n_layers)):
                 tape, x = self.tape(pool), Node(kept.pop())
-                self.decoder.layer(tape, view_layer(self.model, len(kept)), x).receive(grad)
+                self.decoder.layer(tape, view_layer(self.model, index), x).receive(grad)
                 tape.backward()
                 grad = np.zeros_like(grad) if x.grad is None else x.grad
                 self.progress(done := done + 1, total)
@@ -305,6 +310,25 @@ class _Pass:
         if x.grad is None:
             raise ModelError("the output reads nothing of the stream")
         return x.grad
+
+
+class Shelf:
+    """Arrays of one shape put away in a file, the last one taken back first."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def push(self, array: Float32) -> None:
+        """Put an array away."""
+        self._shape, self._n_bytes = array.shape, array.nbytes
+        self._file.write(np.ascontiguousarray(array).data)
+
+    def pop(self) -> Float32:
+        """Take the last array back."""
+        start = self._file.seek(-self._n_bytes, os.SEEK_CUR)
+        array = np.frombuffer(self._file.read(self._n_bytes), dtype=np.float32).reshape(self._shape)
+        self._file.seek(start)
+        return array
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ error. There is no constant to fit.
 
 No data is needed: of which tokens the model reads, little depends (docs/log.md, 2026-11-25). They are drawn by Zipf's
 law from the vocabulary, whose ids are ordered by how common the tokens were when it was made. One pass goes forward
-and back through the model, in numpy, layer by layer; what a layer reads is kept, the rest computed again backward.
+and back through the model, in numpy, layer by layer; what a layer reads is kept in a file, the rest computed again
+backward.
 
 One backward pass serves all tokens of a sequence: their losses get random signs, so that in the square of the sum the
 products of two tokens cancel on average.
@@ -16,15 +17,18 @@ products of two tokens cancel on average.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError
 from ..records import Float32, Float64, Model, Progress, Tensor, no_progress
+from ..resources import check_disk
 from ..views import view_layer
 from .decoder import Decoder
 from .moments import Norm
@@ -101,7 +105,8 @@ def fisher(
 ) -> Fisher:
     """Return the sensitivity of every matrix and what its columns multiply.
 
-    In memory: what every layer reads, ``n_layers * tokens.size * n_embd`` float32, and the activations of one layer.
+    In memory: the activations of one layer. In a temporary file: what every layer reads, ``n_layers * tokens.size *
+    n_embd`` float32.
 
     Args:
         model: one of which nothing ``decoder.what_is_missing``.
@@ -112,6 +117,7 @@ def fisher(
 
     Raises:
         ModelError: activations are not finite: the weights are damaged.
+        OutputError: the disk has no room for the temporary file.
 
     """
     return _Pass(model, tokens, n_threads, progress, seed).run()
@@ -156,12 +162,12 @@ def read_tokens(
         on_input(name, last[1])
 
     with ThreadPoolExecutor(n_threads) as pool:
-        stream = reader.embed(reader.tape(pool))[1].value
+        tape = reader.tape(pool, told, is_kept=False)
+        stream = reader.embed(tape)[1].value
         for index in range(n_layers):
-            view = view_layer(model, index)
-            stream = reader.decoder.layer(reader.tape(pool, told), view, Node(stream)).value
+            stream = reader.decoder.layer(tape, view_layer(model, index), Node(stream)).value
         if n_layers == model.hparams.n_layers:
-            told(model.unembedding().name, reader.behind_norm(reader.tape(pool), Node(stream)).value)
+            told(model.unembedding().name, reader.behind_norm(tape, Node(stream)).value)
 
 
 class _Pass:
@@ -194,22 +200,24 @@ class _Pass:
         """Do the pass."""
         h, done = self.hparams, 0
         total = 2 * h.n_layers + 1
-        with ThreadPoolExecutor(self.n_threads) as pool:
-            embedded = self.tape(pool)
+        with ThreadPoolExecutor(self.n_threads) as pool, tempfile.TemporaryFile() as file:
+            embedded, forward = self.tape(pool), self.tape(pool, self.record, is_kept=False)
             rows, entry = self.embed(embedded)
-            stream, kept = entry.value, []
+            stream = entry.value
+            check_disk(Path(tempfile.gettempdir()), h.n_layers * stream.nbytes, "what layers read")
             for index in range(h.n_layers):
-                kept.append(stream)
-                tape = self.tape(pool, self.record)
-                stream = self.decoder.layer(tape, view_layer(self.model, index), Node(stream)).value
+                file.write(stream.data)
+                stream = self.decoder.layer(forward, view_layer(self.model, index), Node(stream)).value
                 if not np.isfinite(stream).all():
                     raise ModelError(f"layer {index}: its output is not finite; the weights are damaged")
                 self.progress(done := done + 1, total)
             grad = self.output(pool, stream)
             self.progress(done := done + 1, total)
-            while kept:
-                tape, x = self.tape(pool), Node(kept.pop())
-                self.decoder.layer(tape, view_layer(self.model, len(kept)), x).receive(grad)
+            for index in reversed(range(h.n_layers)):
+                file.seek(index * stream.nbytes)
+                read = np.frombuffer(file.read(stream.nbytes), dtype=stream.dtype).reshape(stream.shape)
+                tape, x = self.tape(pool), Node(read)
+                self.decoder.layer(tape, view_layer(self.model, index), x).receive(grad)
                 tape.backward()
                 grad = np.zeros_like(grad) if x.grad is None else x.grad
                 self.progress(done := done + 1, total)
@@ -234,9 +242,11 @@ class _Pass:
         sensitivity = {name: per_token * energy for name, energy in energies.items()}
         return Fisher(sensitivity, self.inputs, looked_up)
 
-    def tape(self, pool: Executor, on_input: Callable[[str, Float32], None] | None = None) -> Tape:
+    def tape(
+        self, pool: Executor, on_input: Callable[[str, Float32], None] | None = None, is_kept: bool = True
+    ) -> Tape:
         """Return an empty tape."""
-        return Tape(pool, self.n_positions, self.energies, on_input)
+        return Tape(pool, self.n_positions, self.energies, on_input, is_kept)
 
     def record(self, name: str, x: Float32) -> None:
         """Take the mean square of a matrix's input; several parts of one stored tensor read the same."""

@@ -374,13 +374,11 @@ class Work:
 
     def needs_text(self, job: PlanOptions | Plan) -> bool:
         """Return whether a plan, or one that is made so, takes its column importance from the model's own text."""
-        return job.importance == SELF and not set(_types_of(job)) <= set(UNQUANTIZED)
+        return job.importance == SELF and _weighs_columns(job)
 
     def importance(self, plan: Plan) -> Mapping[str, Float32]:
-        """Return the column weights that the plan's quantizers take; none are needed where nothing is quantized."""
-        if all(tensor.type in UNQUANTIZED for tensor in plan.tensors):
-            return {}
-        return self.columns(plan.importance) if plan.importance != "none" else {}
+        """Return the column weights that the plan's quantizers take, if they take any."""
+        return self.columns(plan.importance) if plan.importance != "none" and _weighs_columns(plan) else {}
 
     def columns(self, kind: str) -> dict[str, Float32]:
         """Return column weights of a kind; raises ``RecordError`` for an importance matrix that was not given."""
@@ -539,6 +537,12 @@ def reference_file(work: Work, options: VerifyOptions) -> Iterator[Path | None]:
 
 def _types_of(job: PlanOptions | Plan) -> Sequence[str]:
     return [tensor.type for tensor in job.tensors] if isinstance(job, Plan) else job.allowed_types
+
+
+def _weighs_columns(job: PlanOptions | Plan) -> bool:
+    """Return whether any type is rounded to with regard to what columns weigh: ggml's Q8_0 takes the nearest levels."""
+    unweighed = {*UNQUANTIZED, "Q8_0"} if job.effort == "normal" else set(UNQUANTIZED)
+    return not set(_types_of(job)) <= unweighed
 
 
 def _quantized_types(plan: Plan) -> list[str]:

@@ -24,6 +24,7 @@ from .errors import PlanError, RecordError, VerifyError
 from .estimate import estimate_seconds, own_text_seconds
 from .given import check_scores, checked_plan
 from .hessians import N_DRAWN, disk_bytes, make_feedbacks
+from .hessians import note as feedback_note
 from .hub import HubName, fetch
 from .imatrix import IMATRIX, Imatrix
 from .outputs import (
@@ -266,21 +267,14 @@ class Work:
 
     def feedbacks(self, job: PlanOptions | Plan) -> Feedbacks | None:
         """Return the factors for rounding with feedback where the job asks for it."""
-        if job.effort == "normal" or set(_types_of(job)) <= set(UNQUANTIZED):
+        if not _rounds_with_feedback(job):
             return None
+        check_effort(self.model, job)
         own = job.importance == SELF
         if own not in self._feedbacks:
             model, looked_up = self.model, self.propagation(own).looked_up
             source: Tokens | OwnText
-            if own:
-                source = self.own_text()
-            elif allocate.what_is_missing(model):
-                raise PlanError(
-                    f"--effort high cannot follow {allocate.what_is_missing(model)} of {model.name} on its own; pass "
-                    "--importance self, which llama.cpp computes"
-                )
-            else:
-                source = allocate.draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
+            source = self.own_text() if own else allocate.draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
             folder = Path(tempfile.mkdtemp(prefix=".feedback-", dir=self.folder))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             check_disk(folder, disk_bytes(model), "rounding with feedback")
@@ -315,6 +309,8 @@ class Work:
             costs = allocate.measure(found, propagation, importance, self.n_threads, progress, feedbacks)
         versions = {**scores.versions, "ggml": ggml.version()}
         notes = (*scores.notes, *propagation.notes)
+        if feedbacks is not None:
+            notes += (feedback_note(self.model, feedbacks),)
         if options.importance == SELF:
             notes += (self.own_text().note(self.model),)
         return replace(
@@ -328,6 +324,9 @@ class Work:
             plan = allocate.make_plan(self.model, scores, options, n_header)
         if self.imatrix is not None and options.importance == self.imatrix.name:
             return replace(plan, notes=(*plan.notes, self.imatrix.note(self.model)))
+        feedbacks = None if scores is not None and scores.effort == "high" else self.feedbacks(plan)
+        if feedbacks is not None:
+            plan = replace(plan, notes=(*plan.notes, feedback_note(self.model, feedbacks)))
         told = scores is not None and scores.importance == SELF
         if self.needs_text(plan) and not told:
             return replace(plan, notes=(*plan.notes, self.own_text().note(self.model)))
@@ -374,13 +373,11 @@ class Work:
 
     def needs_text(self, job: PlanOptions | Plan) -> bool:
         """Return whether a plan, or one that is made so, takes its column importance from the model's own text."""
-        return job.importance == SELF and not set(_types_of(job)) <= set(UNQUANTIZED)
+        return job.importance == SELF and _weighs_columns(job)
 
     def importance(self, plan: Plan) -> Mapping[str, Float32]:
-        """Return the column weights that the plan's quantizers take; none are needed where nothing is quantized."""
-        if all(tensor.type in UNQUANTIZED for tensor in plan.tensors):
-            return {}
-        return self.columns(plan.importance) if plan.importance != "none" else {}
+        """Return the column weights that the plan's quantizers take, if they take any."""
+        return self.columns(plan.importance) if plan.importance != "none" and _weighs_columns(plan) else {}
 
     def columns(self, kind: str) -> dict[str, Float32]:
         """Return column weights of a kind; raises ``RecordError`` for an importance matrix that was not given."""
@@ -507,9 +504,20 @@ def largest_file_bytes(model: Model, job: PlanOptions | Plan) -> int:
 
 
 def check_targets(model: Model, options: Sequence[PlanOptions], metric: str) -> None:
-    """Refuse impossible targets and pins before any weight is read."""
+    """Refuse impossible targets, pins and efforts before any weight is read."""
     for option in options:
         allocate.open_candidates(model, option, _header_bytes(model, option, metric))
+        check_effort(model, option)
+
+
+def check_effort(model: Model, job: PlanOptions | Plan) -> None:
+    """Raise ``PlanError`` when a job asks for feedback with drawn tokens of a model that the pass cannot follow."""
+    missing = allocate.what_is_missing(model) if _rounds_with_feedback(job) and job.importance != SELF else ""
+    if missing:
+        raise PlanError(
+            f"--effort high cannot follow {missing} of {model.name} on its own; pass --importance self, which "
+            "llama.cpp computes"
+        )
 
 
 def reference_plan(model: Model) -> Plan:
@@ -539,6 +547,16 @@ def reference_file(work: Work, options: VerifyOptions) -> Iterator[Path | None]:
 
 def _types_of(job: PlanOptions | Plan) -> Sequence[str]:
     return [tensor.type for tensor in job.tensors] if isinstance(job, Plan) else job.allowed_types
+
+
+def _rounds_with_feedback(job: PlanOptions | Plan) -> bool:
+    return job.effort == "high" and not set(_types_of(job)) <= set(UNQUANTIZED)
+
+
+def _weighs_columns(job: PlanOptions | Plan) -> bool:
+    """Return whether any type is rounded to with regard to what columns weigh: ggml's Q8_0 takes the nearest levels."""
+    unweighed = {*UNQUANTIZED, "Q8_0"} if job.effort == "normal" else set(UNQUANTIZED)
+    return not set(_types_of(job)) <= unweighed
 
 
 def _quantized_types(plan: Plan) -> list[str]:

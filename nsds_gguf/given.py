@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import replace
 
 from . import allocate, ggml, score
 from .allocate import Candidate, PlanOptions
 from .errors import PlanError, RecordError
-from .records import Model, Plan, PlannedTensor, Scores
+from .records import Model, Plan, PlannedTensor, Scores, Tensor, TensorCost
 from .write import header_bytes
 
+_SHARES = ("nsds", "zd")  # metrics that give numbers from 0 to 1
 _ABSURD = 1e30  # no score, sensitivity or relative error is near it; their products must not overflow
 
 
@@ -21,7 +23,7 @@ def checked_plan(model: Model, plan: Plan) -> Plan:
     """
     if plan.model_id != model.model_id:
         raise RecordError(f"the plan is of another model ({plan.model_name}); plan {model.name} again")
-    if [(tensor.name, tensor.shape) for tensor in plan.tensors] != [(t.name, t.shape) for t in model.tensors]:
+    if [_identity(tensor) for tensor in plan.tensors] != [_identity(tensor) for tensor in model.tensors]:
         raise RecordError("the plan does not list the model's tensors in their order and shapes; plan again")
     if plan.metric not in (None, *score.METRICS):
         raise RecordError(f"the plan's metric {plan.metric!r} is not known; plan again")
@@ -46,6 +48,10 @@ def checked_plan(model: Model, plan: Plan) -> Plan:
     return checked
 
 
+def _identity(tensor: PlannedTensor | Tensor) -> tuple[object, ...]:
+    return tensor.name, tensor.role, tensor.layer, tensor.shape
+
+
 def _resized(planned: PlannedTensor, candidate: Candidate) -> PlannedTensor:
     if candidate.reason.startswith("kept"):
         if planned.type.upper() != candidate.types[0]:
@@ -58,18 +64,32 @@ def _resized(planned: PlannedTensor, candidate: Candidate) -> PlannedTensor:
 
 
 def check_scores(model: Model, scores: Scores | None) -> None:
-    """Raise ``RecordError`` when scores read from a file are another model's or do not cover its layers."""
+    """Raise ``RecordError`` when scores read from a file are another model's, do not cover its layers or cannot be."""
     if scores is None:
         return
     if scores.model_id != model.model_id:
         raise RecordError(f"the scores are of another model ({scores.model_name}); score {model.name} again")
     if [layer.layer for layer in scores.layers] != list(range(model.hparams.n_layers)):
         raise RecordError(f"the scores do not list layers 0 to {model.hparams.n_layers - 1} in order; score again")
-    limit = 1.0 if scores.metric == "nsds" else _ABSURD
-    damaged = next((layer.layer for layer in scores.layers if abs(layer.score) > limit), None)
-    if damaged is not None:
-        raise RecordError(f"the score of layer {damaged} is beyond what {scores.metric} gives; score again")
+    if scores.metric not in score.METRICS:
+        raise RecordError(f"the scores' metric {scores.metric!r} is not known; score again")
+    low, high = (0.0, 1.0) if scores.metric in _SHARES else (-_ABSURD, _ABSURD)
+    for layer in scores.layers:
+        if not low <= layer.score <= high:
+            raise RecordError(f"the score of layer {layer.layer} is beyond what {scores.metric} gives; score again")
+        if not all(part is None or 0 <= part <= 1 for part in (layer.p_nv, layer.p_se)):
+            raise RecordError(f"the parts of the score of layer {layer.layer} are damaged; score again")
     for cost in scores.costs:
-        numbers = (cost.sensitivity, *cost.errors.values(), *cost.stderr.values())
-        if cost.errors.keys() != cost.stderr.keys() or not all(0 <= number < _ABSURD for number in numbers):
-            raise RecordError(f"the scores' costs of {cost.name} are damaged; score again")
+        _check_cost(model, cost)
+
+
+def _check_cost(model: Model, cost: TensorCost) -> None:
+    tensor = model.by_name.get(cost.name)
+    if tensor is None:
+        raise RecordError(f"the scores hold costs of {reprlib.repr(cost.name)}, which the model lacks; score again")
+    numbers = (cost.sensitivity, *cost.errors.values(), *cost.stderr.values())
+    is_sound = cost.errors.keys() == cost.stderr.keys() and all(0 <= number < _ABSURD for number in numbers)
+    is_sound &= 1 <= cost.n_rows_sampled <= tensor.n_rows
+    is_sound &= cost.n_rows_sampled < tensor.n_rows or not any(cost.stderr.values())  # nothing was left out
+    if not is_sound:
+        raise RecordError(f"the scores' costs of {cost.name} are damaged; score again")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .allocate import Tokens, mixed_roles, read_tokens
+from .anatomy import kept_reason
 from .records import Float32, Model, Progress, no_progress
 from .resources import available_memory_bytes
 from .rounding import Feedbacks
@@ -75,6 +76,22 @@ def multiplied(model: Model) -> list[str]:
         for tensor in model.tensors
         if tensor.is_matrix and len(tensor.shape) == 2 and (tensor.layer is not None or tensor.name == output)
     ]
+
+
+def note(model: Model, feedbacks: Feedbacks) -> str:
+    """Return what the user must know: how many matrices are rounded with feedback, and which are not."""
+    matrices = [t for t in model.tensors if t.is_matrix and not kept_reason(t, model.architecture)]
+    lacking = [tensor.name for tensor in matrices if tensor.name not in feedbacks.names]
+    n_weights = sum(tensor.n_weights for tensor in matrices)
+    share = sum(tensor.n_weights for tensor in matrices if tensor.name in feedbacks.names) / max(n_weights, 1)
+    told = (
+        f"Rounding with feedback is for {len(matrices) - len(lacking)} of {len(matrices)} matrices with "
+        f"{100 * share:.0f} % of their weights"
+    )
+    if not lacking:
+        return f"{told}."
+    others = [*lacking[:3], *([f"{len(lacking) - 3} more"] if len(lacking) > 3 else [])]
+    return f"{told}; by ggml's quantizers alone are rounded {', '.join(others)}."
 
 
 def disk_bytes(model: Model) -> int:

@@ -33,6 +33,7 @@ from nsds_gguf.records import Target
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 23093576\n"
 SHARDED = replace(TINY, n_shards=3)
 CONVERT = ("convert", "model", *PLAIN, *QUICK, "-o", "out.gguf")
+SCORED = ("convert", "model", "--target-bpw", "4", *QUICK, "-o", "out.gguf")
 
 Edit = Callable[[Path], object]
 
@@ -120,9 +121,9 @@ def spoilt(name: str, values: dict[int, float]) -> Edit:
     return weights(change)
 
 
-def norm_of(value: float) -> Edit:
-    """Set the last norm: large values make the model certain of nonsense, very large ones overflow."""
-    return weights(lambda found: found.update({"model.norm.weight": np.full(TINY.n_embd, value, np.float32)}))
+def norm_of(value: float, name: str = "model.norm.weight") -> Edit:
+    """Set a norm, the last one: large values make the model certain of nonsense, very large ones overflow."""
+    return weights(lambda found: found.update({name: np.full(TINY.n_embd, value, np.float32)}))
 
 
 UNKNOWN_SPLIT = {
@@ -295,6 +296,18 @@ CASES = {
         "out.gguf: NaN or infinite logits at 15 of 15 scored tokens of chunk 1 of 2; the file is damaged "
         "(removed; --keep would keep it)",
         norm_of(3e38),
+    ),
+    "a model whose last norm overflows": Case(
+        3,
+        "tensor output_norm.weight: what it gives is not finite; the weights are damaged",
+        norm_of(3e38),
+        SCORED,
+    ),
+    "a model whose layer overflows": Case(
+        3,
+        "layer 1: its output is not finite; the weights are damaged",
+        norm_of(3e38, "model.layers.1.post_attention_layernorm.weight"),
+        SCORED,
     ),
     "a model that is certain of nonsense": Case(
         7,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,8 +122,14 @@ def test_scores_that_lack_the_type() -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    outcome = call("plan", DEMO, "--target-bpw", "3.2", "--threads", 1, "--why", "output.weight")
+    written = tmp_path / "plan.json"
+    outcome = call(
+        "plan", DEMO, "--target-bpw", "3.2", "--threads", 1, "--why", "output.weight", "--json", written
+    )
     assert outcome.code == 0, outcome.err
-    assert "output.weight is Q4_K: 4.5 bits per weight" in outcome.out
+    plan = Plan.from_json(json.loads(written.read_text()))
+    (output,) = (tensor for tensor in plan.tensors if tensor.name == "output.weight")
+    bits = 8 * output.n_bytes / output.n_weights
+    assert f"output.weight is {output.type}: {bits:g} bits per weight, {output.n_bytes:,} bytes" in outcome.out
     assert "what the plan pays for its last bytes." in outcome.out
     assert call("plan", DEMO, "--target-bpw", "3.2", "--why", "output").code == 4

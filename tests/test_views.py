@@ -41,7 +41,9 @@ def test_numbers_of_a_llama_come_from_its_keys():
         attention__head_count=4, attention__head_count_kv=2, attention__key_length=8, attention__value_length=8,
         attention__layer_norm_rms_epsilon=1e-5,
     )  # fmt: skip
-    assert found == Hparams(**{**wanted.__dict__, "value_dim": 8, "norm_eps": float(np.float32(1e-5))})
+    assert found == Hparams(
+        **{**wanted.__dict__, "value_dim": 8, "norm_eps": float(np.float32(1e-5)), "rope": "neighbours", "rope_dim": 8}
+    )
 
 
 def test_numbers_that_differ_between_layers_are_the_largest():

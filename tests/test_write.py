@@ -111,7 +111,7 @@ def test_a_whole_decoder_is_llama_cpps_and_runs(tmp_path):
     source = written(model, uniform_plan(model, "F32"), tmp_path / "F32.gguf")
     types = cycled_types(model)
     assert set(types.values()) == set(ggml.TYPES)
-    importance = allocate.propagate(model).importance("sweep")
+    importance = allocate.sensitivities(model, 1).importance("sweep")
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
     written(model, plan_of(model, types, importance="sweep"), ours, importance)
     llama_quantize(source, theirs, name_patterns(types), importance)
@@ -196,6 +196,7 @@ def test_our_own_keys(tmp_path):
         "nsds_gguf.metric": "nsds",
         "nsds_gguf.allocator": "nsds",
         "nsds_gguf.importance": "sweep",
+        "nsds_gguf.effort": "normal",
         "nsds_gguf.target": "1500000 bytes",
         "nsds_gguf.scores_sha256": scores.digest,
         "nsds_gguf.plan_sha256": plan.digest,

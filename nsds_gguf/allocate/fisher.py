@@ -8,7 +8,8 @@ error. There is no constant to fit.
 
 No data is needed: of which tokens the model reads, little depends (docs/log.md, 2026-11-25). They are drawn by Zipf's
 law from the vocabulary, whose ids are ordered by how common the tokens were when it was made. One pass goes forward
-and back through the model, in numpy, layer by layer; what a layer reads is put away, the rest computed again backward.
+and back through the model, in numpy, layer by layer; what a layer reads is kept in a file, the rest computed again
+backward.
 
 One backward pass serves all tokens of a sequence: their losses get random signs, so that in the square of the sum the
 products of two tokens cancel on average.
@@ -16,18 +17,18 @@ products of two tokens cancel on average.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError
 from ..records import Float32, Float64, Model, Progress, Tensor, no_progress
+from ..resources import check_disk
 from ..views import view_layer
 from .decoder import Decoder
 from .moments import Norm
@@ -105,8 +106,8 @@ def fisher(
 ) -> Fisher:
     """Return the sensitivity of every matrix and what its columns multiply.
 
-    In memory: activations of one layer, about ``tokens.size * (8 n_embd + 5 n_ff)`` float32. What every layer reads,
-    ``n_layers * tokens.size * n_embd`` float32, is in a temporary file.
+    In memory: the activations of one layer. In a temporary file: what every layer reads, ``n_layers * tokens.size *
+    n_embd`` float32.
 
     Args:
         model: one of which nothing ``decoder.what_is_missing``.
@@ -117,6 +118,7 @@ def fisher(
 
     Raises:
         ModelError: activations are not finite: the weights are damaged.
+        OutputError: the disk has no room for the temporary file.
 
     """
     return _Pass(model, tokens, n_threads, progress, seed).run()
@@ -161,12 +163,12 @@ def read_tokens(
         on_input(name, last[1])
 
     with ThreadPoolExecutor(n_threads) as pool:
-        stream = reader.embed(reader.tape(pool))[1].value
+        tape = reader.tape(pool, told, is_kept=False)
+        stream = reader.embed(tape)[1].value
         for index in range(n_layers):
-            view = view_layer(model, index)
-            stream = reader.decoder.layer(reader.tape(pool, told), view, Node(stream)).value
+            stream = reader.decoder.layer(tape, view_layer(model, index), Node(stream)).value
         if n_layers == model.hparams.n_layers:
-            told(model.unembedding().name, reader.behind_norm(reader.tape(pool), Node(stream)).value)
+            told(model.unembedding().name, reader.behind_norm(tape, Node(stream)).value)
 
 
 class _Pass:
@@ -200,20 +202,22 @@ class _Pass:
         h, done = self.hparams, 0
         total = 2 * h.n_layers + 1
         with ThreadPoolExecutor(self.n_threads) as pool, tempfile.TemporaryFile() as file:
-            embedded, kept = self.tape(pool), Shelf(file)
+            embedded, forward = self.tape(pool), self.tape(pool, self.record, is_kept=False)
             rows, entry = self.embed(embedded)
             stream = entry.value
+            check_disk(Path(tempfile.gettempdir()), h.n_layers * stream.nbytes, "what layers read")
             for index in range(h.n_layers):
-                kept.push(stream)
-                tape = self.tape(pool, self.record)
-                stream = self.decoder.layer(tape, view_layer(self.model, index), Node(stream)).value
+                file.write(stream.data)
+                stream = self.decoder.layer(forward, view_layer(self.model, index), Node(stream)).value
                 if not np.isfinite(stream).all():
                     raise ModelError(f"layer {index}: its output is not finite; the weights are damaged")
                 self.progress(done := done + 1, total)
             grad = self.output(pool, stream)
             self.progress(done := done + 1, total)
             for index in reversed(range(h.n_layers)):
-                tape, x = self.tape(pool), Node(kept.pop())
+                file.seek(index * stream.nbytes)
+                read = np.frombuffer(file.read(stream.nbytes), dtype=stream.dtype).reshape(stream.shape)
+                tape, x = self.tape(pool), Node(read)
                 self.decoder.layer(tape, view_layer(self.model, index), x).receive(grad)
                 tape.backward()
                 grad = np.zeros_like(grad) if x.grad is None else x.grad
@@ -239,9 +243,11 @@ class _Pass:
         sensitivity = {name: per_token * energy for name, energy in energies.items()}
         return Fisher(sensitivity, self.inputs, looked_up)
 
-    def tape(self, pool: Executor, on_input: Callable[[str, Float32], None] | None = None) -> Tape:
+    def tape(
+        self, pool: Executor, on_input: Callable[[str, Float32], None] | None = None, is_kept: bool = True
+    ) -> Tape:
         """Return an empty tape."""
-        return Tape(pool, self.n_positions, self.energies, on_input)
+        return Tape(pool, self.n_positions, self.energies, on_input, is_kept)
 
     def record(self, name: str, x: Float32) -> None:
         """Take the mean square of a matrix's input; several parts of one stored tensor read the same."""
@@ -310,25 +316,6 @@ class _Pass:
         if x.grad is None:
             raise ModelError("the output reads nothing of the stream")
         return x.grad
-
-
-class Shelf:
-    """Arrays of one shape put away in a file, the last one taken back first."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def push(self, array: Float32) -> None:
-        """Put an array away."""
-        self._shape, self._n_bytes = array.shape, array.nbytes
-        self._file.write(np.ascontiguousarray(array).data)
-
-    def pop(self) -> Float32:
-        """Take the last array back."""
-        start = self._file.seek(-self._n_bytes, os.SEEK_CUR)
-        array = np.frombuffer(self._file.read(self._n_bytes), dtype=np.float32).reshape(self._shape)
-        self._file.seek(start)
-        return array
 
 
 @dataclass(frozen=True)

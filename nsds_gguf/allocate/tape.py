@@ -45,18 +45,25 @@ class Tape:
         n_positions: tokens of a sequence; rows of one sequence lie together.
         energies: by stored tensor name, ``sum (W dL/dW)^2`` summed over sequences: grows backward.
         on_input: told of every matrix, forward: stored name and its input, ``(n, n_cols)``.
+        is_kept: whether operations can be undone; otherwise values go as soon as nothing reads them.
     """
 
     pool: Executor
     n_positions: int
     energies: dict[str, float]
     on_input: Callable[[str, Float32], None] | None = None
+    is_kept: bool = True
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def backward(self) -> None:
         """Undo all operations, last first: every node that they read receives its derivative."""
         while self._undo:
             self._undo.pop()()
+
+    def keep(self, undo: Callable[[], None]) -> None:
+        """Take how the operation just done is undone."""
+        if self.is_kept:
+            self._undo.append(undo)
 
     def each(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
         """Yield the results of jobs in their order; what overflows is for the caller to find."""
@@ -82,7 +89,7 @@ class Tape:
                 return
             x.receive(self.through(weight, out.grad, x.value))
 
-        self._undo.append(undo)
+        self.keep(undo)
         return out
 
     def through(self, weight: Tensor, grad: Float32, x: Float32) -> Float32:
@@ -124,7 +131,7 @@ class Tape:
             grad = grad * inverse
             x.receive(grad - grad.mean(axis=1, keepdims=True) if kind == "layer" else grad)
 
-        self._undo.append(undo)
+        self.keep(undo)
         return out
 
     def heads_norm(self, gain: Tensor, x: Node, n_heads: int, kind: str, eps: float) -> Node:
@@ -148,7 +155,7 @@ class Tape:
             grad = grad - grad.mean(axis=2, keepdims=True) if kind == "layer" else grad
             x.receive(grad.reshape(x.value.shape))
 
-        self._undo.append(undo)
+        self.keep(undo)
         return out
 
     def rotate(self, x: Node, cos: Float32, sin: Float32, n_heads: int, halves: bool) -> Node:
@@ -168,7 +175,7 @@ class Tape:
             if out.grad is not None:
                 x.receive(_rotated(out.grad, cos, -sin, n_heads, halves))
 
-        self._undo.append(undo)
+        self.keep(undo)
         return out
 
     def attention(self, q: Node, k: Node, v: Node, n_heads: int, n_kv_heads: int, scale: float, cap: float) -> Node:
@@ -240,7 +247,7 @@ class Tape:
             for node, grad in ((q, dq), (k, dk), (v, dv)):
                 node.receive(grad.reshape(node.value.shape))
 
-        self._undo.append(undo)
+        self.keep(undo)
         return out
 
     def units(self, gate: Node | None, up: Node, activation: str, offset: float = 0.0) -> Node:
@@ -262,7 +269,7 @@ class Tape:
                 up.receive(out.grad * opened)
                 gate.receive(out.grad * shifted * slope(gate.value))
 
-        self._undo.append(undo)
+        self.keep(undo)
         return out
 
     def add(self, first: Node, second: Node, scale: float = 1.0) -> Node:
@@ -275,7 +282,7 @@ class Tape:
                 first.receive(out.grad)
                 second.receive(out.grad * factor)
 
-        self._undo.append(undo)
+        self.keep(undo)
         return out
 
 

@@ -39,7 +39,7 @@ class Feedbacks:
             return None
         with self._lock:
             if path not in self._recent:
-                with np.load(path) as arrays:
+                with np.load(path, allow_pickle=False) as arrays:
                     self._recent[path] = Feedback(**{key: arrays[key] for key in arrays.files})
             self._recent.move_to_end(path)
             while len(self._recent) > _IN_MEMORY:

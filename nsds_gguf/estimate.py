@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from . import ggml
-from .allocate import N_POSITIONS, N_SEQUENCES
+from .allocate import N_POSITIONS, n_sequences_for
 from .records import Model
 
 _TRIAL_ROWS, _TRIAL_SIZE = 128, 512
@@ -60,7 +60,7 @@ def estimate_seconds(
         seconds += score_operations(model) / rate
     if measures:
         seconds += n_matrix * _MEASURED_SHARE * per_weight * len(types)
-        seconds += _PASS_OPERATIONS * N_SEQUENCES * N_POSITIONS * n_matrix / rate
+        seconds += _PASS_OPERATIONS * n_sequences_for(model) * N_POSITIONS * n_matrix / rate
     if n_feedback_tokens:
         seconds += n_feedback_tokens * 2 * (n_matrix + sum(t.n_cols**2 for t in model.tensors if t.is_matrix)) / rate
     return seconds + own_text_seconds(model, n_own_tokens, rate)

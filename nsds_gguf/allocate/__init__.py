@@ -31,7 +31,7 @@ from ..records import (
 )
 from .candidates import FALLBACKS, LAST_RESORT, Candidate, Pin, budget_bytes, candidates, check_target, check_type
 from .decoder import what_is_missing
-from .fisher import N_POSITIONS, N_SEQUENCES, Tokens, draw_tokens, mixed_roles, read_tokens
+from .fisher import N_POSITIONS, Tokens, draw_tokens, mixed_roles, n_sequences_for, read_tokens
 from .knapsack import Choices, solve
 from .measurement import measure
 from .propagation import IMPORTANCES, Propagation
@@ -43,7 +43,6 @@ __all__ = [
     "DEFAULT_TYPES",
     "IMPORTANCES",
     "N_POSITIONS",
-    "N_SEQUENCES",
     "PREFERENCES",
     "SCORE_WEIGHT",
     "Candidate",
@@ -58,6 +57,7 @@ __all__ = [
     "make_plan",
     "measure",
     "mixed_roles",
+    "n_sequences_for",
     "open_candidates",
     "read_tokens",
     "sensitivities",

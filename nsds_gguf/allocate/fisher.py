@@ -37,6 +37,7 @@ from .tape import Node, Tape, energy_of, slabs
 Tokens = NDArray[np.int64]
 
 N_SEQUENCES, N_POSITIONS = 4, 512  # of the tokens drawn
+N_SEQUENCES_LARGE, LARGE_WEIGHTS = 2, 10**8  # half as many tell as much (docs/log.md), where more would cost minutes
 SCORED_FROM = 0.5  # of a sequence: as perplexity does, tokens with little in front of them are left out
 ZIPF_SHIFT = 27.0  # ranks count from here (Mandelbrot's form of the law): the commonest token is 1 % of the text
 
@@ -76,6 +77,11 @@ def draw_tokens(model: Model, n_sequences: int = N_SEQUENCES, n_positions: int =
     if bos is not None and 0 <= int(bos.value) < n_vocab and (adds is None or adds.value):
         tokens[:, 0] = int(bos.value)
     return tokens
+
+
+def n_sequences_for(model: Model) -> int:
+    """Return how many sequences are drawn for a model."""
+    return N_SEQUENCES if model.n_weights < LARGE_WEIGHTS else N_SEQUENCES_LARGE
 
 
 def token_chances(model: Model) -> Float64:

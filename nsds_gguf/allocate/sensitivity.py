@@ -12,7 +12,7 @@ from ..anatomy import kept_reason
 from ..records import Float64, Model, Progress, no_progress
 from ..views import view_layer
 from .decoder import what_is_missing
-from .fisher import Tokens, draw_tokens, fisher
+from .fisher import Tokens, draw_tokens, fisher, n_sequences_for
 from .propagation import Propagation, propagate, typical_sensitivities
 from .wiring import BlockWiring, read_wiring
 
@@ -37,7 +37,8 @@ def sensitivities(
         swept = propagate(model, progress)
         note = f"Sensitivities come from the moment sweep: the pass over tokens cannot follow {missing}."
         return replace(swept, notes=(note, *swept.notes))
-    found = fisher(model, draw_tokens(model) if tokens is None else tokens, n_threads, progress)
+    tokens = draw_tokens(model, n_sequences_for(model)) if tokens is None else tokens
+    found = fisher(model, tokens, n_threads, progress)
     missed = [t for t in model.tensors if t.name not in found.sensitivity and not kept_reason(t, model.architecture)]
     typical = typical_sensitivities(model, found.sensitivity, missed)
     sensitivity = {**found.sensitivity, **typical}

@@ -105,8 +105,8 @@ def test_records_go_back_in_and_give_the_same_bytes(models):
     source = models / "wide"
     assert call("score", source, *HIGH, "--types", "Q2_K,Q4_K", "--json", "scores.json", "-q").code == 0
     assert json.loads(Path("scores.json").read_text())["effort"] == "high"
-    first = call("convert", source, "--target-bpw", 3.5, *HIGH, "--types", "Q2_K,Q4_K", "--scores", "scores.json", "--no-verify",
-                 "--json", "-", "-o", "first.gguf", "-q")  # fmt: skip
+    first = call("convert", source, "--target-bpw", 3.5, *HIGH, "--types", "Q2_K,Q4_K", "--scores", "scores.json",
+                 "--no-verify", "--json", "-", "-o", "first.gguf", "-q")  # fmt: skip
     assert first.code == 0, first.err
     plan = Plan.from_json(json.loads(first.out)[0]["plan"])
     Path("plan.json").write_text(json.dumps(plan.to_json()))

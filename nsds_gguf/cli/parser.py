@@ -342,9 +342,13 @@ def _add_types(group: Any) -> None:
     group.add_argument("--importance", choices=(*allocate.IMPORTANCES, SELF),
                        help="column importance for the quantizers; self: from text that the model writes first"
                        f" ({DEFAULT_IMPORTANCE} unless told, {SELF} with --effort high)")  # fmt: skip
-    group.add_argument("--effort", choices=EFFORTS, default=DEFAULT_EFFORT,
-                       help="high: the model writes a text and weights are rounded with feedback from column to"
-                       " column; much less divergence in several times the time (%(default)s unless told)")
+    group.add_argument(
+        "--effort",
+        choices=EFFORTS,
+        default=DEFAULT_EFFORT,
+        help="high: the model writes a text and weights are rounded with feedback from column to"
+        " column; much less divergence in several times the time (%(default)s unless told)",
+    )
     group.add_argument("--imatrix", metavar="FILE", type=Path,
                        help="column importance from an importance matrix of llama.cpp, as GGUF or .dat")  # fmt: skip
 

@@ -123,9 +123,7 @@ def test_scores_that_lack_the_type() -> None:
 
 def test_the_command(tmp_path: Path) -> None:
     written = tmp_path / "plan.json"
-    outcome = call(
-        "plan", DEMO, "--target-bpw", "3.2", "--threads", 1, "--why", "output.weight", "--json", written
-    )
+    outcome = call("plan", DEMO, "--target-bpw", "3.2", "--threads", 1, "--why", "output.weight", "--json", written)
     assert outcome.code == 0, outcome.err
     plan = Plan.from_json(json.loads(written.read_text()))
     (output,) = (tensor for tensor in plan.tensors if tensor.name == "output.weight")

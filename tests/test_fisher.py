@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,8 +16,9 @@ from zoo_logits import GOLDEN, difference, positions, recorded
 from zoo_specs import SPECS, write_spec
 
 from nsds_gguf.allocate.decoder import Decoder, what_is_missing
-from nsds_gguf.allocate.fisher import ZIPF_SHIFT, Head, _Pass, draw_tokens, fisher, token_chances
+from nsds_gguf.allocate.fisher import ZIPF_SHIFT, Head, _Pass, draw_tokens, fisher, token_chances, working_bytes
 from nsds_gguf.allocate.tape import Node, Tape
+from nsds_gguf.errors import OutputError
 from nsds_gguf.read import open_model
 from nsds_gguf.records import kv, no_progress
 from nsds_gguf.views import view_layer
@@ -119,6 +121,23 @@ def test_sensitivity_is_the_divergence_that_noise_causes(tiny):
             measured.append(float((np.exp(reference) * (reference - other)).sum(axis=1).mean()))
         predicted = energy * np.mean([sensitivity[name] for sensitivity in found])
         assert predicted == pytest.approx(np.mean(measured), rel=0.25), name
+
+
+def test_memory_is_asked_first(monkeypatch):
+    arrays, hparams = random_arrays(5, n_layers=2, n_embd=256, n_ff=512, n_heads=4, head_dim=64, n_vocab=64)
+    model = make_model(arrays, hparams)
+    tokens = draw_tokens(model, 4, 64)
+    tracemalloc.start()
+    try:
+        fisher(model, tokens, 1)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    wanted = working_bytes(model, tokens.size)
+    assert 0.5 * wanted < peak < 1.3 * wanted, (peak, wanted)
+    monkeypatch.setattr("nsds_gguf.resources.available_memory_bytes", lambda: wanted - 1)
+    with pytest.raises(OutputError, match=r"the pass over tokens takes 0\.01 GiB of memory"):
+        fisher(model, tokens, 1)
 
 
 def test_threads_do_not_change_the_result(tiny):

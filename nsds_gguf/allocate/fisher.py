@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ..errors import ModelError
 from ..records import Float32, Float64, Model, Progress, Tensor, no_progress
-from ..resources import check_disk
+from ..resources import check_disk, check_memory
 from ..views import view_layer
 from .decoder import Decoder
 from .moments import Norm
@@ -40,6 +40,10 @@ N_SEQUENCES, N_POSITIONS = 4, 512  # of the tokens drawn
 N_SEQUENCES_LARGE, LARGE_WEIGHTS = 2, 10**8  # half as many tell as much (docs/log.md), where more would cost minutes
 SCORED_FROM = 0.5  # of a sequence: as perplexity does, tokens with little in front of them are left out
 ZIPF_SHIFT = 27.0  # ranks count from here (Mandelbrot's form of the law): the commonest token is 1 % of the text
+
+# Copies of the stream's width and of the hidden units that a layer holds at most: 14 and 7 of keys' and values' width
+# were measured, and 8.6 (docs/log.md, 2026-11-25).
+_WIDTHS, _HIDDEN_WIDTHS = 21, 9
 
 _LOOKUP = "rows looked up"  # energy of the embedding as such, beside that of the output
 _NORMAL = 1  # LLAMA_TOKEN_TYPE_NORMAL
@@ -124,10 +128,17 @@ def fisher(
 
     Raises:
         ModelError: activations are not finite: the weights are damaged.
-        OutputError: the disk has no room for the temporary file.
+        OutputError: there is too little memory, or no room on the disk for the temporary file.
 
     """
+    check_memory(working_bytes(model, tokens.size), "the pass over tokens", "close other programs")
     return _Pass(model, tokens, n_threads, progress, seed).run()
+
+
+def working_bytes(model: Model, n_tokens: int) -> int:
+    """Return about what the activations of one layer, forward and back, take in memory."""
+    h = model.hparams
+    return 4 * n_tokens * (_WIDTHS * h.n_embd + _HIDDEN_WIDTHS * h.n_ff)
 
 
 def mixed_roles(moments: Float64, looked_up: float) -> Float64:

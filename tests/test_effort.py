@@ -1,0 +1,230 @@
+"""--effort high from the command line to the file: less error in the same bytes, records, refusals, nothing left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import gguf.quants
+import numpy as np
+import pytest
+from command import TINY, call, message
+from gguf import GGUFReader
+from llama_forward import matrix_inputs
+from tiny_archs import write_tiny_arch
+from tiny_gguf import tiny_weights, write_tiny_gguf
+from tiny_models import write_tiny
+
+from nsds_gguf import allocate, convert, hessians, read
+from nsds_gguf.allocate import PlanOptions, draw_tokens, read_tokens, sensitivity
+from nsds_gguf.convert import Output, VerifyOptions
+from nsds_gguf.errors import OutputError, PlanError
+from nsds_gguf.records import SELF, UNQUANTIZED, Plan, Target
+from nsds_gguf.resources import blas_threads
+from nsds_gguf.selftext import own_text
+
+UNCHECKED = VerifyOptions(enabled=False)
+HIGH = ("--effort", "high", "--importance", "sweep", "--threads", 1)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Return a folder of a model whose rows fit K-quants, and of one with blocks of 32 and a forward pass in numpy."""
+    folder = tmp_path_factory.mktemp("models")
+    write_tiny(folder / "wide", replace(TINY, n_layers=1))
+    write_tiny_gguf(folder / "narrow.gguf")
+    write_tiny_arch(folder / "experts.gguf", "deepseek2")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch, tmp_path):
+    """Draw and write fewer tokens, in an empty working directory."""
+    monkeypatch.setattr(sensitivity, "draw_tokens", lambda model: draw_tokens(model, 2, 64))
+    monkeypatch.setattr(convert, "N_DRAWN", 2048)
+    monkeypatch.setattr(convert, "N_TOKENS", 512)
+    monkeypatch.chdir(tmp_path)
+
+
+def converted(source, path, options, n_threads=1, **given):
+    (done,) = convert.convert(
+        source, options, verifying=UNCHECKED, output=Output(Path(path)), n_threads=n_threads, **given
+    )
+    return done
+
+
+def uniform(type_name, **options):
+    return [PlanOptions(Target("none", 0), "uniform", uniform=type_name, **options)]
+
+
+def drawn_moments(model):
+    """Return second moments in float64 of what the pass tells, on tokens that rounding does not see."""
+    found = {}
+
+    def add(name, x):
+        found[name] = found.get(name, 0) + x.astype(np.float64).T @ x
+
+    read_tokens(model, draw_tokens(model, 4, 512, seed=1), 1, add, model.hparams.n_layers)
+    return found
+
+
+def forward_moments(model):
+    """Return those of a forward pass of the test's own."""
+    inputs = matrix_inputs(tiny_weights(), draw_tokens(model, 8, 128, seed=1))
+    return {name: rows.T @ rows for name, rows in inputs.items()}
+
+
+@pytest.mark.parametrize(
+    ("source", "type_name", "moments"),
+    [("wide", "Q2_K", drawn_moments), ("wide", "Q4_K", drawn_moments), ("narrow.gguf", "Q4_0", forward_moments)],
+)
+def test_what_matrices_put_out_is_nearer_in_the_same_bytes(models, source, type_name, moments):
+    """Mean square of the error of every matrix's output, on other tokens, the files read by gguf-py."""
+    model = read.open_model(models / source)
+    found = moments(model)
+    errors, sizes = {}, set()
+    for effort in ("normal", "high"):
+        done = converted(models / source, f"{effort}.gguf", uniform(type_name, effort=effort))
+        sizes.add(done.plan.tensor_bytes)
+        for tensor in GGUFReader(done.path).tensors:
+            if tensor.name in found:
+                rows = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+                delta = rows - model.by_name[tensor.name].load()
+                error = np.einsum("ri,ij,rj->", delta, found[tensor.name], delta, optimize=True)
+                errors.setdefault(tensor.name, []).append(error)
+    ratios = {name: high / normal for name, (normal, high) in errors.items()}
+    assert set(ratios) == set(found) == set(hessians.multiplied(model)) and len(sizes) == 1
+    assert max(ratios.values()) < 1 and np.exp(np.mean(np.log(list(ratios.values())))) < 0.8, ratios
+
+
+def test_records_go_back_in_and_give_the_same_bytes(models):
+    """A plan is carried out as it was the first time, with one thread or two; scores say how they were measured."""
+    source = models / "wide"
+    assert call("score", source, *HIGH, "--types", "Q2_K,Q4_K", "--json", "scores.json", "-q").code == 0
+    assert json.loads(Path("scores.json").read_text())["effort"] == "high"
+    first = call("convert", source, "--target-bpw", 3.5, *HIGH, "--types", "Q2_K,Q4_K", "--scores", "scores.json",
+                 "--no-verify", "--json", "-", "-o", "first.gguf", "-q")  # fmt: skip
+    assert first.code == 0, first.err
+    plan = Plan.from_json(json.loads(first.out)[0]["plan"])
+    Path("plan.json").write_text(json.dumps(plan.to_json()))
+    assert plan.effort == "high" and plan.importance == "sweep"
+    assert GGUFReader("first.gguf").fields["nsds_gguf.effort"].contents() == "high"
+    options = PlanOptions(Target("bpw", 3.5), types=("Q2_K", "Q4_K"), effort="high")
+    second = converted(source, "second.gguf", [options], n_threads=2)
+    assert second.plan.tensors == plan.tensors and second.plan.notes == plan.notes
+    third = call("convert", source, "--plan", "plan.json", "--threads", 2, "--no-verify", "-o", "third.gguf", "-q")
+    assert third.code == 0, third.err
+    contents = {Path(f"{name}.gguf").read_bytes() for name in ("first", "second", "third")}
+    assert len(contents) == 1
+    assert message(call("plan", source, "--target-bpw", 3.5, "--scores", "scores.json"), 4) == (
+        "the scores were measured with --effort high, the plan asks for normal; score again or pass --effort high"
+    )
+    assert sorted(path.name for path in Path().iterdir()) == [
+        "first.gguf", "plan.json", "scores.json", "second.gguf", "third.gguf"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("importance", ["none", "norm"])
+def test_importance_that_knows_too_little(models, importance):
+    asked = ("--target-bpw", 4, "--effort", "high", "--importance", importance)
+    assert message(call("convert", models / "wide", *asked), 4) == (
+        f"--effort high needs more of what matrices multiply than importance {importance} holds; wanted importance "
+        "sweep or self"
+    )
+
+
+class Stages(convert.Silent):
+    def __init__(self):
+        self.names = []
+
+    def stage(self, name):
+        self.names.append(name)
+        return super().stage(name)
+
+
+def test_experts_go_by_the_models_own_text(models):
+    """On drawn tokens they are refused before any work; on own text ggml rounds stacks, and the plan says so."""
+    source, stages = models / "experts.gguf", Stages()
+    missing = allocate.what_is_missing(read.open_model(source))
+    with pytest.raises(PlanError) as caught:
+        convert.plan(source, [PlanOptions(Target("bpw", 4), effort="high")], n_threads=1, report=stages)
+    assert str(caught.value) == (
+        f"--effort high cannot follow {missing} of experts on its own; pass --importance self, which llama.cpp computes"
+    )
+    assert stages.names == ["read headers"]
+    files = {
+        effort: converted(source, f"{effort}.gguf", uniform("Q3_K", importance=SELF, effort=effort))
+        for effort in ("normal", "high")
+    }
+    normal, high = ({t.name: t.data for t in GGUFReader(done.path).tensors} for done in files.values())
+    alike = [name for name in normal if np.array_equal(normal[name], high[name])]
+    matrices = [t.name for t in files["high"].plan.tensors if t.type not in UNQUANTIZED and t.name in alike]
+    (note,) = [note for note in files["high"].plan.notes if note.startswith("Rounding with feedback")]
+    assert "token_embd.weight" in matrices and "blk.1.ffn_up_exps.weight" in matrices
+    assert "blk.1.ffn_up_shexp.weight" not in matrices and "blk.0.attn_q_a.weight" not in matrices
+    n_open = sum(t.type not in UNQUANTIZED for t in files["high"].plan.tensors)
+    assert f"is for {n_open - len(matrices)} of {n_open} matrices" in note
+    assert f"by ggml's quantizers alone are rounded {', '.join(matrices[:3])}" in note
+
+
+def test_the_command_takes_own_text_unless_told(models):
+    assert call("convert", models / "wide", "--uniform", "Q3_K", "--effort", "high", "--threads", 1, "--no-verify",
+                "--json", "plan.json", "-o", "x.gguf", "-q").code == 0  # fmt: skip
+    (written,) = json.loads(Path("plan.json").read_text())
+    plan = written["plan"]
+    assert (plan["effort"], plan["importance"]) == ("high", "self")
+    told = " ".join(plan["notes"])
+    assert "Rounding with feedback is for 8 of 9 matrices" in told and "tokens that the model wrote itself" in told
+    assert sorted(path.name for path in Path().iterdir()) == ["plan.json", "x.gguf"]
+
+
+@pytest.mark.parametrize("end", ["failure", "Ctrl-C", "SIGTERM"])
+def test_nothing_is_left_however_it_ends(models, monkeypatch, end):
+    seen = []
+
+    def stopped(*_arguments, **_options):
+        seen.extend(Path().glob(".feedback-*/*.npz"))
+        if end == "failure":
+            raise OutputError("the disk is full")
+        os.kill(os.getpid(), signal.SIGINT if end == "Ctrl-C" else signal.SIGTERM)
+
+    monkeypatch.setattr(convert, "write_gguf", stopped)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        outcome = call("convert", models / "wide", "--uniform", "Q3_K", *HIGH, "--no-verify", "-o", "x.gguf", "-q")
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert outcome.code == {"failure": OutputError.exit_code, "Ctrl-C": 130, "SIGTERM": 143}[end]
+    assert len(seen) == 5  # inputs: four of the layer, and the output's
+    assert list(Path().iterdir()) == []
+
+
+def test_several_readings_give_the_factors_of_one(models, monkeypatch):
+    """With no memory for more, every layer is a reading of its own; what the model wrote, every input."""
+    source, counts = models / "narrow.gguf", []
+    model = read.open_model(source)
+    text = own_text(source, n_tokens=512, n_threads=1)
+    real = hessians.read_tokens
+
+    def counted(*arguments):
+        counts.append(arguments[-1])
+        real(*arguments)
+
+    monkeypatch.setattr(hessians, "read_tokens", counted)
+    for tokens in (draw_tokens(model, 8, 64), text):
+        made = []
+        for n_bytes in (1 << 40, 1):
+            monkeypatch.setattr(hessians, "_budget_bytes", lambda n_bytes=n_bytes: n_bytes)
+            folder = Path(f"{len(list(Path().iterdir()))}")
+            folder.mkdir()
+            with blas_threads(1):
+                made.append(hessians.make_feedbacks(model, tokens, 0.0, folder, 1))
+        one, several = made
+        assert set(one.names) == set(several.names) == set(hessians.multiplied(model))
+        for name in one.names:
+            for part in ("coefficients", "variances", "importance"):
+                np.testing.assert_array_equal(getattr(one.of(name), part), getattr(several.of(name), part))
+    assert counts == [2, 2, 1, 1, 2, 2]  # layers read, four sequences at a time

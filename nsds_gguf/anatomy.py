@@ -72,8 +72,8 @@ DEFAULT_THETA = 10000.0  # of llama.cpp, where no key says
 DIVIDED_LOGITS = ("granite", "granitemoe", "granitehybrid", "minicpm")
 
 # What makes scores of a router's logits, and whether the weights of the experts visited are divided by their sum
-# (``build_moe_ffn`` in src/llama-graph.cpp and its callers); ``None`` where a key says so. Other architectures choose or
-# weigh otherwise, or have not been looked at.
+# (``build_moe_ffn`` in src/llama-graph.cpp and its callers); ``None`` where a key says so. Other architectures choose
+# or weigh otherwise, or have not been looked at.
 ROUTING: dict[str, tuple[ExpertScores | None, bool | None]] = {
     **dict.fromkeys(("granitehybrid", "granitemoe", "llama", "qwen3moe", "qwen3vlmoe"), ("softmax", True)),
     **dict.fromkeys(("deepseek", "olmoe", "qwen2moe"), ("softmax", False)),

@@ -1,8 +1,8 @@
 """A decoder's layers on a ``Tape``: which operations a model is made of, from the views of its tensors.
 
 Norm wiring, fused and separate matrices, biases, norms of queries and keys, caps, scales and mixtures of experts are
-followed; of the latter the choice is taken as given, not the weights. Left out is what only moves attention: sliding windows, layers without rope among those with it, a theta of their own of windowed
-layers, the fine print of yarn and longrope.
+followed. Left out is what only moves attention: sliding windows, layers without rope among those with it, a theta of
+their own of windowed layers, the fine print of yarn and longrope.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def what_is_missing(model: Model) -> str:
         if view.attention is None or not view.feed_forward:
             return "its blocks"
         if [block.kind for block in view.feed_forward] != [DENSE] and not _has_known_experts(view, h):
-            return "its mixtures of experts"
+            return "its way to choose experts"
     return ""
 
 

@@ -247,7 +247,7 @@ class _Pass:
         """Return ``(n_experts, n_cols)`` inputs of stacked matrices whose experts have their own, by stored name."""
         stacked = {}
         for name, found in self.experts.items():
-            mean = np.mean(list(found.values()), axis=0)
+            mean: Float64 = np.mean(list(found.values()), axis=0)
             stacked[name] = np.stack([found.get(i, mean) for i in range(self.model.by_name[name].shape[0])])
         return stacked
 

@@ -38,9 +38,10 @@ def sensitivities(
         note = f"Sensitivities come from the moment sweep: the pass over tokens cannot follow {missing}."
         return replace(swept, notes=(note, *swept.notes))
     found = fisher(model, draw_tokens(model) if tokens is None else tokens, n_threads, progress)
-    missed = [t for t in model.tensors if t.name not in found.sensitivity and not kept_reason(t, model.architecture)]
-    typical = typical_sensitivities(model, found.sensitivity, missed)
-    sensitivity = {**found.sensitivity, **typical}
+    open_to_choice = [tensor for tensor in model.tensors if not kept_reason(tensor, model.architecture)]
+    known = {t.name: found.sensitivity[t.name] for t in open_to_choice if t.name in found.sensitivity}
+    missed = [tensor for tensor in open_to_choice if tensor.name not in known]
+    sensitivity = {**known, **typical_sensitivities(model, known, missed)}
     notes: tuple[str, ...] = ()
     if found.n_missed:
         notes = (

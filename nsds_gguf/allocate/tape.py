@@ -358,7 +358,8 @@ class Tape:
         def undo() -> None:
             if out.grad is None:
                 return
-            silent, by_x, by_weights = replace(self, on_expert=None), np.zeros_like(x.value), np.zeros_like(weights.value)
+            silent = replace(self, on_expert=None)
+            by_x, by_weights = np.zeros_like(x.value), np.zeros_like(weights.value)
             for expert in visited:
                 tokens, places, inner, read, written = visit(silent, expert)
                 grad = out.grad[tokens]

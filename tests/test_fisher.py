@@ -19,6 +19,7 @@ from nsds_gguf.allocate.fisher import ZIPF_SHIFT, Head, _Pass, draw_tokens, fish
 from nsds_gguf.allocate.sensitivity import sensitivities
 from nsds_gguf.allocate.tape import Node, Tape
 from nsds_gguf.anatomy import read_hparams
+from nsds_gguf.hessians import make_feedbacks, multiplied
 from nsds_gguf.read import open_model
 from nsds_gguf.records import kv, no_progress
 from nsds_gguf.views import view_layer
@@ -213,6 +214,26 @@ def test_experts_that_no_token_visits_weigh_as_the_others_and_are_told():
         "of their layer do on average.",
     )
     assert not [key for key in found.sensitivity if "gate_inp" in key]  # is not quantized
+
+
+def test_a_fused_gate_has_the_sensitivity_of_its_parts():
+    arrays, hparams = expert_arrays(7, n_layers=1)
+    gate, up = (f"blk.0.ffn_{part}_exps.weight" for part in ("gate", "up"))
+    fused = {name: value for name, value in arrays.items() if name not in (gate, up)}
+    fused["blk.0.ffn_gate_up_exps.weight"] = np.concatenate([arrays[gate], arrays[up]], axis=1)
+    tokens = np.random.default_rng(0).integers(0, hparams.n_vocab, (2, 16))
+    apart, one = (fisher(make_model(stored, hparams), tokens, 1) for stored in (arrays, fused))
+    whole = one.sensitivity["blk.0.ffn_gate_up_exps.weight"]
+    assert whole == pytest.approx(apart.sensitivity[gate] + apart.sensitivity[up], rel=1e-5)
+    np.testing.assert_allclose(one.inputs["blk.0.ffn_gate_up_exps.weight"], apart.inputs[up], rtol=1e-5)
+
+
+def test_plain_matrices_beside_experts_have_hessians(tmp_path):
+    model = make_model(*expert_arrays(7))
+    feedbacks = make_feedbacks(model, draw_tokens(model, 2, 32), 0.0, tmp_path, 1)
+    assert set(feedbacks.names) == set(multiplied(model))
+    assert not [name for name in feedbacks.names if "_exps" in name]
+    assert "blk.1.ffn_down_shexp.weight" in feedbacks.names and "blk.1.attn_q.weight" in feedbacks.names
 
 
 @pytest.mark.parametrize(

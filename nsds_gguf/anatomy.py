@@ -20,6 +20,10 @@ from gguf.gguf_writer import GGUFValue
 
 from .records import Hparams, Tensor
 
+NormKind = Literal["rms", "layer", "unknown"]
+RopeKind = Literal["neighbours", "halves", "none"]
+ExpertScores = Literal["softmax", "sigmoid", "unknown"]
+
 # Activation of the feed-forward blocks where it is not SiLU, llama.cpp's default (``LLM_FFN_*`` in src/models/*.cpp).
 # ``unknown``: none of those that the moment sweep has a formula for.
 ACTIVATIONS = {
@@ -67,8 +71,17 @@ DEFAULT_THETA = 10000.0  # of llama.cpp, where no key says
 # Architectures that divide the output's logits by ``logit_scale``; others multiply.
 DIVIDED_LOGITS = ("granite", "granitemoe", "granitehybrid", "minicpm")
 
-NormKind = Literal["rms", "layer", "unknown"]
-RopeKind = Literal["neighbours", "halves", "none"]
+# What makes scores of a router's logits, and whether the weights of the experts visited are divided by their sum
+# (``build_moe_ffn`` in src/llama-graph.cpp and its callers); ``None`` where a key says so. Other architectures choose
+# or weigh otherwise, or have not been looked at.
+ROUTING: dict[str, tuple[ExpertScores | None, bool | None]] = {
+    **dict.fromkeys(("granitehybrid", "granitemoe", "llama", "qwen3moe", "qwen3vlmoe"), ("softmax", True)),
+    **dict.fromkeys(("deepseek", "olmoe", "qwen2moe"), ("softmax", False)),
+    "bailingmoe": ("softmax", None),
+    "dots1": (None, None),
+    "minimax-m2": (None, True),
+}
+GATING: dict[int, ExpertScores] = {1: "softmax", 2: "sigmoid"}  # ``expert_gating_func``: llama_expert_gating_func_type
 
 
 def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: Sequence[Tensor]) -> Hparams:
@@ -92,6 +105,7 @@ def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: 
     n_heads = keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length") or (n_embd // n_heads if n_heads else 0)
     norm, eps = _norm(keys)
+    expert_scores, experts_normed = _routing(architecture, keys)
     return Hparams(
         n_layers=n_layers,
         n_embd=n_embd,
@@ -113,6 +127,8 @@ def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: 
         n_experts=keys.integer("expert_count"),
         n_experts_used=keys.integer("expert_used_count"),
         experts_scale=keys.number("expert_weights_scale") or 1.0,
+        expert_scores=expert_scores,
+        experts_normed=experts_normed,
         rope=_rope(architecture),
         rope_dim=keys.integer("rope.dimension_count") or head_dim,
         rope_theta=keys.number("rope.freq_base") or DEFAULT_THETA,
@@ -121,6 +137,15 @@ def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: 
         logit_cap=keys.number("final_logit_softcapping"),
         logit_scale=_logit_scale(architecture, keys),
     )
+
+
+def _routing(architecture: str, keys: _Keys) -> tuple[ExpertScores, bool]:
+    """Return what makes scores of a router's logits, and whether the chosen ones are divided by their sum."""
+    if architecture not in ROUTING or keys.integer("expert_group_count") > 1:  # chosen within chosen groups
+        return "unknown", False
+    scores, normed = ROUTING[architecture]
+    scores = GATING.get(keys.integer("expert_gating_func"), "unknown") if scores is None else scores
+    return scores, bool(keys.first("expert_weights_norm", False)) if normed is None else normed
 
 
 def _rope(architecture: str) -> RopeKind:

@@ -118,8 +118,9 @@ def _written(model: Model, text: OwnText, n_threads: int) -> Iterator[Found]:
 
 def _drawn(model: Model, tokens: Tokens, n_threads: int) -> Iterator[Found]:
     """Read the tokens as often as the Hessians of some layers fit in memory."""
+    layers = {name: model.by_name[name].layer for name in multiplied(model)}
     for start, stop in _stretches(model):
-        wanted = {t.name for t in model.tensors if t.layer is not None and start <= t.layer < stop}
+        wanted = {name for name, layer in layers.items() if layer is not None and start <= layer < stop}
         wanted |= {model.unembedding().name} if stop == model.hparams.n_layers else set()
         sums = _Sums(wanted)
         for first in range(0, len(tokens), BATCH_SEQUENCES):
@@ -157,12 +158,12 @@ class _Sums:
 
 def _stretches(model: Model) -> Iterator[tuple[int, int]]:
     """Yield first and last layers whose Hessians fit in memory together."""
-    n_layers, budget = model.hparams.n_layers, _budget_bytes()
+    n_layers, budget, plain = model.hparams.n_layers, _budget_bytes(), set(multiplied(model))
     start = held = 0
     for index in range(n_layers):
         view = view_layer(model, index)
-        n_bytes = 4 * sum({m.role: m.n_cols**2 for m in view.matrices() if m.role not in ("attn_k", "attn_v", "ffn_up")}
-                          .values())  # fmt: skip
+        with_own = [m for m in view.matrices() if m.name in plain and m.role not in ("attn_k", "attn_v", "ffn_up")]
+        n_bytes = 4 * sum({m.role: m.n_cols**2 for m in with_own}.values())
         if held and held + n_bytes > budget:
             yield start, index
             start, held = index, 0

@@ -144,6 +144,9 @@ class Hparams:
         n_experts: routed experts of a layer.
         n_experts_used: of them, how many a token visits.
         experts_scale: factor on the routed experts' sum.
+        expert_scores: what makes scores of the router's logits, over all experts: ``softmax`` or ``sigmoid``; those of
+            the experts visited are their weights. ``unknown`` where that is not how they are chosen and weighed.
+        experts_normed: whether the weights of the experts visited are divided by their sum.
         rope: which channels of queries and keys pair up to be turned by their position: ``neighbours``, ``halves`` (of
             the turned channels) or ``none``.
         rope_dim: channels of a head that are turned.
@@ -174,6 +177,8 @@ class Hparams:
     n_experts: int = 0
     n_experts_used: int = 0
     experts_scale: float = 1.0
+    expert_scores: Literal["softmax", "sigmoid", "unknown"] = "softmax"
+    experts_normed: bool = True
     rope: Literal["neighbours", "halves", "none"] = "halves"
     rope_dim: int = 0
     rope_theta: float = 10000.0

@@ -1,5 +1,7 @@
 """Arrays of tiny random decoders by GGUF name, for models held in memory."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from nsds_gguf.records import Hparams
@@ -42,3 +44,23 @@ def random_arrays(seed, *, tied=False, n_layers=2, n_embd=32, n_ff=48, n_heads=4
         arrays["output.weight"] = matrix(n_vocab, n_embd)
     hparams = Hparams(n_layers, n_embd, n_ff, n_heads, n_kv_heads, head_dim, n_vocab, 128, 1e-5, qk_norm=qk_norm)
     return arrays, hparams
+
+
+def expert_arrays(seed, *, n_experts=4, n_used=2, **sizes):
+    """Return likewise a decoder of routed experts beside a shared one with a gate, each as wide as the dense block."""
+    arrays, hparams = random_arrays(seed, **sizes)
+    rng, out = np.random.default_rng([seed, n_experts]), {}
+    for name, value in arrays.items():
+        before, _, role = name.partition(".ffn_")
+        if role in ("gate.weight", "up.weight", "down.weight"):
+            kind = role.removesuffix(".weight")
+            out[f"{before}.ffn_{kind}_shexp.weight"] = value
+            others = [rng.permuted(value, axis=0) for _ in range(n_experts)]  # columns keep their sizes
+            out[f"{before}.ffn_{kind}_exps.weight"] = np.stack(others)
+        else:
+            out[name] = value
+        if role == "norm.weight":
+            router = rng.standard_normal((n_experts + 1, hparams.n_embd)).astype("f4") / np.sqrt(hparams.n_embd)
+            out[f"{before}.ffn_gate_inp.weight"] = router[1:]
+            out[f"{before}.ffn_gate_inp_shexp.weight"] = router[0]
+    return out, replace(hparams, n_experts=n_experts, n_experts_used=n_used)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from arrays import random_arrays
+from arrays import expert_arrays, random_arrays
 from gguf import GGUFValueType
 from models import make_model
 from zoo import zoo_tokens
@@ -17,8 +17,11 @@ from zoo_specs import SPECS, write_spec
 
 from nsds_gguf.allocate.decoder import Decoder, what_is_missing
 from nsds_gguf.allocate.fisher import ZIPF_SHIFT, Head, _Pass, draw_tokens, fisher, token_chances, working_bytes
+from nsds_gguf.allocate.sensitivity import sensitivities
 from nsds_gguf.allocate.tape import Node, Tape
+from nsds_gguf.anatomy import read_hparams
 from nsds_gguf.errors import OutputError
+from nsds_gguf.hessians import make_feedbacks, multiplied
 from nsds_gguf.read import open_model
 from nsds_gguf.records import kv, no_progress
 from nsds_gguf.views import view_layer
@@ -39,10 +42,12 @@ def logits_of(model, tokens):
 # Models of which the pass leaves something out that only moves attention: there the first position is compared, which
 # attends to itself alone.
 MOVED = ("yarn", "longrope", "phi-4", "gemma2", "gemma3", "olmo3", "olmo-clip", "cohere2", "smollm3")
-FOLLOWED = [name for name, spec in SPECS.items() if spec.source_class not in (
-    "MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM", "GraniteMoeForCausalLM",
-    "GraniteMoeSharedForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "MambaForCausalLM",
-) and not name.startswith(("granite4-tiny", "granite4-h"))]  # fmt: skip
+FOLLOWED = [
+    name
+    for name, spec in SPECS.items()
+    if spec.source_class not in ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "MambaForCausalLM")
+    and not name.startswith("granite4-h")
+]
 
 
 @pytest.mark.parametrize("name", FOLLOWED)
@@ -63,9 +68,11 @@ def test_what_cannot_be_followed_is_said(name, tmp_path):
 
 
 # One model of every kind of operation: plain, biases and fused rows, layer norms, parallel blocks, norms behind blocks,
-# norms of queries and keys in both kinds, caps, scales, no gate.
+# norms of queries and keys in both kinds, caps, scales, no gate, experts with and without a shared one, whose weights
+# are normed and not. Steps are too short to change an expert chosen.
 DIFFERENT = ["llama-biases", "qwen3", "gemma2", "gpt2", "gpt-neox", "phi-2", "phi-3", "olmo", "olmo2", "granite",
-             "cohere-qk-norm", "stablelm-parallel-qk-norm", "starcoder2"]  # fmt: skip
+             "cohere-qk-norm", "stablelm-parallel-qk-norm", "starcoder2", "mixtral", "qwen2moe",
+             "granitemoe-shared"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DIFFERENT)
@@ -105,14 +112,15 @@ def scored_logits(model, tokens):
     return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
 
 
-def test_sensitivity_is_the_divergence_that_noise_causes(tiny):
-    """Noise of relative energy e in one tensor: the mean KL divergence is the sensitivity times e."""
-    model, arrays = tiny
+def check_noise(model, arrays, wanted):
+    """Check that noise of relative energy e in one tensor causes a mean KL divergence of its sensitivity times e."""
     rng, energy = np.random.default_rng(1), 1e-4
     tokens = rng.integers(0, model.hparams.n_vocab, (4, 24))
     found = [fisher(model, tokens, 1, seed=seed).sensitivity for seed in range(24)]
     reference = scored_logits(model, tokens)
-    for name in found[0]:
+    names = [name for name in found[0] if wanted(name)]
+    assert names
+    for name in names:
         measured = []
         for _ in range(12):
             noise = rng.standard_normal(arrays[name].shape) * np.sqrt(energy)
@@ -140,8 +148,158 @@ def test_memory_is_asked_first(monkeypatch):
         fisher(model, tokens, 1)
 
 
+def test_sensitivity_is_the_divergence_that_noise_causes(tiny):
+    check_noise(*tiny, lambda name: True)
+
+
+@pytest.mark.parametrize("scores, normed", [("softmax", True), ("sigmoid", False)])
+def test_so_it_is_of_experts(scores, normed):
+    """Of one layer: noise in front of a router would change which experts are chosen."""
+    arrays, hparams = expert_arrays(5, n_layers=1)
+    model = make_model(arrays, replace(hparams, expert_scores=scores, experts_normed=normed))
+    check_noise(model, arrays, lambda name: name.endswith(("_exps.weight", "shexp.weight")))
+
+
+def retold(arrays, hparams, x):
+    """Return what the experts of the first layer write, token by token, and the squared units by visited expert."""
+
+    def block(at, kind, token, expert=...):
+        gate, up, down = (at[f"blk.0.ffn_{part}_{kind}.weight"][expert] for part in ("gate", "up", "down"))
+        units = (gate @ token) / (1 + np.exp(-gate @ token)) * (up @ token)
+        return down @ units, units**2
+
+    a, out, squares = {name: value.astype("f8") for name, value in arrays.items()}, [], {}
+    for token in x.astype("f8"):
+        logits = a["blk.0.ffn_gate_inp.weight"] @ token
+        scores = np.exp(logits) / np.exp(logits).sum()
+        if hparams.expert_scores == "sigmoid":
+            scores = 1 / (1 + np.exp(-logits))
+        bias = a.get("blk.0.exp_probs_b.bias", np.zeros(len(scores)))
+        ranked = sorted(range(len(scores)), key=lambda e: -(scores[e] + bias[e]))
+        chosen = ranked[: hparams.n_experts_used]
+        total = sum(scores[e] for e in chosen) if hparams.experts_normed else 1.0
+        written = block(a, "shexp", token)[0] / (1 + np.exp(-a["blk.0.ffn_gate_inp_shexp.weight"] @ token))
+        for expert in chosen:
+            by_expert, square = block(a, "exps", token, expert)
+            written = written + hparams.experts_scale * scores[expert] / total * by_expert
+            squares.setdefault(expert, []).append(square)
+        out.append(written)
+    return np.array(out), squares
+
+
+ROUTINGS = [("softmax", True, False), ("softmax", False, False), ("sigmoid", True, True), ("sigmoid", False, True)]
+
+
+@pytest.mark.parametrize("scores, normed, biased", ROUTINGS)
+def test_experts_are_chosen_and_weighed_as_told(scores, normed, biased):
+    arrays, hparams = expert_arrays(7, n_experts=8, n_used=3)
+    hparams = replace(hparams, expert_scores=scores, experts_normed=normed, experts_scale=1.5)
+    rng = np.random.default_rng(0)
+    if biased:
+        arrays["blk.0.exp_probs_b.bias"] = rng.standard_normal(8).astype("f4") / 4
+    model, x = make_model(arrays, hparams), rng.standard_normal((12, 32), dtype=np.float32)
+    told = {}
+    with ThreadPoolExecutor(1) as pool:
+        tape = Tape(pool, 6, {}, on_expert=lambda name, expert, tokens, units: told.setdefault(expert, units))
+        written = Decoder.of(model, 6).feed_forward(tape, view_layer(model, 0), Node(x)).value
+    wanted, squares = retold(arrays, hparams, x)
+    assert what_is_missing(model) == ""
+    np.testing.assert_allclose(written, wanted, rtol=1e-4, atol=1e-5)
+    assert set(told) == set(squares)
+    for expert, units in told.items():
+        np.testing.assert_allclose(units**2, squares[expert], rtol=1e-3, atol=1e-5)
+
+
+def test_experts_that_no_token_visits_weigh_as_the_others_and_are_told():
+    arrays, hparams = expert_arrays(7, n_experts=16, n_used=2, n_layers=1)
+    model, tokens = make_model(arrays, hparams), np.array([[39, 5, 5, 7], [39, 9, 5, 3]])
+    name, visits = "blk.0.ffn_down_exps.weight", {}
+    reader = _Pass(model, tokens, 1, no_progress, 0)
+    with ThreadPoolExecutor(1) as pool:
+        tape = reader.tape(pool, None, lambda _, expert, at, units: visits.update({expert: (at, units)}))
+        reader.decoder.layer(tape, view_layer(model, 0), reader.embed(reader.tape(pool))[1])
+    moments = {
+        expert: np.square(units[at % 4 > 0].astype("f8")).mean(axis=0)  # first positions left out
+        for expert, (at, units) in visits.items()
+        if (at % 4 > 0).any()
+    }
+    assert len(moments) < len(visits) < 16
+    found = sensitivities(model, 1, tokens=tokens)
+    others = np.mean(list(moments.values()), axis=0)
+    np.testing.assert_allclose(found.inputs[name], [moments.get(expert, others) for expert in range(16)])
+    assert found.inputs["blk.0.ffn_up_exps.weight"].shape == (32,)
+    assert found.notes == (
+        f"None of the tokens read visits {16 - len(moments)} of 16 experts: their columns weigh as those of the others "
+        "of their layer do on average.",
+    )
+    assert not [key for key in found.sensitivity if "gate_inp" in key]  # is not quantized
+
+
+def test_a_fused_gate_has_the_sensitivity_of_its_parts():
+    arrays, hparams = expert_arrays(7, n_layers=1)
+    gate, up = (f"blk.0.ffn_{part}_exps.weight" for part in ("gate", "up"))
+    fused = {name: value for name, value in arrays.items() if name not in (gate, up)}
+    fused["blk.0.ffn_gate_up_exps.weight"] = np.concatenate([arrays[gate], arrays[up]], axis=1)
+    tokens = np.random.default_rng(0).integers(0, hparams.n_vocab, (2, 16))
+    apart, one = (fisher(make_model(stored, hparams), tokens, 1) for stored in (arrays, fused))
+    whole = one.sensitivity["blk.0.ffn_gate_up_exps.weight"]
+    assert whole == pytest.approx(apart.sensitivity[gate] + apart.sensitivity[up], rel=1e-5)
+    np.testing.assert_allclose(one.inputs["blk.0.ffn_gate_up_exps.weight"], apart.inputs[up], rtol=1e-5)
+
+
+def test_plain_matrices_beside_experts_have_hessians(tmp_path):
+    model = make_model(*expert_arrays(7))
+    feedbacks = make_feedbacks(model, draw_tokens(model, 2, 32), 0.0, tmp_path, 1)
+    assert set(feedbacks.names) == set(multiplied(model))
+    assert not [name for name in feedbacks.names if "_exps" in name]
+    assert "blk.1.ffn_down_shexp.weight" in feedbacks.names and "blk.1.attn_q.weight" in feedbacks.names
+
+
+@pytest.mark.parametrize(
+    "changed", [{"expert_scores": "unknown"}, {"n_experts_used": 0}, {"n_experts_used": 5}, {"activation": "unknown"}]
+)
+def test_experts_that_cannot_be_followed_are_told(changed):
+    arrays, hparams = expert_arrays(5)
+    wanted = "its activation" if "activation" in changed else "its way to choose experts"
+    assert what_is_missing(make_model(arrays, replace(hparams, **changed))) == wanted
+
+
+def test_experts_beside_a_dense_block_or_without_a_router_are_told():
+    arrays, hparams = expert_arrays(5, n_layers=1)
+    dense = {name.replace("_shexp", ""): value for name, value in arrays.items() if "gate_inp_shexp" not in name}
+    no_router = {name: value for name, value in arrays.items() if "gate_inp." not in name}
+    scaled = {**arrays, "blk.0.ffn_down_exps.scale": np.ones(4, dtype="f4")}
+    for other in (dense, no_router, scaled):
+        assert what_is_missing(make_model(other, hparams)) == "its way to choose experts"
+
+
+@pytest.mark.parametrize(
+    "architecture, keys, wanted",
+    [
+        ("llama", {}, ("softmax", True)),
+        ("qwen2moe", {}, ("softmax", False)),
+        ("dots1", {"expert_gating_func": 2, "expert_weights_norm": True}, ("sigmoid", True)),
+        ("dots1", {"expert_gating_func": 1}, ("softmax", False)),
+        ("dots1", {"expert_gating_func": 2, "expert_group_count": 8}, ("unknown", False)),
+        ("minimax-m2", {"expert_gating_func": 3}, ("unknown", True)),
+        ("llama4", {}, ("unknown", False)),
+    ],
+)
+def test_routing_is_read_from_architecture_and_keys(architecture, keys, wanted):
+    metadata = {
+        f"{architecture}.{name}": kv(value, GGUFValueType.BOOL if value is True else GGUFValueType.UINT32)
+        for name, value in keys.items()
+    }
+    hparams = read_hparams(architecture, metadata, [])
+    assert (hparams.expert_scores, hparams.experts_normed) == wanted
+
+
 def test_threads_do_not_change_the_result(tiny):
-    model, _ = tiny
+    for model in (tiny[0], make_model(*expert_arrays(5, n_layers=1))):
+        check_threads(model)
+
+
+def check_threads(model):
     tokens = draw_tokens(model, 3, 16)
     one, three = fisher(model, tokens, 1), fisher(model, tokens, 3)
     assert one.sensitivity == three.sensitivity

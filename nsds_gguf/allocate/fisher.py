@@ -32,7 +32,7 @@ from ..resources import check_disk, check_memory
 from ..views import view_layer
 from .decoder import Decoder
 from .moments import Norm
-from .tape import Node, Tape, energy_of, slabs
+from .tape import Ids, Node, Tape, energy_of, slabs
 
 Tokens = NDArray[np.int64]
 
@@ -56,13 +56,18 @@ class Fisher:
     Attributes:
         sensitivity: nats of divergence per unit of relative error.
         inputs: ``(n_cols,)`` float64, mean square of what each column multiplies; of an embedding that doubles as the
-            output, of what noise in it meets in both roles.
+            output, of what noise in it meets in both roles. ``(n_experts, n_cols)`` where experts multiply what is
+            their own: of those that no token visits, the mean over the others.
         looked_up: share of the sensitivity of a tied embedding that is due to the rows looked up, not to the output.
+        n_experts: routed experts of all layers.
+        n_missed: of them, how many no token visits.
     """
 
     sensitivity: Mapping[str, float]
     inputs: Mapping[str, Float64]
     looked_up: float = 0.0
+    n_experts: int = 0
+    n_missed: int = 0
 
 
 def draw_tokens(model: Model, n_sequences: int = N_SEQUENCES, n_positions: int = N_POSITIONS, seed: int = 0) -> Tokens:
@@ -167,7 +172,7 @@ def read_tokens(
         tokens: ``(n_sequences, n_positions)`` ids.
         n_threads: threads; they do not change the result.
         on_input: told of every matrix and what it multiplies, ``(n, n_cols)``, first positions left out; matrices with
-            one input are told one array.
+            one input are told one array. Of stacked experts those that read the stream.
         n_layers: how many layers read.
 
     """
@@ -204,6 +209,7 @@ class _Pass:
         self.n_positions = tokens.shape[1]
         self.decoder = Decoder.of(model, self.n_positions)
         self.inputs: dict[str, Float64] = {}
+        self.experts: dict[str, dict[int, Float64]] = {}  # as inputs, of stacked matrices, by number of the expert
         self.energies: dict[str, float] = {}
         position = np.arange(tokens.size) % self.n_positions
         self.seen = position > 0  # first tokens are sinks of attention: their activations are like no other's
@@ -219,7 +225,7 @@ class _Pass:
         h, done = self.hparams, 0
         total = 2 * h.n_layers + 1
         with ThreadPoolExecutor(self.n_threads) as pool, tempfile.TemporaryFile() as file:
-            embedded, forward = self.tape(pool), self.tape(pool, self.record, is_kept=False)
+            embedded, forward = self.tape(pool), self.tape(pool, self.record, self.record_expert, is_kept=False)
             rows, entry = self.embed(embedded)
             stream = entry.value
             check_disk(Path(tempfile.gettempdir()), h.n_layers * stream.nbytes, "what layers read")
@@ -258,18 +264,39 @@ class _Pass:
         else:
             energies["token_embd.weight"] = energies.pop(_LOOKUP)
         sensitivity = {name: per_token * energy for name, energy in energies.items()}
-        return Fisher(sensitivity, self.inputs, looked_up)
+        n_experts = sum(self.model.by_name[name].shape[0] for name in self.experts)
+        n_visited = sum(len(found) for found in self.experts.values())
+        inputs = {**self.inputs, **self.of_experts()}
+        return Fisher(sensitivity, inputs, looked_up, n_experts, n_experts - n_visited)
+
+    def of_experts(self) -> dict[str, Float64]:
+        """Return ``(n_experts, n_cols)`` inputs of stacked matrices whose experts have their own, by stored name."""
+        stacked = {}
+        for name, found in self.experts.items():
+            mean: Float64 = np.mean(list(found.values()), axis=0)
+            stacked[name] = np.stack([found.get(i, mean) for i in range(self.model.by_name[name].shape[0])])
+        return stacked
 
     def tape(
-        self, pool: Executor, on_input: Callable[[str, Float32], None] | None = None, is_kept: bool = True
+        self,
+        pool: Executor,
+        on_input: Callable[[str, Float32], None] | None = None,
+        on_expert: Callable[[str, int, Ids, Float32], None] | None = None,
+        is_kept: bool = True,
     ) -> Tape:
         """Return an empty tape."""
-        return Tape(pool, self.n_positions, self.energies, on_input, is_kept)
+        return Tape(pool, self.n_positions, self.energies, on_input, is_kept, on_expert)
 
     def record(self, name: str, x: Float32) -> None:
         """Take the mean square of a matrix's input; several parts of one stored tensor read the same."""
         if name not in self.inputs:
             self.inputs[name] = np.square(x[self.seen], dtype=np.float64).mean(axis=0)
+
+    def record_expert(self, name: str, expert: int, tokens: Ids, x: Float32) -> None:
+        """Take the mean square of the input of an expert's last matrix, where tokens other than first ones visit it."""
+        found, seen = self.experts.setdefault(name, {}), self.seen[tokens]
+        if seen.any():
+            found[expert] = np.square(x[seen], dtype=np.float64).mean(axis=0)
 
     def embed(self, tape: Tape) -> tuple[Node, Node]:
         """Return the embedding's rows, and what enters the first layer, each ``(n, n_embd)``."""
@@ -389,7 +416,7 @@ class Head:
         inside = np.flatnonzero((drawn >= slab[0]) & (drawn < slab[1]))
         grad[inside, drawn[inside] - slab[0]] += 1
         grad *= signs[:, np.newaxis] * slope
-        return grad @ rows, energy_of(rows, grad, self.x, length)
+        return grad @ rows, energy_of(rows, grad, self.x, range(0, len(grad) + 1, length))
 
 
 def _rows(tensor: Tensor, ids: NDArray[np.intp]) -> Float32:

@@ -1,7 +1,7 @@
 """What noise in each tensor does, and what its columns multiply: by a pass over tokens where a model can be followed.
 
 ``fisher`` is the theory without constants; it needs every operation of a model. Where one is not known to ``decoder``
-(experts, latent attention, recurrence, ...), ``propagation`` sweeps moments through the blocks that it knows.
+(latent attention, recurrence, ...), ``propagation`` sweeps moments through the blocks that it knows.
 """
 
 from __future__ import annotations
@@ -39,10 +39,17 @@ def sensitivities(
         return replace(swept, notes=(note, *swept.notes))
     tokens = draw_tokens(model, n_sequences_for(model)) if tokens is None else tokens
     found = fisher(model, tokens, n_threads, progress)
-    missed = [t for t in model.tensors if t.name not in found.sensitivity and not kept_reason(t, model.architecture)]
-    typical = typical_sensitivities(model, found.sensitivity, missed)
-    sensitivity = {**found.sensitivity, **typical}
-    return Propagation(sensitivity, found.inputs, squared_gains(model), looked_up=found.looked_up)
+    open_to_choice = [tensor for tensor in model.tensors if not kept_reason(tensor, model.architecture)]
+    known = {t.name: found.sensitivity[t.name] for t in open_to_choice if t.name in found.sensitivity}
+    missed = [tensor for tensor in open_to_choice if tensor.name not in known]
+    sensitivity = {**known, **typical_sensitivities(model, known, missed)}
+    notes: tuple[str, ...] = ()
+    if found.n_missed:
+        notes = (
+            f"None of the tokens read visits {found.n_missed} of {found.n_experts} experts: their columns weigh as "
+            "those of the others of their layer do on average.",
+        )
+    return Propagation(sensitivity, found.inputs, squared_gains(model), notes, found.looked_up)
 
 
 def squared_gains(model: Model) -> dict[str, Float64]:

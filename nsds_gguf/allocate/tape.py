@@ -1,27 +1,31 @@
 """Operations of a decoder with their derivatives: what is computed forward is undone backward, in reverse order.
 
-Activations are ``(n, channels)`` float32, ``n = n_sequences * n_positions`` rows, sequence after sequence. Weights are
-read in slabs of rows and never kept. Every slab is one job of one BLAS thread, and sums are taken in the order of the
-slabs: results do not depend on the number of threads.
+Activations are ``(n, channels)`` float32, ``n = n_sequences * n_positions`` rows, sequence after sequence; of an expert
+those of the tokens that visit it. Weights are read in slabs of rows and never kept. Every slab is one job of one BLAS
+thread, and sums are taken in the order of the slabs: results do not depend on the number of threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..records import Float32, Float64, Tensor
 from ..views import Linear
 from .moments import ACTIVATIONS, Norm
 
 _SLAB_WEIGHTS = 1 << 20  # 4 MiB of float32 a job
+_LEAST_SUM = np.float32(2.0**-14)  # of experts' weights that are divided by it: llama.cpp's, the least float16
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+Ids = NDArray[np.intp]
 
 
 @dataclass(eq=False)
@@ -46,6 +50,9 @@ class Tape:
         energies: by stored tensor name, ``sum (W dL/dW)^2`` summed over sequences: grows backward.
         on_input: told of every matrix, forward: stored name and its input, ``(n, n_cols)``.
         is_kept: whether operations can be undone; otherwise values go as soon as nothing reads them.
+        on_expert: told of what an expert's last matrix multiplies, forward: stored name, number of the expert, the
+            tokens that visit it, ``(n_visits,)``, and the input, ``(n_visits, n_cols)``.
+        tokens: of all tokens, ascending, those whose activations these are, ``(n,)``; ``None``: all.
     """
 
     pool: Executor
@@ -53,6 +60,8 @@ class Tape:
     energies: dict[str, float]
     on_input: Callable[[str, Float32], None] | None = None
     is_kept: bool = True
+    on_expert: Callable[[str, int, Ids, Float32], None] | None = None
+    tokens: Ids | None = None
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def backward(self) -> None:
@@ -64,6 +73,13 @@ class Tape:
         """Take how the operation just done is undone."""
         if self.is_kept:
             self._undo.append(undo)
+
+    def edges(self, n: int) -> list[int]:
+        """Return where the sequences of ``n`` rows begin, and ``n``."""
+        if self.tokens is None:
+            return list(range(0, n + 1, self.n_positions))
+        firsts = range(0, int(self.tokens[-1]) + 1, self.n_positions)
+        return [*np.searchsorted(self.tokens, firsts).tolist(), n]
 
     def each(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
         """Yield the results of jobs in their order; what overflows is for the caller to find."""
@@ -101,11 +117,12 @@ class Tape:
             x: its input, ``(n, n_cols)``.
 
         """
+        edges = self.edges(len(x))
 
         def job(slab: tuple[int, int]) -> tuple[Float32, float]:
             rows = weight.read_rows(*slab)
             part = np.ascontiguousarray(grad[:, slice(*slab)])
-            return part @ rows, energy_of(rows, part, x, self.n_positions)
+            return part @ rows, energy_of(rows, part, x, edges)
 
         total: Float32 = np.zeros_like(x)
         for by_input, energy in self.each(job, slabs(weight)):
@@ -272,6 +289,110 @@ class Tape:
         self.keep(undo)
         return out
 
+    def scores(self, logits: Node, kind: str) -> Node:
+        """Return the softmax of each row, or the sigmoid of each entry, whichever ``kind`` says."""
+        if kind == "softmax":
+            raised = np.exp(logits.value - logits.value.max(axis=1, keepdims=True))
+            out = Node(raised / raised.sum(axis=1, keepdims=True))
+        else:
+            out = Node(np.float32(0.5) * (1 + np.tanh(np.float32(0.5) * logits.value)))
+
+        def undo() -> None:
+            if out.grad is None:
+                return
+            by_logits = out.value * out.grad
+            if kind == "softmax":
+                logits.receive(by_logits - out.value * by_logits.sum(axis=1, keepdims=True))
+            else:
+                logits.receive(by_logits * (1 - out.value))
+
+        self.keep(undo)
+        return out
+
+    def chosen_weights(self, scores: Node, chosen: Ids, normed: bool, scale: float) -> Node:
+        """Return the scores of the chosen, ``(n, n_chosen)``, over their sum where they are ``normed``, times a factor.
+
+        Args:
+            scores: ``(n, n_experts)``.
+            chosen: ``(n, n_chosen)`` columns of it, different ones in a row.
+            normed: whether they are divided by their sum.
+            scale: the factor.
+
+        """
+        picked = np.take_along_axis(scores.value, chosen, axis=1)
+        total = np.maximum(picked.sum(axis=1, keepdims=True), _LEAST_SUM) if normed else np.ones(1, dtype=np.float32)
+        share = picked / total
+        out = Node(share * np.float32(scale))
+
+        def undo() -> None:
+            if out.grad is None:
+                return
+            grad = out.grad * np.float32(scale)
+            if normed:
+                grad = grad - (grad * share).sum(axis=1, keepdims=True)
+            by_scores = np.zeros_like(scores.value)
+            np.put_along_axis(by_scores, chosen, grad / total, axis=1)
+            scores.receive(by_scores)
+
+        self.keep(undo)
+        return out
+
+    def experts(self, x: Node, chosen: Ids, weights: Node, write: Callable[[Tape, int, Node], Node]) -> Node:
+        """Return the weighed sum of what the chosen experts write, ``(n, channels)`` as ``x``.
+
+        One expert at a time: nothing of it is kept, backward it is computed again. Which experts are chosen is taken as
+        given; derivatives go through what they write and through their weights.
+
+        Args:
+            x: what they read.
+            chosen: ``(n, n_chosen)`` numbers of experts, different ones in a row.
+            weights: ``(n, n_chosen)``.
+            write: what an expert does, from a tape of its own, its number and the rows of ``x`` that it gets.
+
+        """
+
+        def visit(tape: Tape, expert: int) -> tuple[Ids, Ids, Tape, Node, Node]:
+            tokens, places = np.nonzero(chosen == expert)
+            inner, read = replace(tape, on_input=None, tokens=tokens, _undo=[]), Node(x.value[tokens])
+            return tokens, places, inner, read, write(inner, expert, read)
+
+        visited = [int(expert) for expert in np.unique(chosen)]
+        out = Node(np.zeros_like(x.value))
+        for expert in visited:
+            tokens, places, _, _, written = visit(self, expert)
+            out.value[tokens] += written.value * weights.value[tokens, places, np.newaxis]
+
+        def undo() -> None:
+            if out.grad is None:
+                return
+            silent = replace(self, on_expert=None)
+            by_x, by_weights = np.zeros_like(x.value), np.zeros_like(weights.value)
+            for expert in visited:
+                tokens, places, inner, read, written = visit(silent, expert)
+                grad = out.grad[tokens]
+                by_weights[tokens, places] = (grad * written.value).sum(axis=1)
+                written.receive(grad * weights.value[tokens, places, np.newaxis])
+                inner.backward()
+                if read.grad is not None:
+                    by_x[tokens] += read.grad
+            x.receive(by_x)
+            weights.receive(by_weights)
+
+        self.keep(undo)
+        return out
+
+    def times(self, x: Node, factor: Node) -> Node:
+        """Return rows of ``x`` times a factor each, ``(n, 1)``."""
+        out = Node(x.value * factor.value)
+
+        def undo() -> None:
+            if out.grad is not None:
+                x.receive(out.grad * factor.value)
+                factor.receive((out.grad * x.value).sum(axis=1, keepdims=True))
+
+        self.keep(undo)
+        return out
+
     def add(self, first: Node, second: Node, scale: float = 1.0) -> Node:
         """Return ``first + scale * second``."""
         factor = np.float32(scale)
@@ -286,19 +407,21 @@ class Tape:
         return out
 
 
-def energy_of(rows: Float32, grad: Float32, x: Float32, length: int) -> float:
+def energy_of(rows: Float32, grad: Float32, x: Float32, edges: Sequence[int]) -> float:
     """Return ``sum (W dL/dW)^2`` over some rows of a matrix, summed over sequences.
 
     Args:
         rows: ``(n_rows, n_cols)`` of ``W``.
         grad: derivative of the loss by their output, ``(n, n_rows)``.
         x: their input, ``(n, n_cols)``.
-        length: rows of ``x`` that make a sequence.
+        edges: where in ``x`` each sequence begins, and ``n``.
 
     """
     total = 0.0
-    for start in range(0, len(x), length):
-        by_weight = grad[start : start + length].T @ x[start : start + length]
+    for start, stop in itertools.pairwise(edges):
+        if start == stop:
+            continue
+        by_weight = grad[start:stop].T @ x[start:stop]
         by_weight *= rows
         total += float(np.vdot(by_weight, by_weight))
     return total

@@ -43,7 +43,7 @@ def models(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
     """Draw and write fewer tokens, in an empty working directory."""
-    monkeypatch.setattr(sensitivity, "draw_tokens", lambda model: draw_tokens(model, 2, 64))
+    monkeypatch.setattr(sensitivity, "draw_tokens", lambda model, *_: draw_tokens(model, 2, 64))
     monkeypatch.setattr(convert, "N_DRAWN", 2048)
     monkeypatch.setattr(convert, "N_TOKENS", 512)
     monkeypatch.chdir(tmp_path)

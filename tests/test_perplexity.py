@@ -79,6 +79,12 @@ PAIRS = [case for case in CASES if case.against is not None]
 # Other processors compute with other kernels; the check tool compares one build with itself to the last digit.
 ELSEWHERE = {"rel": 1e-3, "abs": 1e-5}
 
+# Quantized matrices are multiplied in integers, after rounding what they multiply, and kernels round differently:
+# AVX2 with interleaved rows against AMX moves the perplexity of the demo in Q4_K by up to 4e-3, percentiles of its few
+# hundred tokens by a fifth (docs/log.md). What is exact there is held against numpy on the same logits, below.
+ELSEWHERE_QUANTIZED = {"tiny": {"rel": 2e-2, "abs": 1e-3}, "demo": {"rel": 0.3, "abs": 3e-3}}
+PERPLEXITY_QUANTIZED = {"rel": 1e-2}
+
 # What 16 bits, and log-probabilities below -16 left out, change in llama-perplexity's divergences.
 ROUNDED = {"rel": 1e-3, "abs": 5e-5}
 
@@ -105,10 +111,10 @@ def run(folder, case, **options):
     )
 
 
-def about(wanted, n, tolerance):
-    """Expect these numbers, but let other kernels tip a few of the ``n`` top tokens."""
+def about(wanted, n, tolerance, names=None):
+    """Expect these numbers, or those of some names, but let other kernels tip a few of the ``n`` top tokens."""
     return {
-        **{name: pytest.approx(value, **tolerance) for name, value in wanted.items()},
+        **{name: pytest.approx(wanted[name], **tolerance) for name in names or wanted},
         "same_top": pytest.approx(wanted["same_top"], abs=5 / n),
         "same_top_error": pytest.approx(wanted["same_top_error"], rel=0.1),
     }
@@ -119,11 +125,12 @@ def test_numbers_are_those_of_llama_perplexity(folder, case):
     wanted, wanted_running = golden(case)
     running = []
     got = run(folder, case, on_chunk=lambda run: running.append((run.n_chunks, run.ppl, run.n_chunks_wanted)))
-    assert (got.ppl, got.ppl_error) == pytest.approx((wanted["ppl"], wanted["ppl_error"]), **ELSEWHERE)
+    tolerance = ELSEWHERE if "-F32" in case.model else PERPLEXITY_QUANTIZED
+    assert (got.ppl, got.ppl_error) == pytest.approx((wanted["ppl"], wanted["ppl_error"]), **tolerance)
     assert got.adds_bos == ("-bos-" in case.model) and got.n_text_tokens > got.n_chunks * case.n_ctx
     n_chunks = len(wanted_running)
     assert [(chunk, total) for chunk, _, total in running] == [(i + 1, n_chunks) for i in range(n_chunks)]
-    assert [ppl for _, ppl, _ in running] == pytest.approx(wanted_running, **ELSEWHERE)
+    assert [ppl for _, ppl, _ in running] == pytest.approx(wanted_running, **tolerance)
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=case_id)
@@ -135,10 +142,11 @@ def test_statistics_are_those_of_llama_perplexity(folder, case):
     wanted, n = golden(case)[0], len(targets)
     assert len(wanted) == 43 and got["n_scored_tokens"] == n
     rounded = statistics(rounded_scores(logits, base, targets))
-    assert {name: rounded[name] for name in wanted} == about(wanted, n, ELSEWHERE)
+    tolerance = ELSEWHERE if "-F32" in case.model else ELSEWHERE_QUANTIZED[case.model.split("-")[0]]
+    assert {name: rounded[name] for name in wanted} == about(wanted, n, tolerance)
     exact = statistics(exact_scores(logits, base, targets))
     assert {name: got[name] for name in exact} == pytest.approx(exact, rel=1e-8, abs=1e-11)
-    assert {name: got[name] for name in wanted} == about(wanted, n, ROUNDED)
+    assert {name: got[name] for name in wanted} == about(rounded, n, ROUNDED, wanted)
 
 
 def test_recorded_settings_tell_the_variants_apart():

@@ -400,6 +400,7 @@ class Plan:
         notes: what the user must know: ceiling reached, fallbacks, attention window left out, sampling.
         metric, model_id, model_name, scores_digest, versions: where it comes from.
         effort: how weights are rounded, one of ``EFFORTS``.
+        score_weight: how much the layer score counted.
     """
 
     allocator: str
@@ -416,6 +417,7 @@ class Plan:
     scores_digest: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     effort: str = "normal"
+    score_weight: float = 0.0
 
     @property
     def n_weights(self) -> int:

@@ -113,7 +113,7 @@ def test_our_files_say_how_they_were_made(tmp_path):
     path = converted(source, tmp_path / "b.gguf", [PlanOptions(Target("bpw", 6.5))])
     made = inspect_gguf(path).made_by_us
     text = shown(path, 120)
-    assert "allocator nsds, metric nsds, importance sweep, target 6.5 bpw" in text
+    assert "allocator nsds, metric nsds, importance sweep, effort normal, target 6.5 bpw" in text
     assert made["plan_sha256"][:16] + "…" in text and made["scores_sha256"][:16] + "…" in text
     assert "made by" not in shown(source)
     plain = shown(converted(source, tmp_path / "c.gguf", uniform("Q8_0")), 120)

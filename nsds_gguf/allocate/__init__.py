@@ -303,6 +303,7 @@ def make_plan(model: Model, scores: Scores | None, options: PlanOptions, header_
         metric=scores.metric if scores else None,
         gap=choice.gap,
         effort=options.effort,
+        score_weight=options.score_weight,
         notes=(*model.notes, *(scores.notes if scores else ()), *choice.notes),
         scores_digest=scores.digest if scores else "",
         versions=dict(scores.versions) if scores else {},

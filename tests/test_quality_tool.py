@@ -218,10 +218,11 @@ def test_the_page_has_every_table(result: dict) -> None:
              "build": "b", "command": "c", "missing": ["big"], "trial": False, "imatrix": "collected."}  # fmt: skip
     text = quality_page.page([result], facts)
     assert "commit abc1234" in text and "**Not measured, the models are not there:** big." in text
-    (line,) = [line for line in text.splitlines() if line.startswith("| tiny | Q3_K_M |")]
-    assert line.count("±") == 5 and quality_figures.NO_FIGURE not in line
+    default, high = [line for line in text.splitlines() if line.startswith("| tiny | Q3_K_M |")]
+    assert default.count("±") == 5 and quality_figures.NO_FIGURE not in default
+    assert high.count("±") == 4 and default != high  # over stock twice and over the default
     tables = [block for block in text.split("\n\n") if block.startswith("|")]
-    assert len(tables) == 15
+    assert len(tables) == 17
     for block in tables:
         assert len({line.count("|") for line in block.splitlines()}) == 1
 

@@ -242,8 +242,8 @@ def score_model(
 class Work:
     """The stages on one model, each told to the reporter.
 
-    The moment sweep and the model's own text are made once, when first needed. ``scores`` are those that the last plans
-    were made from, ``folder`` is where large temporary files go.
+    Sensitivities, the model's own text and factors for feedback are made once, when first needed. ``scores`` are those
+    that the last plans were made from, ``folder`` is where large temporary files go.
     """
 
     def __init__(self, model: Model, n_threads: int, report: Reporter, imatrix: Imatrix | None = None) -> None:

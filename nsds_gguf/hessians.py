@@ -69,13 +69,10 @@ def make_feedbacks(
 
 
 def multiplied(model: Model) -> list[str]:
-    """Return the names of the plain matrices that are multiplied: those of layers, and the output."""
+    """Return the names of the plain matrices that are multiplied and quantized: those of layers, and the output."""
     output = model.unembedding().name
-    return [
-        tensor.name
-        for tensor in model.tensors
-        if tensor.is_matrix and len(tensor.shape) == 2 and (tensor.layer is not None or tensor.name == output)
-    ]
+    quantized = [tensor for tensor in model.tensors if not kept_reason(tensor, model.architecture)]
+    return [t.name for t in quantized if len(t.shape) == 2 and (t.layer is not None or t.name == output)]
 
 
 def note(model: Model, feedbacks: Feedbacks) -> str:

@@ -42,7 +42,7 @@ from .wiring import BlockWiring, has_plain_experts, is_plain_stream, read_wiring
 __all__ = ["ATTENTION_SHRINK", "IMPORTANCES", "STREAM_WEIGHT", "Propagation", "propagate"]
 
 IMPORTANCES = {
-    "sweep": "second moment of each column's input, swept through the model",
+    "sweep": "second moment of each column's input, on drawn tokens or swept through the model",
     "norm": "squared gain of the norm in front of the matrix",
     "none": "every column weighs the same",
 }

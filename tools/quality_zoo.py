@@ -47,7 +47,12 @@ GROUPS = (PLAIN_HELD_OUT, PLAIN_FITTED, OUTLIER)
 ZOO = (
     Entry("books-4.6m", "books-4.6m", fitted=True, about="5.9 tokens seen per weight"),
     Entry("books-11m", "books-11m", fitted=True, about="0.8 tokens seen per weight"),
+    Entry("normed", "zoo/normed", fitted=True, about="Qwen3: norms on queries and keys; 28 tokens seen per weight"),
+    Entry("full", "zoo/full", about="a key head a query head; 81 tokens seen per weight"),
+    Entry("deep", "zoo/deep", about="24 layers, feed-forward as wide as the model; 21 tokens seen per weight"),
+    Entry("wide", "zoo/wide", about="width 512; 25 tokens seen per weight"),
     Entry("books-4.6m-outliers", copy_of="books-4.6m", seed=1, fitted=True, about="a copy with outlier channels"),
+    Entry("wide-outliers", copy_of="wide", seed=2, about="a copy with outlier channels"),
 )
 
 

@@ -30,8 +30,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 BOS = 1
 EVAL_CTX = 512  # tokens; measured as llama.cpp's perplexity does: BOS first, only the second half counts
 GOLDEN = (math.sqrt(5) - 1) / 2
-# (share of the run from which on, tokens per sequence): short sequences are cheap, long ones come when the rate decays.
-CURRICULUM = ((0.0, 256), (0.6, 512), (0.95, 1024))
+# (share of the run from which on, tokens per sequence)
+SHORT_FIRST = ((0.0, 256), (0.6, 512), (0.95, 1024))  # short ones are cheap on a CPU, long ones come as the rate decays
+ONE_LENGTH = ((0.0, 512),)  # on a GPU compiling for another length costs more than it saves
 WARMUP_STEPS, DECAY_SHARE = 100, 0.4
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the quintic iteration (Jordan et al., Muon, 2024)
 NEWTON_SCHULZ_STEPS = 5
@@ -41,7 +42,10 @@ CONFIGS = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model and how long to train it: ``n_tokens`` seen, in batches of ``batch_tokens``, at a peak rate ``rate``."""
+    """A model and how long to train it: ``n_tokens`` seen, in batches of ``batch_tokens``, at a peak rate ``rate``.
+
+    ``curriculum`` has the tokens of a sequence, each from a share of the run on. Heads have 64 dimensions.
+    """
 
     family: str
     layers: int
@@ -52,10 +56,11 @@ class Recipe:
     vocabulary: int
     tied: bool
     n_tokens: int
-    batch_tokens: int = 8192
+    batch_tokens: int = 32768
     rate: float = 4e-3
+    curriculum: tuple[tuple[float, int], ...] = ONE_LENGTH
 
-    def config(self) -> LlamaConfig | Qwen3Config:
+    def config(self, device: torch.device) -> LlamaConfig | Qwen3Config:
         """Return the model's configuration for training."""
         return CONFIGS[self.family](
             vocab_size=self.vocabulary,
@@ -65,14 +70,15 @@ class Recipe:
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
             head_dim=64,
-            max_position_embeddings=1024,
+            max_position_embeddings=self.curriculum[-1][1],
             rms_norm_eps=1e-5,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
             tie_word_embeddings=self.tied,
             bos_token_id=BOS,
             eos_token_id=2,
             use_cache=False,  # while training; the saved configuration has it on
-            attn_implementation="eager",  # on a CPU faster than sdpa when compiled, backward pass included
+            # On a CPU faster than sdpa when compiled, backward pass included.
+            attn_implementation="eager" if device.type == "cpu" else "sdpa",
         )
 
     @property
@@ -83,18 +89,19 @@ class Recipe:
 
 MODELS = {
     # six layers of 256, grouped queries: the model that ships as examples/books-4.6m
-    "demo": Recipe("llama", 6, 256, 512, 4, 2, 2048, tied=False, n_tokens=27_033_600),
-    # norms on queries and keys, four query heads to one key head, one table for embedding and output
-    "tied": Recipe("qwen3", 3, 256, 256, 4, 1, 1024, tied=True, n_tokens=27_000_000),
-    # a key head for every query head
-    "full": Recipe("llama", 3, 256, 256, 4, 4, 1024, tied=False, n_tokens=38_500_000),
-    "deep": Recipe("llama", 24, 256, 256, 4, 1, 1024, tied=True, n_tokens=172_000_000),
-    "wide": Recipe("llama", 6, 512, 1024, 8, 4, 2048, tied=False, n_tokens=315_000_000),
-    "long": Recipe("qwen3", 12, 256, 768, 4, 2, 2048, tied=True, n_tokens=210_000_000),
+    "demo": Recipe("llama", 6, 256, 512, 4, 2, 2048, False, 27_033_600, batch_tokens=8192, curriculum=SHORT_FIRST),
+    # a key head for every query head, trained for very long
+    "full": Recipe("llama", 6, 256, 512, 4, 4, 1024, tied=False, n_tokens=360_448_000),
+    # norms on queries and keys, one table for embedding and output
+    "normed": Recipe("qwen3", 12, 256, 512, 4, 2, 2048, tied=True, n_tokens=209_715_200),
+    # twenty-four layers, narrow feed-forward blocks, four query heads to one key head
+    "deep": Recipe("llama", 24, 256, 256, 4, 1, 1024, tied=True, n_tokens=190_054_400, rate=3e-3),
+    # four layers of 512
+    "wide": Recipe("llama", 4, 512, 768, 8, 2, 1024, tied=False, n_tokens=209_715_200, rate=3e-3),
 }
 
 
-def tokenizer_config(config: LlamaConfig | Qwen3Config) -> dict[str, Any]:
+def tokenizer_config(recipe: Recipe) -> dict[str, Any]:
     return {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
@@ -104,7 +111,7 @@ def tokenizer_config(config: LlamaConfig | Qwen3Config) -> dict[str, Any]:
         "unk_token": "<unk>",
         "clean_up_tokenization_spaces": False,
         "legacy": True,
-        "model_max_length": config.max_position_embeddings,
+        "model_max_length": recipe.curriculum[-1][1],
     }
 
 
@@ -133,10 +140,10 @@ def train_tokenizer(text: str, prefix: Path, vocabulary: int) -> None:
 
 
 def encode(text: str, tokenizer_file: Path) -> np.ndarray:
-    """Return the tokens of ``text``, (n,) uint16, encoded a MiB of characters at a time."""
+    """Return the tokens of ``text``, (n,) uint16, encoded a MiB of characters at a time, by all CPUs."""
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
-    parts = (text[start : start + (1 << 20)] for start in range(0, len(text), 1 << 20))
-    return np.concatenate([np.array(tokenizer.encode(part), dtype=np.uint16) for part in parts])
+    parts = [text[start : start + (1 << 20)] for start in range(0, len(text), 1 << 20)]
+    return np.concatenate([np.array(ids, dtype=np.uint16) for ids in tokenizer.encode(parts)])
 
 
 def prepare(args: argparse.Namespace, texts: Path, vocabulary: int) -> None:
@@ -145,7 +152,8 @@ def prepare(args: argparse.Namespace, texts: Path, vocabulary: int) -> None:
     if (texts / "sizes.json").exists():
         return
     read = {"train": read_text(args.text), "heldout": read_text(args.heldout)}
-    train_tokenizer(read["train"], texts / "tokenizer", vocabulary)
+    if not (texts / "tokenizer.model").exists():
+        train_tokenizer(read["train"], texts / "tokenizer", vocabulary)
     sizes = {}
     for name, text in read.items():
         tokens = encode(text, texts / "tokenizer.model")
@@ -204,7 +212,8 @@ def report(model: PreTrainedModel, texts: Path, n_windows: int, device: torch.de
 class Muon(torch.optim.Optimizer):
     """Momentum whose steps are orthogonalized, with Nesterov's correction (Jordan et al., Muon, 2024).
 
-    torch's own computes in bfloat16, which takes ten times as long on CPUs that have no instructions for it.
+    torch's own computes in bfloat16, which takes ten times as long on CPUs that have no instructions for it, and one
+    matrix at a time; here those of one shape go together.
     """
 
     def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1):
@@ -213,24 +222,28 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
             for p in group["params"]:
-                state = self.state[p]
-                buffer = state.setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalized(p.grad.lerp(buffer, group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])  # root mean square as of AdamW
+                by_shape.setdefault(p.shape, []).append(p)
+            for shape, matrices in by_shape.items():
+                grads = torch.stack([p.grad for p in matrices])
+                buffer = self.state[matrices[0]].setdefault("momentum", torch.zeros_like(grads))
+                buffer.lerp_(grads, 1 - group["momentum"])
+                steps = orthogonalized(grads.lerp(buffer, group["momentum"]))
+                steps *= 0.2 * math.sqrt(max(shape)) * group["lr"]  # root mean square as of AdamW
+                for p, step in zip(matrices, steps, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step)
 
 
 def orthogonalized(g: torch.Tensor) -> torch.Tensor:
-    """Return about ``U V^T`` of the singular value decomposition of a matrix."""
+    """Return about ``U V^T`` of the singular value decomposition of each matrix of ``g``, (n, n_rows, n_cols)."""
     a, b, c = NEWTON_SCHULZ
-    x = g.T if g.shape[0] > g.shape[1] else g
-    x = x / (x.norm() + 1e-7)
+    x = g.mT if g.shape[1] > g.shape[2] else g
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
+        gram = x @ x.mT
+        x = a * x + torch.baddbmm(gram, gram, gram, beta=b, alpha=c) @ x
+    return x.mT if g.shape[1] > g.shape[2] else x
 
 
 def make_optimizers(model: PreTrainedModel, rate: float) -> list[torch.optim.Optimizer]:
@@ -267,25 +280,27 @@ def train(rank: int, args: argparse.Namespace, recipe: Recipe, texts: Path) -> N
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any
     torch.manual_seed(args.seed)
     if args.workers > 1:
         store = dist.TCPStore("127.0.0.1", args.port, args.workers, is_master=rank == 0)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=args.workers)
     tokens = np.load(texts / "train.npy")
     n_steps = recipe.n_steps if args.steps is None else args.steps
-    model = AutoModelForCausalLM.from_config(recipe.config()).float().to(device)
+    model = AutoModelForCausalLM.from_config(recipe.config(device)).float().to(device)
     optimizers = make_optimizers(model, recipe.rate)
     step, checkpoint = 0, args.work / f"{args.model}.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint)
+        state = torch.load(checkpoint, map_location=device)
         step = state["step"]
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    compiled_loss = torch.compile(loss_of, dynamic=False)
-    losses, times = [], [time.time()]
+    compiled_loss = torch.compile(loss_of, dynamic=False, mode=args.compile_mode)
+    losses: list[torch.Tensor] = []
+    started = last = time.time()
     while step < n_steps:
-        n_ctx = [length for share, length in CURRICULUM if step >= share * n_steps][-1]
+        n_ctx = [length for share, length in recipe.curriculum if step >= share * n_steps][-1]
         n_sequences = recipe.batch_tokens // n_ctx // args.workers
         first = (step * args.workers + rank) * n_sequences
         loss = compiled_loss(model, *(part.to(device) for part in batch(tokens, first, n_sequences, n_ctx)))
@@ -298,30 +313,32 @@ def train(rank: int, args: argparse.Namespace, recipe: Recipe, texts: Path) -> N
             optimizer.step()
             optimizer.zero_grad()
         step += 1
-        losses.append(loss.item())
-        times.append(time.time())
+        losses.append(loss.detach().clone())
         if rank == 0 and step % 20 == 0:
-            n_seconds = np.mean(np.diff(times[-20:]))
-            loss, rate = np.mean(losses[-20:]), recipe.batch_tokens / n_seconds
+            loss, now = torch.stack(losses).mean().item(), time.time()
+            rate = recipe.batch_tokens * len(losses) / (now - last)
+            losses, last = [], now
             print(f"step {step}/{n_steps} loss {loss:.4f} ctx {n_ctx} {rate:.0f} tokens/s", flush=True)
         if rank == 0 and step % args.report_every == 0:
             save_checkpoint(checkpoint, step, model, optimizers)
-            minutes = (times[-1] - times[0]) / 60
+            minutes = (time.time() - started) / 60
             print(f"step {step} after {minutes:.1f} min: {report(model, texts, 48, device)}", flush=True)
     if rank == 0:
-        save(model, args, recipe, texts, n_steps)
+        save(model, args, recipe, texts, n_steps, device)
     if args.workers > 1:
         dist.barrier()
         dist.destroy_process_group()
 
 
-def save(model: PreTrainedModel, args: argparse.Namespace, recipe: Recipe, texts: Path, n_steps: int) -> None:
+def save(
+    model: PreTrainedModel, args: argparse.Namespace, recipe: Recipe, texts: Path, n_steps: int, device: torch.device
+) -> None:
     """Write the model in bf16, its tokenizer and ``training.json``: what it was trained on and how well it does."""
     model.config.use_cache = model.generation_config.use_cache = True
     model.to(torch.bfloat16).save_pretrained(args.out)
     (args.out / "tokenizer.model").write_bytes((texts / "tokenizer.model").read_bytes())
-    (args.out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(recipe.config()), indent=2) + "\n")
-    saved = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
+    (args.out / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(recipe), indent=2) + "\n")
+    saved = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32).to(device)
     n_weights, n_tokens = sum(p.numel() for p in saved.parameters()), n_steps * recipe.batch_tokens
     n_text = json.loads((texts / "sizes.json").read_text())["train"]["n_tokens"]
     found = {
@@ -330,7 +347,7 @@ def save(model: PreTrainedModel, args: argparse.Namespace, recipe: Recipe, texts
         "tokens_per_weight": round(n_tokens / n_weights, 2),
         "epochs": round(n_tokens / n_text, 2),
         "seed": args.seed,
-        "loss": report(saved, texts, 1000, torch.device("cpu")),
+        "loss": report(saved, texts, 1000, device),
     }
     (args.out / "training.json").write_text(json.dumps(found, indent=2) + "\n")
     print(f"saved {args.out}: {found}", flush=True)
@@ -345,6 +362,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for tokens and checkpoints")
     parser.add_argument("--steps", type=int, help="optimizer steps, in place of the recipe's")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--compile-mode", default="default", help="of torch.compile (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="processes of one thread (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the initial weights (default: %(default)s)")
     parser.add_argument("--port", type=int, default=29511, help="local port the workers meet at (default: %(default)s)")

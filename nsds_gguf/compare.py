@@ -226,6 +226,7 @@ def compare(
     model = convert.open_model(path, pre, allow_requantize, report)
     options = PlanOptions(Target("none", 0), importance=importance, effort=effort)
     options = replace(options, types=types or options.types)
+    (options,) = convert.settled_options(model, [options], None, report)
     convert.check_targets(model, [replace(options, target=target) for target in targets], scoring.metric)
     convert.check_vocabulary(model, verifying, text)
     make_folder(folder)

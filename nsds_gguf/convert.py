@@ -20,6 +20,7 @@ import numpy as np
 
 from . import allocate, ggml, llama, read, score
 from .allocate import PlanOptions, Propagation, Tokens
+from .effort import AUTO, against_high, settled
 from .errors import PlanError, RecordError, VerifyError
 from .estimate import estimate_seconds, own_text_seconds
 from .given import check_scores, checked_plan
@@ -171,6 +172,7 @@ def convert(
         given = checked_plan(model, given)
     else:
         check_scores(model, given)
+        options = settled_options(model, options, given, report)
         check_targets(model, options, given.metric if given else scoring.metric)
     jobs = [given] if isinstance(given, Plan) else options
     paths = output_paths([default_name(model, job) for job in jobs], output)
@@ -214,6 +216,7 @@ def plan(
     if isinstance(given, Plan):
         return Planned([checked_plan(model, given)])
     check_scores(model, given)
+    options = settled_options(model, options, given, report)
     check_targets(model, options, given.metric if given else scoring.metric)
     work = Work(model, n_threads or llama.default_threads(), report, imatrix)
     return Planned(work.plans(options, scoring, given), work.scores)
@@ -235,7 +238,8 @@ def score_model(
     """Return layer scores and, with ``scoring.measure``, what every type costs every tensor."""
     report = report or Silent()
     model = open_model(path, pre, allow_requantize, report)
-    options = PlanOptions(Target("none", 0), types=types, importance=importance, effort=effort)
+    asked = PlanOptions(Target("none", 0), types=types, importance=importance, effort=effort)
+    (options,) = settled_options(model, [asked], None, report) if scoring.measure else [asked]
     return Work(model, n_threads or llama.default_threads(), report, imatrix).score([options], scoring)
 
 
@@ -508,6 +512,17 @@ def check_targets(model: Model, options: Sequence[PlanOptions], metric: str) -> 
     for option in options:
         allocate.open_candidates(model, option, _header_bytes(model, option, metric))
         check_effort(model, option)
+
+
+def settled_options(
+    model: Model, options: Sequence[PlanOptions], given: Scores | None, report: Reporter
+) -> list[PlanOptions]:
+    """Return options without ``AUTO`` in effort and importance; what would be gained by high effort is told."""
+    for option in options[:1]:
+        reason = against_high(model, option) if option.effort == AUTO and given is None else ""
+        if reason and option.allocator == "nsds" and option.importance in (AUTO, SELF):
+            report.say(f"Effort is normal, since {reason}; --effort high would lose less in the same bytes.")
+    return [settled(model, option, given) for option in options]
 
 
 def check_effort(model: Model, job: PlanOptions | Plan) -> None:

@@ -30,7 +30,7 @@ from .explain import in_a_word
 from .imatrix import IMATRIX
 from .inspect import FoundTensor, Inspection
 from .perplexity import Perplexity
-from .records import EFFORTS, UNQUANTIZED, LayerScore, Plan, PlannedTensor, Scores
+from .records import UNQUANTIZED, LayerScore, Plan, PlannedTensor, Scores
 from .version import __version__
 
 # What the page takes out of vl-convert's bundle.
@@ -190,7 +190,7 @@ def command(plan: Plan, scores: Scores | None, model: str) -> str:
         words += ["--metric", scores.metric if scores else str(plan.metric)]
         words += ["--se", scores.settings["se"]] if scores and "se" in scores.settings else []
     words += ["--imatrix", "FILE"] if plan.importance.startswith(IMATRIX) else ["--importance", plan.importance]
-    words += ["--effort", plan.effort] if plan.effort != EFFORTS[0] else []
+    words += ["--effort", plan.effort]
     words += ["--score-weight", f"{plan.score_weight:.17g}"] if plan.score_weight else []
     pins: dict[str, list[str]] = {}
     for tensor in plan.tensors:

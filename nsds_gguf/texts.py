@@ -100,10 +100,15 @@ def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
             )
 
 
+def predicts(model: Model) -> bool:
+    """Return whether a model predicts the next token."""
+    causal = model.metadata.get(f"{model.architecture}.attention.causal")
+    return model.architecture not in WITH_ENCODER and (causal is None or bool(causal.value))
+
+
 def check_predicts(model: Model) -> None:
     """Raise ``VerifyError`` when a model does not predict the next token: no perplexity says whether it works."""
-    causal = model.metadata.get(f"{model.architecture}.attention.causal")
-    if model.architecture in WITH_ENCODER or (causal is not None and not causal.value):
+    if not predicts(model):
         raise VerifyError(
             f"{model.path}: architecture {model.architecture} does not predict the next token, so that perplexity "
             "cannot check it; pass --no-verify"

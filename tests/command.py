@@ -24,6 +24,9 @@ PLAIN = ("--uniform", "Q8_0")  # no scoring
 QUICK = ("--threads", "1", "--ctx", "32", "--chunks", "2")  # a check that takes no time
 
 
+VERBS_WITH_EFFORT = ("convert", "plan", "score", "compare")
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a run left behind: exit code, standard output, standard error."""
@@ -33,10 +36,17 @@ class Outcome:
     err: str
 
 
+def words(arguments: tuple[object, ...], as_told: bool = False) -> list[str]:
+    """Return a command line, with normal effort unless it is told: what is not about effort need not wait for text."""
+    found = [str(argument) for argument in arguments]
+    quick = not as_told and found and found[0] in VERBS_WITH_EFFORT and "--effort" not in found
+    return [*found, "--effort", "normal"] if quick else found
+
+
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
     """Start the installed command; ``options`` are those of ``Popen``."""
     defaults = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
-    return subprocess.Popen([str(COMMAND), *map(str, arguments)], **{**defaults, "env": ENVIRONMENT, **options})
+    return subprocess.Popen([str(COMMAND), *words(arguments)], **{**defaults, "env": ENVIRONMENT, **options})
 
 
 def run(*arguments: object, **options: object) -> Outcome:
@@ -46,12 +56,12 @@ def run(*arguments: object, **options: object) -> Outcome:
     return Outcome(process.returncode, out, err)
 
 
-def call(*arguments: object) -> Outcome:
-    """Run the command line in this process."""
+def call(*arguments: object, as_told: bool = False) -> Outcome:
+    """Run the command line in this process; ``as_told`` leaves effort to it."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = main([str(argument) for argument in arguments])
+            code = main(words(arguments, as_told))
         except SystemExit as stop:  # argparse: wrong usage, --help and --version
             code = int(stop.code or 0)
     return Outcome(code, out.getvalue(), err.getvalue())

@@ -172,7 +172,7 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
     with_imatrix = (
         f"collected as llama-imatrix does from {CALIBRATION_BYTES // 1000} kB of in-domain text in "
         f"{CALIBRATION_PIECES} pieces of the training text; it has no entry for output and embedding, where stock "
-        "mixes use none and ours the sweep's."
+        "mixes use none and ours that of drawn tokens."
     )
     return {
         "texts": names,

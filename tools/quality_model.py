@@ -24,6 +24,7 @@ from quality_zoo import (
     IMATRIX_OF_TEXT,
     N_RANDOM,
     N_RANDOM_ORDERS,
+    NORMAL,
     NSDS_WEIGHTS,
     ORACLE,
     OURS,
@@ -49,7 +50,9 @@ from nsds_gguf.records import LayerScore, Plan, Scores, Target
 CALIBRATION_BYTES = 400_000
 CALIBRATION_PIECES = 8
 
+# No budget and ggml's rounding: what sensitivities are measured with, and whole layers compared.
 FREE = PlanOptions(Target("none", 0))
+DEFAULT = replace(FREE, **VARIANTS[0].options)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class ModelBench:
         """Measure everything and return it."""
         sensitivities = self.sensitivities()
         self.alphas = {t.name: t.alpha for t in sensitivities}
-        oracle = with_sensitivities(self.scores_of(FREE), self.alphas)
+        oracle = with_sensitivities(self.scores_of(DEFAULT), self.alphas)
         budgets = {mix: self.budget(mix, oracle) for mix in BUDGETS}
         for type_name in UNIFORM_TYPES:
             self.uniform(type_name)
@@ -153,7 +156,7 @@ class ModelBench:
             "rows": [asdict(row) for row in self.rows],
             "sensitivities": [asdict(t) for t in sensitivities],
             "layers": self.layer_scores(),
-            "regret": self.regrets(oracle, budgets),
+            "regret": self.regrets(budgets),
         }
 
     def sensitivities(self) -> list[TensorSensitivity]:
@@ -174,20 +177,20 @@ class ModelBench:
             options = self.options(variant)
             if options is not None:
                 self.plan(mix, variant.name, "", self.scores_of(options), replace(options, target=target))
-        self.plan(mix, ORACLE, "", oracle, replace(FREE, target=target))
+        self.plan(mix, ORACLE, "", oracle, replace(DEFAULT, target=target))
         pins = tuple(Pin(name.replace(".", r"\."), type_name) for name, type_name in stock[0].outside.items())
         for seed in range(N_RANDOM):
-            options = replace(FREE, target=target, allocator="random", seed=seed, pins=pins)
-            self.plan(mix, RANDOM, f"seed {seed}", self.scores_of(FREE), options)
+            options = replace(DEFAULT, target=target, allocator="random", seed=seed, pins=pins)
+            self.plan(mix, RANDOM, f"seed {seed}", self.scores_of(DEFAULT), options)
         return target
 
     def uniform(self, type_name: str) -> None:
         """Measure one type for all, and ours at its bytes."""
         budget = f"{UNIFORM} {type_name}"
-        options = replace(FREE, allocator="uniform", uniform=type_name)
-        plan = self.plan(budget, UNIFORM, type_name, self.scores_of(FREE), options)
+        options = replace(DEFAULT, allocator="uniform", uniform=type_name)
+        plan = self.plan(budget, UNIFORM, type_name, self.scores_of(DEFAULT), options)
         target = Target("bpw", exact_bpw(plan.tensor_bytes, plan.n_weights))
-        self.plan(budget, OURS, "", self.scores_of(FREE), replace(FREE, target=target))
+        self.plan(budget, OURS, "", self.scores_of(DEFAULT), replace(DEFAULT, target=target))
 
     # --- the paper's comparison -----------------------------------------------------------------------------------
 
@@ -197,7 +200,7 @@ class ModelBench:
             budget, target = f"paper {bits:g}", self.paper_target(bits)
             for name, scores in self.orders():
                 self.plan(budget, name, "", scores, replace(FREE, target=target, allocator="paper"))
-            self.plan(budget, OURS, "", self.scores_of(FREE), replace(FREE, target=target))
+            self.plan(budget, NORMAL, "", self.scores_of(FREE), replace(FREE, target=target))
 
     def orders(self) -> Iterator[tuple[str, Scores]]:
         """Yield what ranks the layers: every metric, then random numbers."""
@@ -239,13 +242,14 @@ class ModelBench:
             for a, b in zip(ratio, product, strict=True)
         ]  # fmt: skip
 
-    def regrets(self, oracle: Scores, budgets: Mapping[str, Target]) -> list[dict[str, Any]]:
+    def regrets(self, budgets: Mapping[str, Target]) -> list[dict[str, Any]]:
         """Return, by weight and reading of the NSDS factor, what plans lose by measured sensitivities.
 
         ``sum_t alpha_t e_t`` of the plan over that of the oracle's plan, by budget.
         """
         found = []
         base = self.scores_of(FREE)
+        oracle = with_sensitivities(base, self.alphas)
 
         def loss(scores: Scores, target: Target) -> float:
             return self.expected(self.work.allocate(scores, replace(FREE, target=target)))

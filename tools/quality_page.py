@@ -30,7 +30,7 @@ from quality_zoo import (
     BUDGET_CLASSES,
     BUDGETS,
     GROUPS,
-    HIGH,
+    NORMAL,
     NSDS_WEIGHTS,
     ORACLE,
     OURS,
@@ -210,15 +210,15 @@ def role_table(results: Sequence[Result]) -> str:
 
 
 def linearity_table(results: Sequence[Result]) -> str:
-    """Return the sensitivity at the second type over that at the first, by role: 1 where divergence is linear."""
+    """Return the sensitivity at the second type over that at the first, by role; nothing where one was measured."""
     rows = []
     for result in results:
-        cells = []
-        for role in ROLES:
-            found = [[m["alpha"] for m in t["measured"].values()] for t in result["sensitivities"] if t["role"] == role]
-            cells.append(mean_cell([values[1] / values[0] for values in found if len(values) > 1]))
-        rows.append((result["name"], *cells))
-    return table(("model", *ROLES), rows)
+        found = [(t["role"], [m["alpha"] for m in t["measured"].values()]) for t in result["sensitivities"]]
+        twice = [(role, values[1] / values[0]) for role, values in found if len(values) > 1]
+        if twice:
+            rows.append((result["name"], *(mean_cell([x for role, x in twice if role == name]) for name in ROLES)))
+    told = "Sensitivity at the second type over that at the first, geometric means over layers; 1 where divergence is linear:"
+    return f"{told}\n\n{table(('model', *ROLES), rows)}" if rows else ""
 
 
 def additivity_table(results: Sequence[Result], text: str) -> str:
@@ -286,7 +286,7 @@ def paper_table(results: Sequence[Result], text: str) -> str:
                 continue
             mean = [math.fsum(v) / len(randoms) for v in zip(*(r["chunks"] for r in randoms), strict=True)]
             cells = []
-            for name in (*PAPER_METRICS, OURS):
+            for name in (*PAPER_METRICS, NORMAL):
                 found = rows_of(result, text, budget, name)
                 cells.append(with_error(paired_ratio(found[0]["chunks"], mean)) if found else NO_FIGURE)
             klds = [r["kld"] for r in randoms]
@@ -309,10 +309,10 @@ def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
     """
     first = facts["texts"][0]
     parts = ["# Quality", intro(facts), "## What must hold", goals_note(results), goals_table(results, first),
-             f"The same of *{HIGH}*:", goals_table(results, first, HIGH),
+             f"The same of *{NORMAL}*:", goals_table(results, first, NORMAL),
              "## The models", zoo_table(results)]  # fmt: skip
     for text in facts["texts"]:
-        parts += [f"## Equal bytes: {text}", main_table(results, text), f"*{HIGH}*:", main_table(results, text, HIGH),
+        parts += [f"## Equal bytes: {text}", main_table(results, text), f"*{NORMAL}*:", main_table(results, text, NORMAL),
                   groups_table(results, text, STOCK),
                   groups_table(results, text, STOCK_IMATRIX), groups_table(results, text, ORACLE)]  # fmt: skip
         if text != first:
@@ -330,7 +330,6 @@ def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
         sensitivity_table(results),
         "Measured over predicted, both in nats per unit of relative error, geometric means over layers:",
         role_table(results),
-        "Sensitivity at Q3_K over that at Q2_K, geometric means over layers; 1 where divergence is linear:",
         linearity_table(results),
         "Do single errors add up? Divergence of whole plans over the sum of sensitivity times error of their tensors:",
         additivity_table(results, first),
@@ -358,9 +357,12 @@ def intro(facts: Mapping[str, Any]) -> str:
         f"the half of each that nothing was chosen on; sensitivities on {facts['sensitivity_chunks']} chunks of the "
         f"other half of {facts['texts'][0]}. Constants were frozen in commit {facts['commit']}. "
         f"llama.cpp {facts['build']}.",
+        f"*Ours*: what `convert` does with models of this size, rounding with feedback by text that the model writes "
+        f"itself. *{NORMAL[0].upper()}{NORMAL[1:]}*: what it does with large ones, ggml's quantizers with importance "
+        "of columns from drawn tokens.",
         f"*Real imatrix*: {facts['imatrix']} *Oracle*: the same knapsack, errors and quantizer as ours, but with "
         "measured sensitivities in place of predicted ones. *Random*: types drawn at random, output and embedding at "
-        "those of the mix.",
+        "those of the mix. Oracle, random and uniform files are rounded as ours.",
     ]
     if facts["trial"]:
         lines.insert(0, "**Trial: measured on the half for choosing; not for publication.**")

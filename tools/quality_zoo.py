@@ -69,15 +69,15 @@ class Variant:
 
 IMATRIX_OF_TEXT = "imatrix of text"
 
-OURS = "ours"
-HIGH = "ours, effort high, own text"
+# What the command line does when it is not told otherwise, and what it does with models too large for that.
+OURS, NORMAL = "ours", "ours, effort normal"
 VARIANTS = (
-    Variant(OURS),
-    Variant("ours, own text", {"importance": SELF}),
-    Variant("ours, effort high", {"effort": "high"}),
-    Variant(HIGH, {"effort": "high", "importance": SELF}),
-    Variant("ours, real imatrix", {"importance": IMATRIX_OF_TEXT}),
-    Variant("ours, no importance", {"importance": "none"}),
+    Variant(OURS, {"effort": "high", "importance": SELF}),
+    Variant("ours, drawn tokens", {"effort": "high", "importance": "sweep"}),
+    Variant(NORMAL, {"effort": "normal", "importance": "sweep"}),
+    Variant("ours, effort normal, own text", {"effort": "normal", "importance": SELF}),
+    Variant("ours, effort normal, real imatrix", {"effort": "normal", "importance": IMATRIX_OF_TEXT}),
+    Variant("ours, effort normal, no importance", {"effort": "normal", "importance": "none"}),
 )
 
 STOCK, STOCK_IMATRIX, ORACLE, RANDOM, UNIFORM = "stock", "stock, real imatrix", "oracle", "random", "uniform"

@@ -11,17 +11,16 @@ from pathlib import Path
 from .. import convert
 from ..allocate import PlanOptions
 from ..bundle import check_ollama
+from ..effort import AUTO
 from ..errors import OutputError, PlanError
 from ..gguf_header import is_gguf
 from ..hub import HubName, parse_name
 from ..imatrix import Imatrix, read_imatrix
 from ..plot import check_plot
-from ..records import SELF, Plan, Scores, Target, read_json
+from ..records import Plan, Scores, Target, read_json
 from ..report import check_report
 
 DEFAULT_SCORING = convert.ScoreOptions()
-DEFAULT_IMPORTANCE = "sweep"
-DEFAULT_EFFORT = "normal"
 
 
 def given_imatrix(arguments: argparse.Namespace) -> Imatrix | None:
@@ -34,10 +33,10 @@ def given_imatrix(arguments: argparse.Namespace) -> Imatrix | None:
 
 
 def importance_name(arguments: argparse.Namespace, imatrix: Imatrix | None) -> str:
-    """Return the name of the column importance that is asked for; high effort goes with the model's own text."""
+    """Return the name of the column importance that is asked for, or that it is left open."""
     if imatrix is not None:
         return imatrix.name
-    return str(arguments.importance or (SELF if arguments.effort == "high" else DEFAULT_IMPORTANCE))
+    return str(arguments.importance or AUTO)
 
 
 def plan_options(arguments: argparse.Namespace, imatrix: Imatrix | None = None) -> list[PlanOptions]:

@@ -12,13 +12,14 @@ from typing import Any, NoReturn
 from .. import allocate, ggml, llama
 from ..allocate import DEFAULT_TYPES, Pin
 from ..compare import DEFAULT_STOCK, N_SEEDS
+from ..effort import AUTO, AUTO_HIGH_WEIGHTS, PLAIN_IMPORTANCE
 from ..errors import NsdsError
 from ..model_card import is_repo
 from ..perplexity import DEFAULT_BATCH, MIN_CTX
 from ..records import EFFORTS, SELF
 from ..score import METRICS, SE_READINGS
 from ..version import __version__
-from .options import DEFAULT_EFFORT, DEFAULT_IMPORTANCE, DEFAULT_SCORING
+from .options import DEFAULT_SCORING
 from .screen import Screen
 from .verbs import (
     run_bundle,
@@ -341,13 +342,14 @@ def _add_types(group: Any) -> None:
                        help="types to choose from (%(default)s unless told)")  # fmt: skip
     group.add_argument("--importance", choices=(*allocate.IMPORTANCES, SELF),
                        help="column importance for the quantizers; self: from text that the model writes first"
-                       f" ({DEFAULT_IMPORTANCE} unless told, {SELF} with --effort high)")  # fmt: skip
+                       f" ({SELF} with high effort, {PLAIN_IMPORTANCE} with normal unless told)")  # fmt: skip
     group.add_argument(
         "--effort",
-        choices=EFFORTS,
-        default=DEFAULT_EFFORT,
+        choices=(AUTO, *EFFORTS),
+        default=AUTO,
         help="high: the model writes a text and weights are rounded with feedback from column to"
-        " column; much less divergence in several times the time (%(default)s unless told)",
+        " column; much less divergence in several times the time; auto: high for models of up to"
+        f" {AUTO_HIGH_WEIGHTS / 1e9:g} B weights, unless importance or another allocator is named (%(default)s unless told)",
     )
     group.add_argument("--imatrix", metavar="FILE", type=Path,
                        help="column importance from an importance matrix of llama.cpp, as GGUF or .dat")  # fmt: skip

@@ -23,7 +23,7 @@ def settled(model: Model, options: PlanOptions, given: Scores | None = None) -> 
     High effort goes with the model's own text, normal effort with ``PLAIN_IMPORTANCE``, unless importance is named.
     """
     if options.allocator == "nsds" and given is not None and given.costs:
-        effort, importance = given.effort, given.importance
+        effort, importance = given.effort, given.importance or PLAIN_IMPORTANCE
     else:
         effort = options.effort if options.effort != AUTO else "normal" if against_high(model, options) else "high"
         importance = SELF if effort == "high" else PLAIN_IMPORTANCE

@@ -108,7 +108,8 @@ class OwnText:
         n_experts = sum(int((self._counts(t.name) == 0).sum()) for t in matrices if t.name not in lacking)
         missed = [*lacking[:3], *([f"{len(lacking) - 3} more tensors"] if len(lacking) > 3 else [])]
         missed += [f"{n_experts} matrices of experts"] if n_experts else []
-        return f"{text} They do not reach {', '.join(missed)}: there it is the moment sweep's." if missed else text
+        told = f" They do not reach {', '.join(missed)}: there it is that of --importance sweep." if missed else ""
+        return text + told
 
     @property
     def _begins_alike(self) -> bool:

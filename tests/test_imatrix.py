@@ -166,7 +166,7 @@ def test_the_plan_says_where_importance_comes_from(tmp_path: Path) -> None:
     assert plan.importance == imatrix.name
     assert plan.notes[-1] == (
         f"Column importance comes from imatrix.dat (SHA-256 {imatrix.sha256[:12]}…). It has no entry for "
-        "token_embd.weight, output.weight: there it is the moment sweep's."
+        "token_embd.weight, output.weight: there it is that of --importance sweep."
     )
     with pytest.raises(RecordError, match=f"importance matrix {imatrix.name}: pass that file with --imatrix"):
         convert.convert(DEMO, [], given=plan, verifying=UNCHECKED, output=Output(tmp_path / "x.gguf"))

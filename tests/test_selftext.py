@@ -145,7 +145,7 @@ def test_weights_of_what_the_text_reaches_and_of_the_rest(folder):
     assert note.startswith(
         "Column importance comes from 15 tokens that the model wrote itself (seed 4, sequences of 5);"
     )
-    assert note.endswith(" 1 matrices of experts: there it is the moment sweep's.")
+    assert note.endswith(" 1 matrices of experts: there it is that of --importance sweep.")
     assert "token_embd" not in note
 
 

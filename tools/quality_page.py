@@ -217,7 +217,7 @@ def linearity_table(results: Sequence[Result]) -> str:
         twice = [(role, values[1] / values[0]) for role, values in found if len(values) > 1]
         if twice:
             rows.append((result["name"], *(mean_cell([x for role, x in twice if role == name]) for name in ROLES)))
-    told = "Sensitivity at the second type over that at the first, geometric means over layers; 1 where divergence is linear:"
+    told = "Sensitivity at the second type over that at the first, geometric means over layers; 1 where it is linear:"
     return f"{told}\n\n{table(('model', *ROLES), rows)}" if rows else ""
 
 
@@ -312,9 +312,9 @@ def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
              f"The same of *{NORMAL}*:", goals_table(results, first, NORMAL),
              "## The models", zoo_table(results)]  # fmt: skip
     for text in facts["texts"]:
-        parts += [f"## Equal bytes: {text}", main_table(results, text), f"*{NORMAL}*:", main_table(results, text, NORMAL),
-                  groups_table(results, text, STOCK),
-                  groups_table(results, text, STOCK_IMATRIX), groups_table(results, text, ORACLE)]  # fmt: skip
+        parts += [f"## Equal bytes: {text}", main_table(results, text),
+                  f"*{NORMAL}*:", main_table(results, text, NORMAL),
+                  *(groups_table(results, text, kind) for kind in (STOCK, STOCK_IMATRIX, ORACLE))]  # fmt: skip
         if text != first:
             parts += ["Goals on this text:", goals_table(results, text)]
     parts += [

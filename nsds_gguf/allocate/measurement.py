@@ -52,7 +52,7 @@ def measure(
 
     Args:
         found: the tensors and their types; those with one type are measured too, for the plan to state their error.
-        propagation: result of the moment sweep.
+        propagation: sensitivities of the tensors.
         importance: ``(n_cols,)`` column weights by tensor name, ``(n_experts, n_cols)`` where experts differ; absent
             where columns weigh the same.
         n_threads: threads; each works on one tensor at a time.

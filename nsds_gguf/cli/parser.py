@@ -349,7 +349,8 @@ def _add_types(group: Any) -> None:
         default=AUTO,
         help="high: the model writes a text and weights are rounded with feedback from column to"
         " column; much less divergence in several times the time; auto: high for models of up to"
-        f" {AUTO_HIGH_WEIGHTS / 1e9:g} B weights, unless importance or another allocator is named (%(default)s unless told)",
+        f" {AUTO_HIGH_WEIGHTS / 1e9:g} B weights unless importance or another allocator is named"
+        " (%(default)s unless told)",
     )
     group.add_argument("--imatrix", metavar="FILE", type=Path,
                        help="column importance from an importance matrix of llama.cpp, as GGUF or .dat")  # fmt: skip

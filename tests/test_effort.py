@@ -12,7 +12,7 @@ import gguf.quants
 import numpy as np
 import pytest
 from command import TINY, call, message
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFValueType
 from llama_forward import matrix_inputs
 from tiny_archs import write_tiny_arch
 from tiny_gguf import tiny_weights, write_tiny_gguf
@@ -21,8 +21,9 @@ from tiny_models import write_tiny
 from nsds_gguf import allocate, convert, hessians, read
 from nsds_gguf.allocate import PlanOptions, draw_tokens, read_tokens, sensitivity
 from nsds_gguf.convert import Output, VerifyOptions
+from nsds_gguf.effort import AUTO, against_high, settled
 from nsds_gguf.errors import OutputError, PlanError
-from nsds_gguf.records import SELF, UNQUANTIZED, Plan, Target
+from nsds_gguf.records import SELF, UNQUANTIZED, GGUFValue, Plan, Target
 from nsds_gguf.resources import blas_threads
 from nsds_gguf.selftext import own_text
 
@@ -228,3 +229,62 @@ def test_several_readings_give_the_factors_of_one(models, monkeypatch):
             for part in ("coefficients", "variances", "importance"):
                 np.testing.assert_array_equal(getattr(one.of(name), part), getattr(several.of(name), part))
     assert counts == [2, 2, 1, 1, 2, 2]  # layers read, four sequences at a time
+
+
+OPEN = PlanOptions(Target("bpw", 4), importance=AUTO, effort=AUTO)
+
+
+@pytest.mark.parametrize(
+    ("changed", "effort", "importance", "reason"),
+    [
+        ({}, "high", SELF, ""),
+        ({"importance": SELF}, "high", SELF, ""),
+        ({"importance": "sweep"}, "normal", "sweep", "importance is sweep"),
+        ({"importance": "none"}, "normal", "none", "importance is none"),
+        ({"effort": "high"}, "high", SELF, ""),
+        ({"effort": "high", "importance": "sweep"}, "high", "sweep", "importance is sweep"),
+        ({"effort": "normal"}, "normal", "sweep", ""),
+        ({"effort": "normal", "importance": SELF}, "normal", SELF, ""),
+        ({"allocator": "paper"}, "normal", "sweep", "the allocator is paper"),
+        ({"allocator": "uniform", "uniform": "Q4_K"}, "normal", "sweep", "the allocator is uniform"),
+        ({"allocator": "uniform", "uniform": "Q4_K", "effort": "high"}, "high", SELF, "the allocator is uniform"),
+        ({"types": ("F16", "BF16")}, "normal", "sweep", "nothing is rounded"),
+    ],
+)
+def test_what_is_left_open(models, changed, effort, importance, reason):
+    model, options = read.open_model(models / "wide"), replace(OPEN, **changed)
+    assert against_high(model, options) == reason
+    assert settled(model, options) == replace(options, effort=effort, importance=importance)
+
+
+def test_a_large_model_gets_normal_effort_and_is_told(models, monkeypatch):
+    monkeypatch.setattr("nsds_gguf.effort.AUTO_HIGH_WEIGHTS", 500_000)
+    outcome = call("plan", models / "wide", "--target-bpw", 4, "--json", "plan.json", "-v", as_told=True)
+    assert outcome.code == 0, outcome.err
+    plan = json.loads(Path("plan.json").read_text())
+    assert (plan["effort"], plan["importance"]) == ("normal", "sweep")
+    told = " ".join(outcome.err.split())
+    assert (
+        "Effort is normal, since the model has 0.0 B weights; --effort high would lose less in the same bytes." in told
+    )
+    assert "Effort is" not in call("plan", models / "wide", "--target-bpw", 4, "-v").err
+
+
+def test_a_model_that_writes_no_text(models):
+    model = read.open_model(models / "wide")
+    encoder = replace(
+        model, metadata={**model.metadata, "llama.attention.causal": GGUFValue(False, GGUFValueType.BOOL)}
+    )
+    assert against_high(encoder, OPEN) == "the model does not write text"
+
+
+def test_high_effort_is_the_default_and_scores_bring_theirs(models):
+    """Scores decide for the plans made of them, where nothing else is told."""
+    for name, how in (("high", ()), ("normal", ("--effort", "normal"))):
+        path = Path(f"{name}.json")
+        assert (
+            call("score", models / "wide", *how, "--types", "Q2_K,Q4_K", "--json", path, "-q", as_told=True).code == 0
+        )
+        asked = ("--target-bpw", 4, "--types", "Q2_K,Q4_K", "--scores", path, "--json", "plan.json", "-q")
+        assert call("plan", models / "wide", *asked, as_told=True).code == 0
+        assert json.loads(Path("plan.json").read_text())["effort"] == name

@@ -24,6 +24,7 @@ LAYERS = [
     ["read", "score", "allocate", "write", "verify", "perplexity", "inspect", "modelfile"],
     ["estimate", "hub"],
     ["given", "hessians", "outputs", "texts"],
+    ["effort"],
     ["convert", "model_card", "sample", "explain"],
     ["bundle", "compare"],
     ["display", "plot", "report"],

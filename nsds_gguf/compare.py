@@ -226,11 +226,11 @@ def compare(
     model = convert.open_model(path, pre, allow_requantize, report)
     options = PlanOptions(Target("none", 0), importance=importance, effort=effort)
     options = replace(options, types=types or options.types)
-    (options,) = convert.settled_options(model, [options], None, report)
+    (options,), told = convert.settled_options(model, [options], None)
     convert.check_targets(model, [replace(options, target=target) for target in targets], scoring.metric)
     convert.check_vocabulary(model, verifying, text)
     make_folder(folder)
-    work = Work(model, n_threads or llama.default_threads(), report, imatrix)
+    work = Work(model, n_threads or llama.default_threads(), report, imatrix, told)
     check_disk(folder, 2 * convert.reference_plan(model).file_bytes, "the original and one file at a time")
     bench = _Bench(work, folder, verifying, text)
     work.folder = folder

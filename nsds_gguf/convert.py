@@ -20,7 +20,8 @@ import numpy as np
 
 from . import allocate, ggml, llama, read, score
 from .allocate import PlanOptions, Propagation, Tokens
-from .effort import AUTO, against_high, settled
+from .balance import Balance, find_balance
+from .effort import effort_note, settled
 from .errors import PlanError, RecordError, VerifyError
 from .estimate import estimate_seconds, own_text_seconds
 from .given import check_scores, checked_plan
@@ -165,6 +166,7 @@ def convert(
     """
     scoring, verifying, output = scoring or ScoreOptions(), verifying or VerifyOptions(), output or Output()
     report, n_threads = report or Silent(), n_threads or llama.default_threads()
+    told: tuple[str, ...] = ()
     text = evaluation_text(verifying) if verifying.enabled else ""
     check_output_folder(output)
     model = open_model(path, pre, allow_requantize, report)
@@ -172,14 +174,14 @@ def convert(
         given = checked_plan(model, given)
     else:
         check_scores(model, given)
-        options = settled_options(model, options, given, report)
+        options, told = settled_options(model, options, given)
         check_targets(model, options, given.metric if given else scoring.metric)
     jobs = [given] if isinstance(given, Plan) else options
     paths = output_paths([default_name(model, job) for job in jobs], output)
     check_not_input(paths, model)
     check_writable(paths)
     check_vocabulary(model, verifying, text)
-    work = Work(model, n_threads, report, imatrix)
+    work = Work(model, n_threads, report, imatrix, told)
     work.folder = paths[0].parent
     writes_text = any(work.needs_text(job) for job in jobs)
     work.check_resources([largest_file_bytes(model, job) for job in jobs], verifying, writes_text)
@@ -216,9 +218,9 @@ def plan(
     if isinstance(given, Plan):
         return Planned([checked_plan(model, given)])
     check_scores(model, given)
-    options = settled_options(model, options, given, report)
+    options, told = settled_options(model, options, given)
     check_targets(model, options, given.metric if given else scoring.metric)
-    work = Work(model, n_threads or llama.default_threads(), report, imatrix)
+    work = Work(model, n_threads or llama.default_threads(), report, imatrix, told)
     return Planned(work.plans(options, scoring, given), work.scores)
 
 
@@ -239,8 +241,8 @@ def score_model(
     report = report or Silent()
     model = open_model(path, pre, allow_requantize, report)
     asked = PlanOptions(Target("none", 0), types=types, importance=importance, effort=effort)
-    (options,) = settled_options(model, [asked], None, report) if scoring.measure else [asked]
-    return Work(model, n_threads or llama.default_threads(), report, imatrix).score([options], scoring)
+    options, told = settled_options(model, [asked], None) if scoring.measure else ([asked], ())
+    return Work(model, n_threads or llama.default_threads(), report, imatrix, told).score(options, scoring)
 
 
 class Work:
@@ -250,14 +252,22 @@ class Work:
     that the last plans were made from, ``folder`` is where large temporary files go.
     """
 
-    def __init__(self, model: Model, n_threads: int, report: Reporter, imatrix: Imatrix | None = None) -> None:
-        """Take the model, the threads, who is told, and an importance matrix, which must be of the model."""
-        self.model, self.n_threads, self.report = model, n_threads, report
+    def __init__(
+        self,
+        model: Model,
+        n_threads: int,
+        report: Reporter,
+        imatrix: Imatrix | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        """Take the model, the threads, who is told, an importance matrix of the model, and notes for every plan."""
+        self.model, self.n_threads, self.report, self.notes = model, n_threads, report, notes
         self.imatrix, self._columns = imatrix, imatrix.weights(model) if imatrix is not None else {}
         self.scores: Scores | None = None
         self.folder = Path()
         self._propagations: dict[bool, Propagation] = {}
-        self._feedbacks: dict[bool, Feedbacks] = {}
+        self._balances: dict[bool, Balance] = {}
+        self._feedbacks: dict[tuple[bool, bool], Feedbacks] = {}
         self._own_text: OwnText | None = None
         self._original: Path | None = None
 
@@ -269,13 +279,23 @@ class Work:
                 self._propagations[own] = allocate.sensitivities(self.model, self.n_threads, progress, tokens)
         return self._propagations[own]
 
+    def balance(self, job: PlanOptions | Plan) -> Balance:
+        """Return how outlier channels are evened out for a job: for ``nsds``, where the pass over tokens sees them."""
+        if job.allocator != "nsds" or allocate.what_is_missing(self.model):
+            return Balance()
+        own = job.importance == SELF
+        if own not in self._balances:
+            self._balances[own] = find_balance(self.model, self.propagation(own).inputs)
+        return self._balances[own]
+
     def feedbacks(self, job: PlanOptions | Plan) -> Feedbacks | None:
         """Return the factors for rounding with feedback where the job asks for it."""
         if not _rounds_with_feedback(job):
             return None
         check_effort(self.model, job)
-        own = job.importance == SELF
-        if own not in self._feedbacks:
+        own, balance = job.importance == SELF, self.balance(job)
+        key = own, bool(balance)
+        if key not in self._feedbacks:
             model, looked_up = self.model, self.propagation(own).looked_up
             source: Tokens | OwnText
             source = self.own_text() if own else allocate.draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
@@ -283,8 +303,10 @@ class Work:
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             check_disk(folder, disk_bytes(model), "rounding with feedback")
             with self.report.stage("factor second moments") as progress, blas_threads(1), self.readable(own):
-                self._feedbacks[own] = make_feedbacks(model, source, looked_up, folder, self.n_threads, progress)
-        return self._feedbacks[own]
+                self._feedbacks[key] = make_feedbacks(
+                    model, source, looked_up, folder, self.n_threads, progress, balance
+                )
+        return self._feedbacks[key]
 
     def readable(self, own: bool) -> AbstractContextManager[object]:
         """Give the file that the model's own text is read with again, where it is."""
@@ -306,13 +328,14 @@ class Work:
 
     def measure(self, scores: Scores, options: PlanOptions) -> Scores:
         """Return the scores with the costs of the tensors added."""
-        found = allocate.candidates(self.model, options.types, options.pins)
-        propagation = self.propagation(options.importance == SELF)
-        importance, feedbacks = self.columns(options.importance), self.feedbacks(options)
+        propagation, balance = self.propagation(options.importance == SELF), self.balance(options)
+        found = allocate.candidates(balance.applied(self.model), options.types, options.pins)
+        importance, feedbacks = balance.weights(self.columns(options.importance)), self.feedbacks(options)
         with self.report.stage("measure tensors") as progress, blas_threads(1):
             costs = allocate.measure(found, propagation, importance, self.n_threads, progress, feedbacks)
         versions = {**scores.versions, "ggml": ggml.version()}
         notes = (*scores.notes, *propagation.notes)
+        notes += (balance.note,) if balance else ()
         if feedbacks is not None:
             notes += (feedback_note(self.model, feedbacks),)
         if options.importance == SELF:
@@ -326,6 +349,7 @@ class Work:
         n_header = _header_bytes(self.model, options, scores.metric if scores else None)
         with self.report.stage(f"allocate for {options.target}"):
             plan = allocate.make_plan(self.model, scores, options, n_header)
+        plan = replace(plan, notes=(*plan.notes, *self.notes))
         if self.imatrix is not None and options.importance == self.imatrix.name:
             return replace(plan, notes=(*plan.notes, self.imatrix.note(self.model)))
         feedbacks = None if scores is not None and scores.effort == "high" else self.feedbacks(plan)
@@ -381,7 +405,9 @@ class Work:
 
     def importance(self, plan: Plan) -> Mapping[str, Float32]:
         """Return the column weights that the plan's quantizers take, if they take any."""
-        return self.columns(plan.importance) if plan.importance != "none" and _weighs_columns(plan) else {}
+        if plan.importance == "none" or not _weighs_columns(plan):
+            return {}
+        return self.balance(plan).weights(self.columns(plan.importance))
 
     def columns(self, kind: str) -> dict[str, Float32]:
         """Return column weights of a kind; raises ``RecordError`` for an importance matrix that was not given."""
@@ -436,10 +462,9 @@ class Work:
     def write(self, plan: Plan, path: Path, name: str = "quantize and write") -> None:
         """Write the file."""
         importance, feedbacks = self.importance(plan), self.feedbacks(plan)
+        model = self.balance(plan).applied(self.model)
         with self.report.stage(name) as progress, blas_threads(1):
-            write_gguf(
-                self.model, plan, importance, path, n_threads=self.n_threads, progress=progress, feedbacks=feedbacks
-            )
+            write_gguf(model, plan, importance, path, n_threads=self.n_threads, progress=progress, feedbacks=feedbacks)
 
     def verify(
         self, plan: Plan, path: Path, options: VerifyOptions, text: str, reference: Path | None
@@ -515,14 +540,11 @@ def check_targets(model: Model, options: Sequence[PlanOptions], metric: str) -> 
 
 
 def settled_options(
-    model: Model, options: Sequence[PlanOptions], given: Scores | None, report: Reporter
-) -> list[PlanOptions]:
-    """Return options without ``AUTO`` in effort and importance; what would be gained by high effort is told."""
-    for option in options[:1]:
-        reason = against_high(model, option) if option.effort == AUTO and given is None else ""
-        if reason and option.allocator == "nsds" and option.importance in (AUTO, SELF):
-            report.say(f"Effort is normal, since {reason}; --effort high would lose less in the same bytes.")
-    return [settled(model, option, given) for option in options]
+    model: Model, options: Sequence[PlanOptions], given: Scores | None
+) -> tuple[list[PlanOptions], tuple[str, ...]]:
+    """Return options without ``AUTO`` in effort and importance, and what the user must know of that."""
+    notes = {effort_note(model, option) for option in options} - {""} if given is None else set[str]()
+    return [settled(model, option, given) for option in options], tuple(sorted(notes))
 
 
 def check_effort(model: Model, job: PlanOptions | Plan) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -296,6 +297,7 @@ class Bench:
         types = [(tensor.name, tensor.type) for tensor in plan.tensors]
         quantized = {tensor.name for tensor in plan.tensors if tensor.type not in ggml.FLOAT_TYPES}
         parts = [f"{name} {hash_array(columns[name])}" for name, _ in types if name in columns and name in quantized]
+        parts += [f"{name} {hash_array(k)}" for name, k in sorted(self.work.balance(plan).columns.items())]
         settings = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name not in NO_BYTES}
         return digest(json.dumps(settings, sort_keys=True), json.dumps(types), *parts)
 
@@ -305,7 +307,7 @@ def digest(*parts: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def hash_array(array: Float32) -> str:
+def hash_array(array: NDArray[Any]) -> str:
     """Return the hex SHA-256 of an array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 

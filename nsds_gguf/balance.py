@@ -136,7 +136,8 @@ def _places(model: Model) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         held = {t.name.removeprefix(prefix).partition(".")[0] for t in model.tensors if t.name.startswith(prefix)}
         if not held <= _KNOWN:
             continue
-        yield from _place(model, prefix, ("attn_q", "attn_k", "attn_v", "attn_qkv"), "attn_norm")
+        if "ffn_norm" in held:  # otherwise both blocks read one norm
+            yield from _place(model, prefix, ("attn_q", "attn_k", "attn_v", "attn_qkv"), "attn_norm")
         yield from _place(model, prefix, ("ffn_gate", "ffn_up"), "ffn_norm")
         if gated and "ffn_gate" in held:
             yield from _place(model, prefix, ("ffn_down",), "ffn_up")

@@ -1,0 +1,143 @@
+"""Outlier channels made even: the same logits to the last bit, less error in the same bytes, nothing without need."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import TINY
+from outlier_copy import FIXED_FACTORS, N_FIXED, outlier_copy
+from test_outlier_copy import CASES
+from tiny_models import write_tiny
+from zoo import zoo_tokens
+from zoo_logits import model_logits
+from zoo_specs import SPECS, write_spec
+
+from nsds_gguf import convert
+from nsds_gguf.allocate import PlanOptions
+from nsds_gguf.balance import LEAST, OUTSTANDING, Balance, find_balance
+from nsds_gguf.convert import ORIGINAL, Output, Silent, VerifyOptions, Work
+from nsds_gguf.read import open_model
+from nsds_gguf.records import Model, Target
+
+OPTIONS = PlanOptions(Target("bpw", 4.5))
+
+# Classes none of whose places are changed: experts, latent attention, state spaces, norms behind blocks, no gains.
+UNTOUCHED = {
+    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "MambaForCausalLM", "OlmoForCausalLM", "GraniteMoeForCausalLM",
+    "GraniteMoeHybridForCausalLM", "GraniteMoeSharedForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM",
+    "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM",
+}  # fmt: skip
+
+
+def uneven(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
+    """Return made-up mean squares far apart, the same for all matrices of one width."""
+    widths = {tensor.n_cols for tensor in model.tensors}
+    drawn = {width: np.exp2(np.random.default_rng(seed + width).uniform(-20, 20, width)) for width in widths}
+    return {tensor.name: drawn[tensor.n_cols] for tensor in model.tensors}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_logits_are_the_same_to_the_last_bit(name: str, tmp_path: Path) -> None:
+    """Whatever the factors, in every class: llama.cpp computes what it computed."""
+    model, tokens = open_model(write_spec(tmp_path / "checkpoint", name)), zoo_tokens(SPECS[name])
+    balance = find_balance(model, uneven(model))
+    assert balance or SPECS[name].source_class in UNTOUCHED or model.architecture in ("olmo2", "cohere2")
+    changed = balance.applied(model)
+    before, after = (model_logits(m, tmp_path / f"{i}.gguf", tokens) for i, m in enumerate((model, changed)))
+    np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_planted_outliers_are_found(name: str, tmp_path: Path) -> None:
+    """Factors of 10 to 30 on the same channels of every norm come out as powers of two within a factor of 4."""
+    source = write_tiny(tmp_path / "source", replace(CASES[name], dtype="F32"))
+    outlier_copy(source, tmp_path / "copy", seed=1)
+    plain, planted = open_model(source), open_model(tmp_path / "copy")
+    assert not Work(plain, 1, Silent()).balance(OPTIONS)
+    balance = Work(planted, 1, Silent()).balance(OPTIONS)
+    factors = planted.by_name["blk.0.attn_norm.weight"].load() / plain.by_name["blk.0.attn_norm.weight"].load()
+    large = factors > FIXED_FACTORS[0] - 0.1
+    assert np.count_nonzero(large) == N_FIXED
+    exponents = balance.columns["blk.0.attn_q.weight"]
+    assert np.abs(exponents[large] - np.log2(factors[large])).max() < 2
+    assert all(np.array_equal(balance.columns[f"blk.0.attn_{part}.weight"], exponents) for part in "kv")
+    assert np.array_equal(balance.rows["blk.0.attn_norm.weight"], -exponents)
+    assert ("output.weight" in balance.columns) == (not planted.is_tied)
+    assert balance.n_channels >= N_FIXED and f"{balance.n_channels} of them" in balance.note
+
+
+def test_channels_that_do_not_stand_out_stay() -> None:
+    assert OUTSTANDING > LEAST > 0.5  # beneath, a power of two would overshoot
+
+
+def test_what_is_weighed_follows(tmp_path: Path) -> None:
+    """Columns times s multiply inputs over s: diagonals over s squared, full moments over both."""
+    model = open_model(write_tiny(tmp_path / "model", CASES["llama"]))
+    balance = find_balance(model, uneven(model))
+    name = "blk.1.ffn_down.weight"
+    exponents, n = balance.columns[name], model.by_name[name].n_cols
+    rows, x = model.by_name[name].load(), np.random.default_rng(0).normal(size=(50, n))
+    changed, even = balance.applied(model).by_name[name].load(), x / 2.0**exponents
+    np.testing.assert_allclose(even @ changed.T, x @ rows.T)
+    np.testing.assert_allclose(balance.moments(name, x.T @ x), even.T @ even)
+    weights = balance.weights({name: (x**2).mean(axis=0).astype(np.float32)})[name]
+    np.testing.assert_allclose(weights, (even**2).mean(axis=0) / (even**2).mean(), rtol=1e-5)
+    stacked = balance.weights({name: np.ones((2, n), np.float32), "other": np.ones(3, np.float32)})
+    assert stacked[name].shape == (2, n) and np.allclose(stacked[name].mean(axis=1), 1)
+    np.testing.assert_array_equal(stacked["other"], 1)
+    assert balance.moments("other", x) is x
+    up = "blk.1.ffn_up.weight"  # changed on both sides
+    factors = 2.0 ** (balance.columns[up] + balance.rows[up][:, np.newaxis])
+    np.testing.assert_array_equal(balance.applied(model).by_name[up].load(), model.by_name[up].load() * factors)
+    part = balance.applied(model).by_name[up].read_rows(3, 9)
+    np.testing.assert_array_equal(part, (model.by_name[up].load() * factors)[3:9])
+
+
+def test_nothing_is_changed_without_need(tmp_path: Path) -> None:
+    model = open_model(write_tiny(tmp_path / "model", CASES["llama"]))
+    even = {tensor.name: np.ones(tensor.n_cols) for tensor in model.tensors}
+    for inputs in ({}, even, {name: np.zeros_like(values) for name, values in even.items()}):
+        balance = find_balance(model, inputs)
+        assert not balance and balance.applied(model) is model
+    strange = replace(model.tensors[3], name="blk.0.attn_sub_norm.weight")
+    other = replace(model, tensors=(*model.tensors, strange))
+    found = find_balance(other, uneven(model)).columns
+    assert not any(name.startswith("blk.0.") for name in found) and "blk.1.attn_q.weight" in found
+
+
+@pytest.mark.parametrize("how", [{}, {"effort": "high"}, {"importance": "none"}])
+def test_the_same_bytes_hold_more(how: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With outliers, divergence from the file as it was; the plan says what was changed, and makes the same file."""
+    monkeypatch.setattr(convert, "N_DRAWN", 2048)
+    source = write_tiny(tmp_path / "source", replace(TINY, dtype="F32"))
+    outlier_copy(source, tmp_path / "copy", seed=1)
+    checked = VerifyOptions(n_ctx=64, n_chunks=4, against=ORIGINAL)
+    options = replace(OPTIONS, types=("Q4_K", "Q5_K", "Q6_K"), target=Target("bpw", 5.5), **how)
+
+    def made(name: str, given: object = None) -> convert.Converted:
+        output = Output(tmp_path / name)
+        return convert.convert(
+            tmp_path / "copy", [options], verifying=checked, output=output, n_threads=1, given=given
+        )[0]
+
+    found = made("found.gguf")
+    assert sum("Outlier channels are evened out" in note for note in found.plan.notes) == 1
+    again = made("again.gguf", found.plan)
+    assert again.path.read_bytes() == found.path.read_bytes()
+    monkeypatch.setattr(convert, "find_balance", lambda *_: Balance())
+    without = made("without.gguf")
+    assert not any("Outlier" in note for note in without.plan.notes)
+    divergences = [done.perplexity.divergence.kld_mean for done in (found, without)]
+    assert divergences[0] < 0.5 * divergences[1], divergences
+
+
+def test_other_allocators_write_the_weights_as_they_are(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "source", replace(CASES["llama"], dtype="F32"))
+    outlier_copy(source, tmp_path / "copy", seed=1)
+    work = Work(open_model(tmp_path / "copy"), 1, Silent())
+    assert work.balance(OPTIONS)
+    assert not work.balance(PlanOptions(Target("none", 0), "uniform", uniform="Q8_0"))
+    assert not work.balance(replace(OPTIONS, allocator="paper"))

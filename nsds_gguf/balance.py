@@ -88,12 +88,12 @@ class Balance:
             found[name] = (scaled / scaled.mean(axis=-1, keepdims=True)).astype(np.float32)
         return found
 
-    def moments(self, name: str, full: NDArray[np.floating]) -> NDArray[np.floating]:
+    def moments(self, name: str, full: Float64) -> Float64:
         """Return the second moments ``(n_cols, n_cols)`` of what a matrix multiplies once it is multiplied itself."""
         if name not in self.columns:
             return full
-        factors = np.ldexp(np.ones(len(full), full.dtype), -self.columns[name])
-        even: NDArray[np.floating] = full * factors * factors[:, np.newaxis]
+        factors = np.ldexp(np.ones(len(full)), -self.columns[name])
+        even: Float64 = full * factors * factors[:, np.newaxis]
         return even
 
     @property

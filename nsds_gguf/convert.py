@@ -296,16 +296,17 @@ class Work:
         own, balance = job.importance == SELF, self.balance(job)
         key = own, bool(balance)
         if key not in self._feedbacks:
-            model, looked_up = self.model, self.propagation(own).looked_up
+            model, looked_up = balance.applied(self.model), self.propagation(own).looked_up
             source: Tokens | OwnText
-            source = self.own_text() if own else allocate.draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
+            if own:
+                source = self.own_text().evened(balance)
+            else:
+                source = allocate.draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
             folder = Path(tempfile.mkdtemp(prefix=".feedback-", dir=self.folder))
             weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
             check_disk(folder, disk_bytes(model), "rounding with feedback")
             with self.report.stage("factor second moments") as progress, blas_threads(1), self.readable(own):
-                self._feedbacks[key] = make_feedbacks(
-                    model, source, looked_up, folder, self.n_threads, progress, balance
-                )
+                self._feedbacks[key] = make_feedbacks(model, source, looked_up, folder, self.n_threads, progress)
         return self._feedbacks[key]
 
     def readable(self, own: bool) -> AbstractContextManager[object]:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from .allocate import Tokens, mixed_roles, read_tokens
 from .anatomy import kept_reason
-from .balance import Balance
 from .records import Float32, Model, Progress, no_progress
 from .resources import available_memory_bytes
 from .rounding import Feedbacks
@@ -26,8 +25,6 @@ BATCH_SEQUENCES = 4  # read at a time
 SHARE_OF_MEMORY = 0.25  # of what is available, for the Hessians of one reading
 LEAST_BYTES = 1 << 28
 
-NO_BALANCE = Balance()
-
 # Names of matrices with one input, and that input's moments.
 Found = tuple[list[str], NDArray[np.floating]]
 
@@ -39,7 +36,6 @@ def make_feedbacks(
     folder: Path,
     n_threads: int,
     progress: Progress = no_progress,
-    balance: Balance = NO_BALANCE,
 ) -> Feedbacks:
     """Factor the Hessian of every plain matrix that is multiplied.
 
@@ -52,7 +48,6 @@ def make_feedbacks(
         folder: where the factors go.
         n_threads: threads.
         progress: called with matrices done and matrices in all.
-        balance: what the matrices are multiplied by before they are rounded; ``model`` is as it was.
 
     Raises:
         ModelError: a Hessian cannot be factored.
@@ -66,7 +61,6 @@ def make_feedbacks(
     for names, hessian in found:
         if model.is_tied and model.unembedding().name in names:
             hessian = mixed_roles(hessian.astype(np.float64), looked_up)
-        hessian = balance.moments(names[0], hessian)
         if hessian.diagonal().mean() > 0:
             feedbacks.add(names, hessian, shrinkage)
         progress(len(feedbacks.names), total)

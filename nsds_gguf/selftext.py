@@ -8,13 +8,14 @@ uniformly. Tokens that end a text are not drawn, so that all sequences are of on
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .activations import Moments, collect
+from .balance import Balance
 from .errors import VerifyError
 from .llama import Int32, LlamaContext, LlamaModel, open_context, open_model
 from .records import Float32, Model, Progress, no_progress
@@ -64,6 +65,10 @@ class OwnText:
         """
         for group in self._groups(names, max_bytes):
             yield collect(self.file, self.tokens, only=group, full_for=group, n_threads=n_threads)
+
+    def evened(self, balance: Balance) -> OwnText:
+        """Return the text as the matrices of a balanced model read it; ``moments`` stay those of the model before."""
+        return EvenText(self.file, self.tokens, self.seed, self.moments, balance) if balance else self
 
     def _groups(self, names: Collection[str], max_bytes: int) -> Iterator[list[str]]:
         by_input: dict[int, list[str]] = {}
@@ -117,6 +122,24 @@ class OwnText:
 
     def _counts(self, name: str) -> NDArray[np.int64]:
         return self.moments[name].counts if name in self.moments else np.zeros(1, np.int64)
+
+
+@dataclass(frozen=True)
+class EvenText(OwnText):
+    """A text whose full moments are those that a balanced model's matrices meet."""
+
+    balance: Balance
+
+    def full_moments(
+        self, names: Collection[str], max_bytes: int, n_threads: int | None = None
+    ) -> Iterator[dict[str, Moments]]:
+        """Yield as ``OwnText`` does."""
+        for group in super().full_moments(names, max_bytes, n_threads):
+            even: dict[int, Moments] = {}  # by the array of one input
+            for name, moments in group.items():
+                if moments.full is not None and id(moments.full) not in even:
+                    even[id(moments.full)] = replace(moments, full=self.balance.moments(name, moments.full))
+            yield {name: even.get(id(moments.full), moments) for name, moments in group.items()}
 
 
 def own_text(

@@ -48,6 +48,7 @@ from quality_zoo import (
     UNIFORM_GOAL,
     UNIFORM_TYPES,
     VARIANTS,
+    ZOO,
 )
 
 ROLES = ("token_embd", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "output")
@@ -374,7 +375,10 @@ def intro(facts: Mapping[str, Any]) -> str:
 def goals_note(results: Sequence[Result]) -> str:
     """Return how to read the table of goals."""
     held_out = len(in_group(results, PLAIN_HELD_OUT))
+    measured = {result["name"] for result in results}
+    looked_at = ", ".join(entry.name for entry in ZOO if entry.fitted and entry.name in measured)
     return (
         f"Geometric means over models and budgets; in brackets what was to be reached, {NOT_REACHED} where it was not. "
-        f"The goals are for the {held_out} models that nothing was fitted on; the others are shown beside them."
+        f"The goals are for the {held_out} models that nothing was fitted on; the others are shown beside them. "
+        f"Looked at while choosing: {looked_at or 'none'}."
     )

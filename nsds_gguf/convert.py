@@ -100,7 +100,7 @@ class ScoreOptions:
     """How to score: layer ``metric``, reading of SE, and whether tensor costs are measured too."""
 
     metric: str = "nsds"
-    se: str = "ratio"
+    se: str = "product"
     measure: bool = True
 
 

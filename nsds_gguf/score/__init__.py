@@ -32,7 +32,7 @@ METRICS: dict[str, Metric] = {
 STORED_DIGITS = 7
 
 
-def score_layers(model: Model, metric: str = "nsds", se: str = "ratio", progress: Progress = no_progress) -> Scores:
+def score_layers(model: Model, metric: str = "nsds", se: str = "product", progress: Progress = no_progress) -> Scores:
     """Score every layer of a model; the result has no costs and values of 7 significant digits.
 
     Args:

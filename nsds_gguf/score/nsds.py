@@ -130,7 +130,7 @@ def structural_expressiveness(sigma: Float64, weight: Float64, reading: Reading)
     return reading(spectral_magnitude(sigma, weight), spectral_entropy(sigma, weight))
 
 
-# The two readings of SE by name; both are kept until measurement decides between them.
+# The two readings of SE by name. The product follows measured sensitivities of layers better (docs/log.md, 2026-11-26).
 SE_READINGS: dict[str, Reading] = {"ratio": se_ratio, "product": se_product}
 
 

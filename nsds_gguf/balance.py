@@ -101,7 +101,8 @@ class Balance:
         """What the user must know."""
         return (
             f"Outlier channels are evened out by powers of two, {self.n_channels} of them around {self.n_places} norms "
-            "and feed-forward blocks: those tensors hold other numbers than the original's, and compute the same."
+            "and feed-forward blocks: those tensors hold other numbers than the original's and compute the same; LoRA "
+            "adapters of the original do not fit them."
         )
 
 

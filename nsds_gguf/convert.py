@@ -145,7 +145,7 @@ def convert(
 
     Args:
         path: Hugging Face model folder or GGUF file.
-        options: one entry per budget.
+        options: one entry per budget; effort and importance may be left open (``effort.AUTO``).
         scoring: how layers are scored; ignored when scores or a plan are given.
         verifying: how finished files are checked.
         output: where files go.
@@ -299,7 +299,7 @@ class Work:
             model, looked_up = balance.applied(self.model), self.propagation(own).looked_up
             source: Tokens | OwnText
             if own:
-                source = self.own_text().evened(balance)
+                source = replace(self.own_text(), balance=balance)
             else:
                 source = allocate.draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
             folder = Path(tempfile.mkdtemp(prefix=".feedback-", dir=self.folder))

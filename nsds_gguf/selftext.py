@@ -8,7 +8,7 @@ uniformly. Tokens that end a text are not drawn, so that all sequences are of on
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,7 @@ class OwnText:
         tokens: ``(n_sequences, length)`` int32.
         seed: of the draws.
         moments: by GGUF name, without full matrices.
+        balance: what the matrices are multiplied by before full moments are used; ``moments`` are those from before.
 
     """
 
@@ -46,6 +47,7 @@ class OwnText:
     tokens: Int32
     seed: int
     moments: Mapping[str, Moments]
+    balance: Balance = field(default_factory=Balance)
 
     def full_moments(
         self, names: Collection[str], max_bytes: int, n_threads: int | None = None
@@ -64,11 +66,14 @@ class OwnText:
 
         """
         for group in self._groups(names, max_bytes):
-            yield collect(self.file, self.tokens, only=group, full_for=group, n_threads=n_threads)
+            yield self._even(collect(self.file, self.tokens, only=group, full_for=group, n_threads=n_threads))
 
-    def evened(self, balance: Balance) -> OwnText:
-        """Return the text as the matrices of a balanced model read it; ``moments`` stay those of the model before."""
-        return EvenText(self.file, self.tokens, self.seed, self.moments, balance) if balance else self
+    def _even(self, found: dict[str, Moments]) -> dict[str, Moments]:
+        even: dict[int, Moments] = {}  # by the full matrix of one input
+        for name, moments in found.items():
+            if moments.full is not None and id(moments.full) not in even:
+                even[id(moments.full)] = replace(moments, full=self.balance.moments(name, moments.full))
+        return {name: even.get(id(moments.full), moments) for name, moments in found.items()}
 
     def _groups(self, names: Collection[str], max_bytes: int) -> Iterator[list[str]]:
         by_input: dict[int, list[str]] = {}
@@ -122,24 +127,6 @@ class OwnText:
 
     def _counts(self, name: str) -> NDArray[np.int64]:
         return self.moments[name].counts if name in self.moments else np.zeros(1, np.int64)
-
-
-@dataclass(frozen=True)
-class EvenText(OwnText):
-    """A text whose full moments are those that a balanced model's matrices meet."""
-
-    balance: Balance
-
-    def full_moments(
-        self, names: Collection[str], max_bytes: int, n_threads: int | None = None
-    ) -> Iterator[dict[str, Moments]]:
-        """Yield as ``OwnText`` does."""
-        for group in super().full_moments(names, max_bytes, n_threads):
-            even: dict[int, Moments] = {}  # by the array of one input
-            for name, moments in group.items():
-                if moments.full is not None and id(moments.full) not in even:
-                    even[id(moments.full)] = replace(moments, full=self.balance.moments(name, moments.full))
-            yield {name: even.get(id(moments.full), moments) for name, moments in group.items()}
 
 
 def own_text(

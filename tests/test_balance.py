@@ -20,16 +20,12 @@ from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.balance import LEAST, OUTSTANDING, Balance, find_balance
 from nsds_gguf.convert import ORIGINAL, Output, Silent, VerifyOptions, Work
 from nsds_gguf.read import open_model
-from nsds_gguf.records import Model, Target
+from nsds_gguf.records import SELF, Model, Target
 
 OPTIONS = PlanOptions(Target("bpw", 4.5))
 
-# Classes none of whose places are changed: experts, latent attention, state spaces, norms behind blocks, no gains.
-UNTOUCHED = {
-    "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "MambaForCausalLM", "OlmoForCausalLM", "GraniteMoeForCausalLM",
-    "GraniteMoeHybridForCausalLM", "GraniteMoeSharedForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM",
-    "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM",
-}  # fmt: skip
+# Whose layers are left alone, beside those with experts: latent attention, state spaces, one norm without gated units.
+LEFT_ALONE = ("deepseek2", "mamba", "phi2")
 
 
 def uneven(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
@@ -44,7 +40,9 @@ def test_logits_are_the_same_to_the_last_bit(name: str, tmp_path: Path) -> None:
     """Whatever the factors, in every class: llama.cpp computes what it computed."""
     model, tokens = open_model(write_spec(tmp_path / "checkpoint", name)), zoo_tokens(SPECS[name])
     balance = find_balance(model, uneven(model))
-    assert balance or SPECS[name].source_class in UNTOUCHED or model.architecture in ("olmo2", "cohere2")
+    in_layers = any(matrix.startswith("blk.") for matrix in balance.columns)
+    assert in_layers == (model.hparams.n_experts == 0 and model.architecture not in LEFT_ALONE)
+    assert ("output.weight" in balance.columns) == (not model.is_tied and "output_norm.weight" in model.by_name)
     changed = balance.applied(model)
     before, after = (model_logits(m, tmp_path / f"{i}.gguf", tokens) for i, m in enumerate((model, changed)))
     np.testing.assert_array_equal(after, before)
@@ -69,8 +67,23 @@ def test_planted_outliers_are_found(name: str, tmp_path: Path) -> None:
     assert balance.n_channels >= N_FIXED and f"{balance.n_channels} of them" in balance.note
 
 
-def test_channels_that_do_not_stand_out_stay() -> None:
-    assert OUTSTANDING > LEAST > 0.5  # beneath, a power of two would overshoot
+def test_one_channel_must_stand_out(tmp_path: Path) -> None:
+    """Below a factor of ``2**OUTSTANDING`` nothing is changed; above, all from ``2**LEAST`` on are, and no others."""
+    model = open_model(write_tiny(tmp_path / "model", CASES["llama"]))
+    name = "blk.0.ffn_down.weight"
+    energy = np.square(model.by_name[name].load().astype(np.float64)).sum(axis=0)
+
+    def exponents(factors: dict[int, float]) -> dict[int, int]:
+        logs = np.zeros(len(energy))
+        logs[list(factors)] = list(factors.values())
+        found = find_balance(model, {name: energy * np.exp2(4 * logs)}).columns.get(name, np.zeros(len(energy)))
+        return {int(i): int(found[i]) for i in np.flatnonzero(found)}
+
+    others = {3: 1.4, 5: -1.1, 7: 0.9, 9: -0.9}
+    assert exponents({**others, 1: OUTSTANDING - 0.01}) == {}
+    assert exponents({**others, 1: OUTSTANDING + 0.01}) == {1: 3, 3: 1, 5: -1}
+    assert exponents({**others, 1: -4.2}) == {1: -4, 3: 1, 5: -1}
+    assert LEAST == 1
 
 
 def test_what_is_weighed_follows(tmp_path: Path) -> None:
@@ -108,10 +121,13 @@ def test_nothing_is_changed_without_need(tmp_path: Path) -> None:
     assert not any(name.startswith("blk.0.") for name in found) and "blk.1.attn_q.weight" in found
 
 
-@pytest.mark.parametrize("how", [{}, {"effort": "high"}, {"importance": "none"}])
+@pytest.mark.parametrize(
+    "how", [{}, {"effort": "high"}, {"effort": "high", "importance": SELF}, {"importance": "none"}]
+)
 def test_the_same_bytes_hold_more(how: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With outliers, divergence from the file as it was; the plan says what was changed, and makes the same file."""
     monkeypatch.setattr(convert, "N_DRAWN", 2048)
+    monkeypatch.setattr(convert, "N_TOKENS", 2048)
     source = write_tiny(tmp_path / "source", replace(TINY, dtype="F32"))
     outlier_copy(source, tmp_path / "copy", seed=1)
     checked = VerifyOptions(n_ctx=64, n_chunks=4, against=ORIGINAL)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -227,7 +228,7 @@ class Bench:
 
         @contextmanager
         def file() -> Iterator[Path]:
-            path = self.folder / ".measured.gguf"
+            path = self.folder / f".measured-{os.getpid()}.gguf"
             try:
                 self.work.write(plan, path)
                 yield path
@@ -241,7 +242,7 @@ class Bench:
 
         @contextmanager
         def file() -> Iterator[Path]:
-            path = self.folder / f".stock-{mix}.gguf"
+            path = self.folder / f".stock-{mix}-{os.getpid()}.gguf"
             try:
                 columns = None if imatrix is None else imatrix.columns
                 llama.quantize_stock(self.reference, path, mix, self.work.n_threads, columns)

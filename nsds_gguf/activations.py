@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from . import ggml
 from .errors import GgmlError, TextError
-from .llama import N_PHYSICAL_BATCH, Int32, LlamaContext, open_context, open_model
+from .llama import N_PHYSICAL_BATCH, Int32, open_context, open_model
 from .records import Float64, Progress, no_progress
 
 
@@ -75,6 +75,7 @@ def collect(
 
     """
     collector = _Collector(None if only is None else {*only, *full_for}, frozenset(full_for))
+    found: dict[str, Moments] = {}
     with open_model(file) as model:
         if not tokens.size or tokens.min() < 0 or tokens.max() >= model.n_vocab:
             raise TextError(f"{file}: wanted tokens from 0 to {model.n_vocab - 1}, got {_range(tokens)}")
@@ -87,39 +88,42 @@ def collect(
             progress(0, tokens.size)
             for start in range(0, n_sequences, n_seq):
                 group = tokens[start : start + n_seq]
-                _run(context, group, collector)
+                context.clear()
+                for first, last in _pieces(n_tokens):
+                    context.read(group[:, first:last], start=first)
                 progress((start + len(group)) * n_tokens, tokens.size)
-    moments = {name: collector.moments(name) for name in collector.owners}
-    lacking = sorted(set(full_for) - moments.keys())
+            for names, moments in context.observed():
+                found |= dict.fromkeys(names, _read_only(moments))
+    lacking = sorted(set(full_for) - found.keys())
     if lacking:
         raise GgmlError(f"{file}: {lacking[0]} multiplies nothing; its second moments cannot be had")
-    return moments
+    return found
 
 
 def _range(tokens: Int32) -> str:
     return f"{tokens.min()} to {tokens.max()}" if tokens.size else "none"
 
 
-def _run(context: LlamaContext, tokens: Int32, collector: _Collector) -> None:
-    """Decode sequences from their beginning, one graph at a time: 512 tokens at most."""
-    context.clear()
-    for start, stop in _pieces(tokens.shape[1]):
-        collector.begin()
-        context.decode(tokens[:, start:stop], start=start)
-
-
 def _pieces(n_tokens: int) -> Iterator[tuple[int, int]]:
+    """Yield first and last tokens of each graph: llama.cpp computes 512 of a sequence at a time."""
     for start in range(0, n_tokens, N_PHYSICAL_BATCH):
         yield start, min(start + N_PHYSICAL_BATCH, n_tokens)
 
 
+def _read_only(moments: Moments) -> Moments:
+    arrays = (moments.mean_squares, moments.mean, moments.counts)
+    for array in arrays if moments.full is None else (*arrays, moments.full):
+        array.flags.writeable = False
+    return moments
+
+
 class _Collector:
-    """The sums so far. ``owners`` says under whose name those of a weight are kept: the first with the same input."""
+    """An ``llama.Observer`` that sums. Weights with the same input share the sums of the first of them, their owner."""
 
     def __init__(self, only: Collection[str] | None, full_for: Collection[str]) -> None:
         self._only, self._full_for = only, full_for
-        self._sums: dict[str, _Sums] = {}
-        self.owners: dict[str, str] = {}
+        self._sums: dict[str, _Sums] = {}  # by owner
+        self._owners: dict[str, str] = {}
         self._read: dict[tuple[int, int | None, int, bool], str] = {}  # in the graph at hand: input -> owner
 
     def begin(self) -> None:
@@ -134,21 +138,23 @@ class _Collector:
         full = name in self._full_for
         if full and product.n_matrices > 1:
             raise GgmlError(f"{name}: a stack of {product.n_matrices} matrices has no one matrix of second moments")
-        if name not in self.owners:
+        if name not in self._owners:
             key = (product.inputs, product.ids, product.n_matrices, full)
-            self.owners[name] = self._read.setdefault(key, name)
-            if self.owners[name] == name:
+            self._owners[name] = self._read.setdefault(key, name)
+            if self._owners[name] == name:
                 self._sums[name] = _Sums(product.n_matrices, product.n_cols, full)
-        return self.owners[name] == name
+        return self._owners[name] == name
 
     def take(self, product: ggml.Product) -> None:
         """Add the rows of a product."""
         rows, matrices = ggml.product_rows(product)
         self._sums[product.weight].add(rows, matrices, product.weight)
 
-    def moments(self, name: str) -> Moments:
-        """Return what was found of a weight."""
-        return self._sums[self.owners[name]].moments()
+    def results(self) -> Iterator[tuple[list[str], Moments]]:
+        """Yield the names of weights with one input, and its moments, which are forgotten."""
+        for owner in list(self._sums):
+            names = [name for name, of in self._owners.items() if of == owner]
+            yield names, self._sums.pop(owner).moments()
 
 
 class _Sums:
@@ -157,7 +163,6 @@ class _Sums:
         self._values = np.zeros((n_matrices, n_cols))
         self._counts = np.zeros(n_matrices, np.int64)
         self._products = np.zeros((n_cols, n_cols)) if full else None
-        self._moments: Moments | None = None
 
     def add(self, rows: NDArray[np.float32], matrices: NDArray[np.intp] | None, name: str) -> None:
         """Add rows ``(n_rows, n_cols)``, each to its matrix."""
@@ -172,14 +177,10 @@ class _Sums:
             self._products += rows.T @ rows
 
     def moments(self) -> Moments:
-        """Return means of the sums; always the same object."""
-        if self._moments is None:
-            counts = np.maximum(self._counts, 1)[:, np.newaxis]
-            squares, means = self._squares / counts, self._values / counts
-            if self._products is not None:
-                self._products /= counts
-            arrays = [squares[0], means[0]] if len(squares) == 1 else [squares, means]
-            for array in (*arrays, self._counts, *([] if self._products is None else [self._products])):
-                array.flags.writeable = False
-            self._moments = Moments(arrays[0], arrays[1], self._counts, self._products)
-        return self._moments
+        """Return means of the sums, which are gone then."""
+        counts = np.maximum(self._counts, 1)[:, np.newaxis]
+        squares, means = self._squares / counts, self._values / counts
+        if self._products is not None:
+            self._products /= counts
+        arrays = [squares[0], means[0]] if len(squares) == 1 else [squares, means]
+        return Moments(arrays[0], arrays[1], self._counts, self._products)

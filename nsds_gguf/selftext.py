@@ -190,7 +190,7 @@ def write_tokens(
         open_model(file) as model,
         open_context(model, n_ctx=length, n_batch=n_seq, n_seq=n_seq, n_threads=n_threads) as context,
     ):
-        banned = np.array([token for token in range(model.n_vocab) if model.ends_text(token)], np.intp)
+        banned = np.array(sorted(model.end_tokens), np.intp)
         for start in range(0, n_sequences, n_seq):
             group = tokens[start : start + n_seq]  # a view
             group[:, 0] = _first_tokens(model, len(group), banned, rng)

@@ -163,12 +163,6 @@ def test_no_file(folder):
         collect(folder / "none.gguf", drawn(1, 4))
 
 
-def test_the_observers_error_reaches_the_caller(tiny, monkeypatch):
-    monkeypatch.setattr(ggml, "product_rows", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        collect(tiny, drawn(1, 4))
-
-
 FIELDS = ggml._Tensor._fields_
 
 
@@ -208,4 +202,3 @@ def test_ctrl_c_stops_a_run(tiny):
     with pytest.raises(KeyboardInterrupt):
         collect(tiny, drawn(200, 512), progress=progress, n_threads=1)
     assert max(seen) < 0.9
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("llama.cpp")]

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import llama_cpp
@@ -43,6 +42,7 @@ from nsds_gguf import divergence, llama
 from nsds_gguf.divergence import TOKEN_SCORE, score_rows
 from nsds_gguf.errors import GgmlError, TextError, VerifyError
 from nsds_gguf.llama import default_threads, llama_build, open_model
+from nsds_gguf.llama.process import LlamaProcess, llama_process
 from nsds_gguf.perplexity import Perplexity, check_sane
 from nsds_gguf.version import __version__
 
@@ -473,13 +473,6 @@ def test_vocabulary_that_adds_eos(tmp_path):
         perplexity(file, TEXT)
 
 
-def test_missing_binding(tiny, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    monkeypatch.setattr(llama, "_binding", llama._binding.__wrapped__)
-    with pytest.raises(GgmlError, match=r"llama-cpp-python cannot be used: .*; run: pip install llama-cpp-python"):
-        perplexity(tiny, TEXT)
-
-
 def test_context_that_cannot_be_created(tiny):
     with (
         open_model(tiny) as model,
@@ -501,28 +494,26 @@ def test_block_that_does_not_fit_the_context(tiny):
 
 @pytest.fixture
 def live(monkeypatch):
-    """Count what llama.cpp has made and not freed."""
-    counts = dict.fromkeys(("model", "context", "batch"), 0)
-    pairs = {
-        "model": ("llama_model_load_from_file", "llama_model_free"),
-        "context": ("llama_init_from_model", "llama_free"),
-        "batch": ("llama_batch_init", "llama_batch_free"),
-    }
+    """Count what llama.cpp's process has made and not freed."""
+    counts = dict.fromkeys(("model", "context"), 0)
+    steps = {"load": ("model", 1), "free_model": ("model", -1), "open_context": ("context", 1),
+             "free_context": ("context", -1)}  # fmt: skip
+    call = LlamaProcess.call
 
-    def counted(function, what, step, *args):
-        counts[what] += step
-        return function(*args)
+    def counted(process, what, method, *arguments):
+        result = call(process, what, method, *arguments)
+        if method in steps:
+            counts[steps[method][0]] += steps[method][1]
+        return result
 
-    for what, names in pairs.items():
-        for name, step in zip(names, (1, -1), strict=True):
-            monkeypatch.setattr(llama_cpp, name, functools.partial(counted, getattr(llama_cpp, name), what, step))
+    monkeypatch.setattr(LlamaProcess, "call", counted)
     return counts
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt, ValueError])
 def test_all_is_freed(tiny, folder, live, error):
     def progress(done, total):
-        assert live == {"model": 2, "context": 2, "batch": 2}
+        assert live == {"model": 2, "context": 2}
         if error and done:
             raise error
 
@@ -534,19 +525,19 @@ def test_all_is_freed(tiny, folder, live, error):
     else:
         with pytest.raises(error):
             run()
-    assert live == {"model": 0, "context": 0, "batch": 0}
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("llama.cpp")]
+    assert live == {"model": 0, "context": 0}
 
 
 def test_models_are_freed_when_a_text_is_too_short(tiny, live):
     with pytest.raises(TextError):
         perplexity(tiny, "", against=tiny)
-    assert live == {"model": 0, "context": 0, "batch": 0}
+    assert live == {"model": 0, "context": 0}
 
 
-def test_ctrl_c_stops_a_run(tiny, live):
+def test_ctrl_c_stops_a_run(tiny):
     """The signal comes early in a run of several seconds, nearly all of them inside llama.cpp."""
     seen = []
+    process = llama_process()
 
     def progress(done, total):
         if not seen:
@@ -556,31 +547,7 @@ def test_ctrl_c_stops_a_run(tiny, live):
     with pytest.raises(KeyboardInterrupt):
         perplexity(tiny, TEXT * 40, n_ctx=512, progress=progress)
     assert max(seen) < 100  # of 210
-    assert live == {"model": 0, "context": 0, "batch": 0}
-
-
-def test_decoding_gives_up_when_told_to_stop(tiny):
-    with open_model(tiny) as model, open_context(model, n_ctx=256, n_batch=256) as context:
-        context._fill_batch(np.full((1, 256), 5, dtype=np.int32), 0, 0)
-        model._worker.stopping = True
-        assert context._decode_batch() == (2, None)  # llama.h: 2 - aborted
-
-
-def test_ctrl_c_waits_for_the_call_it_stops():
-    worker = llama._Worker()
-    ended = []
-
-    def call():
-        threading.Timer(0.02, os.kill, (os.getpid(), signal.SIGINT)).start()
-        while not worker.stopping:
-            time.sleep(0.001)
-        ended.append(True)
-
-    with pytest.raises(KeyboardInterrupt):
-        worker.run(call)
-    assert ended == [True]
-    assert worker.run(lambda: worker.stopping) is False
-    worker.close()
+    assert not process.is_alive
 
 
 def test_import_does_not_load_llama_cpp():

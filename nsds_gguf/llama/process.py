@@ -48,8 +48,9 @@ class LlamaProcess:
         """Start it; raises ``GgmlError`` when the system refuses."""
         paths = json.dumps([path for path in sys.path if path])
         command = [sys.executable, "-I", "-c", _STARTER, paths, str(HANG_SECONDS)]
-        # gdb, which ggml calls on an abort, can hang for ever beside ggml's threads
-        environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
+        # Threads that spin for one another cost three times as much on a busy machine and gain nothing on an idle one
+        # (docs/log.md). gdb, which ggml calls on an abort, can hang for ever beside ggml's threads.
+        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "GGML_NO_BACKTRACE": "1"}
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,

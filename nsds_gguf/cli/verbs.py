@@ -22,6 +22,7 @@ from ..records import Plan, Scores, Target, read_json
 from ..report import Check, Report, file_report, plan_report, write_report
 from ..sample import DEFAULT_PROMPT, sample
 from ..sizes import possible_sizes
+from ..texts import ORIGINAL, spoken
 from .options import (
     check_bundle_arguments,
     check_sizes_arguments,
@@ -91,7 +92,9 @@ def _convert(arguments: argparse.Namespace, screen: Screen, output: convert.Outp
 
 def _converted_report(arguments: argparse.Namespace, result: convert.Converted) -> Report:
     text = convert.SHIPPED_TEXT if arguments.text is None else arguments.text.name
-    against = None if result.against is None else Path(result.against).name
+    against = result.against
+    if against is not None and against != ORIGINAL:  # which the page itself words
+        against = spoken(against)
     return plan_report(
         result.plan,
         scores=result.scores,

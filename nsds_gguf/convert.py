@@ -406,10 +406,10 @@ class Work:
         """Return what the model writes itself, with the moments of its matrices' inputs."""
         if self._own_text is None:
             seconds = own_text_seconds(self.model, N_TOKENS)
-            self.report.say(f"The model writes {N_TOKENS:,} tokens and reads them again: about {duration(seconds)}.")
+            self.report.say(f"Generating {N_TOKENS:,} tokens of calibration text: about {duration(seconds)}.")
             with (
                 self.original() as path,
-                self.report.stage("write and read own text") as progress,
+                self.report.stage("generate text") as progress,
                 blas_threads(self.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1),
             ):
                 self._own_text = own_text(path, n_tokens=N_TOKENS, n_threads=self.n_threads, progress=progress)

@@ -56,6 +56,7 @@ class Source:
         perplexity: what was measured, on ``text``.
         text: name of the text.
         command: the command that made it.
+        against: what the perplexity was compared with, as ``Converted.against``.
 
     """
 
@@ -66,6 +67,7 @@ class Source:
     perplexity: Perplexity | None = None
     text: str = ""
     command: str = ""
+    against: str | None = None
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
     if not origin.repos or origin.is_parent:
         notes.append("The repository of the original is not known: --base-model ORG/NAME tells the model card.")
     facts = Facts(inspection, metadata, origin, chat is not None, source.plan, source.perplexity, source.text,
-                  source.command)  # fmt: skip
+                  source.command, source.against)  # fmt: skip
     texts = {
         MODELFILE: modelfile_text,
         CARD: model_card(facts),

@@ -23,13 +23,14 @@ from .hub import HubName
 from .imatrix import Imatrix
 from .inspect import inspect_gguf
 from .perplexity import perplexity
+from .presets import PRESETS
 from .records import Plan, Scores, Target, read_json
 from .resources import check_disk
 
 COMPARISON_FORMAT = "nsds-gguf comparison 1"
 
 # llama.cpp's mixes of the types that we use too, none of which needs an importance matrix; smallest first.
-STOCK_MIXES = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
+STOCK_MIXES = tuple(PRESETS)
 DEFAULT_STOCK = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_M")
 
 N_SEEDS = 3  # random allocations a budget

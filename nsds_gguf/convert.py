@@ -23,7 +23,7 @@ from .allocate import PlanOptions, Propagation, Tokens
 from .balance import Balance, find_balance
 from .effort import effort_note, settled
 from .errors import PlanError, RecordError, VerifyError
-from .estimate import estimate_seconds, own_text_seconds
+from .estimate import duration, estimate_seconds, own_text_seconds
 from .given import check_scores, checked_plan
 from .hessians import N_DRAWN, disk_bytes, make_feedbacks
 from .hessians import note as feedback_note
@@ -38,7 +38,8 @@ from .outputs import (
     named,
     output_paths,
 )
-from .perplexity import Perplexity, check_comparable, check_sane, perplexity
+from .perplexity import Perplexity, check_comparable, check_sane, needed_bytes, perplexity
+from .read.gguf_source import SOURCE_TYPES
 from .records import (
     ALIGNMENT_BYTES,
     SELF,
@@ -51,17 +52,25 @@ from .records import (
     Target,
     no_progress,
 )
-from .resources import THREADED_WIDTH, blas_threads, check_disk, check_memory
+from .resources import THREADED_WIDTH, blas_threads, check_disk, check_memory, lacks_memory
 from .rounding import Feedbacks
 from .selftext import N_TOKENS, OwnText, own_text
-from .texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions, check_vocabulary, evaluation_text
+from .texts import (
+    ORIGINAL,
+    QUANTIZED_INPUT,
+    SHIPPED_TEXT,
+    VerifyOptions,
+    check_vocabulary,
+    evaluation_text,
+    predicts,
+)
 from .verify import verify_structure
 from .write import header_bytes, temporary_sibling, write_gguf, write_vocabulary
 
 __all__ = [
-    "ORIGINAL", "SHIPPED_TEXT", "Converted", "Output", "Planned", "Reporter", "ScoreOptions", "Silent", "VerifyOptions",
-    "Work", "check_targets", "check_vocabulary", "convert", "evaluation_text", "open_model", "plan", "reference_file",
-    "reference_of", "reference_plan", "score_model", "tensor_types_file",
+    "ORIGINAL", "QUANTIZED_INPUT", "SHIPPED_TEXT", "Converted", "Output", "Planned", "Reporter", "ScoreOptions",
+    "Silent", "VerifyOptions", "Work", "check_targets", "check_vocabulary", "convert", "evaluation_text", "open_model",
+    "plan", "reference_file", "reference_of", "reference_plan", "score_model", "tensor_types_file",
 ]  # fmt: skip
 
 # Working memory of scoring and writing, without the page cache: measured in tools/bench.py.
@@ -109,7 +118,8 @@ class Converted:
     """A finished file, its plan, what the check found (``None`` when it was skipped), and the scores behind the plan.
 
     ``scores`` is ``None`` when the plan was given or needed none; ``source`` is the folder or file that was read, of a
-    model of the Hub that in its cache.
+    model of the Hub that in its cache. ``against`` says what the file was compared with: ``ORIGINAL``,
+    ``QUANTIZED_INPUT``, a path, or ``None``; ``notes`` what to know of the check.
     """
 
     path: Path
@@ -117,6 +127,8 @@ class Converted:
     perplexity: Perplexity | None
     scores: Scores | None = None
     source: Path | None = None
+    against: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,18 +197,21 @@ def convert(
     work.folder = paths[0].parent
     writes_text = any(work.needs_text(job) for job in jobs)
     work.check_resources([largest_file_bytes(model, job) for job in jobs], verifying, writes_text)
-    work.tell_time(given, options, len(paths), verifying, writes_text)
+    comparing = with_original_at_hand(model, verifying, writes_text)
+    work.tell_time(given, options, len(paths), comparing, writes_text)
     results = []
     with ExitStack() as files:
         if writes_text:  # before planning, which needs it too
             files.enter_context(work.original())
         plans = [given] if isinstance(given, Plan) else work.plans(options, scoring, given)
-        reference = files.enter_context(reference_file(work, verifying))
+        reference = files.enter_context(reference_file(work, comparing))
         for target, plan in zip(paths, plans, strict=True):
             with temporary_sibling(target, output.keep_failed) as temporary, named(target, temporary, output):
                 work.write(plan, temporary)
-                found = work.verify(plan, temporary, verifying, text, reference)
-            results.append(Converted(target, plan, found, work.scores, model.path))
+                notes = () if comparing is verifying else lacks_room_for_original(model, plan, verifying.n_ctx)
+                found = work.verify(plan, temporary, verifying, text, None if notes else reference)
+            against = against_name(model, comparing) if found is not None and found.divergence is not None else None
+            results.append(Converted(target, plan, found, work.scores, model.path, against, notes))
     return results
 
 
@@ -391,10 +406,10 @@ class Work:
         """Return what the model writes itself, with the moments of its matrices' inputs."""
         if self._own_text is None:
             seconds = own_text_seconds(self.model, N_TOKENS)
-            self.report.say(f"The model writes {N_TOKENS:,} tokens and reads them again: about {_duration(seconds)}.")
+            self.report.say(f"Generating {N_TOKENS:,} tokens of calibration text: about {duration(seconds)}.")
             with (
                 self.original() as path,
-                self.report.stage("write and read own text") as progress,
+                self.report.stage("generate text") as progress,
                 blas_threads(self.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1),
             ):
                 self._own_text = own_text(path, n_tokens=N_TOKENS, n_threads=self.n_threads, progress=progress)
@@ -458,7 +473,7 @@ class Work:
             n_feedback_tokens=0 if efforts == {"normal"} else N_DRAWN,
         )
         size = f"{self.model.n_weights / 1e6:.1f} M weights"
-        self.report.say(f"{self.model.name}, {size}: about {_duration(seconds)} with {self.n_threads} threads.")
+        self.report.say(f"{self.model.name}, {size}: about {duration(seconds)} with {self.n_threads} threads.")
 
     def write(self, plan: Plan, path: Path, name: str = "quantize and write") -> None:
         """Write the file."""
@@ -499,13 +514,6 @@ def open_model(path: Path | HubName, pre: str | None, allow_requantize: bool, re
     for note in model.notes:
         report.say(note)
     return model
-
-
-def _duration(seconds: float) -> str:
-    """Return a rounded duration for people."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def tensor_types_file(plan: Plan) -> str:
@@ -569,6 +577,27 @@ def reference_plan(model: Model) -> Plan:
 def original_bytes(model: Model) -> int:
     """Return the bytes of the file, or files, that ``--against original`` compares with."""
     return sum(file.stat().st_size for file in model.files) or reference_plan(model).file_bytes
+
+
+def with_original_at_hand(model: Model, options: VerifyOptions, writes_text: bool) -> VerifyOptions:
+    """Return options that compare with the original where it is a GGUF anyway and nothing else was asked for."""
+    is_at_hand = bool(model.files) or writes_text
+    if options.enabled and options.against is None and is_at_hand and predicts(model):
+        return replace(options, against=ORIGINAL)
+    return options
+
+
+def lacks_room_for_original(model: Model, plan: Plan, n_ctx: int) -> tuple[str, ...]:
+    """Return a note when the original does not fit in memory beside a finished file."""
+    files = (plan.file_bytes, original_bytes(model))
+    lacking = lacks_memory(_BASE_MEMORY_BYTES + needed_bytes(files, model.hparams.n_vocab, n_ctx))
+    return (f"The KL divergence from the original is not measured: it takes {lacking}.",) if lacking else ()
+
+
+def against_name(model: Model, options: VerifyOptions) -> str | None:
+    """Return what a file was compared with: ``ORIGINAL``, ``QUANTIZED_INPUT`` or the user's path."""
+    is_quantized = any(tensor.is_matrix and tensor.dtype not in SOURCE_TYPES for tensor in model.tensors)
+    return QUANTIZED_INPUT if options.against == ORIGINAL and model.files and is_quantized else options.against
 
 
 @contextmanager

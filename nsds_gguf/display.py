@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from rich.bar import Bar
 from rich.columns import Columns
@@ -18,6 +19,8 @@ from .explain import in_a_word
 from .perplexity import Perplexity
 from .records import Plan, PlannedTensor, Scores
 from .sample import Sample
+from .sizes import GOOD_DIVERGENCE, Sizes
+from .texts import spoken
 
 # From few bits to many, safe for colour-blind eyes (viridis); the text says the type in any case.
 TYPE_COLOURS = {
@@ -92,8 +95,10 @@ def _plan_sums(plan: Plan) -> RenderableType:
     return Text("\n".join([*lines, *(f"note: {note}" for note in plan.notes)]))
 
 
-def perplexity_view(found: Perplexity, name: str, reference: str | None = None) -> RenderableType:
-    """Return perplexity and, with a reference, both, and a sentence of what the numbers mean."""
+def perplexity_view(
+    found: Perplexity, name: str, reference: str | None = None, notes: Sequence[str] = ()
+) -> RenderableType:
+    """Return perplexity and, with a reference, both, a sentence of what the numbers mean, and notes."""
     chunks = f"{found.n_chunks} chunks"
     if found.n_chunks < found.n_chunks_wanted:
         chunks = f"interrupted after {found.n_chunks} of {found.n_chunks_wanted} chunks"
@@ -103,10 +108,13 @@ def perplexity_view(found: Perplexity, name: str, reference: str | None = None) 
         table.add_column(column, justify="right" if column else "left")
     if found.divergence is not None:
         d = found.divergence
-        table.add_row(reference or "reference", f"{d.reference_ppl:.4f}", f"{d.reference_ppl_error:.4f}")
+        table.add_row(Path(reference or "reference").name, f"{d.reference_ppl:.4f}", f"{d.reference_ppl_error:.4f}")
     table.add_row(name, f"{found.ppl:.4f}", f"{found.ppl_error:.4f}")
-    sentence = _perplexity_sentence(found) if found.divergence is None else _divergence_sentence(found.divergence)
-    return Group(title, table, sentence)
+    if found.divergence is None:
+        sentence = _perplexity_sentence(found)
+    else:
+        sentence = _divergence_sentence(found.divergence, spoken(reference or "reference"))
+    return Group(title, table, sentence, *(Text(f"note: {note}") for note in notes))
 
 
 def _perplexity_sentence(found: Perplexity) -> Text:
@@ -116,12 +124,12 @@ def _perplexity_sentence(found: Perplexity) -> Text:
     )
 
 
-def _divergence_sentence(found: Divergence) -> Text:
+def _divergence_sentence(found: Divergence, reference: str) -> Text:
     change = 100 * (found.ppl_ratio - 1)
     return Text(
-        f"Both pick the same next token in {100 * found.same_top:.1f} % of positions; perplexity is "
-        f"{abs(change):.2f} % ± {100 * found.ppl_ratio_error:.2f} % {'higher' if change >= 0 else 'lower'} than the "
-        f"reference's; mean KL divergence {found.kld_mean:.6f} ± {found.kld_error:.6f} nats per token."
+        f"KL divergence from {reference}: {found.kld_mean:.6f} ± {found.kld_error:.6f} nats per token; same top token "
+        f"{100 * found.same_top:.1f} %; perplexity {abs(change):.2f} % ± {100 * found.ppl_ratio_error:.2f} % "
+        f"{'higher' if change >= 0 else 'lower'}."
     )
 
 
@@ -208,6 +216,32 @@ def _type_table(tensors: Iterable[PlannedTensor]) -> Table:
 
 def _type_text(name: str) -> Text:
     return Text(name, style=f"bold {TYPE_COLOURS[name]}" if name in TYPE_COLOURS else "")
+
+
+def sizes_view(found: Sizes, command: str) -> RenderableType:
+    """Return the sizes that a model could have, a row per budget, and the command that makes the proposed one."""
+    table = Table(title=f"{found.model_name}: possible sizes", title_justify="left")
+    predicted = "predicted\nKL divergence" if found.in_nats else "predicted\ndivergence"
+    for column in ("bpw", "file", predicted, "types,\n% of weights", "llama.cpp\npreset (bpw)"):
+        table.add_column(column, justify="right" if column in ("bpw", "file", predicted) else "left")
+    for size in found.sizes:
+        shares = [(name, round(100 * share)) for name, share in size.types.items()]
+        types = ", ".join(f"{name} {share}" for name, share in shares[:3] if share)
+        preset = f"{size.preset} ({size.preset_bpw:.2f})"
+        table.add_row(f"{size.target_bpw:g}", _bytes(size.file_bytes), _two_digits(size.predicted), types, preset)
+    table.caption, table.caption_justify = f"original: {_bytes(found.original_bytes)}", "left"
+    is_good = found.in_nats and found.proposed.predicted < GOOD_DIVERGENCE
+    chosen = f"the smallest of them below {GOOD_DIVERGENCE:g} nats per token" if is_good else "one of them"
+    end = [f"Nothing was written. This command makes {chosen}:", command]
+    return Group(table, Text("\n".join([*(f"note: {note}" for note in found.notes), *end])))
+
+
+def _bytes(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:#.2g}".rstrip(".")
 
 
 def comparison_view(found: Comparison) -> RenderableType:

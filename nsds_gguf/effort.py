@@ -38,7 +38,11 @@ def effort_note(model: Model, options: PlanOptions) -> str:
     """Return what the user must know where effort is left open and normal all the same, or nothing."""
     plainly_asked = options.allocator != "nsds" or options.importance not in (AUTO, SELF)
     reason = "" if options.effort != AUTO or plainly_asked else against_high(model, options)
-    return f"Effort is normal, since {reason}; --effort high would lose less in the same bytes." if reason else ""
+    return (
+        f"Rounding to nearest (--effort normal), since {reason}; --effort high loses less in the same bytes."
+        if reason
+        else ""
+    )
 
 
 def against_high(model: Model, options: PlanOptions) -> str:

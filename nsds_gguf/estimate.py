@@ -77,6 +77,13 @@ def own_text_seconds(model: Model, n_tokens: int, rate: float | None = None) -> 
     return 2 * n_tokens * n_matrix / (rate or _product_rate()) * (1 / _WRITE_EFFICIENCY + 1 / _DECODE_EFFICIENCY)
 
 
+def duration(seconds: float) -> str:
+    """Return a rounded duration for people."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def score_operations(model: Model) -> float:
     """Return the floating-point operations of scoring every layer and the unembedding by NSDS, roughly.
 

@@ -82,13 +82,13 @@ def note(model: Model, feedbacks: Feedbacks) -> str:
     n_weights = sum(tensor.n_weights for tensor in matrices)
     share = sum(tensor.n_weights for tensor in matrices if tensor.name in feedbacks.names) / max(n_weights, 1)
     told = (
-        f"Rounding with feedback is for {len(matrices) - len(lacking)} of {len(matrices)} matrices with "
-        f"{100 * share:.0f} % of their weights"
+        f"GPTQ rounding covers {len(matrices) - len(lacking)} of {len(matrices)} matrices "
+        f"({100 * share:.0f} % of their weights)"
     )
     if not lacking:
         return f"{told}."
     others = [*lacking[:3], *([f"{len(lacking) - 3} more"] if len(lacking) > 3 else [])]
-    return f"{told}; by ggml's quantizers alone are rounded {', '.join(others)}."
+    return f"{told}; rounded to nearest: {', '.join(others)}."
 
 
 def disk_bytes(model: Model) -> int:

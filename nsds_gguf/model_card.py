@@ -21,6 +21,7 @@ from gguf.gguf_writer import GGUFValue
 from .inspect import FoundTensor, Inspection
 from .perplexity import Perplexity
 from .records import Plan
+from .texts import spoken
 
 HUB = "https://huggingface.co"
 PROJECT = "nsds-gguf"
@@ -62,6 +63,7 @@ class Facts:
         perplexity: what was measured.
         text: the text on which.
         command: the command that made it; empty where it is not known.
+        against: what the perplexity was compared with.
 
     """
 
@@ -73,6 +75,7 @@ class Facts:
     perplexity: Perplexity | None = None
     text: str = ""
     command: str = ""
+    against: str | None = None
 
 
 def is_repo(text: str) -> bool:
@@ -169,10 +172,16 @@ def _measured(facts: Facts) -> list[tuple[str, str]]:
         return rows
     return [
         *rows,
-        ("perplexity of the reference", f"{compared.reference_ppl:.4f} ± {compared.reference_ppl_error:.4f}"),
+        (
+            f"perplexity of {spoken(facts.against or 'reference')}",
+            f"{compared.reference_ppl:.4f} ± {compared.reference_ppl_error:.4f}",
+        ),
         ("ratio of the two", f"{compared.ppl_ratio:.4f} ± {compared.ppl_ratio_error:.4f}"),
-        ("mean KL divergence, nats per token", f"{compared.kld_mean:.6f} ± {compared.kld_error:.6f}"),
-        ("same most likely token", f"{100 * compared.same_top:.2f} % ± {100 * compared.same_top_error:.2f} %"),
+        (
+            f"mean KL divergence from {spoken(facts.against or 'reference')}, nats per token",
+            f"{compared.kld_mean:.6f} ± {compared.kld_error:.6f}",
+        ),
+        ("same top token", f"{100 * compared.same_top:.2f} % ± {100 * compared.same_top_error:.2f} %"),
     ]
 
 

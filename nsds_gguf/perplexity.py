@@ -278,10 +278,21 @@ def _check_same_vocabulary(model: LlamaModel, reference: LlamaModel, same_tokens
 
 def _check_memory(models: Sequence[LlamaModel], n_ctx: int, n_batch: int) -> None:
     """Raise ``OutputError`` when the weights, the logits of a batch and those being computed do not fit in memory."""
-    n_rows = _n_outputs(n_ctx, n_batch) + min(n_batch, N_PHYSICAL_BATCH)
-    logits_bytes = sum(n_rows * model.n_vocab * np.dtype(np.float32).itemsize for model in models)
+    logits_bytes = sum(_logits_bytes(model.n_vocab, n_ctx, n_batch) for model in models)
     what = "perplexity of two models" if len(models) > 1 else "perplexity"
     check_memory(sum(model.n_bytes for model in models) + logits_bytes, what, "close other programs or lower --batch")
+
+
+def needed_bytes(files: Sequence[int], n_vocab: int, n_ctx: int) -> int:
+    """Return the memory that ``perplexity`` takes for files of these bytes and one vocabulary, in default batches."""
+    n_batch = min(DEFAULT_BATCH, max(1, DEFAULT_BATCH // n_ctx) * n_ctx)
+    return sum(files) + len(files) * _logits_bytes(n_vocab, n_ctx, n_batch)
+
+
+def _logits_bytes(n_vocab: int, n_ctx: int, n_batch: int) -> int:
+    """Return the bytes of the logits of a batch and of those being computed, of one model."""
+    n_rows = _n_outputs(n_ctx, n_batch) + min(n_batch, N_PHYSICAL_BATCH)
+    return n_rows * n_vocab * np.dtype(np.float32).itemsize
 
 
 def _n_outputs(n_ctx: int, n_batch: int) -> int:

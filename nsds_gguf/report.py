@@ -42,11 +42,12 @@ SCRIPTS = ("data.js", "tables.js", "charts.js", "heatmap.js", "page.js")
 
 @dataclass(frozen=True)
 class Check:
-    """A measurement of the file: what was found, on which text, against which reference if any."""
+    """A measurement of the file: what was found, on which text, against which reference if any, and notes on it."""
 
     found: Perplexity
     text: str
     against: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def plan_report(
         metric=scores.metric if scores else plan.metric,
         layers=scores.layers if scores else (),
         check=check,
-        notes=(*plan.notes, *(scores.notes if scores else ())),
+        notes=(*plan.notes, *(scores.notes if scores else ()), *(check.notes if check else ())),
         facts=_plan_facts(plan, scores),
         given=given,
         command=command(plan, scores, model),

@@ -37,13 +37,19 @@ def check_disk(folder: Path, n_bytes: int, what: str) -> None:
         )
 
 
+def lacks_memory(n_bytes: int) -> str:
+    """Return what is wanted and what there is when less than ``n_bytes`` of memory are available, or nothing."""
+    available = available_memory_bytes()
+    if available is None or available >= n_bytes:
+        return ""
+    return f"{n_bytes / _GIB:.2f} GiB of memory, {available / _GIB:.2f} GiB are available"
+
+
 def check_memory(n_bytes: int, what: str, remedy: str) -> None:
     """Raise ``OutputError`` when less than ``n_bytes`` of memory are available; silent where that is unknown."""
-    available = available_memory_bytes()
-    if available is not None and available < n_bytes:
-        raise OutputError(
-            f"{what} takes {n_bytes / _GIB:.2f} GiB of memory, {available / _GIB:.2f} GiB are available: {remedy}"
-        )
+    lacking = lacks_memory(n_bytes)
+    if lacking:
+        raise OutputError(f"{what} takes {lacking}: {remedy}")
 
 
 def blas_threads(n_threads: int) -> AbstractContextManager[object]:

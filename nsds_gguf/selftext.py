@@ -109,16 +109,15 @@ class OwnText:
         """Return what the user must know: where the columns' importance comes from, and what the text did not reach."""
         start = "" if self._begins_alike else ", each begun with a token drawn uniformly"
         text = (
-            f"Column importance comes from {self.tokens.size:,} tokens that the model wrote itself (seed {self.seed}, "
-            f"sequences of {self.tokens.shape[1]}{start}); they are written anew for every file, and another processor "
-            "or llama.cpp may write others."
+            f"Column importance comes from {self.tokens.size:,} tokens that the model generated (seed {self.seed}, "
+            f"sequences of {self.tokens.shape[1]}{start}); another CPU or llama.cpp version may generate others."
         )
         matrices = [t for t in model.tensors if t.is_matrix and (t.role not in _TABLES or t.name in self.moments)]
         lacking = [tensor.name for tensor in matrices if not self._counts(tensor.name).any()]
         n_experts = sum(int((self._counts(t.name) == 0).sum()) for t in matrices if t.name not in lacking)
         missed = [*lacking[:3], *([f"{len(lacking) - 3} more tensors"] if len(lacking) > 3 else [])]
         missed += [f"{n_experts} matrices of experts"] if n_experts else []
-        told = f" They do not reach {', '.join(missed)}: there it is that of --importance sweep." if missed else ""
+        told = f" They do not reach {', '.join(missed)}, which take that of --importance sweep." if missed else ""
         return text + told
 
     @property

@@ -16,6 +16,7 @@ from .write import write_vocabulary
 SHIPPED_TEXT = "old_curiosity_shop.txt"
 
 ORIGINAL = "original"  # --against: a temporary GGUF of the source's own precision
+QUANTIZED_INPUT = "quantized input"  # what takes the original's place where the input is quantized already
 
 # Architectures that decode only what their encoder has read (llama.cpp, llama_model_has_encoder).
 WITH_ENCODER = ("t5", "t5encoder", "eagle3", "dflash")
@@ -27,7 +28,8 @@ _EXTRA_TOKENS = 3  # that a tokenizer may add to a text: BOS, EOS and a space be
 class VerifyOptions:
     """How to check a finished file by perplexity: ``text`` ``None`` is the text that ships with the package.
 
-    ``n_chunks`` ``None`` takes the whole text; ``against`` is ``original``, the path of a GGUF, or ``None``.
+    ``n_chunks`` ``None`` takes the whole text. ``against`` is ``original``, the path of a GGUF, or ``None``: the
+    original where a conversion has it as a GGUF anyway and memory allows, else nothing.
     """
 
     text: Path | None = None
@@ -35,6 +37,11 @@ class VerifyOptions:
     n_chunks: int | None = 8
     against: str | None = None
     enabled: bool = True
+
+
+def spoken(against: str) -> str:
+    """Return what a file was compared with as a sentence names it: ``the original``, or a file by its name."""
+    return f"the {against}" if against in (ORIGINAL, QUANTIZED_INPUT) else Path(against).name
 
 
 def evaluation_text(verifying: VerifyOptions) -> str:

@@ -130,7 +130,8 @@ def test_the_card_says_what_was_measured(folder):
     assert rows["bits per weight, quantized tensors"] == f"{sums['quantized_bpw']:.4f}"
     assert rows["bits per weight, whole file"] == f"{sums['file_bpw']:.4f}"
     assert rows["perplexity"].startswith(f"{measured['ppl']:.4f} ± {measured['ppl_error']:.4f} (2 chunks of 32 tokens")
-    assert rows["mean KL divergence, nats per token"].startswith(f"{measured['divergence']['kld_mean']:.6f} ± ")
+    divergence = rows["mean KL divergence from the original, nats per token"]
+    assert divergence.startswith(f"{measured['divergence']['kld_mean']:.6f} ± ")
     assert rows["plan sha256"].strip("`") == read_gguf_header(gguf).metadata["nsds_gguf.plan_sha256"].value
     types = {
         row[0]: row[1:] for row in re.findall(r"^\| (\S+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", body, re.MULTILINE)

@@ -163,12 +163,12 @@ def test_experts_go_by_the_models_own_text(models):
     normal, high = ({t.name: t.data for t in GGUFReader(done.path).tensors} for done in files.values())
     alike = [name for name in normal if np.array_equal(normal[name], high[name])]
     matrices = [t.name for t in files["high"].plan.tensors if t.type not in UNQUANTIZED and t.name in alike]
-    (note,) = [note for note in files["high"].plan.notes if note.startswith("Rounding with feedback")]
+    (note,) = [note for note in files["high"].plan.notes if note.startswith("GPTQ rounding")]
     assert "token_embd.weight" in matrices and "blk.1.ffn_up_exps.weight" in matrices
     assert "blk.1.ffn_up_shexp.weight" not in matrices and "blk.0.attn_q_a.weight" not in matrices
     n_open = sum(t.type not in UNQUANTIZED for t in files["high"].plan.tensors)
-    assert f"is for {n_open - len(matrices)} of {n_open} matrices" in note
-    assert f"by ggml's quantizers alone are rounded {', '.join(matrices[:3])}" in note
+    assert f"covers {n_open - len(matrices)} of {n_open} matrices" in note
+    assert f"rounded to nearest: {', '.join(matrices[:3])}" in note
 
 
 def test_the_command_takes_own_text_unless_told(models):
@@ -178,7 +178,7 @@ def test_the_command_takes_own_text_unless_told(models):
     plan = written["plan"]
     assert (plan["effort"], plan["importance"]) == ("high", "self")
     told = " ".join(plan["notes"])
-    assert "Rounding with feedback is for 8 of 9 matrices" in told and "tokens that the model wrote itself" in told
+    assert "GPTQ rounding covers 8 of 9 matrices" in told and "tokens that the model generated" in told
     assert sorted(path.name for path in Path().iterdir()) == ["plan.json", "x.gguf"]
 
 
@@ -263,9 +263,12 @@ def test_a_large_model_gets_normal_effort_and_is_told(models, monkeypatch):
     assert outcome.code == 0, outcome.err
     plan = json.loads(Path("plan.json").read_text())
     assert (plan["effort"], plan["importance"]) == ("normal", "sweep")
-    note = "Effort is normal, since the model has 0.0 B weights; --effort high would lose less in the same bytes."
+    note = (
+        "Rounding to nearest (--effort normal), since the model has 0.0 B weights; "
+        "--effort high loses less in the same bytes."
+    )
     assert plan["notes"][-1] == note and note in " ".join(outcome.out.split())
-    assert "Effort is" not in call("plan", models / "wide", "--target-bpw", 4).out
+    assert "Rounding to nearest" not in call("plan", models / "wide", "--target-bpw", 4).out
 
 
 def test_a_model_that_writes_no_text(models):

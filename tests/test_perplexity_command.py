@@ -224,8 +224,7 @@ def test_a_sentence_says_what_it_means(files, ratio, words):
     )
     view = display.perplexity_view(dataclasses.replace(found, divergence=changed), "a.gguf", "b.gguf")
     assert rendered(view, width=300).splitlines()[-1] == (
-        f"Both pick the same next token in 91.2 % of positions; perplexity is {words} than the reference's; "
-        "mean KL divergence 0.012500 ± 0.000250 nats per token."
+        f"KL divergence from b.gguf: 0.012500 ± 0.000250 nats per token; same top token 91.2 %; perplexity {words}."
     )
 
 

@@ -142,10 +142,8 @@ def test_weights_of_what_the_text_reaches_and_of_the_rest(folder):
     assert weights[missed] is sweep[missed]
     assert all(array.dtype == np.float32 for array in weights.values())
     note = text.note(model)
-    assert note.startswith(
-        "Column importance comes from 15 tokens that the model wrote itself (seed 4, sequences of 5);"
-    )
-    assert note.endswith(" 1 matrices of experts: there it is that of --importance sweep.")
+    assert note.startswith("Column importance comes from 15 tokens that the model generated (seed 4, sequences of 5);")
+    assert note.endswith(" 1 matrices of experts, which take that of --importance sweep.")
     assert "token_embd" not in note
 
 
@@ -175,7 +173,7 @@ def test_one_original_serves_text_and_check(folder, tmp_path, monkeypatch):
     assert sorted(tmp_path.iterdir()) == sorted(item.path for item in done)
     plan = done[0].plan
     assert plan.importance == SELF
-    assert plan.notes[-1].startswith("Column importance comes from 512 tokens that the model wrote itself (seed 0, seq")
+    assert plan.notes[-1].startswith("Column importance comes from 512 tokens that the model generated (seed 0, seq")
     again = convert.convert(
         source, [], given=Plan.from_json(plan.to_json()), verifying=UNCHECKED, output=Output(tmp_path / "b.gguf"),
         n_threads=1,
@@ -211,7 +209,7 @@ def test_the_command(folder, tmp_path, monkeypatch):
         "plan", source, "--target-bpw", "4", "--importance", "self", "--json", "plan.json", "--threads", 1, "-v"
     )
     assert outcome.code == 0
-    assert "The model writes 512 tokens and reads them again: about 1 s." in outcome.err.replace("\n", " ")
+    assert "Generating 512 tokens of calibration text: about 1 s." in outcome.err.replace("\n", " ")
     assert "Writing the original as a temporary F32 GGUF" in outcome.err
     assert json.loads((tmp_path / "plan.json").read_text())["importance"] == "self"
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
@@ -230,7 +228,7 @@ def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch):
     class Impatient(convert.Silent):
         @contextmanager
         def stage(self, name):
-            yield self.progress if "own text" in name else no_progress
+            yield self.progress if "generate text" in name else no_progress
 
         def progress(self, done, total):
             """Stop when tokens are being written: before, threadpoolctl looks for libraries, whose callback eats it."""

@@ -29,7 +29,17 @@ from ..records import (
     Target,
     TensorCost,
 )
-from .candidates import FALLBACKS, LAST_RESORT, Candidate, Pin, budget_bytes, candidates, check_target, check_type
+from .candidates import (
+    FALLBACKS,
+    LAST_RESORT,
+    Candidate,
+    Pin,
+    budget_bytes,
+    candidates,
+    check_target,
+    check_type,
+    nearest_bpw,
+)
 from .decoder import what_is_missing
 from .fisher import N_POSITIONS, Tokens, draw_tokens, mixed_roles, n_sequences_for, read_tokens
 from .knapsack import Choices, solve
@@ -54,10 +64,12 @@ __all__ = [
     "check_options",
     "check_type",
     "draw_tokens",
+    "fitting_type",
     "make_plan",
     "measure",
     "mixed_roles",
     "n_sequences_for",
+    "nearest_bpw",
     "open_candidates",
     "read_tokens",
     "sensitivities",
@@ -190,13 +202,13 @@ def _paper_type(candidate: Candidate, high: set[int], outside_high: bool) -> str
         return candidate.types[0]
     layer = candidate.tensor.layer
     is_high = outside_high if layer is None else layer in high
-    return _fitting(PAPER_TYPES[is_high], candidate)
+    return fitting_type(PAPER_TYPES[is_high], candidate)
 
 
 def allocate_uniform(problem: Problem) -> Choice:
     """Give every matrix one type, pins and fallbacks apart; raises ``PlanError`` when that misses the target."""
     wanted = problem.options.allowed_types[0]
-    types = tuple(_fitting(wanted, c) if c.is_open else c.types[0] for c in problem.found)
+    types = tuple(fitting_type(wanted, c) if c.is_open else c.types[0] for c in problem.found)
     used = sum(c.cost(name, problem.padded) for c, name in zip(problem.found, types, strict=True))
     if problem.budget is not None and used > problem.budget:
         raise PlanError(
@@ -206,7 +218,7 @@ def allocate_uniform(problem: Problem) -> Choice:
     return Choice(types)
 
 
-def _fitting(wanted: str, candidate: Candidate) -> str:
+def fitting_type(wanted: str, candidate: Candidate) -> str:
     """Return the type, or what takes its place when the rows do not fit it."""
     n_cols = candidate.tensor.n_cols
     return next((name for name in (wanted, FALLBACKS.get(wanted, wanted)) if ggml.fits(name, n_cols)), LAST_RESORT)

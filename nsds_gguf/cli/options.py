@@ -64,6 +64,29 @@ def plan_options(arguments: argparse.Namespace, imatrix: Imatrix | None = None) 
     ]
 
 
+def is_open(arguments: argparse.Namespace) -> bool:
+    """Return whether a conversion or a plan is asked for without anything that says how large it is to be."""
+    has_budget = bool(arguments.target_bpw) or arguments.target_size is not None
+    has_types = arguments.plan is not None or arguments.uniform is not None
+    return not has_budget and not has_types and arguments.allocator in (None, "nsds")
+
+
+def check_sizes_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse what wants one plan where there is no budget to make it for."""
+    wants_plan = {"--tensor-types": arguments.tensor_types, "--why": arguments.why, "--report": arguments.report}
+    for option, value in wants_plan.items():
+        if value:
+            raise PlanError(f"{option} needs a plan, and a plan a budget: pass --target-bpw or --target-size")
+
+
+def next_command(words: Sequence[str], bpw: float) -> str:
+    """Return the command line that converts to a budget, from the words of one that named none."""
+    kept = [word for word in words[1:] if word != "--dry-run"]
+    while "--json" in kept:  # the record of a conversion is another one
+        del kept[kept.index("--json") : kept.index("--json") + 2]
+    return shlex.join(["nsds-gguf", "convert", *kept, "--target-bpw", f"{bpw:g}"])
+
+
 def model_source(arguments: argparse.Namespace) -> Path | HubName:
     """Return the model's path or its name on the Hub; raises ``PlanError`` for a revision of a path."""
     name = parse_name(arguments.model, arguments.revision)

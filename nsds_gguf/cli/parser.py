@@ -161,8 +161,11 @@ def _add_verb(verbs: Any, name: str, run: Callable[[argparse.Namespace, Screen],
 
 
 def _add_convert(verbs: Any) -> None:
-    parser = _add_verb(verbs, "convert", run_convert, "convert a model to a GGUF within a budget",
-                       "nsds-gguf convert model/ --target-bpw 3.0")  # fmt: skip
+    parser = _add_verb(
+        verbs, "convert", run_convert, "convert a model to a GGUF within a budget",
+        "nsds-gguf convert model/ --target-bpw 3.0",
+        "convert a model to a GGUF within a budget; without a budget, show what sizes it could have and write nothing",
+    )  # fmt: skip
     _add_model(parser)
     _add_requantize(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="output file or existing folder")
@@ -176,8 +179,9 @@ def _add_convert(verbs: Any) -> None:
     group = parser.add_argument_group("verification")
     _add_text(group, chunks=8)
     group.add_argument("--against", metavar="REF",
-                       help="also show perplexity of, and divergence from: 'original' (a GGUF input itself; of a "
-                       "folder, a temporary GGUF of its precision) or a GGUF file")  # fmt: skip
+                       help="measure the KL divergence from: 'original' (a GGUF input itself; of a folder, a temporary "
+                       "GGUF of its precision) or a GGUF file (default: the original where it is a GGUF anyway: with "
+                       "GGUF input, or when the model generates text)")  # fmt: skip
     group.add_argument("--no-verify", action="store_true", help="skip the perplexity check; structure is still checked")
     group = parser.add_argument_group("bundle")
     group.add_argument("--bundle", metavar="DIR", type=Path,
@@ -189,8 +193,11 @@ def _add_convert(verbs: Any) -> None:
 
 
 def _add_plan(verbs: Any) -> None:
-    parser = _add_verb(verbs, "plan", run_plan, "show the types that convert would choose",
-                       "nsds-gguf plan model/ --target-size 700M --scores scores.json --json plan.json")  # fmt: skip
+    parser = _add_verb(
+        verbs, "plan", run_plan, "show the types that convert would choose",
+        "nsds-gguf plan model/ --target-size 700M --scores scores.json --json plan.json",
+        "show the types that convert would choose; without a budget, what sizes the model could have",
+    )  # fmt: skip
     _add_model(parser)
     _add_requantize(parser)
     parser.add_argument("--tensor-types", metavar="FILE", type=Path,

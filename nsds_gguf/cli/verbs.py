@@ -21,12 +21,17 @@ from ..plot import plot_comparison, plot_scores
 from ..records import Plan, Scores, Target, read_json
 from ..report import Check, Report, file_report, plan_report, write_report
 from ..sample import DEFAULT_PROMPT, sample
+from ..sizes import possible_sizes
+from ..texts import ORIGINAL, spoken
 from .options import (
     check_bundle_arguments,
+    check_sizes_arguments,
     given_imatrix,
     given_record,
     importance_name,
+    is_open,
     model_source,
+    next_command,
     output_options,
     plan_options,
     public_command,
@@ -38,9 +43,11 @@ from .screen import Screen, write_json, write_text
 
 
 def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
-    """Convert a model, or with ``--dry-run`` show what would be written."""
+    """Convert a model; with ``--dry-run`` show what would be written, without a budget what sizes there are."""
     check_bundle_arguments(arguments)
-    if arguments.dry_run:
+    if is_open(arguments):
+        run_sizes(arguments, screen)
+    elif arguments.dry_run:
         run_plan(arguments, screen)
     elif arguments.bundle is None:
         results = _convert(arguments, screen, output_options(arguments))
@@ -76,7 +83,7 @@ def _convert(arguments: argparse.Namespace, screen: Screen, output: convert.Outp
         if screen.verbose:
             screen.show(display.plan_details(result.plan))
         if result.perplexity is not None:
-            screen.show(display.perplexity_view(result.perplexity, result.path.name, arguments.against))
+            screen.show(display.perplexity_view(result.perplexity, result.path.name, result.against, result.notes))
         screen.show(Text.assemble((str(result.path), "bold"), f": {result.path.stat().st_size / 2**20:.2f} MiB"))
         if arguments.report is not None:
             _write_report(arguments, screen, result.path.stem, _converted_report(arguments, result))
@@ -85,11 +92,13 @@ def _convert(arguments: argparse.Namespace, screen: Screen, output: convert.Outp
 
 def _converted_report(arguments: argparse.Namespace, result: convert.Converted) -> Report:
     text = convert.SHIPPED_TEXT if arguments.text is None else arguments.text.name
-    against = None if arguments.against is None else Path(arguments.against).name
+    against = result.against
+    if against is not None and against != ORIGINAL:  # which the page itself words
+        against = spoken(against)
     return plan_report(
         result.plan,
         scores=result.scores,
-        check=Check(result.perplexity, text, against) if result.perplexity else None,
+        check=Check(result.perplexity, text, against, result.notes) if result.perplexity else None,
         architecture=inspect_gguf(result.path).architecture,
         model=public_word(str(arguments.model)),
         given=public_command(arguments.given),
@@ -108,6 +117,8 @@ def _converted_json(arguments: argparse.Namespace, screen: Screen, result: conve
         "path": str(result.path),
         "plan": result.plan.to_json(),
         "perplexity": result.perplexity.to_json() if result.perplexity else None,
+        "against": result.against,
+        "notes": result.notes,
     }
     if arguments.chat is not None or (arguments.bundle is not None and not arguments.no_verify):
         found["sample"] = _show_sample(arguments, screen, result.path)
@@ -123,6 +134,7 @@ def _bundle_converted(arguments: argparse.Namespace, screen: Screen, folder: Pat
         perplexity=result.perplexity,
         text=convert.SHIPPED_TEXT if arguments.text is None else arguments.text.name,
         command=public_command(arguments.given),
+        against=result.against,
     )
     return _bundle(arguments, screen, result.path, folder, source)
 
@@ -163,6 +175,9 @@ def run_bundle(arguments: argparse.Namespace, screen: Screen) -> None:
 
 def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
     """Plan without writing a model."""
+    if is_open(arguments):
+        run_sizes(arguments, screen)
+        return
     imatrix = given_imatrix(arguments)
     options = plan_options(arguments, imatrix)
     if arguments.tensor_types is not None and len(options) > 1:
@@ -191,6 +206,26 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
     if arguments.tensor_types is not None:
         write_text(arguments.tensor_types, convert.tensor_types_file(plans[0]))
     write_json(arguments.json, plans[0].to_json() if len(plans) == 1 else [plan.to_json() for plan in plans])
+
+
+def run_sizes(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Show what sizes a model could have, and the command that makes one of them; nothing is written."""
+    check_sizes_arguments(arguments)
+    imatrix, given = given_imatrix(arguments), given_record(arguments)
+    (options,) = plan_options(arguments, imatrix)
+    found = possible_sizes(
+        model_source(arguments),
+        options,
+        scoring=scoring_options(arguments),
+        given=given if isinstance(given, Scores) else None,
+        pre=arguments.pre,
+        allow_requantize=arguments.allow_requantize,
+        imatrix=imatrix,
+        n_threads=arguments.threads,
+        report=screen,
+    )
+    screen.show(display.sizes_view(found, next_command(arguments.given, found.proposed.target_bpw)))
+    write_json(arguments.json, found.to_json())
 
 
 def run_report(arguments: argparse.Namespace, screen: Screen) -> None:

@@ -73,12 +73,30 @@ FFN: Parts = {
     "ffn_up": Part("mlp.up_proj", ("ff", "embd")),
     "ffn_down": Part("mlp.down_proj", ("embd", "ff")),
 }
+def stacked_forms(place: str, own: str = "mlp", mlx: str = "mlp") -> tuple[Part, ...]:
+    """Return how ``gate``, ``up`` or ``down`` (the place) of all experts are saved in one tensor.
+
+    Transformers 5 keeps gate and up in one, ``(experts, 2 ff, embd)``, in the block ``own``; MLX each by itself in the
+    block ``mlx``.
+    """
+    wide, narrow = ("experts", "ff_exp", "embd"), ("experts", "embd", "ff_exp")
+    if place == "down":
+        return Part(f"{own}.experts.down_proj", narrow, suffix=""), Part(f"{mlx}.switch_mlp.down_proj", narrow)
+    half = "first_half_exps" if place == "gate" else "second_half_exps"
+    fused = Part(f"{own}.experts.gate_up_proj", wide, half, ("experts", "2ff_exp", "embd"), suffix="")
+    return fused, Part(f"{mlx}.switch_mlp.{place}_proj", wide)
+
+
 EXPERTS: Parts = {
     "ffn_gate_inp": Part("mlp.gate", ("experts", "embd")),
-    "ffn_gate_exps": Part("mlp.experts.{e}.gate_proj", ("experts", "ff_exp", "embd")),
-    "ffn_up_exps": Part("mlp.experts.{e}.up_proj", ("experts", "ff_exp", "embd")),
-    "ffn_down_exps": Part("mlp.experts.{e}.down_proj", ("experts", "embd", "ff_exp")),
-}
+    "ffn_gate_exps": Part(
+        "mlp.experts.{e}.gate_proj", ("experts", "ff_exp", "embd"), also=stacked_forms("gate")
+    ),
+    "ffn_up_exps": Part("mlp.experts.{e}.up_proj", ("experts", "ff_exp", "embd"), also=stacked_forms("up")),
+    "ffn_down_exps": Part(
+        "mlp.experts.{e}.down_proj", ("experts", "embd", "ff_exp"), also=stacked_forms("down")
+    ),
+}  # fmt: skip
 SANDWICH_NORMS: Parts = {  # Gemma 2 and 3: norms in front of and behind both blocks
     "post_attention_norm": Part("post_attention_layernorm", ("embd",)),
     "ffn_norm": Part("pre_feedforward_layernorm", ("embd",)),
@@ -199,17 +217,24 @@ _QWEN2_MOE_LAYER: Parts = {
     "ffn_up_shexp": Part("mlp.shared_expert.up_proj", ("ff_shexp", "embd")),
     "ffn_down_shexp": Part("mlp.shared_expert.down_proj", ("embd", "ff_shexp")),
 }
+_GRANITE_BLOCK = "block_sparse_moe"
 _GRANITE_EXPERTS: Parts = {
-    "ffn_gate_inp": Part("block_sparse_moe.router.layer", ("experts", "embd")),
+    "ffn_gate_inp": Part(
+        f"{_GRANITE_BLOCK}.router.layer", ("experts", "embd"),
+        also=(Part(f"{_GRANITE_BLOCK}.router", ("experts", "embd")),),
+    ),
     "ffn_gate_exps": Part(
-        "block_sparse_moe.input_linear", ("experts", "ff_exp", "embd"), "first_half_exps",
-        ("experts", "2ff_exp", "embd"),
+        f"{_GRANITE_BLOCK}.input_linear", ("experts", "ff_exp", "embd"), "first_half_exps",
+        ("experts", "2ff_exp", "embd"), also=stacked_forms("gate", _GRANITE_BLOCK, _GRANITE_BLOCK),
     ),
     "ffn_up_exps": Part(
-        "block_sparse_moe.input_linear", ("experts", "ff_exp", "embd"), "second_half_exps",
-        ("experts", "2ff_exp", "embd"),
+        f"{_GRANITE_BLOCK}.input_linear", ("experts", "ff_exp", "embd"), "second_half_exps",
+        ("experts", "2ff_exp", "embd"), also=stacked_forms("up", _GRANITE_BLOCK, _GRANITE_BLOCK),
     ),
-    "ffn_down_exps": Part("block_sparse_moe.output_linear", ("experts", "embd", "ff_exp")),
+    "ffn_down_exps": Part(
+        f"{_GRANITE_BLOCK}.output_linear", ("experts", "embd", "ff_exp"),
+        also=stacked_forms("down", _GRANITE_BLOCK, _GRANITE_BLOCK),
+    ),
 }  # fmt: skip
 _GRANITE_SHARED: Parts = {
     "ffn_gate_shexp": Part(
@@ -576,10 +601,21 @@ FAMILIES = (
             **ATTENTION_NORM,
             **ROTATED_ATTENTION,
             **FFN_NORM,
-            "ffn_gate_inp": Part("block_sparse_moe.gate", ("experts", "embd")),
-            "ffn_gate_exps": Part("block_sparse_moe.experts.{e}.w1", ("experts", "ff", "embd")),
-            "ffn_up_exps": Part("block_sparse_moe.experts.{e}.w3", ("experts", "ff", "embd")),
-            "ffn_down_exps": Part("block_sparse_moe.experts.{e}.w2", ("experts", "embd", "ff")),
+            "ffn_gate_inp": Part(
+                "block_sparse_moe.gate", ("experts", "embd"), also=(Part("mlp.gate", ("experts", "embd")),)
+            ),
+            "ffn_gate_exps": Part(
+                "block_sparse_moe.experts.{e}.w1", ("experts", "ff", "embd"),
+                also=stacked_forms("gate", mlx="block_sparse_moe"),
+            ),
+            "ffn_up_exps": Part(
+                "block_sparse_moe.experts.{e}.w3", ("experts", "ff", "embd"),
+                also=stacked_forms("up", mlx="block_sparse_moe"),
+            ),
+            "ffn_down_exps": Part(
+                "block_sparse_moe.experts.{e}.w2", ("experts", "embd", "ff"),
+                also=stacked_forms("down", mlx="block_sparse_moe"),
+            ),
         },
         defaults={**_UNTIED, "norm_eps": 1e-5, "rope_theta": 1e6, "num_experts": 8, "num_experts_per_tok": 2},
         window=Window(),
@@ -747,7 +783,7 @@ FAMILIES = (
         outside={
             "token_embd": Part("gpt_neox.embed_in", ("vocab", "embd")),
             "output_norm": Part("gpt_neox.final_layer_norm", ("embd",), bias=always),
-            "output": Part("embed_out", ("vocab", "embd")),
+            "output": Part("embed_out", ("vocab", "embd"), also=(OUTSIDE["output"],)),
         },
         prefix="gpt_neox.",
         layer_prefix="gpt_neox.layers.{i}.",

@@ -68,6 +68,7 @@ class Part:
         change: key of ``mapping.CHANGES``: what is done to every number; empty where nothing is.
         suffix: what follows ``source`` in the checkpoint.
         bare: the GGUF name has no ``.weight`` either. (A role that holds a dot is a whole name, too.)
+        also: other forms in which the same tensor is saved; the first one that is there is read.
     """
 
     source: str
@@ -81,6 +82,17 @@ class Part:
     change: str = ""
     suffix: str = ".weight"
     bare: bool = False
+    also: tuple[Part, ...] = ()
+
+    @property
+    def forms(self) -> tuple[Part, ...]:
+        """The part itself, then every other form of it."""
+        return (self, *self.also)
+
+    def within(self, prefix: str) -> Part:
+        """Return the part with ``prefix`` before its checkpoint names."""
+        also = tuple(replace(form, source=prefix + form.source) for form in self.also)
+        return replace(self, source=prefix + self.source, also=also)
 
     def gguf_name(self, role: str) -> str:
         """Return the tensor's name within its layer."""

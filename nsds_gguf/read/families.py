@@ -73,6 +73,8 @@ FFN: Parts = {
     "ffn_up": Part("mlp.up_proj", ("ff", "embd")),
     "ffn_down": Part("mlp.down_proj", ("embd", "ff")),
 }
+
+
 def stacked_forms(place: str, own: str = "mlp", mlx: str = "mlp") -> tuple[Part, ...]:
     """Return how ``gate``, ``up`` or ``down`` (the place) of all experts are saved in one tensor.
 
@@ -402,7 +404,7 @@ _DEEPSEEK2 = Family(
         **_RMS, "attention_bias": False, "mlp_bias": False, "num_experts": 64, "n_shared_experts": 2,
         "num_experts_per_tok": 6, "moe_intermediate_size": 1407, "routed_scaling_factor": 1.0, "norm_topk_prob": False,
         "first_k_dense_replace": 0, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-        "v_head_dim": 128, "scoring_func": "softmax", "topk_method": "greedy",
+        "v_head_dim": 128, "q_lora_rank": 1536, "scoring_func": "softmax", "topk_method": "greedy",
     },
     keys=(
         _EXPERT_FF_KEY,
@@ -480,6 +482,12 @@ def twice_the_width(config: Config) -> int:
     return 2 * int(config["hidden_size"])
 
 
+def inner_width(config: Config) -> int | None:
+    """Return Mamba's inner width as its config class computes it."""
+    width = config.get("hidden_size")
+    return int(config.get("expand") or 2) * width if isinstance(width, int) else None
+
+
 def is_mamba_layer(config: Config, layer: int) -> bool:
     """Tell whether a layer of a Granite 4 model is a state space; the others attend."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
@@ -493,7 +501,8 @@ def is_attention_layer(config: Config, layer: int) -> bool:
 
 def has_mamba_layers(config: Config) -> bool:
     """Tell whether a Granite 4 model has state spaces at all."""
-    return any(is_mamba_layer(config, i) for i in range(config["num_hidden_layers"]))
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    return isinstance(kinds, list) and any(is_mamba_layer(config, i) for i in range(len(kinds)))
 
 
 def granite4_sizes(config: Config) -> dict[str, int]:
@@ -910,7 +919,7 @@ FAMILIES = (
             **FFN,
         },
         outside=OUTSIDE,
-        defaults={**_LAYER_NORM, "logit_scale": 0.0625, "use_qk_norm": False, "rope_theta": 10000.0},
+        defaults={**_LAYER_NORM, "logit_scale": 0.0625, "use_qk_norm": False, "rope_theta": 5e5},
         keys=(_LOGIT_SCALE_KEY,),
         norm="layer",
         fixed={"attention_bias": False, "use_qk_norm": has_many_layers},
@@ -1006,7 +1015,8 @@ FAMILIES = (
         layer_prefix="backbone.layers.{i}.",
         defaults={
             "norm_eps": 1e-5, "num_attention_heads": 1, "max_position_embeddings": _UNLIMITED_CONTEXT,
-            "state_size": 16, "conv_kernel": 4, "time_step_rank": "auto", "use_bias": False, "use_conv_bias": True,
+            "intermediate_size": inner_width, "state_size": 16, "conv_kernel": 4,
+            "time_step_rank": "auto", "use_bias": False, "use_conv_bias": True,
         },
         fixed={"use_bias": False, "use_conv_bias": True, "intermediate_size": twice_the_width},
         rope_kinds=(),
@@ -1020,15 +1030,16 @@ FAMILIES = (
     replace(_GRANITE4, architecture="granite", variant=always, sizes=no_sizes, example="Granite 4 Micro"),
 )  # fmt: skip
 
-# Multimodal classes whose language model is taken, by the ``model_type`` of their text_config.
-WRAPPERS = (
-    "Gemma3ForConditionalGeneration",
-    "Idefics3ForConditionalGeneration",
-    "LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration",
-    "Mistral3ForConditionalGeneration",
-    "SmolVLMForConditionalGeneration",
-)
+# Multimodal classes whose language model is taken, by the ``model_type`` of their text_config; what it is where that
+# says none.
+WRAPPERS = {
+    "Gemma3ForConditionalGeneration": "gemma3_text",
+    "Idefics3ForConditionalGeneration": "llama",
+    "LlavaForConditionalGeneration": "llama",
+    "LlavaNextForConditionalGeneration": "llama",
+    "Mistral3ForConditionalGeneration": "mistral",
+    "SmolVLMForConditionalGeneration": "llama",
+}
 TEXT_MODELS = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",

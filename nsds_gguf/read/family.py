@@ -137,7 +137,7 @@ class Family:
         architecture: llama.cpp's name.
         layer: role -> part, within ``layer_prefix``, in GGUF order.
         outside: role -> part of what is not in a layer; the output projection is last.
-        defaults: what transformers assumes where config.json is silent.
+        defaults: what transformers assumes where config.json is silent: a value, or what gives it from the settings.
         prefix, layer_prefix: of the checkpoint's names; ``{i}`` is the layer.
         activations: the ones that llama.cpp computes for the architecture.
         rope_kinds: rope scaling kinds that llama.cpp computes; empty without rope.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from .family import Config, Family, Part, Sizes
 from .missing import check_complete
 from .names import Found, Wanted, find_names
 from .stored import StoredTensor, same_values, some
+
+_IDENTITY_WEIGHTS = 1024  # of every tensor: enough to tell two fine-tunes apart, cheap enough to read always
 
 Stored = Mapping[str, StoredTensor]
 Rows = NDArray[np.intp]
@@ -99,18 +102,30 @@ CHANGES: Mapping[str, Callable[[Float32], Float32]] = {
 # --- from names to tensors ------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Mapped:
+    """The tensors of a GGUF in its order, notes of one sentence each, and a hex SHA-256 of what the tensors are.
+
+    The digest is over names, types, shapes and the first row of each tensor, however the checkpoint has stored it.
+    """
+
+    tensors: list[Tensor]
+    notes: list[str]
+    digest: str
+
+
 def map_tensors(
-    stored: Stored,
+    checkpoint: Stored,
     config: Config,
     family: Family,
     sizes: Sizes,
     is_wrapped: bool,
     hints: Sequence[str] = (),
-) -> tuple[list[Tensor], list[str]]:
-    """Return the tensors in GGUF order and the notes; raises unless every tensor is placed and none is missing.
+) -> Mapped:
+    """Return the tensors in GGUF order; raises unless every tensor is placed and none is missing.
 
     Args:
-        stored: the checkpoint's tensors by name.
+        checkpoint: the tensors by name.
         config: canonical settings.
         family: where things are.
         sizes: of the dimensions.
@@ -123,7 +138,7 @@ def map_tensors(
 
     """
     tied = bool(config["tie_word_embeddings"])
-    found = find_names(stored, _wanted(config, family, sizes, tied), family, sizes)
+    found = find_names(checkpoint, _wanted(config, family, sizes, tied), family, sizes)
     used = {name for _, names in found.places for name in names}
     check_complete(found, hints)
     if tied:
@@ -134,7 +149,21 @@ def map_tensors(
     left_out = _left_over(found, used, family, is_wrapped, sizes["layers"])
     if left_out:
         notes.append(f"Only the language model is taken; left out: {left_out}.")
-    return [_tensor(item, [found.stored[name] for name in names], sizes) for item, names in found.places], notes
+    digest, tensors = hashlib.sha256(), []
+    for item, names in found.places:
+        stored = [_reshaped(found.stored[name], item.part, sizes) for name in names]
+        tensor = _tensor(item, stored, sizes)
+        tensors.append(tensor)
+        digest.update(f"\n{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
+        digest.update(_first_row(item.part, stored[0], sizes))
+    return Mapped(tensors, notes, digest.hexdigest())
+
+
+def _first_row(part: Part, stored: StoredTensor, sizes: Sizes) -> bytes:
+    """Return the beginning of the stored row from which the first row of the GGUF tensor comes, as float32."""
+    is_matrix = len(stored.shape) > 1
+    row = int(ROW_ORDERS[part.order](sizes)[0]) if part.order and is_matrix else 0
+    return stored.values(slice(row, row + 1), slice(0, _IDENTITY_WEIGHTS)).tobytes()
 
 
 def _outputs(family: Family) -> list[str]:
@@ -167,11 +196,7 @@ def _wanted(config: Config, family: Family, sizes: Sizes, tied: bool) -> list[Wa
     found = list(_with_biases("", None, before, config))
     for i in range(sizes["layers"]):
         prefix = family.layer_prefix.format(i=i)
-        parts = {
-            role: part.within(prefix)
-            for role, part in family.layer.items()
-            if part.layers(config, i)
-        }
+        parts = {role: part.within(prefix) for role, part in family.layer.items() if part.layers(config, i)}
         found += _with_biases(f"blk.{i}.", i, parts, config)
     return [*found, *_with_biases("", None, {**after, **output}, config)]
 
@@ -240,7 +265,6 @@ def _tensor(wanted: Wanted, stored: Sequence[StoredTensor], sizes: Sizes) -> Ten
         shape, in_file = shape[:1], in_file[:1]
     elif part.transposed and not part.stored:
         in_file = in_file[::-1]
-    stored = [_reshaped(tensor, part, in_file) for tensor in stored]
     for tensor in stored:
         tensor.require_readable()
         if tensor.shape != in_file:
@@ -251,12 +275,12 @@ def _tensor(wanted: Wanted, stored: Sequence[StoredTensor], sizes: Sizes) -> Ten
     return Tensor(wanted.name, wanted.role, wanted.layer, shape, stored[0].dtype, stored[0].name, reader)
 
 
-def _reshaped(tensor: StoredTensor, part: Part, in_file: tuple[int, ...]) -> StoredTensor:
+def _reshaped(tensor: StoredTensor, part: Part, sizes: Sizes) -> StoredTensor:
     """Return a convolution with its dimension of one where the class has it; MLX has it last."""
-    is_moved = "one" in part.stored and tensor.shape[-1:] == (1,) and len(tensor.shape) == len(in_file)
-    if is_moved and (*tensor.shape[:-2], 1, tensor.shape[-2]) == in_file:
-        return replace(tensor, shape=in_file)
-    return tensor
+    if "one" not in part.stored or len(tensor.shape) != len(part.stored) or tensor.shape[-1] != 1:
+        return tensor
+    in_file = tuple(sizes[name] for name in part.stored)
+    return replace(tensor, shape=in_file) if (*tensor.shape[:-2], 1, tensor.shape[-2]) == in_file else tensor
 
 
 Reader = Callable[[int, int], Float32]

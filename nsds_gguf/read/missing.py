@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from ..errors import ModelError
+from ..errors import ModelError, UnsupportedError
+from .foreign import merge_step
 from .names import Found
 from .stored import StoredTensor, some
+
+# Names of tensors that PEFT adds to a model, or keeps beside one of its own.
+_ADAPTER = re.compile(
+    r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|hada_w\d_[ab]|lokr_w\d(_[ab])?|ia3_l|vera_lambda_[bd]"
+    r"|oft_[rR]|boft_[RS]|modules_to_save|trainable_tokens_delta|prompt_embeddings)(\.|$)"
+)
+
+_MISTRAL = re.compile(r"(^|\.)layers\.0\.attention\.wq\.weight")
 
 _ZERO3 = (
     "placeholders of DeepSpeed ZeRO-3, whose weights are elsewhere: save again with "
     "stage3_gather_16bit_weights_on_model_save, or run `python zero_to_fp32.py CHECKPOINT OUT` in the folder of the "
     "training checkpoint and convert OUT"
+)
+
+_OWN_NAMES = (
+    "The names are those of Meta's and Mistral's own format: get the weights in Hugging Face's, model*.safetensors, or "
+    "convert them with transformers' convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py."
 )
 
 
@@ -32,6 +48,8 @@ def check_complete(found: Found, hints: Sequence[str]) -> None:
     if not missing:
         return
     unplaced = [tensor.name for name, tensor in found.stored.items() if name not in set(used)]
+    if any(_MISTRAL.search(name) for name in found.stored):
+        hints = (*hints, _OWN_NAMES)
     instead = f"; in the weights without a place: {some(unplaced)}" if unplaced else ""
     raise ModelError(
         _with_hints(
@@ -39,6 +57,18 @@ def check_complete(found: Found, hints: Sequence[str]) -> None:
             "the checkpoint is incomplete or config.json is another model's",
             hints,
         )
+    )
+
+
+def check_no_adapter(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise ``UnsupportedError`` for weights of an adapter, alone or among those of a model."""
+    adapted = [name for name in tensors if _ADAPTER.search(name)]
+    if not adapted:
+        return
+    what = "an adapter that is not merged" if len(adapted) < len(tensors) else "an adapter, not a model"
+    raise UnsupportedError(
+        f"{folder}: the weights hold {what} ({len(adapted)} tensors: {some(adapted)}): merge it into its base model: "
+        f"{merge_step(folder)}"
     )
 
 

@@ -485,7 +485,7 @@ def test_paths_no_system_knows(model, refused):
     assert refused(5, "plan", "x" * 300, *PLAIN).endswith("x: File name too long")
     assert refused(5, "inspect", "x" * 300) == "x" * 300 + ": File name too long"
     assert refused(3, "plan", "model/config.json/model", *PLAIN) == "model/config.json/model: no such folder"
-    assert refused(3, "plan", "", *PLAIN) == f".: holds no weights itself: pass {tmp_path.resolve() / 'model'}"
+    assert refused(3, "plan", "", *PLAIN) == f".: holds no weights itself: pass {Path('model').resolve()}"
 
 
 def test_folders_that_hold_no_model(tmp_path, refused, monkeypatch):

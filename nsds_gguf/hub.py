@@ -99,7 +99,7 @@ def fetch(name: HubName, progress: Progress = no_progress) -> Path:
         if "config.json" not in sizes:
             raise _no_model(name, sizes)
         folder = download.files(sorted(filter(SMALL_FILES.fullmatch, sizes)))[0].parent
-        check_supported(folder)
+        check_supported(folder, getattr(found.safetensors, "parameters", ()))
         download.files(_weight_files(name, sizes, lambda index: download.files([index])[0]))
         download.check_one_commit()
     return folder
@@ -190,14 +190,14 @@ def _cached(name: HubName, library: ModuleType) -> Path:
 def _weight_files(name: HubName, sizes: Iterable[str], download: Callable[[str], Path]) -> list[str]:
     """Return the files of the first format that ``open_checkpoint`` would take; ``download`` gets the index."""
     for single, index, _ in FORMATS:
+        if single in sizes:
+            return [single]
         if index in sizes:
             shards = sorted(set(read_index(download(index)).values()))
             missing = [shard for shard in shards if shard not in sizes]
             if missing:
                 raise ModelError(f"{name}: {index} names {missing[0]}, which the repository does not hold")
             return shards
-        if single in sizes:
-            return [single]
     raise _no_model(name, sizes)
 
 

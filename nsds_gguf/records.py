@@ -201,7 +201,8 @@ class Model:
         metadata: every GGUF key except those that depend on the plan (``general.file_type``,
             ``general.quantization_version``, ``nsds_gguf.*``).
         notes: facts that the user must see (in the plan and on the screen), one sentence each.
-        model_id: hex SHA-256 over config, tensor names, types, shapes and the first 4 KiB of every tensor.
+        model_id: hex SHA-256 over what the model is: the architecture's keys, and name, type, shape and first row of
+            every tensor.
         files: the GGUF files it was opened from, in order; empty for a folder.
     """
 
@@ -486,8 +487,8 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of the canonical JSON."""
-        return _digest(self.to_json())
+        """Hex SHA-256 of the canonical JSON without the notes: one model, however it was saved, has one digest."""
+        return _digest({key: value for key, value in self.to_json().items() if key != "notes"})
 
 
 def read_json(path: Path) -> Any:

@@ -126,6 +126,28 @@ def norm_of(value: float, name: str = "model.norm.weight") -> Edit:
     return weights(lambda found: found.update({name: np.full(TINY.n_embd, value, np.float32)}))
 
 
+def quantized(method: str) -> Edit:
+    """Pack one matrix into bytes, and say by which method."""
+
+    def edit(model: Path) -> None:
+        found = tiny_weights(TINY)
+        name = "model.layers.0.self_attn.q_proj.weight"
+        raw = safetensors_bytes({**found, name: found[name].view(np.float32)})
+        (model / "model.safetensors").write_bytes(_retyped(raw, name, "I32"))
+        config(quantization_config={"quant_method": method, "bits": 4})(model)
+
+    return edit
+
+
+def _retyped(raw: bytes, name: str, dtype: str) -> bytes:
+    """Return a safetensors file with another dtype of the same size for one tensor."""
+    n = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + n])
+    header[name]["dtype"] = dtype
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + raw[8 + n :]
+
+
 UNKNOWN_SPLIT = {
     "type": "Sequence",
     "pretokenizers": [
@@ -201,12 +223,12 @@ CASES = {
     **{
         f"already quantized: {method}": Case(
             3,
-            f"{{tmp}}/model/config.json: the weights are quantized ({method} 4); wanted F32, F16, BF16 or FP8 (fp8, "
-            "modelopt FP8, compressed-tensors float-quantized with one scale a tensor, row or block): use the original "
-            "checkpoint",
-            config(quantization_config={"quant_method": method, "bits": 4}),
+            f"{{tmp}}/model: the weights are quantized ({method} 4: model.layers.0.self_attn.q_proj.weight); wanted "
+            "F32, F16, BF16 or FP8 (fp8, modelopt FP8, compressed-tensors float-quantized with one scale a tensor, row "
+            "or block): use the checkpoint that it was made of",
+            quantized(method),
         )
-        for method in ("awq", "bitsandbytes")
+        for method in ("awq", "hqq")
     },
     "quantized weights": Case(
         3,
@@ -463,7 +485,7 @@ def test_paths_no_system_knows(model, refused):
     assert refused(5, "plan", "x" * 300, *PLAIN).endswith("x: File name too long")
     assert refused(5, "inspect", "x" * 300) == "x" * 300 + ": File name too long"
     assert refused(3, "plan", "model/config.json/model", *PLAIN) == "model/config.json/model: no such folder"
-    assert refused(3, "plan", "", *PLAIN) == ".: no config.json in it; wanted a Hugging Face model folder"
+    assert refused(3, "plan", "", *PLAIN) == f".: holds no weights itself: pass {Path('model').resolve()}"
 
 
 def test_folders_that_hold_no_model(tmp_path, refused, monkeypatch):

@@ -16,7 +16,7 @@ from tiny_models import tiny_weights, write_tiny
 from nsds_gguf.convert import reference_plan
 from nsds_gguf.errors import ModelError, UnsupportedError
 from nsds_gguf.read import open_model
-from nsds_gguf.read.checkpoint import open_checkpoint
+from nsds_gguf.read.checkpoint import open_checkpoint, read_checkpoint
 from nsds_gguf.read.stored import StoredTensor
 
 Entry = tuple[str, tuple[int, ...], bytes]  # dtype, shape, data
@@ -351,6 +351,8 @@ ROUTE = (
     ", or let llama.cpp's converter dequantize it: `python convert_hf_to_gguf.py --outtype f16 --outfile "
     "model-F16.gguf {folder}`, then `nsds-gguf convert model-F16.gguf`"
 )
+PACKED: dict[str, Entry] = {"a.weight": ("U8", (2, 3), bytes(6))}
+OTHER_SETTINGS = [FINE_GRAINED, compressed(), {"quant_method": "fp8", "weight_block_size": "x"}, "gptq", 4, [1], True]
 REFUSED = {
     "gptq": ({"quant_method": "gptq", "bits": 4}, "gptq 4", ROUTE),
     "gptq of 3 bits": ({"quant_method": "gptq", "bits": 3}, "gptq 3", ""),
@@ -367,21 +369,33 @@ REFUSED = {
     "mxfp4": ({"quant_method": "mxfp4"}, "mxfp4", ""),
     "hqq": ({"quant_method": "hqq"}, "hqq", ""),
     "modelopt nvfp4": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt NVFP4", ""),
-    "no name": ({"load_in_8bit": True}, "unknown", ""),
+    "no name": ({"load_in_8bit": True}, "codes of U8", ""),
     "a method that is no text": ({"quant_method": ["fp8"]}, "['fp8']", ""),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("quantization", "method", "route"), REFUSED.values(), ids=REFUSED)
 def test_methods_that_are_refused(tmp_path, quantization, method, route):
-    """The settings speak first: no weights are there at all."""
+    """The weights are packed; the settings say how."""
     with pytest.raises(UnsupportedError) as error:
-        open_checkpoint(tmp_path, {"quantization_config": quantization})
+        checkpoint(tmp_path, PACKED, quantization)
     assert str(error.value) == (
-        f"{tmp_path}/config.json: the weights are quantized ({method}); wanted F32, F16, BF16 or FP8 (fp8, modelopt "
-        "FP8, compressed-tensors float-quantized with one scale a tensor, row or block): use the original checkpoint"
-        + route.format(folder=tmp_path)
+        f"{tmp_path}: the weights are quantized ({method}: a.weight); wanted F32, F16, BF16 or FP8 (fp8, modelopt "
+        "FP8, compressed-tensors float-quantized with one scale a tensor, row or block): use the checkpoint that it "
+        "was made of" + route.format(folder=tmp_path)
     )
+
+
+@pytest.mark.parametrize("quantization", [*(settings for settings, _, _ in REFUSED.values()), *OTHER_SETTINGS])
+def test_settings_over_plain_weights_do_not_count(tmp_path, quantization):
+    """As merging leaves them: the tensors decide, whatever the settings say."""
+    values = np.array([[1.0, -2.0], [0.5, 3.0]])
+    checkpoint(tmp_path, {"w.weight": floats(values)}, None)
+    found = read_checkpoint(tmp_path, {"quantization_config": quantization})
+    np.testing.assert_array_equal(read(found.tensors["w.weight"]), values)
+    (note,) = found.notes
+    assert note.startswith("config.json says that the weights are quantized (")
+    assert note.endswith("), but they are plain F32: its quantization settings do not count.")
 
 
 def test_two_groups_of_different_blocks_are_refused(tmp_path):
@@ -391,13 +405,15 @@ def test_two_groups_of_different_blocks_are_refused(tmp_path):
     entry, _ = codes((2, 2))
     entries = {"w.weight": entry, "w.weight_scale": floats(np.ones((2, 1)))}
     assert list(checkpoint(tmp_path, entries, {**settings, "config_groups": {"a": one, "b": one}})) == ["w.weight"]
-    refusal(UnsupportedError, tmp_path, entries, {**settings, "config_groups": {"a": one, "b": two}})
+    message = refusal(UnsupportedError, tmp_path, entries, {**settings, "config_groups": {"a": one, "b": two}})
+    assert message.endswith("groups of different block_structure; wanted one for all FP8 weights")
 
 
 @pytest.mark.parametrize("block", [[128], [128, 0], [128, 128, 128], ["128", "128"], [True, 2], "128x128", 128, {}, []])
 def test_block_size_that_is_none(tmp_path, block):
+    entry, _ = codes((2, 2))
     with pytest.raises(ModelError) as error:
-        open_checkpoint(tmp_path, {"quantization_config": {**FINE_GRAINED, "weight_block_size": block}})
+        checkpoint(tmp_path, {"w": entry}, {**FINE_GRAINED, "weight_block_size": block})
     assert str(error.value) == (
         f"{tmp_path}/config.json: weight_block_size: wanted two positive integers, rows and columns of a block, got "
         f"{block!r}"
@@ -406,11 +422,14 @@ def test_block_size_that_is_none(tmp_path, block):
 
 @pytest.mark.parametrize("value", ["gptq", 4, ["fp8"], True])
 def test_settings_that_are_none(tmp_path, value):
+    entry, _ = codes((2, 2))
     with pytest.raises(ModelError, match=r"config\.json: quantization_config: wanted an object, got"):
-        open_checkpoint(tmp_path, {"quantization_config": value})
+        checkpoint(tmp_path, {"w": entry}, value)
 
 
 @pytest.mark.parametrize("groups", [None, [], {}, {"a": None}, {"a": {}}, {"a": {"weights": None}}, {"a": [1]}])
 def test_compressed_groups_that_are_none(tmp_path, groups):
-    with pytest.raises(UnsupportedError, match="compressed-tensors float-quantized"):
-        open_checkpoint(tmp_path, {"quantization_config": {**compressed(), "config_groups": groups}})
+    entry, values = codes((2, 2))
+    entries = {"w": entry, "w_scale": floats(np.full((2, 1), 0.5))}
+    found = checkpoint(tmp_path, entries, {**compressed(), "config_groups": groups})
+    np.testing.assert_array_equal(read(found["w"]), values / 2)

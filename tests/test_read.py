@@ -339,12 +339,10 @@ def test_no_class_is_in_two_families() -> None:
     ("config", "kind", "message"),
     [
         ({"hidden_act": "gelu"}, UnsupportedError, "hidden_act 'gelu' is not supported for llama; known: silu, swish"),
-        ({"hidden_size": ...}, ModelError, "hidden_size: wanted a positive integer, got None"),
         ({"hidden_size": "64"}, ModelError, "hidden_size: wanted a positive integer, got '64'"),
         ({"intermediate_size": 0}, ModelError, "intermediate_size: wanted a positive integer, got 0"),
         ({"num_hidden_layers": True}, ModelError, "num_hidden_layers: wanted a positive integer, got True"),
         ({"vocab_size": 286.0}, ModelError, "vocab_size: wanted a positive integer, got 286.0"),
-        ({"max_position_embeddings": ...}, ModelError, "max_position_embeddings: wanted a positive integer, got None"),
         (
             {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None},
             ModelError,
@@ -574,31 +572,31 @@ def test_llama3_factors_by_hand(tmp_path: Path) -> None:
             LLAMA,
             {**YARN, "factor": None},
             ModelError,
-            "rope setting factor: wanted a number from 0.001 to 1e+09, got None",
+            "rope setting factor: wanted a positive number that float32 holds, got None",
         ),
         (
             LLAMA,
             {**YARN, "mscale": "1"},
             ModelError,
-            "rope setting mscale: wanted a number from 0.001 to 1e+09, got '1'",
+            "rope setting mscale: wanted a positive number that float32 holds, got '1'",
         ),
         (
             LLAMA,
             {**YARN, "original_max_position_embeddings": 64.5},
             ModelError,
-            "rope setting original_max_position_embeddings: wanted a whole number, got 64.5",
+            "rope setting original_max_position_embeddings: wanted a number of tokens, got 64.5",
         ),
         (
             LLAMA,
             {"rope_type": "linear", "factor": 0},
             ModelError,
-            "rope setting factor: wanted a number from 0.001 to 1e+09, got 0",
+            "rope setting factor: wanted a positive number that float32 holds, got 0",
         ),
         (
             LLAMA,
             {key: value for key, value in LLAMA3.items() if key != "low_freq_factor"},
             ModelError,
-            "rope setting low_freq_factor: wanted a number from 0.001 to 1e+09, got None",
+            "rope setting low_freq_factor: wanted a positive number that float32 holds, got None",
         ),
         (
             LLAMA,
@@ -620,7 +618,7 @@ def test_rope_that_is_refused(
         ({"rope_parameters": "linear"}, "rope_parameters: wanted an object, got 'linear'"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}},
-            "rope setting rope_theta: wanted a number from 0.001 to 1e+09, got '1e4'",
+            "rope setting rope_theta: wanted a positive number that float32 holds, got '1e4'",
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},

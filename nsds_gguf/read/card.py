@@ -7,6 +7,7 @@ GGUF keys have: a README's front matter is written by hand, and holds whatever i
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,19 @@ from gguf.gguf_writer import GGUFValue
 
 from ..records import Tensor, kv
 from .vocab_files import read_json
+
+# A name as the Hub has them, with or without owner; a path on somebody's machine is none.
+_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
+_PLACE = re.compile(
+    r"(checkpoint|ckpt|step|epoch|outputs?|results?|models?|runs?|saves?|tmp|data|home|mnt|root|workspace|content)([-_]?\d+)?"
+    r"|[a-z]:?",
+    re.IGNORECASE,
+)
+
+
+def _is_name(text: Any) -> bool:
+    """Tell whether a text is the name of a model, not where one lay when it was trained."""
+    return isinstance(text, str) and bool(_NAME.fullmatch(text)) and not any(map(_PLACE.fullmatch, text.split("/")))
 
 
 def card_keys(
@@ -36,7 +50,7 @@ def card_keys(
     notes: list[str] = []
     n_weights = sum(tensor.n_weights for tensor in tensors)
     name = config.get("_name_or_path")
-    named = {"_name_or_path": name} if isinstance(name, str) and name else {}
+    named = {"_name_or_path": name} if _is_name(name) else {}
     card = _front_matter(folder, notes)
     found = Metadata.apply_metadata_heuristic(Metadata(), card, named, _called(folder), n_weights)
     for key, value in read_json(folder / "generation_config.json").items():
@@ -78,7 +92,16 @@ def _front_matter(folder: Path, notes: list[str]) -> dict[str, Any]:
         return {}
     if isinstance(card.get("license"), list):
         card["license"] = ",".join(filter(None, map(_text, card["license"])))
-    return card
+    for key in ("base_model", "base_models", "base_model_sources"):
+        if key in card:
+            listed = card[key] if isinstance(card[key], list) else [card[key]]
+            card[key] = [base for base in listed if not _is_path(base)] or None
+    return {key: value for key, value in card.items() if value is not None}
+
+
+def _is_path(base: Any) -> bool:
+    """Tell whether a base model is a path on the machine of whoever wrote the README."""
+    return isinstance(base, str) and not _is_name(base) and not base.startswith(("http://", "https://"))
 
 
 def _fitted(entry: GGUFValue) -> GGUFValue | None:

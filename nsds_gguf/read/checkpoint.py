@@ -1,18 +1,25 @@
-"""The weights of a model folder: one file or shards with an index, of whatever format, become one dict of tensors."""
+"""The weights of a model folder: one file or shards, of whatever format, become one dict of tensors.
+
+Where a folder holds several sets of weights, transformers' order of preference decides (``modeling_utils``,
+``_get_resolved_checkpoint_files``), and what is left aside is a note.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 import reprlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ModelError, UnsupportedError
+from ..errors import ModelError
+from .foreign import foreign_folder
 from .fp8 import with_scales
 from .quantization import read_quantization
 from .safetensors import LFS_MARK, read_header
-from .stored import StoredTensor
+from .stored import StoredTensor, same_values, some
 from .torch_bin import read_torch_file
 
 FileReader = Callable[[Path], Mapping[str, StoredTensor]]
@@ -23,58 +30,168 @@ FORMATS: tuple[tuple[str, str, FileReader], ...] = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json", read_torch_file),
 )
 
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<ending>safetensors|bin)")
+
+# Files that hold weights, or say where they are; what a trainer keeps beside them is none.
+_WEIGHTS = re.compile(r".+\.(safetensors|bin|pth|pt|ckpt|h5|msgpack)(\.index\.json)?")
+_NO_WEIGHTS = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|spiece|sentencepiece).*|.*imatrix.*|adapter_.+"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a folder by checkpoint name, in file order, and notes on which files they come from."""
+
+    tensors: dict[str, StoredTensor]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The files that are read, what reads one, the index that names them, and why they where that is a choice."""
+
+    files: tuple[Path, ...]
+    read: FileReader
+    index: Path | None = None
+    reason: str = ""
+
 
 def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
+    """Return the tensors of ``read_checkpoint``."""
+    return read_checkpoint(folder, config).tensors
+
+
+def read_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
     """Read the headers of the weights: safetensors or, where there are none, PyTorch's; one file or several.
 
     Args:
         folder: model folder.
-        config: the parsed config.json; says how the weights are quantized, if they are.
+        config: the parsed config.json; says how FP8 weights are stored.
 
     Returns:
-        The tensors by checkpoint name, in file order; FP8 weights are joined to their scales, which do not show. Any
-        dtype may be among them; those that are not read fail when they are asked for their values.
+        The tensors, FP8 weights joined to their scales, which do not show. Any dtype may be among them; those that are
+        not read fail when they are asked for their values.
 
     Raises:
         ModelError: no weights, a missing shard, a git-lfs pointer, an index that leaves the folder, a header that
-            is truncated, contradicts itself or the index, FP8 weights without scales that fit, or PyTorch weights
+            is truncated, contradicts itself or another shard, FP8 weights without scales that fit, or PyTorch weights
             without torch.
         UnsupportedError: weights in a format that is not read, or quantized by a method that is not known.
 
     """
-    fp8 = read_quantization(folder, config)
     try:
-        return with_scales(_open_files(folder), fp8)
+        chosen = _choose(folder, config)
+        tensors, notes = _open(chosen)
+        fp8, quantization_notes = read_quantization(folder, config, tensors)
+        found = with_scales(tensors, fp8)
+        return Checkpoint(found, (*_aside(folder, chosen), *notes, *quantization_notes))
     except OSError as error:
         raise ModelError(f"{error.filename or folder}: cannot be read: {error.strerror}") from error
 
 
-def _open_files(folder: Path) -> dict[str, StoredTensor]:
-    """Open the first format of ``FORMATS`` that is there, its index before its single file."""
+# --- which files ----------------------------------------------------------------------------------------------
+
+
+def _choose(folder: Path, config: Mapping[str, Any]) -> _Chosen:
+    """Return what transformers would load, or else the one complete set of weights under other names."""
+    named = config.get("transformers_weights")  # transformers 5: the file that is meant
+    if isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json")):
+        file = folder / _in_folder(named, f"{folder / 'config.json'}: transformers_weights")
+        if file.name.endswith(".json") and file.is_file():
+            return _by_index(file, read_header)
+        if file.is_file():
+            return _Chosen((file,), read_header, reason="config.json names it in transformers_weights")
+        raise ModelError(f"{file}: is missing; config.json names it in transformers_weights: download it")
     for single, index, read in FORMATS:
-        if (folder / index).is_file():
-            return _open_shards(folder / index, read)
         if (folder / single).is_file():
-            return dict(read(folder / single))
-    raise _no_weights(folder)
+            return _Chosen((folder / single,), read)
+        if (folder / index).is_file():
+            return _by_index(folder / index, read)
+    return _other_names(folder)
 
 
-def _open_shards(index: Path, read: FileReader) -> dict[str, StoredTensor]:
-    weight_map = read_index(index)
-    tensors: dict[str, StoredTensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        file = index.parent / shard
-        if not file.is_file():
-            raise ModelError(f"{file}: shard is missing; {index.name} names it: download it")
-        for name, tensor in read(file).items():
-            if weight_map.get(name) != shard:
-                where = weight_map.get(name, "no shard")
-                raise ModelError(f"{file}: holds tensor {name}, but {index.name} places it in {where}")
-            tensors[name] = tensor
-    lost = sorted(set(weight_map) - set(tensors))
+def _by_index(index: Path, read: FileReader) -> _Chosen:
+    files = tuple(index.parent / shard for shard in sorted(set(read_index(index).values())))
+    lost = [file for file in files if not file.is_file()]
     if lost:
-        raise ModelError(f"{index}: names {len(lost)} tensors that are in no shard, first {lost[0]}")
-    return tensors
+        others = [single for single, _, _ in FORMATS if (index.parent / single).is_file()]
+        instead = f", or remove {index.name} to use {others[0]}" if others else ""
+        raise ModelError(f"{lost[0]}: shard is missing; {index.name} names it: download it{instead}")
+    return _Chosen(files, read, index)
+
+
+def _other_names(folder: Path) -> _Chosen:
+    """Return the one set of weights that is there under names that transformers does not look for."""
+    readers = {"safetensors": read_header, "bin": FORMATS[1][2]}
+    names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not _NO_WEIGHTS.fullmatch(path.name)]
+    sets: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        if match := _SHARD.fullmatch(name):
+            sets.setdefault(match.group("stem", "count", "ending"), []).append(name)
+    whole = [(key, shards) for key, shards in sets.items() if len(shards) == int(key[1])]
+    if len(whole) == 1:
+        (_, count, ending), shards = whole[0]
+        files = tuple(folder / shard for shard in shards)
+        return _Chosen(files, readers[ending], reason=f"all {int(count)} shards are there, no index is")
+    alone = [name for name in names if name.endswith(".safetensors") and not _SHARD.fullmatch(name)]
+    if not whole and len(alone) == 1:
+        reason = "the folder holds no model.safetensors and no other weights"
+        return _Chosen((folder / alone[0],), read_header, reason=reason)
+    raise foreign_folder(folder)
+
+
+def _aside(folder: Path, chosen: _Chosen) -> list[str]:
+    """Return the note on weights of the folder that are not read, and on why others are."""
+    read = {file.name for file in chosen.files} | ({chosen.index.name} if chosen.index else set())
+    aside = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path.name not in read and _WEIGHTS.fullmatch(path.name) and not _NO_WEIGHTS.fullmatch(path.name)
+    ]
+    first = chosen.files[0].name if chosen.files else ""
+    what = chosen.index.name if chosen.index else first
+    if not chosen.index and len(chosen.files) > 1:
+        what = f"{first} … {chosen.files[-1].name}"
+    files = "1 file is" if len(aside) == 1 else f"{len(aside)} files are"
+    rest = f"; {files} left aside: {some(aside)}" if aside else ""
+    if chosen.reason:
+        return [f"Weights are read from {what}: {chosen.reason}{rest}."]
+    return [f"Weights are read from {what}, as transformers would{rest}."] if aside else []
+
+
+# --- what is in them ------------------------------------------------------------------------------------------
+
+
+def _open(chosen: _Chosen) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Return the tensors of all files and the note on an index that says otherwise; raises for a name held twice."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in chosen.files:
+        for name, tensor in chosen.read(file).items():
+            first = tensors.setdefault(name, tensor)
+            if first is not tensor and not _is_same(first, tensor):
+                raise ModelError(
+                    f"{file}: holds tensor {name}, and {first.file.name} another one of that name: the shards are of "
+                    "different saves; download them again"
+                )
+    return tensors, _index_notes(chosen.index, tensors) if chosen.index else []
+
+
+def _is_same(first: StoredTensor, second: StoredTensor) -> bool:
+    return first.dtype == second.dtype and same_values(first, second)
+
+
+def _index_notes(index: Path, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """Return the note on tensors that lie elsewhere than the index says; transformers goes by the shards as well."""
+    places = read_index(index)
+    wrong = [name for name, tensor in tensors.items() if places.get(name) != tensor.file.name]
+    lost = [name for name in places if name not in tensors]
+    notes = []
+    if wrong:
+        notes.append(f"{index.name} is wrong about {len(wrong)} tensors ({some(wrong)}): the shards themselves count.")
+    if lost:
+        notes.append(f"{index.name} names {len(lost)} tensors that are in no shard: {some(lost)}.")
+    return notes
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -86,30 +203,11 @@ def read_index(index: Path) -> dict[str, str]:
         items = dict(json.loads(raw)["weight_map"].items())
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index}: damaged: wanted JSON with a weight_map: {error}: download it again") from error
-    for name, shard in items.items():
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
-            raise ModelError(
-                f"{index}: places tensor {name} in {reprlib.repr(shard)}; wanted the name of a file in the same folder"
-            )
-    return items
+    return {name: _in_folder(shard, f"{index}: places tensor {name} in") for name, shard in items.items()}
 
 
-def _no_weights(folder: Path) -> ModelError:
-    if any(folder.glob("adapter_model.*")):
-        return UnsupportedError(
-            f"{folder}: holds an adapter, not a model: merge it into its base model (peft, merge_and_unload) first"
-        )
-    names = sorted(path.name for path in folder.iterdir())
-    gguf = [name for name in names if name.endswith(".gguf")]
-    if gguf:
-        return UnsupportedError(f"{folder}: holds no safetensors: to convert {gguf[0]}, pass {folder / gguf[0]}")
-    links = [path for path in sorted(folder.glob("*.safetensors")) if path.is_symlink() and not path.exists()]
-    if links:
-        return ModelError(f"{links[0]}: link to a file that is missing: download it again")
-    shards = [name for name in names if name.endswith(".safetensors")]
-    if shards:
-        return ModelError(f"{folder}: holds {shards[0]} but no model.safetensors.index.json: download the index")
-    other = [name for name in names if name.endswith((".bin", ".pth", ".pt", ".h5", ".msgpack", ".onnx"))]
-    if other:
-        return UnsupportedError(f"{folder}: holds {other[0]} but no model.safetensors: get the safetensors weights")
-    return ModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json in it")
+def _in_folder(name: Any, where: str) -> str:
+    """Return the name of a file; raises ``ModelError`` when it is none or leaves the folder."""
+    if not isinstance(name, str) or Path(name).name != name or "\\" in name or name in ("", ".", ".."):
+        raise ModelError(f"{where} {reprlib.repr(name)}; wanted the name of a file in the same folder")
+    return name

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, UnsupportedError
+from .classes import named_class
+from .defaults import default_sizes
 from .families import TEXT_MODELS, WRAPPERS
 from .family import Config, Family
+from .foreign import describe
 
 MAX_LAYERS = 512  # llama.cpp's (LLAMA_MAX_LAYERS in llama-hparams.h)
 
@@ -51,9 +54,12 @@ def read_config(folder: Path, shown: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise UnsupportedError(f"{shown}: is a file; wanted a Hugging Face model folder with config.json, or a .gguf")
     file = folder / "config.json"
-    if not file.is_file():
-        raise ModelError(f"{shown}: no config.json in it; wanted a Hugging Face model folder")
     try:
+        if not file.is_file():
+            found = describe(folder)
+            raise (UnsupportedError if found else ModelError)(
+                f"{shown}: {found or 'no config.json in it; wanted a Hugging Face model folder'}"
+            )
         text = file.read_text(encoding="utf-8")
         if text.startswith(_LFS_MARK):
             raise ModelError(f"{file}: is a git-lfs pointer, not the file itself: run `git lfs pull` in {folder}")
@@ -65,31 +71,24 @@ def read_config(folder: Path, shown: Path) -> dict[str, Any]:
     return config
 
 
-def class_name(config: Mapping[str, Any]) -> str:
-    """Return the class under ``architectures``; raises ``ModelError`` when there is not one."""
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
-        raise ModelError(f"config.json: wanted one class name in architectures, got {architectures!r}")
-    return architectures[0]
-
-
-def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return class and settings of the language model: config.json's own, or those in a multimodal one's text_config.
+def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
+    """Return class and settings of the language model, and notes: config.json's own, or those of its text_config.
 
     Raises ``UnsupportedError`` when the language model within is of a kind that is not known.
     """
-    name = class_name(config)
+    name, note = named_class(config)
+    notes = [note] if note else []
     inner = config.get("text_config")
     if name not in WRAPPERS or not isinstance(inner, Mapping):
-        return name, dict(config)
-    kind = inner.get("model_type", config.get("model_type"))
+        return name, dict(config), notes
+    kind = inner.get("model_type", WRAPPERS[name])
     if kind not in TEXT_MODELS:
         raise UnsupportedError(
             f"config.json: {name} around a language model of type {kind!r}; known: {', '.join(TEXT_MODELS)}"
         )
     shared = {key: config[key] for key in _OUTER_SETTINGS if config.get(key) is not None}
     tokens = {key: value for key, value in config.items() if key.endswith("_token_id")}
-    return TEXT_MODELS[kind], {**tokens, **inner, **shared}
+    return TEXT_MODELS[kind], {**tokens, **inner, **shared}, notes
 
 
 def canonical(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
@@ -103,24 +102,28 @@ def canonical(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
         given = [value for value in values if value is not None]
         if values:
             settings[name] = given[0] if given else None
-    for name, value in family.defaults.items():
+    for name, value in {**default_sizes(family.classes[0]), **family.defaults}.items():
         if name in ROPE_SETTINGS:
             continue
         if settings.get(name) is None and not (name in settings and name in _MAY_BE_NULL):
-            settings[name] = value
+            settings[name] = value(settings) if callable(value) else value
     if settings.get("intermediate_size") is None and isinstance(settings.get("hidden_size"), int):
         settings["intermediate_size"] = _FF_FACTOR * settings["hidden_size"]
-    settings.setdefault("tie_word_embeddings", True)  # transformers' default for a class that has none of its own
+    if settings.get("tie_word_embeddings") is None:
+        settings["tie_word_embeddings"] = True  # transformers' default for a class that has none of its own
     return settings
 
 
-# Settings for which null is a value.
-_MAY_BE_NULL = ("norm_eps", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+# Settings for which null is a value: of the key/value heads, as many as there are heads.
+_MAY_BE_NULL = (
+    "norm_eps", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads",
+    "q_lora_rank",
+)  # fmt: skip
 
 
 def check_settings(config: Config, family: Family) -> None:
     """Raise ``UnsupportedError`` for a setting that llama.cpp's architecture computes otherwise, or not at all."""
-    activation = config.get("hidden_act", family.activations[0])
+    activation = config.get("hidden_act") or family.activations[0]
     if activation not in family.activations:
         raise UnsupportedError(
             f"config.json: hidden_act {activation!r} is not supported for {family.architecture}; "

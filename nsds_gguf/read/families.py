@@ -73,12 +73,32 @@ FFN: Parts = {
     "ffn_up": Part("mlp.up_proj", ("ff", "embd")),
     "ffn_down": Part("mlp.down_proj", ("embd", "ff")),
 }
+
+
+def stacked_forms(place: str, own: str = "mlp", mlx: str = "mlp") -> tuple[Part, ...]:
+    """Return how ``gate``, ``up`` or ``down`` (the place) of all experts are saved in one tensor.
+
+    Transformers 5 keeps gate and up in one, ``(experts, 2 ff, embd)``, in the block ``own``; MLX each by itself in the
+    block ``mlx``.
+    """
+    wide, narrow = ("experts", "ff_exp", "embd"), ("experts", "embd", "ff_exp")
+    if place == "down":
+        return Part(f"{own}.experts.down_proj", narrow, suffix=""), Part(f"{mlx}.switch_mlp.down_proj", narrow)
+    half = "first_half_exps" if place == "gate" else "second_half_exps"
+    fused = Part(f"{own}.experts.gate_up_proj", wide, half, ("experts", "2ff_exp", "embd"), suffix="")
+    return fused, Part(f"{mlx}.switch_mlp.{place}_proj", wide)
+
+
 EXPERTS: Parts = {
     "ffn_gate_inp": Part("mlp.gate", ("experts", "embd")),
-    "ffn_gate_exps": Part("mlp.experts.{e}.gate_proj", ("experts", "ff_exp", "embd")),
-    "ffn_up_exps": Part("mlp.experts.{e}.up_proj", ("experts", "ff_exp", "embd")),
-    "ffn_down_exps": Part("mlp.experts.{e}.down_proj", ("experts", "embd", "ff_exp")),
-}
+    "ffn_gate_exps": Part(
+        "mlp.experts.{e}.gate_proj", ("experts", "ff_exp", "embd"), also=stacked_forms("gate")
+    ),
+    "ffn_up_exps": Part("mlp.experts.{e}.up_proj", ("experts", "ff_exp", "embd"), also=stacked_forms("up")),
+    "ffn_down_exps": Part(
+        "mlp.experts.{e}.down_proj", ("experts", "embd", "ff_exp"), also=stacked_forms("down")
+    ),
+}  # fmt: skip
 SANDWICH_NORMS: Parts = {  # Gemma 2 and 3: norms in front of and behind both blocks
     "post_attention_norm": Part("post_attention_layernorm", ("embd",)),
     "ffn_norm": Part("pre_feedforward_layernorm", ("embd",)),
@@ -199,17 +219,24 @@ _QWEN2_MOE_LAYER: Parts = {
     "ffn_up_shexp": Part("mlp.shared_expert.up_proj", ("ff_shexp", "embd")),
     "ffn_down_shexp": Part("mlp.shared_expert.down_proj", ("embd", "ff_shexp")),
 }
+_GRANITE_BLOCK = "block_sparse_moe"
 _GRANITE_EXPERTS: Parts = {
-    "ffn_gate_inp": Part("block_sparse_moe.router.layer", ("experts", "embd")),
+    "ffn_gate_inp": Part(
+        f"{_GRANITE_BLOCK}.router.layer", ("experts", "embd"),
+        also=(Part(f"{_GRANITE_BLOCK}.router", ("experts", "embd")),),
+    ),
     "ffn_gate_exps": Part(
-        "block_sparse_moe.input_linear", ("experts", "ff_exp", "embd"), "first_half_exps",
-        ("experts", "2ff_exp", "embd"),
+        f"{_GRANITE_BLOCK}.input_linear", ("experts", "ff_exp", "embd"), "first_half_exps",
+        ("experts", "2ff_exp", "embd"), also=stacked_forms("gate", _GRANITE_BLOCK, _GRANITE_BLOCK),
     ),
     "ffn_up_exps": Part(
-        "block_sparse_moe.input_linear", ("experts", "ff_exp", "embd"), "second_half_exps",
-        ("experts", "2ff_exp", "embd"),
+        f"{_GRANITE_BLOCK}.input_linear", ("experts", "ff_exp", "embd"), "second_half_exps",
+        ("experts", "2ff_exp", "embd"), also=stacked_forms("up", _GRANITE_BLOCK, _GRANITE_BLOCK),
     ),
-    "ffn_down_exps": Part("block_sparse_moe.output_linear", ("experts", "embd", "ff_exp")),
+    "ffn_down_exps": Part(
+        f"{_GRANITE_BLOCK}.output_linear", ("experts", "embd", "ff_exp"),
+        also=stacked_forms("down", _GRANITE_BLOCK, _GRANITE_BLOCK),
+    ),
 }  # fmt: skip
 _GRANITE_SHARED: Parts = {
     "ffn_gate_shexp": Part(
@@ -377,7 +404,7 @@ _DEEPSEEK2 = Family(
         **_RMS, "attention_bias": False, "mlp_bias": False, "num_experts": 64, "n_shared_experts": 2,
         "num_experts_per_tok": 6, "moe_intermediate_size": 1407, "routed_scaling_factor": 1.0, "norm_topk_prob": False,
         "first_k_dense_replace": 0, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-        "v_head_dim": 128, "scoring_func": "softmax", "topk_method": "greedy",
+        "v_head_dim": 128, "q_lora_rank": 1536, "scoring_func": "softmax", "topk_method": "greedy",
     },
     keys=(
         _EXPERT_FF_KEY,
@@ -455,6 +482,12 @@ def twice_the_width(config: Config) -> int:
     return 2 * int(config["hidden_size"])
 
 
+def inner_width(config: Config) -> int | None:
+    """Return Mamba's inner width as its config class computes it."""
+    width = config.get("hidden_size")
+    return int(config.get("expand") or 2) * width if isinstance(width, int) else None
+
+
 def is_mamba_layer(config: Config, layer: int) -> bool:
     """Tell whether a layer of a Granite 4 model is a state space; the others attend."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
@@ -468,7 +501,8 @@ def is_attention_layer(config: Config, layer: int) -> bool:
 
 def has_mamba_layers(config: Config) -> bool:
     """Tell whether a Granite 4 model has state spaces at all."""
-    return any(is_mamba_layer(config, i) for i in range(config["num_hidden_layers"]))
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    return isinstance(kinds, list) and any(is_mamba_layer(config, i) for i in range(len(kinds)))
 
 
 def granite4_sizes(config: Config) -> dict[str, int]:
@@ -576,10 +610,21 @@ FAMILIES = (
             **ATTENTION_NORM,
             **ROTATED_ATTENTION,
             **FFN_NORM,
-            "ffn_gate_inp": Part("block_sparse_moe.gate", ("experts", "embd")),
-            "ffn_gate_exps": Part("block_sparse_moe.experts.{e}.w1", ("experts", "ff", "embd")),
-            "ffn_up_exps": Part("block_sparse_moe.experts.{e}.w3", ("experts", "ff", "embd")),
-            "ffn_down_exps": Part("block_sparse_moe.experts.{e}.w2", ("experts", "embd", "ff")),
+            "ffn_gate_inp": Part(
+                "block_sparse_moe.gate", ("experts", "embd"), also=(Part("mlp.gate", ("experts", "embd")),)
+            ),
+            "ffn_gate_exps": Part(
+                "block_sparse_moe.experts.{e}.w1", ("experts", "ff", "embd"),
+                also=stacked_forms("gate", mlx="block_sparse_moe"),
+            ),
+            "ffn_up_exps": Part(
+                "block_sparse_moe.experts.{e}.w3", ("experts", "ff", "embd"),
+                also=stacked_forms("up", mlx="block_sparse_moe"),
+            ),
+            "ffn_down_exps": Part(
+                "block_sparse_moe.experts.{e}.w2", ("experts", "embd", "ff"),
+                also=stacked_forms("down", mlx="block_sparse_moe"),
+            ),
         },
         defaults={**_UNTIED, "norm_eps": 1e-5, "rope_theta": 1e6, "num_experts": 8, "num_experts_per_tok": 2},
         window=Window(),
@@ -747,7 +792,7 @@ FAMILIES = (
         outside={
             "token_embd": Part("gpt_neox.embed_in", ("vocab", "embd")),
             "output_norm": Part("gpt_neox.final_layer_norm", ("embd",), bias=always),
-            "output": Part("embed_out", ("vocab", "embd")),
+            "output": Part("embed_out", ("vocab", "embd"), also=(OUTSIDE["output"],)),
         },
         prefix="gpt_neox.",
         layer_prefix="gpt_neox.layers.{i}.",
@@ -874,7 +919,7 @@ FAMILIES = (
             **FFN,
         },
         outside=OUTSIDE,
-        defaults={**_LAYER_NORM, "logit_scale": 0.0625, "use_qk_norm": False, "rope_theta": 10000.0},
+        defaults={**_LAYER_NORM, "logit_scale": 0.0625, "use_qk_norm": False, "rope_theta": 5e5},
         keys=(_LOGIT_SCALE_KEY,),
         norm="layer",
         fixed={"attention_bias": False, "use_qk_norm": has_many_layers},
@@ -970,7 +1015,8 @@ FAMILIES = (
         layer_prefix="backbone.layers.{i}.",
         defaults={
             "norm_eps": 1e-5, "num_attention_heads": 1, "max_position_embeddings": _UNLIMITED_CONTEXT,
-            "state_size": 16, "conv_kernel": 4, "time_step_rank": "auto", "use_bias": False, "use_conv_bias": True,
+            "intermediate_size": inner_width, "state_size": 16, "conv_kernel": 4,
+            "time_step_rank": "auto", "use_bias": False, "use_conv_bias": True,
         },
         fixed={"use_bias": False, "use_conv_bias": True, "intermediate_size": twice_the_width},
         rope_kinds=(),
@@ -984,15 +1030,16 @@ FAMILIES = (
     replace(_GRANITE4, architecture="granite", variant=always, sizes=no_sizes, example="Granite 4 Micro"),
 )  # fmt: skip
 
-# Multimodal classes whose language model is taken, by the ``model_type`` of their text_config.
-WRAPPERS = (
-    "Gemma3ForConditionalGeneration",
-    "Idefics3ForConditionalGeneration",
-    "LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration",
-    "Mistral3ForConditionalGeneration",
-    "SmolVLMForConditionalGeneration",
-)
+# Multimodal classes whose language model is taken, by the ``model_type`` of their text_config; what it is where that
+# says none.
+WRAPPERS = {
+    "Gemma3ForConditionalGeneration": "gemma3_text",
+    "Idefics3ForConditionalGeneration": "llama",
+    "LlavaForConditionalGeneration": "llama",
+    "LlavaNextForConditionalGeneration": "llama",
+    "Mistral3ForConditionalGeneration": "mistral",
+    "SmolVLMForConditionalGeneration": "llama",
+}
 TEXT_MODELS = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",

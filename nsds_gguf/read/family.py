@@ -68,6 +68,7 @@ class Part:
         change: key of ``mapping.CHANGES``: what is done to every number; empty where nothing is.
         suffix: what follows ``source`` in the checkpoint.
         bare: the GGUF name has no ``.weight`` either. (A role that holds a dot is a whole name, too.)
+        also: other forms in which the same tensor is saved; the first one that is there is read.
     """
 
     source: str
@@ -81,6 +82,17 @@ class Part:
     change: str = ""
     suffix: str = ".weight"
     bare: bool = False
+    also: tuple[Part, ...] = ()
+
+    @property
+    def forms(self) -> tuple[Part, ...]:
+        """The part itself, then every other form of it."""
+        return (self, *self.also)
+
+    def within(self, prefix: str) -> Part:
+        """Return the part with ``prefix`` before its checkpoint names."""
+        also = tuple(replace(form, source=prefix + form.source) for form in self.also)
+        return replace(self, source=prefix + self.source, also=also)
 
     def gguf_name(self, role: str) -> str:
         """Return the tensor's name within its layer."""
@@ -125,7 +137,7 @@ class Family:
         architecture: llama.cpp's name.
         layer: role -> part, within ``layer_prefix``, in GGUF order.
         outside: role -> part of what is not in a layer; the output projection is last.
-        defaults: what transformers assumes where config.json is silent.
+        defaults: what transformers assumes where config.json is silent: a value, or what gives it from the settings.
         prefix, layer_prefix: of the checkpoint's names; ``{i}`` is the layer.
         activations: the ones that llama.cpp computes for the architecture.
         rope_kinds: rope scaling kinds that llama.cpp computes; empty without rope.

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,16 @@ from ..anatomy import read_hparams
 from ..errors import ModelError, UnsupportedError
 from ..records import Float32, Model, Tensor
 from .card import card_keys
-from .checkpoint import open_checkpoint
+from .checkpoint import read_checkpoint
 from .config import canonical, check_settings, dimensions, read_config, text_model
 from .families import find_family
 from .family import Family
 from .keys import model_keys, window_note
-from .mapping import map_tensors
-from .quantization import read_quantization
+from .mapping import Mapped, map_tensors
+from .missing import check_no_adapter
+from .quantization import refuse_codes
 from .rope import check_rope, llama3_factors, longrope_factors, rope_dim, rope_note, rope_settings
-from .stored import StoredTensor
 from .vocab import open_vocab
-
-_IDENTITY_BYTES = 4096  # of every tensor: enough to tell two fine-tunes apart, cheap enough to read always
 
 
 def open_folder(path: Path, pre: str | None = None) -> Model:
@@ -60,14 +59,19 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
 
 def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Model:
     """Open a folder whose config.json is parsed; messages about that file begin with its bare name."""
-    source_class, family, config, sizes, rope = _checked_settings(whole)
-    stored = open_checkpoint(folder, whole)
-    tensors, notes = map_tensors(stored, config, family, sizes, is_wrapped="text_config" in whole)
-    tensors += _rope_tensors(rope, sizes)
+    known = _checked_settings(whole)
+    source_class, family, config, sizes, rope = known.source_class, known.family, known.config, known.sizes, known.rope
+    checkpoint = read_checkpoint(folder, whole)
+    check_no_adapter(folder, checkpoint.tensors)
+    mapped = map_tensors(
+        checkpoint.tensors, config, family, sizes, is_wrapped="text_config" in whole, hints=checkpoint.notes
+    )
+    tensors = [*mapped.tensors, *_rope_tensors(rope, sizes)]
     vocab = open_vocab(folder, sizes["vocab"], config, pre)
     about, unread = card_keys(folder, whole, tensors)
     metadata = {**model_keys(about, config, family, sizes, rope), **vocab.metadata}
     _check_letters(folder, metadata)
+    computed = (*known.notes, *window_note(config, family, sizes), *(rope_note(rope) if rope else ()))
     return Model(
         path=folder,
         architecture=family.architecture,
@@ -75,8 +79,8 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Mode
         hparams=read_hparams(family.architecture, metadata, tensors),
         tensors=tuple(tensors),
         metadata=metadata,
-        notes=(*window_note(config, family, sizes), *(rope_note(rope) if rope else ()), *notes, *vocab.notes, *unread),
-        model_id=_identity(whole, stored),
+        notes=(*computed, *checkpoint.notes, *mapped.notes, *vocab.notes, *unread),
+        model_id=_identity(metadata, family.architecture, mapped),
     )
 
 
@@ -91,24 +95,40 @@ def _naming(folder: Path) -> Iterator[None]:
         raise type(error)(f"{folder}{os.sep}{error}") from error
 
 
-def check_supported(folder: Path) -> None:
-    """Raise what ``open_folder`` raises for config.json; weights and tokenizer need not be there."""
+def check_supported(folder: Path, dtypes: Collection[str] = ()) -> None:
+    """Raise what ``open_folder`` raises for config.json; weights and tokenizer need not be there.
+
+    Args:
+        folder: model folder.
+        dtypes: of the weights, where they are known, in the spelling of safetensors.
+
+    """
     config = read_config(folder, folder)
     with _naming(folder):
         _checked_settings(config)
-        read_quantization(folder, config)
+    refuse_codes(folder, config, dtypes)
 
 
-def _checked_settings(
-    whole: Mapping[str, Any],
-) -> tuple[str, Family, dict[str, Any], dict[str, int], dict[str, Any] | None]:
-    """Return class, family, settings, sizes and rope of the language model that config.json describes."""
-    source_class, given = text_model(whole)
+@dataclass(frozen=True)
+class _Settings:
+    """What config.json says of the language model; notes of one sentence each."""
+
+    source_class: str
+    family: Family
+    config: dict[str, Any]
+    sizes: dict[str, int]
+    rope: dict[str, Any] | None
+    notes: list[str]
+
+
+def _checked_settings(whole: Mapping[str, Any]) -> _Settings:
+    """Return what config.json says; raises for what llama.cpp would not compute."""
+    source_class, given, notes = text_model(whole)
     family = find_family(source_class, canonical(given, find_family(source_class)))
     config = canonical(given, family)
     check_settings(config, family)
     sizes = dimensions(config, family)
-    return source_class, family, config, sizes, _checked_rope(config, family, sizes)
+    return _Settings(source_class, family, config, sizes, _checked_rope(config, family, sizes), notes)
 
 
 def _checked_rope(config: Mapping[str, Any], family: Family, sizes: Mapping[str, int]) -> dict[str, Any] | None:
@@ -163,10 +183,8 @@ def _check_letters(folder: Path, metadata: Mapping[str, GGUFValue]) -> None:
             ) from error
 
 
-def _identity(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> str:
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name in sorted(stored):
-        tensor = stored[name]
-        digest.update(f"\n{name} {tensor.dtype} {tensor.shape}\n".encode())
-        digest.update(tensor.first_bytes(_IDENTITY_BYTES))
-    return digest.hexdigest()
+def _identity(metadata: Mapping[str, GGUFValue], architecture: str, mapped: Mapped) -> str:
+    """Return a hex SHA-256 of what the model is: how it computes, and the beginning of its tensors."""
+    keys = {key: entry.value for key, entry in metadata.items() if key.startswith(f"{architecture}.")}
+    text = json.dumps([architecture, keys, mapped.digest], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

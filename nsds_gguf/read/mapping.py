@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,14 +12,16 @@ from numpy.typing import NDArray
 
 from ..errors import ModelError, UnsupportedError
 from ..records import Float32, Tensor
-from .families import IGNORED, LAYOUTS
+from .families import IGNORED
 from .family import Config, Family, Part, Sizes
-from .stored import StoredTensor
+from .missing import check_complete
+from .names import Found, Wanted, find_names
+from .stored import StoredTensor, same_values, some
+
+_IDENTITY_WEIGHTS = 1024  # of every tensor: enough to tell two fine-tunes apart, cheap enough to read always
 
 Stored = Mapping[str, StoredTensor]
 Rows = NDArray[np.intp]
-
-_SLAB_WEIGHTS = 1 << 20  # 4 MiB of float32
 
 # Names of what a multimodal checkpoint holds beside its language model.
 _OTHER_MODELS = re.compile(
@@ -100,80 +103,84 @@ CHANGES: Mapping[str, Callable[[Float32], Float32]] = {
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One GGUF tensor that the model must have; ``part`` as it is for a bias too."""
+class Mapped:
+    """The tensors of a GGUF in its order, notes of one sentence each, and a hex SHA-256 of what the tensors are.
 
-    name: str
-    role: str
-    layer: int | None
-    part: Part
-    is_bias: bool = False
+    The digest is over names, types, shapes and the first row of each tensor, however the checkpoint has stored it.
+    """
 
-    def sources(self, sizes: Sizes, actual: Callable[[str], str]) -> list[str]:
-        """Return the checkpoint's names, several when they are stacked."""
-        suffix = ".bias" if self.is_bias else self.part.suffix
-        count = sizes[self.part.shape[0]] if "{e}" in self.part.source else 1
-        return [actual(self.part.source.replace("{e}", str(e)) + suffix) for e in range(count)]
+    tensors: list[Tensor]
+    notes: list[str]
+    digest: str
 
 
 def map_tensors(
-    stored: Stored, config: Config, family: Family, sizes: Sizes, is_wrapped: bool
-) -> tuple[list[Tensor], list[str]]:
-    """Return the tensors in GGUF order and the notes; raises unless every tensor is placed and none is missing.
+    checkpoint: Stored,
+    config: Config,
+    family: Family,
+    sizes: Sizes,
+    is_wrapped: bool,
+    hints: Sequence[str] = (),
+) -> Mapped:
+    """Return the tensors in GGUF order; raises unless every tensor is placed and none is missing.
 
     Args:
-        stored: the checkpoint's tensors by name.
+        checkpoint: the tensors by name.
         config: canonical settings.
         family: where things are.
         sizes: of the dimensions.
         is_wrapped: whether other models (vision, audio) may lie beside the language model.
+        hints: what the reader must know when tensors are missing, one sentence each.
 
     Raises:
         ModelError: a tensor is missing, has another shape than config.json says, or contradicts the tie.
         UnsupportedError: a tensor is left over.
 
     """
-    actual = _names(stored, family)
     tied = bool(config["tie_word_embeddings"])
-    wanted = _wanted(config, family, sizes, tied)
-    sources = {item.name: item.sources(sizes, actual) for item in wanted}
-    missing = [name for names in sources.values() for name in names if name not in stored]
-    if missing:
-        raise ModelError(
-            f"tensors missing from the weights: {_some(missing)}; "
-            "the checkpoint is incomplete or config.json is another model's"
-        )
-    used = {name for names in sources.values() for name in names}
+    found = find_names(checkpoint, _wanted(config, family, sizes, tied), family, sizes)
+    used = {name for _, names in found.places for name in names}
+    check_complete(found, hints)
     if tied:
-        used.add(actual(family.unembedding))
-    notes = _tie_notes(stored, family, actual) if tied else []
+        used |= {found.layout.actual(name) for name in _outputs(family)}
+    notes = [*found.notes, *(_tie_notes(found, family) if tied else [])]
     if tied and family.output == "required":
         notes.append(f"The embedding is written twice: llama.cpp's {family.architecture} knows no tied output.")
-    left_out = _left_over(stored, used, family, is_wrapped, actual, sizes["layers"])
+    left_out = _left_over(found, used, family, is_wrapped, sizes["layers"])
     if left_out:
         notes.append(f"Only the language model is taken; left out: {left_out}.")
-    return [_tensor(item, [stored[name] for name in sources[item.name]], sizes) for item in wanted], notes
+    digest, tensors = hashlib.sha256(), []
+    for item, names in found.places:
+        stored = [_reshaped(found.stored[name], item.part, sizes) for name in names]
+        tensor = _tensor(item, stored, sizes)
+        tensors.append(tensor)
+        digest.update(f"\n{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
+        digest.update(_first_row(item.part, stored[0], sizes))
+    return Mapped(tensors, notes, digest.hexdigest())
 
 
-def _names(stored: Stored, family: Family) -> Callable[[str], str]:
-    """Return what turns the family's names into the checkpoint's, by where the embedding is found."""
+def _first_row(part: Part, stored: StoredTensor, sizes: Sizes) -> bytes:
+    """Return the beginning of the stored row from which the first row of the GGUF tensor comes, as float32."""
+    is_matrix = len(stored.shape) > 1
+    row = int(ROW_ORDERS[part.order](sizes)[0]) if part.order and is_matrix else 0
+    return stored.values(slice(row, row + 1), slice(0, _IDENTITY_WEIGHTS)).tobytes()
 
-    def renaming(inner: str, outer: str) -> Callable[[str], str]:
-        inner = inner.format(prefix=family.prefix)
 
-        def actual(name: str) -> str:
-            return inner + name.removeprefix(family.prefix) if name.startswith(family.prefix) else outer + name
-
-        return actual
-
-    layouts = [renaming(*layout) for layout in LAYOUTS]
-    return next((actual for actual in layouts if actual(family.embedding) in stored), layouts[0])
+def _outputs(family: Family) -> list[str]:
+    """Return every name that the output projection may have."""
+    return [form.source + form.suffix for form in family.outside["output"].forms]
 
 
 def _wanted(config: Config, family: Family, sizes: Sizes, tied: bool) -> list[Wanted]:
-    """Return every tensor that the model must have, in GGUF order: embeddings, layers, output."""
+    """Return every tensor that the model must have, in GGUF order: embeddings, layers, output.
+
+    Of a tied model the embedding may be saved under the name of the output alone.
+    """
+    embedding = family.outside["token_embd"]
+    if tied:
+        embedding = replace(embedding, also=tuple(replace(embedding, source=name) for name in _output_sources(family)))
     if tied and family.output == "required":
-        output = {"output": Part(family.outside["token_embd"].source, family.outside["output"].shape)}
+        output = {"output": replace(embedding, shape=family.outside["output"].shape)}
     elif tied:
         output = {}
     elif family.output == "tied":
@@ -183,17 +190,13 @@ def _wanted(config: Config, family: Family, sizes: Sizes, tied: bool) -> list[Wa
         )
     else:
         output = {"output": family.outside["output"]}
-    outside = {role: part for role, part in family.outside.items() if role != "output"}
+    outside = {role: part for role, part in family.outside.items() if role != "output"} | {"token_embd": embedding}
     before = {role: part for role, part in outside.items() if role.endswith("_embd")}
     after = {role: part for role, part in outside.items() if role not in before}
     found = list(_with_biases("", None, before, config))
     for i in range(sizes["layers"]):
         prefix = family.layer_prefix.format(i=i)
-        parts = {
-            role: replace(part, source=prefix + part.source)
-            for role, part in family.layer.items()
-            if part.layers(config, i)
-        }
+        parts = {role: part.within(prefix) for role, part in family.layer.items() if part.layers(config, i)}
         found += _with_biases(f"blk.{i}.", i, parts, config)
     return [*found, *_with_biases("", None, {**after, **output}, config)]
 
@@ -206,15 +209,23 @@ def _with_biases(prefix: str, layer: int | None, parts: Mapping[str, Part], conf
                 yield Wanted(f"{prefix}{role}.bias", f"{role}.bias", layer, part, is_bias=True)
 
 
-def _tie_notes(stored: Stored, family: Family, actual: Callable[[str], str]) -> list[str]:
+def _output_sources(family: Family) -> list[str]:
+    return [form.source for form in family.outside["output"].forms]
+
+
+def _tie_notes(found: Found, family: Family) -> list[str]:
     """Return the note on a tied output that is stored all the same; raises unless it equals the embedding.
 
     transformers 4 would drop it and transformers 5 use it, so one that differs cannot be converted faithfully.
     """
-    embedding, output = actual(family.embedding), actual(family.unembedding)
-    if output not in stored or embedding not in stored:
+    stored, actual = found.stored, found.layout.actual
+    embedding = actual(family.embedding)
+    output = next((name for name in map(actual, _outputs(family)) if name in stored), None)
+    if output is None:
         return []
-    if not _same_values(stored[embedding], stored[output]):
+    if embedding not in stored:
+        return [f"The embedding is read from {output}, to which config.json ties it."]
+    if not same_values(stored[embedding], stored[output]):
         raise ModelError(
             f"config.json ties {output} to {embedding}, but the stored ones differ: "
             f"set tie_word_embeddings to false to keep {output}, or remove it from the weights"
@@ -222,21 +233,11 @@ def _tie_notes(stored: Stored, family: Family, actual: Callable[[str], str]) -> 
     return [f"{output} is left out: it is the embedding, to which config.json ties it."]
 
 
-def _same_values(first: StoredTensor, second: StoredTensor) -> bool:
-    """Return whether two matrices hold the same numbers, reading a slab of rows at a time up to a difference."""
-    if first.shape != second.shape:
-        return False
-    n_rows, step = first.shape[0], max(1, _SLAB_WEIGHTS // first.shape[-1])
-    slabs = (slice(start, start + step) for start in range(0, n_rows, step))
-    return all(np.array_equal(first.read_rows(slab), second.read_rows(slab)) for slab in slabs)
-
-
-def _left_over(
-    stored: Stored, used: set[str], family: Family, is_wrapped: bool, actual: Callable[[str], str], n_layers: int
-) -> str:
+def _left_over(found: Found, used: set[str], family: Family, is_wrapped: bool, n_layers: int) -> str:
     """Return what other models' tensors are left out, in words; raises for a tensor of this model without a place."""
+    actual = found.layout.actual
     patterns = [*IGNORED, *(re.escape(actual("")) + pattern for pattern in family.ignored)]
-    left = [name for name in stored if name not in used and not any(re.fullmatch(p, name) for p in patterns)]
+    left = [name for name in found.stored if name not in used and not any(re.fullmatch(p, name) for p in patterns)]
     beyond = actual(family.layer_prefix.format(i=n_layers)) if family.extra_layers else None
     extra = {name for name in left if beyond is not None and name.startswith(beyond)}
     foreign = {name for name in left if is_wrapped and _OTHER_MODELS.search(name)} | extra
@@ -244,7 +245,7 @@ def _left_over(
     if unplaced:
         raise UnsupportedError(
             f"tensors that llama.cpp's {family.architecture}, as config.json describes it, has no place for: "
-            f"{_some(unplaced)}"
+            f"{some(unplaced)}"
         )
     groups: dict[str, int] = {}
     for name in foreign:
@@ -272,6 +273,14 @@ def _tensor(wanted: Wanted, stored: Sequence[StoredTensor], sizes: Sizes) -> Ten
             raise ModelError(f"{tensor.file}: tensor {tensor.name}: wanted shape {in_file}, got {tensor.shape}: {hint}")
     reader = _reader(part, stored, shape, sizes, wanted.is_bias)
     return Tensor(wanted.name, wanted.role, wanted.layer, shape, stored[0].dtype, stored[0].name, reader)
+
+
+def _reshaped(tensor: StoredTensor, part: Part, sizes: Sizes) -> StoredTensor:
+    """Return a convolution with its dimension of one where the class has it; MLX has it last."""
+    if "one" not in part.stored or len(tensor.shape) != len(part.stored) or tensor.shape[-1] != 1:
+        return tensor
+    in_file = tuple(sizes[name] for name in part.stored)
+    return replace(tensor, shape=in_file) if (*tensor.shape[:-2], 1, tensor.shape[-2]) == in_file else tensor
 
 
 Reader = Callable[[int, int], Float32]
@@ -353,8 +362,3 @@ def _folding_reader(stored: StoredTensor, shape: tuple[int, ...]) -> Reader:
 
 def _changing_reader(read: Reader, change: Callable[[Float32], Float32]) -> Reader:
     return lambda start, stop: change(read(start, stop))
-
-
-def _some(names: list[str], n_shown: int = 3) -> str:
-    shown = ", ".join(names[:n_shown])
-    return f"{shown}, … ({len(names) - n_shown} more)" if len(names) > n_shown else shown

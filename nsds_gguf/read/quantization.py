@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, UnsupportedError
+from .packed import CODES, ORIGINAL, Packed, packed_weights
+from .stored import StoredTensor
 
 DEFAULT_BLOCK = (128, 128)  # transformers' FineGrainedFP8Config where config.json has no weight_block_size
+
+_SILENT = (
+    "config.json says nothing of the FP8 weights: the scales beside them are read as they fit, one a tensor, row or "
+    "block of 128 x 128."
+)
 
 # What llama.cpp's convert_hf_to_gguf.py dequantizes beyond what we read (conversion/base.py, dequant_model).
 _GPTQ_BITS = (2, 4, 8)
 _COMPRESSED_INTEGERS = ("pack-quantized", "int-quantized", "naive-quantized")
-_COMPRESSED_FLOATS = ("float-quantized", "naive-quantized")
-_COMPRESSED_STRATEGIES = ("tensor", "channel", "block")
 
 
 @dataclass(frozen=True)
@@ -25,56 +30,75 @@ class Fp8:
     block: tuple[int, int] | None
 
 
-def read_quantization(folder: Path, config: Mapping[str, Any]) -> Fp8 | None:
-    """Return how the weights are quantized, ``None`` when they are not.
+def read_quantization(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> tuple[Fp8 | None, list[str]]:
+    """Return how the weights are quantized, ``None`` when they are not, and the note on settings that do not count.
+
+    The tensors decide whether they are; config.json says what they do not, the size of a block of FP8 weights.
 
     Args:
         folder: model folder, for messages.
         config: the parsed config.json.
+        tensors: everything that the checkpoint stores, by name.
 
     Raises:
         UnsupportedError: a method that is not read.
         ModelError: settings that are none.
 
     """
-    file, settings = folder / "config.json", _settings(config)
+    settings, packed = _settings(config), packed_weights(tensors)
+    if packed is not None:
+        raise _unsupported(folder, settings, packed)
+    has_codes = any(tensor.dtype == "F8_E4M3" for tensor in tensors.values())
     if not settings:
-        return None
+        return (Fp8(DEFAULT_BLOCK), [_SILENT]) if has_codes else (None, [])
+    if not has_codes:
+        return None, [_leftover(settings, tensors)]
     if not isinstance(settings, Mapping):
-        raise ModelError(f"{file}: quantization_config: wanted an object, got {settings!r}")
-    method = settings.get("quant_method")
-    if method == "fp8":
+        raise ModelError(f"{folder / 'config.json'}: quantization_config: wanted an object, got {settings!r}")
+    return _fp8(folder / "config.json", settings), []
+
+
+def refuse_codes(folder: Path, config: Mapping[str, Any], dtypes: Collection[str]) -> None:
+    """Raise ``UnsupportedError`` when config.json and the dtypes of weights that are not here yet say: packed."""
+    settings, codes = _settings(config), sorted(set(dtypes) & set(CODES))
+    if settings and codes:
+        method = _called(settings)
+        raise _unsupported(folder, settings, Packed(method, f"stored as {', '.join(codes)}", ORIGINAL))
+
+
+def _leftover(settings: Any, tensors: Mapping[str, StoredTensor]) -> str:
+    """Return the note on settings of a quantization that is not there (any more)."""
+    dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors.values()}))
+    return (
+        f"config.json says that the weights are quantized ({_called(settings)}), but they are plain {dtypes}: "
+        "its quantization settings do not count."
+    )
+
+
+def _fp8(file: Path, settings: Mapping[str, Any]) -> Fp8:
+    """Return what the settings say of FP8 weights: the block, ``None`` where each row or tensor has one scale."""
+    if settings.get("quant_method") == "fp8":
         return Fp8(_block(file, "weight_block_size", settings.get("weight_block_size", DEFAULT_BLOCK)))
-    if method == "modelopt" and settings.get("quant_algo") == "FP8":
-        return Fp8(None)
-    groups = _float_groups(settings) if method == "compressed-tensors" else []
-    blocks = {_block(file, "block_structure", group.get("block_structure")) for group in groups}
-    if len(blocks) == 1:
-        return Fp8(blocks.pop())
-    raise _unsupported(folder, settings)
+    groups = settings.get("config_groups")
+    listed = list(groups.values()) if isinstance(groups, Mapping) else []
+    weights = [group.get("weights") for group in listed if isinstance(group, Mapping)]
+    found = [weight for weight in weights if isinstance(weight, Mapping)]
+    blocks = {_block(file, "block_structure", weight.get("block_structure")) for weight in found}
+    if len(blocks) > 1:
+        raise UnsupportedError(
+            f"{file}: quantization_config: groups of different block_structure; wanted one for all FP8 weights"
+        )
+    return Fp8(blocks.pop() if blocks else None)
 
 
 def _settings(config: Mapping[str, Any]) -> Any:
     """Return the settings, wherever transformers and its predecessors put them."""
     text = config.get("text_config")
     places = [config, text] if isinstance(text, Mapping) else [config]
-    keys = ("quantization_config", "compression_config")
+    keys = ("quantization_config", "compression_config", "quantization")
     return next((place[key] for place in places for key in keys if place.get(key)), None)
-
-
-def _float_groups(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the weight settings of compressed-tensors' groups, none unless every group is FP8."""
-    groups = settings.get("config_groups")
-    if settings.get("format") not in _COMPRESSED_FLOATS or not isinstance(groups, Mapping):
-        return []
-    weights = [group.get("weights") if isinstance(group, Mapping) else None for group in groups.values()]
-    found = [weight for weight in weights if isinstance(weight, Mapping) and _is_fp8(weight)]
-    return found if len(found) == len(weights) else []
-
-
-def _is_fp8(weight: Mapping[str, Any]) -> bool:
-    is_float = weight.get("type") == "float" and weight.get("num_bits") == 8
-    return is_float and weight.get("strategy") in _COMPRESSED_STRATEGIES and not weight.get("group_size")
 
 
 def _block(file: Path, key: str, value: Any) -> tuple[int, int] | None:
@@ -86,20 +110,30 @@ def _block(file: Path, key: str, value: Any) -> tuple[int, int] | None:
     return sizes
 
 
-def _unsupported(folder: Path, settings: Mapping[str, Any]) -> UnsupportedError:
-    method = settings.get("quant_method", "unknown")
-    details = [str(settings[key]) for key in ("format", "quant_algo", "bits") if settings.get(key) is not None]
+def _unsupported(folder: Path, settings: Any, packed: Packed) -> UnsupportedError:
+    method = _called(settings) if settings and isinstance(settings, Mapping) else packed.method
+    if method == "unknown":  # MLX names none
+        method = packed.method
     route = ""
-    if _llama_cpp_reads(settings):
+    if isinstance(settings, Mapping) and _llama_cpp_reads(settings):
         route = (
             ", or let llama.cpp's converter dequantize it: `python convert_hf_to_gguf.py --outtype f16 --outfile "
             f"model-F16.gguf {folder}`, then `nsds-gguf convert model-F16.gguf`"
         )
     return UnsupportedError(
-        f"{folder / 'config.json'}: the weights are quantized ({' '.join([str(method), *details])}); wanted F32, F16, "
-        "BF16 or FP8 (fp8, modelopt FP8, compressed-tensors float-quantized with one scale a tensor, row or block): "
-        f"use the original checkpoint{route}"
+        f"{folder}: the weights are quantized ({method}: {packed.name}); wanted F32, F16, BF16 or FP8 (fp8, modelopt "
+        "FP8, compressed-tensors float-quantized with one scale a tensor, row or block): "
+        f"{packed.step.replace('IN', str(folder))}{route}"
     )
+
+
+def _called(settings: Any) -> str:
+    """Return what the settings call the method, with what tells its variants apart."""
+    if not isinstance(settings, Mapping):
+        return str(settings)
+    details = [str(settings[key]) for key in ("format", "quant_algo", "bits") if settings.get(key) is not None]
+    method = settings.get("quant_method", "unknown")
+    return "unknown" if method == "unknown" else " ".join([str(method), *details])
 
 
 def _llama_cpp_reads(settings: Mapping[str, Any]) -> bool:

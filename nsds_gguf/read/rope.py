@@ -23,8 +23,9 @@ YARN_BETA_FAST, YARN_BETA_SLOW = 32.0, 1.0
 
 YARN_LOG_UNIT = 0.1  # of the key yarn_log_multiplier: llama.cpp divides by it again (deepseek2.cpp)
 
-# Far beyond any model's, and safe in float32 arithmetic and in a uint32 key.
-MIN_NUMBER, MAX_NUMBER = 1e-3, 1e9
+# What a float32 key holds, and a uint32 one.
+MIN_NUMBER, MAX_NUMBER = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+MAX_CONTEXT = 2**32 - 1
 
 # Settings that may also stand at the top of config.json.
 _OUTER_KEYS = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
@@ -155,8 +156,8 @@ def check_rope(settings: Mapping[str, Any], architecture: str, kinds: tuple[str,
         raise UnsupportedError(f"config.json: partial_rotary_factor {factor} is not supported for {architecture}")
     for key in ("rope_theta", *_NEEDED.get(kind, ())):
         value = number(settings, key)
-        if key == "original_max_position_embeddings" and not value.is_integer():
-            raise ModelError(f"config.json: rope setting {key}: wanted a whole number, got {value:g}")
+        if key == "original_max_position_embeddings" and not (value.is_integer() and value <= MAX_CONTEXT):
+            raise ModelError(f"config.json: rope setting {key}: wanted a number of tokens, got {value:g}")
     if "local_theta" in settings:
         number(settings, "local_theta")
     if kind == "llama3" and number(settings, "low_freq_factor") >= number(settings, "high_freq_factor"):
@@ -279,7 +280,5 @@ def number(settings: Mapping[str, Any], key: str) -> float:
     """Return a number of the rope settings; raises ``ModelError`` when it is missing or no sensible number."""
     value = settings.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_NUMBER <= value <= MAX_NUMBER:
-        raise ModelError(
-            f"config.json: rope setting {key}: wanted a number from {MIN_NUMBER:g} to {MAX_NUMBER:g}, got {value!r}"
-        )
+        raise ModelError(f"config.json: rope setting {key}: wanted a positive number that float32 holds, got {value!r}")
     return float(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ..records import Float32
 
 READABLE = ("F32", "F16", "BF16", "F8_E4M3", "F8_E8M0")  # the last holds scales of FP8 weights
 
+_COMPARED_AT_ONCE = 1 << 20  # weights, 4 MiB as float32
 _COUNTED_AT_ONCE = 1 << 20  # weights, 4 MiB as float32
 
 
@@ -89,3 +91,18 @@ class StoredTensor(ABC):
             f"{self.file}: tensor {self.name}: {n_nan} NaN and {n_infinite} infinite of {math.prod(self.shape)} "
             "weights; wanted finite numbers: the checkpoint is damaged, download it again"
         )
+
+
+def same_values(first: StoredTensor, second: StoredTensor) -> bool:
+    """Return whether two matrices hold the same numbers, reading a slab of rows at a time up to a difference."""
+    if first.shape != second.shape:
+        return False
+    step = max(1, _COMPARED_AT_ONCE // max(1, first.n_cols))
+    slabs = (slice(start, start + step) for start in range(0, first.n_rows, step))
+    return all(np.array_equal(first.read_rows(slab), second.read_rows(slab)) for slab in slabs)
+
+
+def some(names: Sequence[str], n_shown: int = 3) -> str:
+    """Return the first of many names, and how many more there are."""
+    shown = ", ".join(names[:n_shown])
+    return f"{shown}, … ({len(names) - n_shown} more)" if len(names) > n_shown else shown

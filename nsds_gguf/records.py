@@ -203,6 +203,7 @@ class Model:
         notes: facts that the user must see (in the plan and on the screen), one sentence each.
         model_id: hex SHA-256 over config, tensor names, types, shapes and the first 4 KiB of every tensor.
         files: the GGUF files it was opened from, in order; empty for a folder.
+        is_mended: whether llama.cpp takes not ``files`` but what is written of the model: tensors or keys were changed.
     """
 
     path: Path
@@ -214,6 +215,7 @@ class Model:
     notes: tuple[str, ...]
     model_id: str
     files: tuple[Path, ...] = ()
+    is_mended: bool = False
 
     @cached_property
     def by_name(self) -> Mapping[str, Tensor]:

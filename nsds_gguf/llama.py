@@ -44,6 +44,10 @@ _AMX = "AMX_INT8 = 1"
 # (llama-context.cpp, llama_context_default_params).
 N_PHYSICAL_BATCH = 512
 
+# Constants of llama.h: enum llama_load_mode, llama_pooling_type.
+_LOAD_MODE_NONE = 0
+_POOLING_NONE = 0
+
 # llama_tokenize counts bytes and tokens in int32.
 _MAX_TEXT_BYTES = 2**31 - 1
 
@@ -178,6 +182,84 @@ def complete(
                     break
                 rows = context.decode(np.array([[token]], dtype=np.int32), start=n_prompt + len(said) - 1)
         return model.detokenize(said)
+
+
+def check_loads(file: Path) -> None:
+    """Let llama.cpp load a GGUF without its weights and build what it would compute: neither is read nor allocated.
+
+    Of the tensors only names, shapes and types count, so that a file with a hole for data will do.
+
+    Raises:
+        VerifyError: llama.cpp refuses keys, vocabulary or tensors; the message gives its reason.
+        GgmlError: llama.cpp is missing.
+
+    """
+    binding = _binding()
+    params = binding.llama_model_default_params()
+    params.no_alloc, params.load_mode = True, _LOAD_MODE_NONE
+    _log.clear()
+    model = binding.llama_model_load_from_file(os.fsencode(file), params)
+    if not model:
+        raise VerifyError(f"{file}: llama.cpp cannot load it: {_log_error()}")
+    try:
+        context_params = binding.llama_context_default_params()
+        context_params.n_ctx = context_params.n_batch = N_PHYSICAL_BATCH
+        context = binding.llama_init_from_model(model, context_params)
+        if not context:
+            raise VerifyError(f"{file}: llama.cpp cannot run it: {_log_error()}")
+        binding.llama_free(context)
+    finally:
+        binding.llama_model_free(model)
+
+
+def embed(file: Path, texts: Sequence[Int32], *, n_threads: int | None = None) -> Float32:
+    """Return the embeddings of texts, pooled as the file says and not normalised.
+
+    Args:
+        file: the GGUF of an embedding model.
+        texts: token ids of each text, ``(n_tokens,)`` int32, taken as they are.
+        n_threads: CPU threads; ``None`` for ``default_threads()``.
+
+    Returns:
+        ``(n_texts, n_embd)`` float32.
+
+    Raises:
+        VerifyError: the file cannot be loaded, or does not say how it pools.
+        GgmlError: llama.cpp is missing or refuses.
+
+    """
+    binding, n_longest = _binding(), max(len(text) for text in texts)
+    with open_model(file) as model:
+        params = binding.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = n_longest  # pooling needs a text in one physical batch
+        params.n_threads = params.n_threads_batch = n_threads or default_threads()
+        params.embeddings = True
+        _log.clear()
+        context = model._worker.run(binding.llama_init_from_model, model._pointer, params)
+        if not context:
+            raise GgmlError(f"{file}: llama.cpp cannot create a context: {_log_error()}")
+        try:
+            if binding.llama_pooling_type(context) == _POOLING_NONE:
+                raise VerifyError(f"{file}: does not say how embeddings are pooled; wanted a key pooling_type")
+            return np.stack([_embedding(model, context, text) for text in texts])
+        finally:
+            binding.llama_free(context)
+
+
+def _embedding(model: LlamaModel, context: Any, tokens: Int32) -> Float32:
+    """Return the embedding of one text, ``(n_embd,)`` float32."""
+    binding, n = model._binding, len(tokens)
+    if binding.llama_get_memory(context):
+        binding.llama_memory_clear(binding.llama_get_memory(context), True)
+    ids = np.ascontiguousarray(tokens, dtype=np.int32)
+    batch = binding.llama_batch_get_one(ids.ctypes.data_as(binding.ctypes.POINTER(binding.llama_token)), n)
+    _log.clear()
+    status = model._worker.run(binding.llama_decode, context, batch)
+    address = binding.llama_get_embeddings_seq(context, 0)
+    if status or not address:
+        raise GgmlError(f"{model.file}: llama_decode failed with status {status}: {_log_error()}")
+    found: Float32 = np.ctypeslib.as_array(address, shape=(binding.llama_model_n_embd_out(model._pointer),)).copy()
+    return found
 
 
 @contextmanager

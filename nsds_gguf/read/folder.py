@@ -25,6 +25,7 @@ from ..records import Float32, Model, Tensor
 from .card import card_keys
 from .checkpoint import open_checkpoint
 from .config import canonical, check_settings, dimensions, read_config, text_model
+from .embedding import read_embedding
 from .families import find_family
 from .family import Family
 from .keys import model_keys, window_note
@@ -33,6 +34,8 @@ from .quantization import read_quantization
 from .rope import check_rope, llama3_factors, longrope_factors, rope_dim, rope_note, rope_settings
 from .stored import StoredTensor
 from .vocab import open_vocab
+
+HEAD = "lm_head.weight"
 
 _IDENTITY_BYTES = 4096  # of every tensor: enough to tell two fine-tunes apart, cheap enough to read always
 
@@ -62,11 +65,15 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Mode
     """Open a folder whose config.json is parsed; messages about that file begin with its bare name."""
     source_class, family, config, sizes, rope = _checked_settings(whole)
     stored = open_checkpoint(folder, whole)
+    embedding = read_embedding(folder, whole)
+    if embedding and not any(name.endswith(HEAD) for name in stored):
+        config = {**config, "tie_word_embeddings": True}  # an embedding model needs no head: as llama.cpp loads it
     tensors, notes = map_tensors(stored, config, family, sizes, is_wrapped="text_config" in whole)
     tensors += _rope_tensors(rope, sizes)
     vocab = open_vocab(folder, sizes["vocab"], config, pre)
     about, unread = card_keys(folder, whole, tensors)
-    metadata = {**model_keys(about, config, family, sizes, rope), **vocab.metadata}
+    keys = {**model_keys(about, config, family, sizes, rope), **_named(family.architecture, embedding.keys)}
+    metadata = {**keys, **vocab.metadata}
     _check_letters(folder, metadata)
     return Model(
         path=folder,
@@ -75,9 +82,20 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Mode
         hparams=read_hparams(family.architecture, metadata, tensors),
         tensors=tuple(tensors),
         metadata=metadata,
-        notes=(*window_note(config, family, sizes), *(rope_note(rope) if rope else ()), *notes, *vocab.notes, *unread),
+        notes=(
+            *window_note(config, family, sizes),
+            *(rope_note(rope) if rope else ()),
+            *notes,
+            *vocab.notes,
+            *embedding.notes,
+            *unread,
+        ),
         model_id=_identity(whole, stored),
     )
+
+
+def _named(architecture: str, keys: Mapping[str, GGUFValue]) -> dict[str, GGUFValue]:
+    return {f"{architecture}.{name}": value for name, value in keys.items()}
 
 
 @contextmanager

@@ -109,8 +109,9 @@ class ScoreOptions:
 class Converted:
     """A finished file, its plan, what the check found (``None`` when it was skipped), and the scores behind the plan.
 
-    The check is ``embedding`` for a model that embeds texts and ``perplexity`` for all others. ``scores`` is ``None`` when the plan was given or needed none; ``source`` is the folder or file that was read, of a
-    model of the Hub that in its cache.
+    The check is ``embedding`` for a model that embeds texts and ``perplexity`` for all others. ``scores`` is ``None``
+    when the plan was given or needed none; ``source`` is the folder or file that was read, of a model of the Hub that
+    in its cache.
     """
 
     path: Path
@@ -372,7 +373,8 @@ class Work:
         name the model in its place; any other GGUF is its own original.
         """
         if self._original is not None:
-            yield self._original
+            with told_of(self.model.path, self._original):
+                yield self._original
             return
         if self.model.files and not self.model.is_mended:
             yield self.model.files[0]

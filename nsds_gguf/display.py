@@ -14,6 +14,7 @@ from rich.text import Text
 from .bundle import Bundle
 from .compare import KINDS, OURS, Comparison, Row, geometric_mean
 from .divergence import Divergence
+from .embedding import EmbeddingCheck
 from .explain import in_a_word
 from .perplexity import Perplexity
 from .records import Plan, PlannedTensor, Scores
@@ -107,6 +108,14 @@ def perplexity_view(found: Perplexity, name: str, reference: str | None = None) 
     table.add_row(name, f"{found.ppl:.4f}", f"{found.ppl_error:.4f}")
     sentence = _perplexity_sentence(found) if found.divergence is None else _divergence_sentence(found.divergence)
     return Group(title, table, sentence)
+
+
+def embedding_view(found: EmbeddingCheck, name: str, reference: str | None = None) -> RenderableType:
+    """Return how close a file's embeddings are to those of the original, or of another reference."""
+    return Text(
+        f"{name}: cosine similarity to {reference or 'the original'}: mean {found.cosine_mean:.4f}, lowest "
+        f"{found.cosine_min:.4f} over {found.n_passages} passages ({found.pooling} pooling, {found.n_tokens:,} tokens)"
+    )
 
 
 def _perplexity_sentence(found: Perplexity) -> Text:

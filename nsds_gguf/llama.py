@@ -213,7 +213,7 @@ def check_loads(file: Path) -> None:
 
 
 def embed(file: Path, texts: Sequence[Int32], *, n_threads: int | None = None) -> Float32:
-    """Return the embeddings of texts, pooled as the file says and not normalised.
+    """Return the embeddings of texts, pooled as the file says and not normalised, as exactly as llama.cpp can.
 
     Args:
         file: the GGUF of an embedding model.
@@ -234,6 +234,7 @@ def embed(file: Path, texts: Sequence[Int32], *, n_threads: int | None = None) -
         params.n_ctx = params.n_batch = params.n_ubatch = n_longest  # pooling needs a text in one physical batch
         params.n_threads = params.n_threads_batch = n_threads or default_threads()
         params.embeddings = True
+        params.flash_attn_type, params.type_k, params.type_v = _FLASH_ATTN_DISABLED, _GGML_TYPE_F32, _GGML_TYPE_F32
         _log.clear()
         context = model._worker.run(binding.llama_init_from_model, model._pointer, params)
         if not context:

@@ -81,8 +81,8 @@ def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
     check_predicts(model)
     if "tokenizer.ggml.model" not in model.metadata:
         raise VerifyError(
-            f"{model.path}: has no tokenizer, without which llama.cpp loads no file: use a GGUF with tokenizer.ggml keys, "
-            "or pass --no-verify"
+            f"{model.path}: has no tokenizer, without which llama.cpp loads no file: use a GGUF with tokenizer.ggml "
+            "keys, or pass --no-verify"
         )
     with tempfile.TemporaryDirectory() as folder, told_of(model.path, path := Path(folder) / "outline.gguf"):
         write_outline(model, path)

@@ -32,7 +32,19 @@ from numpy.typing import NDArray
 from . import ggml, rounding
 from .anatomy import kept_reason, needs_f32
 from .errors import ModelError, OutputError
-from .records import ALIGNMENT_BYTES, COPIED_TYPES, Float32, Model, Plan, PlannedTensor, Progress, Target, Tensor, kv, no_progress
+from .records import (
+    ALIGNMENT_BYTES,
+    COPIED_TYPES,
+    Float32,
+    Model,
+    Plan,
+    PlannedTensor,
+    Progress,
+    Target,
+    Tensor,
+    kv,
+    no_progress,
+)
 from .rounding import Feedback, Feedbacks
 from .version import __version__
 

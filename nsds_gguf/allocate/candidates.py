@@ -1,8 +1,8 @@
 """Which types each tensor may have, what they cost in bytes, and what the budget can reach.
 
 The rules of llama.cpp that matter here: what it does not quantize (vectors, norms, routers, ...) is F32, or, where its
-kernels take any type, as a GGUF that is converted has it; a row must be whole blocks. K-quants have blocks of 256 weights; a row that is not a
-multiple of 256 chooses among the types with blocks of 32.
+kernels take any type, as a GGUF that is converted has it; a row must be whole blocks. K-quants have blocks of 256
+weights; a row that is not a multiple of 256 chooses among the types with blocks of 32.
 """
 
 from __future__ import annotations

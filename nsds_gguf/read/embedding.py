@@ -1,8 +1,8 @@
 """What sentence-transformers keeps beside a model that embeds texts: modules.json and the settings of its modules.
 
 The modules are run one after another. ``Transformer`` is the model itself, ``Pooling`` makes one vector of its tokens,
-``Normalize`` gives that the length 1. GGUF can say how is pooled (``pooling_type``, as llama.cpp's converter writes it);
-llama.cpp's programs normalise by themselves.
+``Normalize`` gives that the length 1. A GGUF says how tokens are pooled (``pooling_type``,
+as llama.cpp's converter writes it); llama.cpp's programs normalise by themselves.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ def _attention(config: Mapping[str, Any]) -> tuple[dict[str, GGUFValue], tuple[s
                  if config.get(name) is told]  # fmt: skip
     if not both_ways:
         return {}, ()
-    note = f"config.json: {both_ways[0]} {config[both_ways[0]]}: attention looks both ways, as the file says too."
-    return {"attention.causal": kv(False, GGUFValueType.BOOL)}, (note.replace("True", "true").replace("False", "false"),)
+    value = json.dumps(config[both_ways[0]])
+    note = f"config.json: {both_ways[0]} {value}: every token sees all others; the file says so too (attention.causal)."
+    return {"attention.causal": kv(False, GGUFValueType.BOOL)}, (note,)
 
 
 def _modules(folder: Path) -> list[tuple[str, str]]:
@@ -122,7 +123,7 @@ def _prompts(folder: Path) -> tuple[str, ...]:
     if not used:
         return ()
     told = "; ".join(f"{name}: {text!r}" for name, text in used.items())
-    return (f"sentence-transformers puts a prompt before a text, which llama.cpp does not: write it yourself ({told}).",)
+    return (f"sentence-transformers puts a prompt before a text; for llama.cpp, write it yourself ({told}).",)
 
 
 def _json(file: Path) -> Any:

@@ -110,13 +110,13 @@ def _without_other_parts(architecture: str, header: Header) -> Header:
     left_out = [tensor for tensor in header.tensors if _OTHER_PART.match(tensor.name)]
     if not left_out or len(left_out) == len(header.tensors):
         return header
-    prefixes = tuple(f"{architecture}.{part}" for part in _OTHER_KEYS) + ("clip.",)
+    prefixes = ("clip.", *(f"{architecture}.{part}" for part in _OTHER_KEYS))
     keys = {key: entry for key, entry in header.metadata.items() if not key.startswith(prefixes)}
     parts = ", ".join(dict.fromkeys(f"{tensor.name.split('.')[0]}.*" for tensor in left_out))
     n_keys = len(header.metadata) - len(keys)
     return header.noting(
-        f"The file holds a vision or audio part beside the language model, as Ollama stores it: {len(left_out)} tensors "
-        f"({parts}) and {n_keys} keys are left out; llama.cpp takes that part from a file of its own (mmproj).",
+        f"The file holds a vision or audio part beside the language model, as Ollama stores it: {len(left_out)} "
+        f"tensors ({parts}) and {n_keys} keys are left out; llama.cpp takes that part from a file of its own (mmproj).",
         metadata=keys,
         tensors=tuple(tensor for tensor in header.tensors if not _OTHER_PART.match(tensor.name)),
     )
@@ -230,7 +230,7 @@ def _of_fitting_lists(header: Header) -> Header:
             continue
         if not isinstance(values, list) or len(values) < n_tokens:
             found = len(values) if isinstance(values, list) else repr(values)
-            raise ModelError(f"key {key}: wanted {n_tokens} values, one for every token, got {found}; get the file anew")
+            raise ModelError(f"key {key}: wanted {n_tokens} values, one for every token, got {found}; get a sound file")
         header = header.noting(
             f"Key {key} has {len(values)} values for {n_tokens} tokens: those beyond are left out.",
             metadata=_cut(header.metadata, (key,), n_tokens),
@@ -297,13 +297,13 @@ def _of_known_ids(header: Header) -> Header:
 def _check_tokens(header: Header) -> None:
     """Raise ``ModelError`` for a token that is there twice: llama.cpp aborts."""
     ids: dict[str, int] = {}
-    for i, token in enumerate(header.value(_TOKENS)):
-        first = ids.setdefault(token or f"[EMPTY_{i}]", i)
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(header.value(_TOKENS))]  # as llama.cpp calls them
+    for i, token in enumerate(tokens):
+        first = ids.setdefault(token, i)
         if first != i:
-            n_twice = len(header.value(_TOKENS)) - len({t or f"[EMPTY_{k}]" for k, t in enumerate(header.value(_TOKENS))})
             raise ModelError(
-                f"key {_TOKENS}: tokens {first} and {i} are both {token!r} ({n_twice} such in all), on which llama.cpp "
-                "aborts; convert the model's folder, or get a file with a sound vocabulary"
+                f"key {_TOKENS}: tokens {first} and {i} are both {token!r} ({len(tokens) - len(set(tokens))} such in "
+                "all), on which llama.cpp aborts; convert the model's folder, or get a file with a sound vocabulary"
             )
 
 
@@ -326,12 +326,12 @@ def _check_added(header: Header) -> None:
     kind, n_tokens = header.value("tokenizer.ggml.model"), len(header.value(_TOKENS))
     for name, defaults in _DEFAULT_IDS.items():
         key = f"tokenizer.ggml.{name}_token_id"
-        if header.value(f"tokenizer.ggml.add_{name}_token") and key not in header.metadata:
-            if not 0 <= defaults.get(str(kind), n_tokens) < n_tokens:
-                raise ModelError(
-                    f"key tokenizer.ggml.add_{name}_token is true, and there is no {key}, on which llama.cpp aborts; "
-                    "get a complete file"
-                )
+        has_default = defaults.get(str(kind), n_tokens) < n_tokens
+        if header.value(f"tokenizer.ggml.add_{name}_token") and key not in header.metadata and not has_default:
+            raise ModelError(
+                f"key tokenizer.ggml.add_{name}_token is true, and there is no {key}, on which llama.cpp aborts; "
+                "get a complete file"
+            )
 
 
 # --- types -----------------------------------------------------------------------------------------------------------

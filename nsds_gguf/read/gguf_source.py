@@ -1,8 +1,8 @@
 """A GGUF file becomes a ``Model``: any architecture, keys and tokenizer as they are, weights read a slab at a time.
 
-``open_gguf`` reads headers only; what llama.cpp would not take is mended or refused there (``gguf_repair``). What a file says about its own quantization does not survive a new one and is left
-out: ``general.file_type``, ``general.quantization_version``, the alignment, the keys of a split file, those of
-an importance matrix and our own.
+``open_gguf`` reads headers only; what llama.cpp would not take is mended or refused there (``gguf_repair``). What a
+file says about its own quantization does not survive a new one and is left out: ``general.file_type``,
+``general.quantization_version``, the alignment, the keys of a split file, those of an importance matrix and our own.
 """
 
 from __future__ import annotations

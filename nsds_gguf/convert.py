@@ -61,8 +61,8 @@ from .write import header_bytes, temporary_sibling, write_gguf, write_vocabulary
 
 __all__ = [
     "ORIGINAL", "SHIPPED_TEXT", "Converted", "Output", "Planned", "Reporter", "ScoreOptions", "Silent", "VerifyOptions",
-    "Work", "check_targets", "check_vocabulary", "convert", "evaluation_text", "open_model", "plan", "reference_file",
-    "reference_of", "reference_plan", "score_model", "tensor_types_file",
+    "Work", "check_targets", "check_vocabulary", "convert", "embeds", "evaluation_text", "open_model", "plan",
+    "reference_file", "reference_of", "reference_plan", "score_model", "tensor_types_file",
 ]  # fmt: skip
 
 # Working memory of scoring and writing, without the page cache: measured in tools/bench.py.

@@ -181,8 +181,10 @@ def test_architecture_that_llama_cpp_does_not_know_is_refused_before_work(tiny):
         for name in ("block_count", "embedding_length", "context_length")
     }, without=[n for n in tiny_weights() if n.startswith("blk.1.")])  # fmt: skip
     outcome = call("convert", source, *PLAIN, *QUICK, "-o", "out.gguf", "--text", "tiny.txt")
-    assert message(outcome, 7) == f"{source}: llama.cpp cannot load it: llama_model_load: error loading model: unknown " \
-        "model architecture: 'fancynet'"  # fmt: skip
+    assert message(outcome, 7) == (
+        f"{source}: llama.cpp cannot load it: llama_model_load: error loading model: unknown model architecture: "
+        "'fancynet'"
+    )
 
 
 # --- keys and layers -------------------------------------------------------------------------------------------------

@@ -253,3 +253,18 @@ def kept_reason(tensor: Tensor, architecture: str = "") -> str:
     if special is not None and re.search(special, tensor.name):
         return "small"
     return next((why for pattern, why in _KEPT.items() if re.search(pattern, tensor.name)), "")
+
+
+# Tensors with two dimensions or more that llama.cpp adds, multiplies element by element, convolves or scans with, and
+# so takes in F32 alone (LLM_TENSOR_INFOS in src/llama-arch.cpp; binary-ops.cpp and ops.cpp of ggml-cpu).
+_F32_ONLY = re.compile(
+    r"_norm(_\d|_key|_query|_conv|_exps)?\.weight$|norm\.weight$|\.(bias|scale)$|\.(ssm_a|ssm_d)$"
+    r"|ssm_conv1d(_[qkv])?\.weight$|shortconv\.conv\.weight$|ple_conv1d\.weight$"
+    r"|(time|channel)_mix_(lerp_\w+|first|decay|[wav]0|k_k|k_a|r_k|ln)\.weight$|rope_(freqs|factors_long|factors_short)"
+    r"|altup_correct_scale\.weight$|kpool_ape|exp_probs_b|attn_sinks|hc_\w+_(base|scale)|layer_output_scale"
+)
+
+
+def needs_f32(name: str, shape: Sequence[int]) -> bool:
+    """Return whether llama.cpp computes with a tensor in no type but F32: vectors, norms, biases, convolutions."""
+    return math.prod(shape[:-1]) == 1 or _F32_ONLY.search(name) is not None

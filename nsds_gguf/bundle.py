@@ -27,6 +27,7 @@ from typing import Any
 
 from .chat import KNOWS_TOOLS, ChatFormat
 from .convert import Reporter, Silent
+from .embedding import EmbeddingCheck
 from .errors import OutputError, RecordError, UnsupportedError
 from .gguf_header import SPLIT_COUNT, read_gguf_header, split_number
 from .inspect import Inspection, inspect_gguf
@@ -54,6 +55,7 @@ class Source:
         plan: the plan it was written by.
         scores: the scores of that plan.
         perplexity: what was measured, on ``text``.
+        embedding: what was measured in its place of a model that embeds texts.
         text: name of the text.
         command: the command that made it.
         against: what the perplexity was compared with, as ``Converted.against``.
@@ -65,6 +67,7 @@ class Source:
     plan: Plan | None = None
     scores: Scores | None = None
     perplexity: Perplexity | None = None
+    embedding: EmbeddingCheck | None = None
     text: str = ""
     command: str = ""
     against: str | None = None
@@ -153,7 +156,7 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
     if not origin.repos or origin.is_parent:
         notes.append("The repository of the original is not known: --base-model ORG/NAME tells the model card.")
     facts = Facts(inspection, metadata, origin, chat is not None, source.plan, source.perplexity, source.text,
-                  source.command, source.against)  # fmt: skip
+                  source.command, source.against, source.embedding)  # fmt: skip
     texts = {
         MODELFILE: modelfile_text,
         CARD: model_card(facts),

@@ -18,7 +18,7 @@ from typing import Any
 from . import convert, llama
 from .allocate import Pin, PlanOptions
 from .convert import Reporter, ScoreOptions, VerifyOptions, Work
-from .errors import OutputError, PlanError, RecordError, TargetError
+from .errors import OutputError, PlanError, RecordError, TargetError, VerifyError
 from .hub import HubName
 from .imatrix import Imatrix
 from .inspect import inspect_gguf
@@ -229,6 +229,9 @@ def compare(
     options = replace(options, types=types or options.types)
     (options,), told = convert.settled_options(model, [options], None)
     convert.check_targets(model, [replace(options, target=target) for target in targets], scoring.metric)
+    if convert.embeds(model):
+        raise VerifyError(f"{model.path}: is a model for embeddings, and files are compared by perplexity; convert it: "
+                          "each file is then checked by the cosine similarity of its embeddings")  # fmt: skip
     convert.check_vocabulary(model, verifying, text)
     make_folder(folder)
     work = Work(model, n_threads or llama.default_threads(), report, imatrix, told)

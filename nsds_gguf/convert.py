@@ -22,7 +22,8 @@ from . import allocate, ggml, llama, read, score
 from .allocate import PlanOptions, Propagation, Tokens
 from .balance import Balance, find_balance
 from .effort import effort_note, settled
-from .errors import PlanError, RecordError, VerifyError
+from .embedding import EmbeddingCheck, check_close, compare_embeddings
+from .errors import PlanError, RecordError, told_of
 from .estimate import duration, estimate_seconds, own_text_seconds
 from .given import check_scores, checked_plan
 from .hessians import N_DRAWN, disk_bytes, make_feedbacks
@@ -61,6 +62,7 @@ from .texts import (
     SHIPPED_TEXT,
     VerifyOptions,
     check_vocabulary,
+    embeds,
     evaluation_text,
     predicts,
 )
@@ -69,8 +71,8 @@ from .write import header_bytes, temporary_sibling, write_gguf, write_vocabulary
 
 __all__ = [
     "ORIGINAL", "QUANTIZED_INPUT", "SHIPPED_TEXT", "Converted", "Output", "Planned", "Reporter", "ScoreOptions",
-    "Silent", "VerifyOptions", "Work", "check_targets", "check_vocabulary", "convert", "evaluation_text", "open_model",
-    "plan", "reference_file", "reference_of", "reference_plan", "score_model", "tensor_types_file",
+    "Silent", "VerifyOptions", "Work", "check_targets", "check_vocabulary", "convert", "embeds", "evaluation_text",
+    "open_model", "plan", "reference_file", "reference_of", "reference_plan", "score_model", "tensor_types_file",
 ]  # fmt: skip
 
 # Working memory of scoring and writing, without the page cache: measured in tools/bench.py.
@@ -117,9 +119,10 @@ class ScoreOptions:
 class Converted:
     """A finished file, its plan, what the check found (``None`` when it was skipped), and the scores behind the plan.
 
-    ``scores`` is ``None`` when the plan was given or needed none; ``source`` is the folder or file that was read, of a
-    model of the Hub that in its cache. ``against`` says what the file was compared with: ``ORIGINAL``,
-    ``QUANTIZED_INPUT``, a path, or ``None``; ``notes`` what to know of the check.
+    The check is ``embedding`` for a model that embeds texts and ``perplexity`` for all others. ``scores`` is ``None``
+    when the plan was given or needed none; ``source`` is the folder or file that was read, of a model of the Hub that
+    in its cache. ``against`` says what the file was compared with: ``ORIGINAL``, ``QUANTIZED_INPUT``, a path, or
+    ``None``; ``notes`` what to know of the check.
     """
 
     path: Path
@@ -129,6 +132,7 @@ class Converted:
     source: Path | None = None
     against: str | None = None
     notes: tuple[str, ...] = ()
+    embedding: EmbeddingCheck | None = None
 
 
 @dataclass(frozen=True)
@@ -210,8 +214,9 @@ def convert(
                 work.write(plan, temporary)
                 notes = () if comparing is verifying else lacks_room_for_original(model, plan, verifying.n_ctx)
                 found = work.verify(plan, temporary, verifying, text, None if notes else reference)
-            against = against_name(model, comparing) if found is not None and found.divergence is not None else None
-            results.append(Converted(target, plan, found, work.scores, model.path, against, notes))
+            ppl, embedding = (None, found) if isinstance(found, EmbeddingCheck) else (found, None)
+            against = against_name(model, comparing) if ppl is not None and ppl.divergence is not None else None
+            results.append(Converted(target, plan, ppl, work.scores, model.path, against, notes, embedding))
     return results
 
 
@@ -380,12 +385,14 @@ class Work:
     def original(self) -> Iterator[Path]:
         """Give the original as a GGUF for the length of a ``with`` block; within one, another gives the same file.
 
-        Of a folder it is written to ``folder`` and removed on every exit; a GGUF is its own original.
+        Of a folder, or a GGUF that was mended, it is written to ``folder`` and removed on every exit, and messages
+        name the model in its place; any other GGUF is its own original.
         """
         if self._original is not None:
-            yield self._original
+            with told_of(self.model.path, self._original):
+                yield self._original
             return
-        if self.model.files:
+        if self.model.files and not self.model.is_mended:
             yield self.model.files[0]
             return
         plan = reference_plan(self.model)
@@ -397,7 +404,8 @@ class Work:
         try:
             self.write(plan, path, "write reference")
             self._original = path
-            yield path
+            with told_of(self.model.path, path):
+                yield path
         finally:
             self._original = None
             path.unlink(missing_ok=True)
@@ -437,10 +445,11 @@ class Work:
 
     def check_resources(self, sizes: Sequence[int], verifying: VerifyOptions, writes_text: bool = False) -> None:
         """Check disk and memory for files of these bytes before the heavy work."""
-        against_original = verifying.enabled and verifying.against == ORIGINAL
+        needs_original = verifying.against == ORIGINAL or (verifying.against is None and embeds(self.model))
+        against_original = verifying.enabled and needs_original
         original = original_bytes(self.model) if against_original or writes_text else 0
         reference = original if against_original else 0
-        written = 0 if self.model.files else original
+        written = 0 if self.model.files and not self.model.is_mended else original
         check_disk(self.folder, sum(sizes) + written, "the output" + (" with the reference" if written else ""))
         working = _BASE_MEMORY_BYTES + self.n_threads * _THREAD_MEMORY_BYTES
         check_memory(working, "converting", "close other programs or lower --threads")
@@ -484,12 +493,14 @@ class Work:
 
     def verify(
         self, plan: Plan, path: Path, options: VerifyOptions, text: str, reference: Path | None
-    ) -> Perplexity | None:
-        """Check the file against its plan and, unless switched off, by perplexity."""
+    ) -> Perplexity | EmbeddingCheck | None:
+        """Check the file against its plan and, unless switched off, by perplexity or by its embeddings."""
         with self.report.stage("verify structure"):
             verify_structure(path, self.model, plan)
         if not options.enabled:
             return None
+        if embeds(self.model) and reference is not None:
+            return self._verify_embeddings(path, options, text, reference)
         with self.report.stage("verify perplexity") as progress:
             found = perplexity(
                 path,
@@ -501,6 +512,14 @@ class Work:
                 progress=progress,
             )
         check_sane(path, found)
+        return found
+
+    def _verify_embeddings(self, path: Path, options: VerifyOptions, text: str, reference: Path) -> EmbeddingCheck:
+        with self.report.stage("verify embeddings") as progress:
+            found = compare_embeddings(
+                path, reference, text, n_ctx=options.n_ctx, n_threads=self.n_threads, progress=progress
+            )
+        check_close(path, found)
         return found
 
 
@@ -576,6 +595,8 @@ def reference_plan(model: Model) -> Plan:
 
 def original_bytes(model: Model) -> int:
     """Return the bytes of the file, or files, that ``--against original`` compares with."""
+    if model.is_mended:
+        return reference_plan(model).file_bytes
     return sum(file.stat().st_size for file in model.files) or reference_plan(model).file_bytes
 
 
@@ -602,11 +623,11 @@ def against_name(model: Model, options: VerifyOptions) -> str | None:
 
 @contextmanager
 def reference_file(work: Work, options: VerifyOptions) -> Iterator[Path | None]:
-    """Give the GGUF to compare with: a file of the user's, the original, or none."""
-    if not options.enabled or options.against is None:
+    """Give the GGUF to compare with: a file of the user's, the original, or none; embeddings have one always."""
+    if not options.enabled or (options.against is None and not embeds(work.model)):
         yield None
-    elif options.against != ORIGINAL:
-        yield Path(options.against)
+    elif options.against not in (None, ORIGINAL):
+        yield Path(str(options.against))
     else:
         with work.original() as path:
             yield path
@@ -683,13 +704,9 @@ def reference_of(
 
 def _check_comparable(model: Model, file: Path, text: str, n_ctx: int) -> None:
     """Check a model as the reference of a file by its vocabulary alone; errors name the model's own path."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "vocabulary.gguf"
+    with tempfile.TemporaryDirectory() as folder, told_of(model.path, path := Path(folder) / "vocabulary.gguf"):
         write_vocabulary(model, path)
-        try:
-            check_comparable(file, path, text, n_ctx)
-        except VerifyError as error:
-            raise VerifyError(str(error).replace(str(path), str(model.path))) from error
+        check_comparable(file, path, text, n_ctx)
 
 
 def _header_bytes(model: Model, option: PlanOptions, metric: str | None) -> int:

@@ -15,6 +15,7 @@ from rich.text import Text
 from .bundle import Bundle
 from .compare import KINDS, OURS, Comparison, Row, geometric_mean
 from .divergence import Divergence
+from .embedding import EmbeddingCheck
 from .explain import in_a_word
 from .perplexity import Perplexity
 from .records import Plan, PlannedTensor, Scores
@@ -115,6 +116,14 @@ def perplexity_view(
     else:
         sentence = _divergence_sentence(found.divergence, spoken(reference or "reference"))
     return Group(title, table, sentence, *(Text(f"note: {note}") for note in notes))
+
+
+def embedding_view(found: EmbeddingCheck, name: str, reference: str | None = None) -> RenderableType:
+    """Return how close a file's embeddings are to those of the original, or of another reference."""
+    return Text(
+        f"{name}: cosine similarity to {reference or 'the original'}: mean {found.cosine_mean:.4f}, lowest "
+        f"{found.cosine_min:.4f} over {found.n_passages} passages ({found.pooling} pooling, {found.n_tokens:,} tokens)"
+    )
 
 
 def _perplexity_sentence(found: Perplexity) -> Text:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from .allocate import PlanOptions
 from .records import SELF, UNQUANTIZED, Model, Scores
-from .texts import predicts
+from .texts import embeds, predicts
 
 # Stands for an effort or an importance that is left open.
 AUTO = "auto"
@@ -20,13 +20,14 @@ PLAIN_IMPORTANCE = "sweep"
 def settled(model: Model, options: PlanOptions, given: Scores | None = None) -> PlanOptions:
     """Return options without ``AUTO``: as given scores were measured; else high effort unless something is against it.
 
-    High effort goes with the model's own text, normal effort with ``PLAIN_IMPORTANCE``, unless importance is named.
+    High effort goes with the model's own text, but of a model for embeddings, and normal effort with
+    ``PLAIN_IMPORTANCE``, unless importance is named.
     """
     if options.allocator == "nsds" and given is not None and given.costs:
         effort, importance = given.effort, given.importance or PLAIN_IMPORTANCE
     else:
         effort = options.effort if options.effort != AUTO else "normal" if against_high(model, options) else "high"
-        importance = SELF if effort == "high" else PLAIN_IMPORTANCE
+        importance = SELF if effort == "high" and not embeds(model) else PLAIN_IMPORTANCE
     return replace(
         options,
         effort=effort if options.effort == AUTO else options.effort,
@@ -53,6 +54,8 @@ def against_high(model: Model, options: PlanOptions) -> str:
         return f"importance is {options.importance}"
     if set(options.allowed_types) <= set(UNQUANTIZED):
         return "nothing is rounded"
+    if embeds(model):
+        return "the model embeds texts and writes none"
     if not predicts(model) or "tokenizer.ggml.model" not in model.metadata:
         return "the model does not write text"
     if model.n_weights > AUTO_HIGH_WEIGHTS:

@@ -20,6 +20,10 @@ in one line. ``assert`` is never used for input.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class NsdsError(Exception):
     """Any failure that a user can act on; ``exit_code`` is what the command line returns."""
@@ -79,3 +83,14 @@ class GgmlError(NsdsError):
     """The ggml or llama.cpp library is missing, too old or refuses."""
 
     exit_code = 8
+
+
+@contextmanager
+def told_of(path: Path, temporary: Path) -> Iterator[None]:
+    """Put ``path``, which the user knows, in place of a temporary file in the messages of a ``with`` block."""
+    try:
+        yield
+    except NsdsError as error:
+        if str(temporary) not in str(error):
+            raise
+        raise type(error)(str(error).replace(str(temporary), str(path))) from error

@@ -18,6 +18,7 @@ import yaml  # type: ignore[import-untyped]
 from gguf import Keys
 from gguf.gguf_writer import GGUFValue
 
+from .embedding import POOLINGS, EmbeddingCheck
 from .inspect import FoundTensor, Inspection
 from .perplexity import Perplexity
 from .records import Plan
@@ -64,6 +65,7 @@ class Facts:
         text: the text on which.
         command: the command that made it; empty where it is not known.
         against: what the perplexity was compared with.
+        embedding: what was measured in place of perplexity.
 
     """
 
@@ -76,6 +78,13 @@ class Facts:
     text: str = ""
     command: str = ""
     against: str | None = None
+    embedding: EmbeddingCheck | None = None
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the model embeds texts: its keys say how tokens are pooled."""
+        key = f"{self.file.architecture}.pooling_type"
+        return key in self.metadata and self.metadata[key].value in POOLINGS
 
 
 def is_repo(text: str) -> bool:
@@ -109,7 +118,8 @@ def model_card(facts: Facts) -> str:
         f"# {_name(facts)} GGUF, {facts.file.bpw:.2f} bits per weight",
         _origin_sentence(facts.origin),
         _table(("", ""), _measured(facts)),
-        "Bits of all tensors over weights of all tensors; a lower perplexity and a lower divergence are better.",
+        "Bits of all tensors over weights of all tensors; "
+        + ("a cosine nearer 1 is better." if facts.embeds else "a lower perplexity and a lower divergence are better."),
         "## Types",
         _table(("tensors", "types", "weights", "bits per weight"), _types(facts.file.tensors)),
         "## How it was made",
@@ -130,7 +140,7 @@ def front_matter(facts: Facts) -> dict[str, Any]:
             found["base_model_relation"] = "quantized"
     found["quantized_by"] = _text(metadata, "general.quantized_by") or PROJECT
     found["library_name"] = "gguf"
-    found["pipeline_tag"] = "text-generation"
+    found["pipeline_tag"] = "feature-extraction" if facts.embeds else "text-generation"
     if licence := _text(metadata, Keys.General.LICENSE):
         names = licence.split(",")
         found["license"] = licence if len(names) == 1 else names
@@ -163,6 +173,8 @@ def _measured(facts: Facts) -> list[tuple[str, str]]:
         ("bits per weight, quantized tensors", f"{file.quantized_bpw:.4f}"),
         ("bits per weight, whole file", f"{file.file_bpw:.4f}"),
     ]
+    if facts.embeds:
+        return [*rows, _measured_embedding(facts)]
     if found is None:
         return [*rows, ("perplexity", "not measured")]
     on = f"{found.n_chunks} chunks of {found.n_ctx} tokens of {facts.text}"
@@ -183,6 +195,16 @@ def _measured(facts: Facts) -> list[tuple[str, str]]:
         ),
         ("same top token", f"{100 * compared.same_top:.2f} % ± {100 * compared.same_top_error:.2f} %"),
     ]
+
+
+def _measured_embedding(facts: Facts) -> tuple[str, str]:
+    found = facts.embedding
+    if found is None:
+        return "cosine similarity to the original", "not measured"
+    return (
+        "cosine similarity of embeddings to the original's",
+        f"mean {found.cosine_mean:.4f}, lowest {found.cosine_min:.4f} ({found.n_passages} passages of {facts.text})",
+    )
 
 
 def _types(tensors: Sequence[FoundTensor]) -> list[tuple[str, str, str, str]]:
@@ -218,14 +240,16 @@ def _making(facts: Facts) -> list[str]:
     if facts.command:
         lines.append(f"```sh\n{facts.command}\n```")
     versions = dict(facts.plan.versions) if facts.plan else {}
-    if facts.perplexity is not None:
-        versions |= facts.perplexity.versions
+    if measured := facts.perplexity or facts.embedding:
+        versions |= measured.versions
     rows = [*ours.items(), *((f"version of {name}", version) for name, version in versions.items())]
     return [*lines, _table(("", ""), [(name.replace("_", " "), f"`{value}`") for name, value in rows])]
 
 
 def _running(facts: Facts) -> list[str]:
     name = Path(facts.file.path).name
+    if facts.embeds:
+        return [f"llama.cpp: `llama-embedding -m {name}`, the text after `-p`; `llama-server --embeddings -m {name}`"]
     command = "llama-cli" if facts.is_chat else "llama-completion"
     shell = name if re.fullmatch(r"[\w.-]+", name, re.ASCII) else f"'{name}'"
     return [

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from .divergence import TOKEN_SCORE, Divergence, TokenScores, divergence, perplexity_and_error, score_rows
+from .embedding import pooling_of
 from .errors import TextError, VerifyError
 from .llama import (
     N_PHYSICAL_BATCH,
@@ -195,6 +196,7 @@ def perplexity(
 
     """
     _check_options(n_ctx, n_chunks, n_batch)
+    _check_predicts(file)
     n_threads = n_threads or default_threads()
     n_seq = max(1, n_batch // n_ctx)
     n_batch = min(n_batch, n_seq * n_ctx)
@@ -243,6 +245,15 @@ def _check_options(n_ctx: int, n_chunks: int | None, n_batch: int) -> None:
         raise TextError(f"perplexity: wanted batches of at least 1 token, got {n_batch}")
 
 
+def _check_predicts(file: Path) -> None:
+    """Raise ``VerifyError`` for a model that embeds texts: it predicts nothing."""
+    if file.is_file() and (pooling := pooling_of(file)):
+        raise VerifyError(
+            f"{file}: is a model for embeddings ({pooling} pooling), of which perplexity says nothing; convert checks "
+            "it by the cosine similarity of its embeddings to the original's"
+        )
+
+
 def _scored_text(text: str) -> str:
     """Return the text as llama-perplexity takes it from a file: without one newline at its end."""
     return text.removesuffix("\n")
@@ -250,12 +261,7 @@ def _scored_text(text: str) -> str:
 
 def _tokenize(models: Sequence[LlamaModel], text: str, n_ctx: int) -> Int32:
     """Return the tokens of the text, ``(n_tokens,)``, on which all models must agree."""
-    for model in models:
-        if model.adds_eos:
-            raise VerifyError(
-                f"{model.file}: ends every text with EOS; wanted a vocabulary without, as llama-perplexity does"
-            )
-    tokens = [model.tokenize(_scored_text(text)) for model in models]
+    tokens = [_without_eos(model, model.tokenize(_scored_text(text))) for model in models]
     if len(tokens[0]) < 2 * n_ctx:
         raise TextError(
             f"text: too short: wanted at least {2 * n_ctx} tokens for a context of {n_ctx}, got {len(tokens[0])}; "
@@ -264,6 +270,11 @@ def _tokenize(models: Sequence[LlamaModel], text: str, n_ctx: int) -> Int32:
     for model, others in zip(models[1:], tokens[1:], strict=True):
         _check_same_vocabulary(models[0], model, np.array_equal(tokens[0], others))
     return tokens[0]
+
+
+def _without_eos(model: LlamaModel, tokens: Int32) -> Int32:
+    """Return the tokens without the EOS that some vocabularies end every text with: chunks are cut from its midst."""
+    return tokens[:-1] if model.adds_eos else tokens
 
 
 def _check_same_vocabulary(model: LlamaModel, reference: LlamaModel, same_tokens: bool) -> None:

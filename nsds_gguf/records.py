@@ -204,6 +204,7 @@ class Model:
         model_id: hex SHA-256 over what the model is: the architecture's keys, and name, type, shape and first row of
             every tensor.
         files: the GGUF files it was opened from, in order; empty for a folder.
+        is_mended: whether llama.cpp takes not ``files`` but what is written of the model: tensors or keys were changed.
     """
 
     path: Path
@@ -215,6 +216,7 @@ class Model:
     notes: tuple[str, ...]
     model_id: str
     files: tuple[Path, ...] = ()
+    is_mended: bool = False
 
     @cached_property
     def by_name(self) -> Mapping[str, Tensor]:

@@ -8,10 +8,11 @@ from importlib import resources
 from pathlib import Path
 
 from . import llama
-from .errors import TextError, VerifyError
+from .embedding import POOLINGS
+from .errors import TextError, VerifyError, told_of
 from .inspect import inspect_gguf
 from .records import Model
-from .write import write_vocabulary
+from .write import write_outline
 
 SHIPPED_TEXT = "old_curiosity_shop.txt"
 
@@ -26,7 +27,7 @@ _EXTRA_TOKENS = 3  # that a tokenizer may add to a text: BOS, EOS and a space be
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """How to check a finished file by perplexity: ``text`` ``None`` is the text that ships with the package.
+    """How to check a finished file, by perplexity or by its embeddings, on a text: ``None`` for the one that ships.
 
     ``n_chunks`` ``None`` takes the whole text. ``against`` is ``original``, the path of a GGUF, or ``None``: the
     original where a conversion has it as a GGUF anyway and memory allows, else nothing.
@@ -76,18 +77,23 @@ def read_text(path: Path) -> str:
 
 
 def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
-    """Let llama.cpp load the vocabulary and tokenize the text before the work that would be verified with it.
+    """Let llama.cpp load an outline of the model and tokenize the text before the work that would be verified with it.
 
-    Raises ``VerifyError`` when the model has no perplexity or llama.cpp refuses the vocabulary, ``TextError`` when the
-    text is too short, and for a GGUF to compare with ``ModelError`` when it is none and ``VerifyError`` when its
-    vocabulary is another.
+    Raises ``VerifyError`` when the model has neither perplexity nor embeddings, or llama.cpp refuses vocabulary, keys
+    or tensors; ``TextError`` when the text is too short; and for a GGUF to compare with ``ModelError`` when it is none
+    and ``VerifyError`` when its vocabulary is another.
     """
     if not verifying.enabled:
         return
     check_predicts(model)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "vocabulary.gguf"
-        write_vocabulary(model, path)
+    if "tokenizer.ggml.model" not in model.metadata:
+        raise VerifyError(
+            f"{model.path}: has no tokenizer, without which llama.cpp loads no file: use a GGUF with tokenizer.ggml "
+            "keys, or pass --no-verify"
+        )
+    with tempfile.TemporaryDirectory() as folder, told_of(model.path, path := Path(folder) / "outline.gguf"):
+        write_outline(model, path)
+        llama.check_loads(path)
         with llama.open_model(path, vocab_only=True) as vocabulary:
             n_tokens, n_vocab = len(vocabulary.tokenize(text)), vocabulary.n_vocab
     if n_tokens < 2 * verifying.n_ctx:
@@ -95,6 +101,10 @@ def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
             f"{verifying.text or SHIPPED_TEXT}: text too short: wanted at least {2 * verifying.n_ctx} tokens for a "
             f"context of {verifying.n_ctx}, got {n_tokens}; use a longer text or a smaller --ctx"
         )
+    _check_reference(model, verifying, n_vocab)
+
+
+def _check_reference(model: Model, verifying: VerifyOptions, n_vocab: int) -> None:
     if verifying.against in (None, ORIGINAL):
         return
     against = Path(str(verifying.against))
@@ -107,6 +117,12 @@ def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
             )
 
 
+def embeds(model: Model) -> bool:
+    """Return whether a model is one for embeddings: it says how the embedding of a text is pooled from its tokens."""
+    pooling = model.metadata.get(f"{model.architecture}.pooling_type")
+    return pooling is not None and pooling.value in POOLINGS
+
+
 def predicts(model: Model) -> bool:
     """Return whether a model predicts the next token."""
     causal = model.metadata.get(f"{model.architecture}.attention.causal")
@@ -114,8 +130,8 @@ def predicts(model: Model) -> bool:
 
 
 def check_predicts(model: Model) -> None:
-    """Raise ``VerifyError`` when a model does not predict the next token: no perplexity says whether it works."""
-    if not predicts(model):
+    """Raise ``VerifyError`` when a model neither predicts the next token nor embeds: nothing says whether it works."""
+    if not predicts(model) and not embeds(model):
         raise VerifyError(
             f"{model.path}: architecture {model.architecture} does not predict the next token, so that perplexity "
             "cannot check it; pass --no-verify"

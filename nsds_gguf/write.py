@@ -30,8 +30,21 @@ from gguf.gguf_writer import GGUFValue, WriterState
 from numpy.typing import NDArray
 
 from . import ggml, rounding
+from .anatomy import kept_reason, needs_f32
 from .errors import ModelError, OutputError
-from .records import ALIGNMENT_BYTES, Float32, Model, Plan, PlannedTensor, Progress, Target, Tensor, kv, no_progress
+from .records import (
+    ALIGNMENT_BYTES,
+    COPIED_TYPES,
+    Float32,
+    Model,
+    Plan,
+    PlannedTensor,
+    Progress,
+    Target,
+    Tensor,
+    kv,
+    no_progress,
+)
 from .rounding import Feedback, Feedbacks
 from .version import __version__
 
@@ -54,6 +67,8 @@ FILE_TYPES = {
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
 
+_OUTLINE_TYPES = ("Q2_K", "Q4_0", "F16")  # smallest first: types that some row length does not fit, and one all fit
+
 _SLAB_WEIGHTS = 1 << 19  # 2 MiB of float32 in each thread: stays in the cache, hides Python's 0.1 ms a slab
 _IN_FLIGHT_PER_THREAD = 2
 _LARGEST_F16 = 65504.0  # scales are float16: only weights above can overflow a type
@@ -72,6 +87,31 @@ def header_bytes(
 def write_vocabulary(model: Model, path: Path) -> None:
     """Write a GGUF of the model's keys without its tensors: enough for llama.cpp to tokenize with."""
     path.write_bytes(_header(replace(model, tensors=()), {}, {}))
+
+
+def write_outline(model: Model, path: Path) -> None:
+    """Write a GGUF of the model's keys and tensor table, with a hole in place of the data.
+
+    It is enough for llama.cpp to tokenize with and to say whether it would load and run the model. The file system
+    must have room, at least on paper, for the data in the smallest types.
+    """
+    types = {tensor.name: _outline_type(tensor) for tensor in model.tensors}
+    header = _header(model, {}, types)
+    n_data = sum(-(-t.n_rows * ggml.row_bytes(types[t.name], t.n_cols) // ALIGNMENT_BYTES) for t in model.tensors)
+    try:
+        with path.open("wb") as stream:
+            stream.write(header)
+            stream.truncate(len(header) + n_data * ALIGNMENT_BYTES)
+    except OSError as error:
+        raise _output_error(path, error) from error
+
+
+def _outline_type(tensor: Tensor) -> str:
+    if tensor.dtype in COPIED_TYPES:
+        return tensor.dtype
+    if kept_reason(tensor) or needs_f32(tensor.name, tensor.shape):
+        return "F32"
+    return next(name for name in _OUTLINE_TYPES if ggml.fits(name, tensor.n_cols))
 
 
 def write_gguf(

@@ -20,7 +20,7 @@ LAYERS = [
     ["chat", "ggml", "gguf_header", "resources", "divergence"],
     ["llama"],
     ["activations"],
-    ["imatrix", "rounding", "selftext"],
+    ["embedding", "imatrix", "rounding", "selftext"],
     ["read", "score", "allocate", "write", "verify", "perplexity", "inspect", "modelfile"],
     ["estimate", "hub", "presets"],
     ["given", "hessians", "outputs", "texts"],

@@ -468,9 +468,9 @@ def test_reference_of_another_tokenizer(tiny, folder, tmp_path):
 
 
 def test_vocabulary_that_adds_eos(tmp_path):
-    file = write_tiny_gguf(tmp_path / "eos.gguf", add_eos=True)
-    with pytest.raises(VerifyError, match="ends every text with EOS"):
-        perplexity(file, TEXT)
+    with_eos, without = (write_tiny_gguf(tmp_path / f"{eos}.gguf", add_eos=eos) for eos in (True, False))
+    found, wanted = perplexity(with_eos, TEXT), perplexity(without, TEXT)
+    assert found.ppl == wanted.ppl and found.n_text_tokens == wanted.n_text_tokens
 
 
 def test_context_that_cannot_be_created(tiny):

@@ -1,8 +1,8 @@
 """Which types each tensor may have, what they cost in bytes, and what the budget can reach.
 
-The rules of llama.cpp that matter here: what it does not quantize (vectors, norms, routers, ...) stays F32, or as a
-GGUF that is converted has it; a row must be whole blocks. K-quants have blocks of 256 weights; a row that is not a
-multiple of 256 chooses among the types with blocks of 32.
+The rules of llama.cpp that matter here: what it does not quantize (vectors, norms, routers, ...) is F32, or, where its
+kernels take any type, as a GGUF that is converted has it; a row must be whole blocks. K-quants have blocks of 256
+weights; a row that is not a multiple of 256 chooses among the types with blocks of 32.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .. import ggml
-from ..anatomy import kept_reason
+from ..anatomy import kept_reason, needs_f32
 from ..errors import PlanError, TargetError
 from ..records import ALIGNMENT_BYTES, COPIED_TYPES, Model, Target, Tensor
 
@@ -117,11 +117,12 @@ def _candidate(model: Model, tensor: Tensor, types: Sequence[str], pins: Sequenc
 
 
 def _kept_type(model: Model, tensor: Tensor) -> str:
-    """Return the type of a tensor that is not quantized: F32, but that of the source where it is a GGUF already.
+    """Return the type of a tensor that is not quantized: F32 where llama.cpp's kernels take nothing else.
 
-    Kernels that take nothing else than F32 (norms, convolutions, ...) got it from whoever made that GGUF.
+    Others, such as a router, have the source's type where it is a GGUF already.
     """
-    return tensor.dtype if model.files and tensor.dtype in ggml.TYPES else "F32"
+    as_found = model.files and tensor.dtype in ggml.TYPES and not needs_f32(tensor.name, tensor.shape)
+    return tensor.dtype if as_found else "F32"
 
 
 def _open_candidate(tensor: Tensor, types: Sequence[str]) -> Candidate:

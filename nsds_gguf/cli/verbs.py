@@ -84,6 +84,8 @@ def _convert(arguments: argparse.Namespace, screen: Screen, output: convert.Outp
             screen.show(display.plan_details(result.plan))
         if result.perplexity is not None:
             screen.show(display.perplexity_view(result.perplexity, result.path.name, result.against, result.notes))
+        if result.embedding is not None:
+            screen.show(display.embedding_view(result.embedding, result.path.name, result.against))
         screen.show(Text.assemble((str(result.path), "bold"), f": {result.path.stat().st_size / 2**20:.2f} MiB"))
         if arguments.report is not None:
             _write_report(arguments, screen, result.path.stem, _converted_report(arguments, result))
@@ -120,7 +122,10 @@ def _converted_json(arguments: argparse.Namespace, screen: Screen, result: conve
         "against": result.against,
         "notes": result.notes,
     }
-    if arguments.chat is not None or (arguments.bundle is not None and not arguments.no_verify):
+    if result.embedding is not None:
+        found["embedding"] = result.embedding.to_json()
+    speaks = arguments.bundle is not None and not arguments.no_verify and result.embedding is None
+    if arguments.chat is not None or speaks:
         found["sample"] = _show_sample(arguments, screen, result.path)
     return found
 
@@ -132,6 +137,7 @@ def _bundle_converted(arguments: argparse.Namespace, screen: Screen, folder: Pat
         plan=result.plan,
         scores=result.scores,
         perplexity=result.perplexity,
+        embedding=result.embedding,
         text=convert.SHIPPED_TEXT if arguments.text is None else arguments.text.name,
         command=public_command(arguments.given),
         against=result.against,

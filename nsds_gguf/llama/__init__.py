@@ -21,18 +21,14 @@ import numpy as np
 from ..errors import GgmlError, TextError, VerifyError
 from ..records import Float32
 from ..resources import n_blas_threads
-from .binding import ContextOptions, Int32, ModelFacts, Observer
+from .binding import N_PHYSICAL_BATCH, ContextOptions, Int32, ModelFacts, Observer
 from .messages import SharedBuffer
 from .process import LlamaProcess, end_process, llama_process
 
 __all__ = [
-    "N_PHYSICAL_BATCH", "Int32", "LlamaContext", "LlamaModel", "Observer", "complete", "default_threads", "end_process",
-    "llama_build", "logits", "open_context", "open_model", "quantize_stock",
+    "N_PHYSICAL_BATCH", "Int32", "LlamaContext", "LlamaModel", "Observer", "check_loads", "complete", "default_threads",
+    "embed", "end_process", "llama_build", "logits", "open_context", "open_model", "quantize_stock",
 ]  # fmt: skip
-
-# Tokens that llama.cpp computes at once by default, and with them the rows of logits in its working memory
-# (llama-context.cpp, llama_context_default_params).
-N_PHYSICAL_BATCH = 512
 
 # llama_tokenize counts bytes and tokens in int32.
 _MAX_TEXT_BYTES = 2**31 - 1
@@ -137,6 +133,40 @@ def complete(
                     break
                 rows = context.decode(np.array([[token]], dtype=np.int32), start=n_prompt + len(said) - 1)
         return model.detokenize(said)
+
+
+def check_loads(file: Path) -> None:
+    """Let llama.cpp load a GGUF without its weights and build what it would compute: neither is read nor allocated.
+
+    Of the tensors only names, shapes and types count, so that a file with a hole for data will do.
+
+    Raises:
+        VerifyError: llama.cpp refuses keys, vocabulary or tensors; the message gives its reason.
+        GgmlError: llama.cpp is missing, or dies of the file.
+
+    """
+    llama_process().call(str(file), "check_loads", file, os.path.abspath(file))  # noqa: PTH100
+
+
+def embed(file: Path, texts: Sequence[Int32], *, n_threads: int | None = None) -> Float32:
+    """Return the embeddings of texts, pooled as the file says and not normalised, as exactly as llama.cpp can.
+
+    Args:
+        file: the GGUF of an embedding model.
+        texts: token ids of each text, ``(n_tokens,)`` int32, taken as they are.
+        n_threads: CPU threads; ``None`` for ``default_threads()``.
+
+    Returns:
+        ``(n_texts, n_embd)`` float32.
+
+    Raises:
+        VerifyError: the file cannot be loaded, or does not say how it pools.
+        GgmlError: llama.cpp is missing, refuses or dies.
+
+    """
+    with open_model(file) as model:
+        rows: Float32 = model.call("embed", list(texts), n_threads or default_threads())
+    return rows
 
 
 @contextmanager

@@ -28,11 +28,18 @@ from .messages import map_shared
 
 Int32 = NDArray[np.int32]
 
-# Constants of llama.h and ggml.h: enum llama_flash_attn_type, ggml_type, llama_vocab_type, ggml_log_level.
+# Constants of llama.h and ggml.h: enum llama_flash_attn_type, ggml_type, llama_vocab_type,
+# llama_load_mode, llama_pooling_type, ggml_log_level.
 _FLASH_ATTN_DISABLED = 0
 _GGML_TYPE_F32 = 0
 _VOCAB_TYPE_NONE = 0
+_LOAD_MODE_NONE = 0
+_POOLING_NONE = 0
 _LOG_LEVEL_ERROR = 4
+
+# Tokens that llama.cpp computes at once by default, and with them the rows of logits in its working memory
+# (llama-context.cpp, llama_context_default_params).
+N_PHYSICAL_BATCH = 512
 
 # llama.cpp's name, in its system info, of the AMX kernels. Compilers drop the stores that set up their tiles (GCC 12
 # and older: _tile_loadconfig declares that it reads 8 bytes of 64), and the first quantized matrix kills the process:
@@ -216,7 +223,63 @@ class Engine:
         """Return the next of what a context's observer found, ``None`` after the last."""
         return next(self._contexts[context].results, None)
 
+    def embed(self, model: int, texts: list[Int32], n_threads: int) -> Float32:
+        """Return the pooled embeddings of texts, ``(n_texts, n_embd)`` float32."""
+        binding, found, n_longest = self._binding, self._models[model], max(len(text) for text in texts)
+        params = binding.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = n_longest  # pooling needs a text in one physical batch
+        params.n_threads = params.n_threads_batch = n_threads
+        params.embeddings = True
+        params.flash_attn_type, params.type_k, params.type_v = _FLASH_ATTN_DISABLED, _GGML_TYPE_F32, _GGML_TYPE_F32
+        abort_callback = params.abort_callback = binding.ggml_abort_callback(lambda _: not self._is_alive())
+        self._messages.clear()
+        context = binding.llama_init_from_model(found.pointer, params)
+        if not context:
+            raise GgmlError(f"{found.file}: llama.cpp cannot create a context: {self._error()}")
+        try:
+            if binding.llama_pooling_type(context) == _POOLING_NONE:
+                raise VerifyError(f"{found.file}: does not say how embeddings are pooled; wanted a key pooling_type")
+            return np.stack([self._embedding(found, context, text) for text in texts])
+        finally:
+            binding.llama_free(context)
+            del abort_callback  # llama.cpp kept no more than its address
+
+    def _embedding(self, model: _Model, context: Any, tokens: Int32) -> Float32:
+        """Return the embedding of one text, ``(n_embd,)`` float32."""
+        binding = self._binding
+        if binding.llama_get_memory(context):
+            binding.llama_memory_clear(binding.llama_get_memory(context), True)
+        ids = np.ascontiguousarray(tokens, dtype=np.int32)
+        batch = binding.llama_batch_get_one(ids.ctypes.data_as(binding.ctypes.POINTER(binding.llama_token)), len(ids))
+        self._messages.clear()
+        status = binding.llama_decode(context, batch)
+        address = binding.llama_get_embeddings_seq(context, 0)
+        if status or not address:
+            raise GgmlError(f"{model.file}: llama_decode failed with status {status}: {self._error()}")
+        n_embd = binding.llama_model_n_embd_out(model.pointer)
+        found: Float32 = np.ctypeslib.as_array(address, shape=(n_embd,)).copy()
+        return found
+
     # --- files ---
+
+    def check_loads(self, file: Path, path: str) -> None:
+        """Load a model without its weights and build what it computes; raises ``VerifyError`` where that fails."""
+        binding = self._binding
+        params = binding.llama_model_default_params()
+        params.no_alloc, params.load_mode = True, _LOAD_MODE_NONE
+        self._messages.clear()
+        model = binding.llama_model_load_from_file(os.fsencode(path), params)
+        if not model:
+            raise VerifyError(f"{file}: llama.cpp cannot load it: {self._error()}")
+        try:
+            context_params = binding.llama_context_default_params()
+            context_params.n_ctx = context_params.n_batch = N_PHYSICAL_BATCH
+            context = binding.llama_init_from_model(model, context_params)
+            if not context:
+                raise VerifyError(f"{file}: llama.cpp cannot run it: {self._error()}")
+            binding.llama_free(context)
+        finally:
+            binding.llama_model_free(model)
 
     def quantize(
         self, source: str, target: str, preset: str, n_threads: int, importance: Mapping[str, Float32] | None

@@ -26,6 +26,7 @@ from ..records import Float32, Model, Tensor
 from .card import card_keys
 from .checkpoint import read_checkpoint
 from .config import canonical, check_settings, dimensions, read_config, text_model
+from .embedding import read_embedding
 from .families import find_family
 from .family import Family
 from .keys import model_keys, window_note
@@ -34,6 +35,8 @@ from .missing import check_no_adapter
 from .quantization import refuse_codes
 from .rope import check_rope, llama3_factors, longrope_factors, rope_dim, rope_note, rope_settings
 from .vocab import open_vocab
+
+HEAD = "lm_head.weight"
 
 
 def open_folder(path: Path, pre: str | None = None) -> Model:
@@ -63,13 +66,17 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Mode
     source_class, family, config, sizes, rope = known.source_class, known.family, known.config, known.sizes, known.rope
     checkpoint = read_checkpoint(folder, whole)
     check_no_adapter(folder, checkpoint.tensors)
+    embedding = read_embedding(folder, whole)
+    if embedding and not any(name.endswith(HEAD) for name in checkpoint.tensors):
+        config = {**config, "tie_word_embeddings": True}  # an embedding model needs no head: as llama.cpp loads it
     mapped = map_tensors(
         checkpoint.tensors, config, family, sizes, is_wrapped="text_config" in whole, hints=checkpoint.notes
     )
     tensors = [*mapped.tensors, *_rope_tensors(rope, sizes)]
     vocab = open_vocab(folder, sizes["vocab"], config, pre)
     about, unread = card_keys(folder, whole, tensors)
-    metadata = {**model_keys(about, config, family, sizes, rope), **vocab.metadata}
+    keys = {**model_keys(about, config, family, sizes, rope), **_named(family.architecture, embedding.keys)}
+    metadata = {**keys, **vocab.metadata}
     _check_letters(folder, metadata)
     computed = (*known.notes, *window_note(config, family, sizes), *(rope_note(rope) if rope else ()))
     return Model(
@@ -79,9 +86,13 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Mode
         hparams=read_hparams(family.architecture, metadata, tensors),
         tensors=tuple(tensors),
         metadata=metadata,
-        notes=(*computed, *checkpoint.notes, *mapped.notes, *vocab.notes, *unread),
+        notes=(*computed, *checkpoint.notes, *mapped.notes, *vocab.notes, *embedding.notes, *unread),
         model_id=_identity(metadata, family.architecture, mapped),
     )
+
+
+def _named(architecture: str, keys: Mapping[str, GGUFValue]) -> dict[str, GGUFValue]:
+    return {f"{architecture}.{name}": value for name, value in keys.items()}
 
 
 @contextmanager

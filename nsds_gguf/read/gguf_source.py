@@ -1,8 +1,8 @@
 """A GGUF file becomes a ``Model``: any architecture, keys and tokenizer as they are, weights read a slab at a time.
 
-``open_gguf`` reads headers only. What a file says about its own quantization does not survive a new one and is left
-out: ``general.file_type``, ``general.quantization_version``, the alignment, the keys of a split file, those of
-an importance matrix and our own.
+``open_gguf`` reads headers only; what llama.cpp would not take is mended or refused there (``gguf_repair``). What a
+file says about its own quantization does not survive a new one and is left out: ``general.file_type``,
+``general.quantization_version``, the alignment, the keys of a split file, those of an importance matrix and our own.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..anatomy import read_hparams
 from ..errors import ModelError, UnsupportedError
 from ..gguf_header import GgufPart, TensorEntry, read_gguf_parts
 from ..records import COPIED_TYPES, Float32, Model, Tensor, kv, role_and_layer
+from .gguf_repair import Header, mended
 
 # Types that hold the weights as good as they were: quantizing again loses nothing to speak of.
 SOURCE_TYPES = (*ggml.FLOAT_TYPES, "Q8_0")
@@ -76,12 +77,12 @@ def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False
     parts = read_gguf_parts(path)
     stated = parts[0].header.metadata
     architecture = _architecture(path, stated)
-    entries = [(part, entry) for part in parts for entry in part.header.tensors]
-    if not entries:
-        raise UnsupportedError(f"{path}: holds a vocabulary and no weights; wanted a GGUF of a model")
+    header = _mended(path, architecture, parts)
+    kept = {entry.name for entry in header.tensors}
+    entries = [(part, entry) for part in parts for entry in part.header.tensors if entry.name in kept]
     tensors = tuple(_tensor(part.path, entry) for part, entry in entries)
-    notes = _requantize_notes(path, tensors, allow_requantize)
-    metadata = {key: value for key, value in stated.items() if not key.startswith(LEFT_OUT)}
+    notes = (*header.notes, *_requantize_notes(path, tensors, allow_requantize))
+    metadata = header.metadata
     if pre is not None:
         metadata["tokenizer.ggml.pre"] = kv(pre, GGUFValueType.STRING)
     return Model(
@@ -94,7 +95,20 @@ def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False
         notes=notes,
         model_id=_identity(metadata, entries),
         files=tuple(part.path for part in parts),
+        is_mended=bool(header.notes) or pre is not None,
     )
+
+
+def _mended(path: Path, architecture: str, parts: Sequence[GgufPart]) -> Header:
+    """Return keys that stay and tensors as llama.cpp takes them; errors name the file."""
+    stated = {k: value for k, value in parts[0].header.metadata.items() if not k.startswith(LEFT_OUT)}
+    entries = [entry for part in parts for entry in part.header.tensors]
+    if not entries:
+        raise UnsupportedError(f"{path}: holds a vocabulary and no weights; wanted a GGUF of a model")
+    try:
+        return mended(architecture, stated, entries)
+    except ModelError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _architecture(path: Path, metadata: Mapping[str, GGUFValue]) -> str:
@@ -185,7 +199,7 @@ def _requantize_notes(path: Path, tensors: tuple[Tensor, ...], allowed: bool) ->
 
 
 def _writable(entry: GGUFValue) -> GGUFValue:
-    """Return a value whose text is bytes where they are no UTF-8, as gguf's writer takes it."""
+    """Return a value whose text is bytes where it is not UTF-8, as gguf's writer takes it."""
     if isinstance(entry.value, list):
         return kv([_bytes_unless_utf8(item) for item in entry.value], entry.type, entry.sub_type)
     return kv(_bytes_unless_utf8(entry.value), entry.type)

@@ -1,0 +1,135 @@
+"""What sentence-transformers keeps beside a model that embeds texts: modules.json and the settings of its modules.
+
+The modules are run one after another. ``Transformer`` is the model itself, ``Pooling`` makes one vector of its tokens,
+``Normalize`` gives that the length 1. A GGUF says how tokens are pooled (``pooling_type``,
+as llama.cpp's converter writes it); llama.cpp's programs normalise by themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFValueType, PoolingType
+from gguf.gguf_writer import GGUFValue
+
+from ..errors import ModelError, UnsupportedError
+from ..records import kv
+
+MODULES = "modules.json"
+
+# Settings of 1_Pooling/config.json, old and new, and what llama.cpp has for them.
+_POOLINGS = {
+    "pooling_mode_mean_tokens": PoolingType.MEAN,
+    "pooling_mode_cls_token": PoolingType.CLS,
+    "pooling_mode_lasttoken": PoolingType.LAST,
+}
+_MODES = {"mean": PoolingType.MEAN, "cls": PoolingType.CLS, "lasttoken": PoolingType.LAST}
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Keys after the architecture's name, and what the user must know; both empty for a model that is none."""
+
+    keys: Mapping[str, GGUFValue]
+    notes: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        """Tell whether the folder is that of a model for embeddings."""
+        return bool(self.keys)
+
+
+def read_embedding(folder: Path, config: Mapping[str, Any]) -> Embedding:
+    """Return how a folder's model embeds a text.
+
+    Raises:
+        ModelError: modules.json or the settings of pooling are damaged or missing.
+        UnsupportedError: a module, or a way of pooling, that llama.cpp does not compute.
+
+    """
+    if not (folder / MODULES).is_file():
+        return Embedding({})
+    modules = _modules(folder)
+    kinds = [kind for kind, _ in modules]
+    if "Pooling" not in kinds:
+        return Embedding({}, (f"{MODULES} names no module that pools: the file holds a language model.",))
+    unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
+    if unknown:
+        raise UnsupportedError(
+            f"{folder / MODULES}: module {unknown[0]} comes after the model, which llama.cpp does not compute for it: "
+            f"embeddings would not be the model's; to convert the language model alone, remove {MODULES}"
+        )
+    pooling = _pooling(folder / dict(modules)["Pooling"] / "config.json")
+    keys = {"pooling_type": kv(int(pooling), GGUFValueType.UINT32)}
+    length = (
+        "they are to be normalised, as llama-embedding and llama-server do unless asked otherwise"
+        if "Normalize" in kinds
+        else "they are not to be normalised: pass --embd-normalize -1 to llama.cpp's programs"
+    )
+    note = f"A model for embeddings ({MODULES}): {pooling.name.lower()} pooling is written to the file; {length}."
+    causal, causal_notes = _attention(config)
+    return Embedding({**keys, **causal}, (note, *causal_notes, *_prompts(folder)))
+
+
+def _attention(config: Mapping[str, Any]) -> tuple[dict[str, GGUFValue], tuple[str, ...]]:
+    """Return the key of attention that looks both ways, and its note."""
+    both_ways = [name for name, told in (("is_causal", False), ("use_bidirectional_attention", True))
+                 if config.get(name) is told]  # fmt: skip
+    if not both_ways:
+        return {}, ()
+    value = json.dumps(config[both_ways[0]])
+    note = f"config.json: {both_ways[0]} {value}: every token sees all others; the file says so too (attention.causal)."
+    return {"attention.causal": kv(False, GGUFValueType.BOOL)}, (note,)
+
+
+def _modules(folder: Path) -> list[tuple[str, str]]:
+    """Return kind and folder of each module."""
+    found = _json(folder / MODULES)
+    if not isinstance(found, list) or not all(isinstance(module, dict) for module in found):
+        raise ModelError(f"{folder / MODULES}: wanted a list of modules; download it again")
+    return [(str(module.get("type", "")).rpartition(".")[2], _inside(folder, str(module.get("path", ""))))
+            for module in found]  # fmt: skip
+
+
+def _inside(folder: Path, name: str) -> str:
+    """Return a module's folder; raises ``ModelError`` for one outside of the model's."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ModelError(f"{folder / MODULES}: path {name!r} leads out of the folder; wanted one inside")
+    return name
+
+
+def _pooling(file: Path) -> PoolingType:
+    settings = _json(file)
+    if not isinstance(settings, dict):
+        raise ModelError(f"{file}: wanted the settings of pooling; download it again")
+    asked = [name for name, value in settings.items() if name.startswith("pooling_mode_") and value is True]
+    mode = settings.get("pooling_mode")
+    if len(asked) == 1 and asked[0] in _POOLINGS:
+        return _POOLINGS[asked[0]]
+    if not asked and isinstance(mode, str) and mode in _MODES:
+        return _MODES[mode]
+    found = " and ".join(asked) or (f"pooling_mode {mode!r}" if mode is not None else "none")
+    raise UnsupportedError(f"{file}: pooling is {found}; llama.cpp has one of mean, cls and last token")
+
+
+def _prompts(folder: Path) -> tuple[str, ...]:
+    """Return the note on texts that sentence-transformers puts before what is embedded."""
+    file = folder / "config_sentence_transformers.json"
+    prompts = (_json(file) or {}).get("prompts") if file.is_file() else None
+    used = {name: text for name, text in prompts.items() if text} if isinstance(prompts, dict) else {}
+    if not used:
+        return ()
+    told = "; ".join(f"{name}: {text!r}" for name, text in used.items())
+    return (f"sentence-transformers puts a prompt before a text; for llama.cpp, write it yourself ({told}).",)
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"{file}: cannot be read: {error.strerror}; {MODULES} names it: download it again") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file}: not JSON: {error}; download it again") from error

@@ -1,0 +1,350 @@
+"""What llama.cpp refuses, or aborts on, in a GGUF that is converted: mended with a note, or refused, from its header.
+
+``mended`` looks at keys and the tensor table alone. Where the repair is exact, the file heals: parts of a vision or
+audio model inside are left out, the vocabulary is brought to the rows of the embedding. Everything else is refused
+with its reason before any work. What is not looked at here llama.cpp says itself, of an outline (``texts``).
+
+Sources: llama.cpp src/llama-model.cpp (``load_hparams``), src/llama-vocab.cpp (``llama_vocab::impl::load``);
+Ollama llama/compat/README.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gguf import GGUFValueType
+from gguf.gguf_writer import GGUFValue
+
+from ..anatomy import needs_f32
+from ..errors import ModelError, UnsupportedError
+from ..gguf_header import TensorEntry
+from ..records import COPIED_TYPES, kv, role_and_layer
+from .config import MAX_LAYERS
+
+# Ollama's own names of architectures, and what llama.cpp calls the model whose keys and tensors it names otherwise.
+OLLAMA_NAMES = {
+    "deepseekocr": "deepseek2-ocr",
+    "glm4moelite": "deepseek2",
+    "glmocr": "glm4",
+    "gptoss": "gpt-oss",
+    "mllama": "",
+    "nemotron_h_omni": "nemotron_h_moe",
+    "olmo3": "olmo2",
+    "qwen25vl": "qwen2vl",
+}
+
+# Tensors and keys of the vision or audio part that some tools keep in the file of the language model.
+_OTHER_PART = re.compile(r"(v|a|s|mm|resampler|adapter|vision_tower|audio_tower|multi_modal_projector)\.")
+_OTHER_KEYS = ("vision.", "audio.", "mm.", "sam.", "projector.")
+
+_NEEDED = ("block_count", "embedding_length", "context_length")  # of every architecture (load_hparams)
+_MAX_EXPERTS = 512  # llama.cpp's LLAMA_MAX_EXPERTS
+_ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+
+_TOKENS, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
+_BY_TOKEN = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
+_SPECIAL_ID = re.compile(r"tokenizer\.ggml\.\w+_(token_)?id")
+_NORMAL, _UNUSED = 1, 5  # llama.cpp, enum llama_token_type
+_NO_VOCABULARY = ("no_vocab", "none")
+# Tokenizers of llama.cpp that have a BOS, an EOS or a separator without a key that names it.
+_DEFAULT_IDS = {
+    "bos": {"llama": 1, "bert": 101, "gpt2": 11, "plamo2": 1},
+    "eos": {"llama": 2, "gpt2": 11, "t5": 1, "plamo2": 2},
+}
+_SHOWN = 3  # names in a message
+
+Metadata = dict[str, GGUFValue]
+
+
+@dataclass(frozen=True)
+class Header:
+    """Keys and tensor table, and what was changed about them: one sentence each."""
+
+    metadata: Metadata
+    tensors: tuple[TensorEntry, ...]
+    notes: tuple[str, ...] = ()
+
+    def value(self, key: str) -> Any:
+        """Return the value of a key, ``None`` without one."""
+        entry = self.metadata.get(key)
+        return None if entry is None else entry.value
+
+    def noting(self, note: str, **changes: Any) -> Header:
+        """Return the header with changes, and the note on them."""
+        return replace(self, notes=(*self.notes, note), **changes)
+
+
+def mended(architecture: str, metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEntry]) -> Header:
+    """Return the header as llama.cpp takes it, as far as that is the same model.
+
+    Raises:
+        ModelError: a key, a tensor or the vocabulary is such that llama.cpp cannot load or run the file.
+        UnsupportedError: the architecture is one that only Ollama knows.
+
+    """
+    check_architecture(architecture)
+    header = _without_other_parts(architecture, Header(dict(metadata), tuple(tensors)))
+    _check_keys(architecture, header)
+    _check_layers(architecture, header)
+    return _with_needed_keys(architecture, _with_f32(_with_fitting_vocabulary(header)))
+
+
+def check_architecture(architecture: str) -> None:
+    """Raise ``UnsupportedError`` for an architecture that is Ollama's own."""
+    if architecture not in OLLAMA_NAMES:
+        return
+    known = OLLAMA_NAMES[architecture]
+    theirs = f"llama.cpp's is {known}, with other keys and tensor names" if known else "llama.cpp has none like it"
+    remedy = "download the model's GGUF made for llama.cpp, or its safetensors, from Hugging Face"
+    raise UnsupportedError(f"architecture {architecture} is Ollama's own: {theirs}; {remedy}")
+
+
+# --- parts that are not the language model ---------------------------------------------------------------------------
+
+
+def _without_other_parts(architecture: str, header: Header) -> Header:
+    left_out = [tensor for tensor in header.tensors if _OTHER_PART.match(tensor.name)]
+    if not left_out or len(left_out) == len(header.tensors):
+        return header
+    prefixes = ("clip.", *(f"{architecture}.{part}" for part in _OTHER_KEYS))
+    keys = {key: entry for key, entry in header.metadata.items() if not key.startswith(prefixes)}
+    parts = ", ".join(dict.fromkeys(f"{tensor.name.split('.')[0]}.*" for tensor in left_out))
+    n_keys = len(header.metadata) - len(keys)
+    return header.noting(
+        f"The file holds a vision or audio part beside the language model, as Ollama stores it: {len(left_out)} "
+        f"tensors ({parts}) and {n_keys} keys are left out; llama.cpp takes that part from a file of its own (mmproj).",
+        metadata=keys,
+        tensors=tuple(tensor for tensor in header.tensors if not _OTHER_PART.match(tensor.name)),
+    )
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _check_keys(architecture: str, header: Header) -> None:
+    """Raise ``ModelError`` for what llama.cpp's ``load_hparams`` throws or aborts on."""
+    for name in _NEEDED:
+        key = f"{architecture}.{name}"
+        if key in header.metadata and not (type(value := header.value(key)) is int and value > 0):
+            raise ModelError(f"key {key} is {value!r}; wanted a whole number from 1 up")
+    for key, entry in header.metadata.items():
+        if key.startswith(f"{architecture}.") and not _is_finite(entry.value):
+            raise ModelError(f"key {key} is {entry.value!r}; wanted a finite number: get the file anew")
+    n_layers = header.value(f"{architecture}.block_count")
+    if n_layers is not None and n_layers > MAX_LAYERS:
+        raise ModelError(f"key {architecture}.block_count is {n_layers}; llama.cpp takes at most {MAX_LAYERS} layers")
+    _check_experts(architecture, header)
+    scaling = header.value(f"{architecture}.rope.scaling.type")
+    if scaling is not None and scaling not in _ROPE_SCALINGS:
+        raise ModelError(
+            f"key {architecture}.rope.scaling.type is {scaling!r}; llama.cpp knows {', '.join(_ROPE_SCALINGS)}"
+        )
+
+
+def _with_needed_keys(architecture: str, header: Header) -> Header:
+    """Return the header with a note on keys without which llama.cpp loads no model."""
+    needed = [f"{architecture}.{name}" for name in _NEEDED] + ["tokenizer.ggml.model"]
+    missing = [key for key in needed if key not in header.metadata]
+    if not missing:
+        return header
+    what = "has no tokenizer and " if needed[-1] in missing else ""
+    return header.noting(f"The file {what}lacks {', '.join(missing)}: llama.cpp cannot load what is made of it.")
+
+
+def _is_finite(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(math.isfinite(item) for item in values if isinstance(item, float))
+
+
+def _check_experts(architecture: str, header: Header) -> None:
+    n_experts = _largest(header.value(f"{architecture}.expert_count"))
+    n_used = _largest(header.value(f"{architecture}.expert_used_count"))
+    if not (0 <= n_experts <= _MAX_EXPERTS and 0 <= n_used <= n_experts and (n_used > 0) == (n_experts > 0)):
+        raise ModelError(
+            f"keys {architecture}.expert_count and expert_used_count are {n_experts} and {n_used}; wanted at most "
+            f"{_MAX_EXPERTS} experts, of which at least 1 and at most all are used, or 0 and 0"
+        )
+    groups = _largest(header.value(f"{architecture}.expert_group_count"))
+    used = _largest(header.value(f"{architecture}.expert_group_used_count"))
+    is_grouped = groups > 1 and (not n_experts or groups >= n_experts or n_experts % groups or not 0 < used < groups)
+    if is_grouped or (groups and not n_experts):
+        raise ModelError(
+            f"keys {architecture}.expert_group_count and expert_group_used_count are {groups} and {used}, with "
+            f"{n_experts} experts; wanted groups of equal size, of which fewer than all are used"
+        )
+
+
+def _largest(value: Any) -> int:
+    values = value if isinstance(value, list) else [value]
+    return max((item for item in values if type(item) is int), default=0)
+
+
+def _check_layers(architecture: str, header: Header) -> None:
+    """Raise ``ModelError`` unless there are tensors of exactly the layers that ``block_count`` counts."""
+    found = {layer for tensor in header.tensors if (layer := role_and_layer(tensor.name)[1]) is not None}
+    n_layers = header.value(f"{architecture}.block_count")
+    if not found or n_layers is None:
+        return
+    missing = sorted(set(range(n_layers)) - found)
+    extra = sorted(found - set(range(n_layers)))
+    if missing or extra:
+        what = f"no tensors of layer {missing[0]}" if missing else f"tensors of layer {extra[0]}"
+        raise ModelError(
+            f"key {architecture}.block_count counts {n_layers} layers, and there are {what}; get a complete file"
+        )
+
+
+# --- vocabulary ------------------------------------------------------------------------------------------------------
+
+
+def _with_fitting_vocabulary(header: Header) -> Header:
+    """Return the header with a vocabulary that llama.cpp loads, and of as many tokens as the embedding has rows."""
+    kind, tokens = header.value("tokenizer.ggml.model"), header.value(_TOKENS)
+    if kind is None and tokens is None:
+        return header
+    if kind in _NO_VOCABULARY:
+        return header
+    if kind is None or not isinstance(tokens, list) or not tokens or not all(isinstance(t, str) for t in tokens):
+        raise ModelError(
+            f"the tokenizer is incomplete: wanted keys tokenizer.ggml.model and {_TOKENS}, a list of texts; "
+            "get a complete file"
+        )
+    for step in (_of_fitting_lists, _of_embedded_tokens, _of_known_ids):
+        header = step(header)
+    _check_tokens(header)
+    _check_merges(header)
+    _check_added(header)
+    return header
+
+
+def _of_fitting_lists(header: Header) -> Header:
+    """Return the header with scores and types for the tokens and no more; raises ``ModelError`` for fewer."""
+    n_tokens = len(header.value(_TOKENS))
+    for key in _BY_TOKEN:
+        values = header.value(key)
+        if values is None or (isinstance(values, list) and len(values) == n_tokens):
+            continue
+        if not isinstance(values, list) or len(values) < n_tokens:
+            found = len(values) if isinstance(values, list) else repr(values)
+            raise ModelError(f"key {key}: wanted {n_tokens} values, one for every token, got {found}; get a sound file")
+        header = header.noting(
+            f"Key {key} has {len(values)} values for {n_tokens} tokens: those beyond are left out.",
+            metadata=_cut(header.metadata, (key,), n_tokens),
+        )
+    return header
+
+
+def _cut(metadata: Metadata, keys: Sequence[str], n: int) -> Metadata:
+    changed = {key: kv(entry.value[:n], entry.type, entry.sub_type) for key in keys if (entry := metadata.get(key))}
+    return {**metadata, **changed}
+
+
+def _of_embedded_tokens(header: Header) -> Header:
+    """Return the header with one token for every row of the embedding: cut, or filled as llama.cpp's converter does."""
+    shape = next((tensor.shape for tensor in header.tensors if tensor.name == "token_embd.weight"), None)
+    tokens = header.value(_TOKENS)
+    if shape is None or len(shape) != 2 or len(tokens) == shape[0]:
+        return header
+    n_rows, n_tokens, size_keys = shape[0], len(tokens), (_TOKENS, *_BY_TOKEN)
+    sizes = {key: kv(n_rows, entry.type) for key, entry in header.metadata.items() if key.endswith(".vocab_size")}
+    if n_tokens > n_rows:
+        names = ", ".join(map(repr, tokens[n_rows : n_rows + _SHOWN]))
+        return header.noting(
+            f"The vocabulary has {n_tokens} tokens, the embedding {n_rows} rows: the {n_tokens - n_rows} tokens beyond "
+            f"({names}{', …' if n_tokens - n_rows > _SHOWN else ''}) are left out.",
+            metadata={**_cut(header.metadata, size_keys, n_rows), **sizes},
+        )
+    fill: dict[str, Callable[[int], Any]] = {
+        _TOKENS: lambda i: f"[PAD{i}]", _BY_TOKEN[0]: lambda _: -1000.0, _BY_TOKEN[1]: lambda _: _UNUSED,
+    }  # fmt: skip
+    if _BY_TOKEN[1] not in header.metadata:
+        kinds = {_BY_TOKEN[1]: kv([_NORMAL] * n_tokens, GGUFValueType.ARRAY, GGUFValueType.INT32)}
+        header = replace(header, metadata={**header.metadata, **kinds})
+    filled = {
+        key: kv([*entry.value, *map(fill[key], range(n_tokens, n_rows))], entry.type, entry.sub_type)
+        for key in size_keys
+        if (entry := header.metadata.get(key))
+    }
+    return header.noting(
+        f"The vocabulary has {n_tokens} tokens, the embedding {n_rows} rows: the rows beyond get unused tokens "
+        f"[PAD{n_tokens}] to [PAD{n_rows - 1}].",
+        metadata={**header.metadata, **filled, **sizes},
+    )
+
+
+def _of_known_ids(header: Header) -> Header:
+    """Return the header without ids of special tokens that no token has; llama.cpp ignores them."""
+    n_tokens = len(header.value(_TOKENS))
+    wrong = {
+        key: entry.value
+        for key, entry in header.metadata.items()
+        if _SPECIAL_ID.fullmatch(key) and type(entry.value) is int and not 0 <= entry.value < n_tokens
+    }
+    if not wrong:
+        return header
+    told = ", ".join(f"{key} {value}" for key, value in wrong.items())
+    return header.noting(
+        f"The vocabulary has {n_tokens} tokens, and these special ones are beyond: {told}; left out, as llama.cpp "
+        "ignores them.",
+        metadata={key: entry for key, entry in header.metadata.items() if key not in wrong},
+    )
+
+
+def _check_tokens(header: Header) -> None:
+    """Raise ``ModelError`` for a token that is there twice: llama.cpp aborts."""
+    ids: dict[str, int] = {}
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(header.value(_TOKENS))]  # as llama.cpp calls them
+    for i, token in enumerate(tokens):
+        first = ids.setdefault(token, i)
+        if first != i:
+            raise ModelError(
+                f"key {_TOKENS}: tokens {first} and {i} are both {token!r} ({len(tokens) - len(set(tokens))} such in "
+                "all), on which llama.cpp aborts; convert the model's folder, or get a file with a sound vocabulary"
+            )
+
+
+def _check_merges(header: Header) -> None:
+    """Raise ``ModelError`` where byte-level BPE has tokens of several letters and no merges that make them."""
+    if header.value("tokenizer.ggml.model") != "gpt2" or header.value("tokenizer.ggml.pre") == "kimi-k2":
+        return
+    merges, kinds = header.value(_MERGES), header.value(_BY_TOKEN[1])
+    tokens = header.value(_TOKENS)
+    is_long = (len(token) > 1 and kinds is not None and kinds[i] == _NORMAL for i, token in enumerate(tokens))
+    if merges is None or (not merges and any(is_long)):
+        raise ModelError(
+            f"key {_MERGES} is {'missing' if merges is None else 'empty'}: llama.cpp cannot make the tokens of several "
+            "letters from text; get a complete file"
+        )
+
+
+def _check_added(header: Header) -> None:
+    """Raise ``ModelError`` where every text is to begin or end with a token that there is not: llama.cpp aborts."""
+    kind, n_tokens = header.value("tokenizer.ggml.model"), len(header.value(_TOKENS))
+    for name, defaults in _DEFAULT_IDS.items():
+        key = f"tokenizer.ggml.{name}_token_id"
+        has_default = defaults.get(str(kind), n_tokens) < n_tokens
+        if header.value(f"tokenizer.ggml.add_{name}_token") and key not in header.metadata and not has_default:
+            raise ModelError(
+                f"key tokenizer.ggml.add_{name}_token is true, and there is no {key}, on which llama.cpp aborts; "
+                "get a complete file"
+            )
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+
+def _with_f32(header: Header) -> Header:
+    """Return the header with the note on tensors that are stored in a type which llama.cpp's kernels do not take."""
+    wrong = [t for t in header.tensors if needs_f32(t.name, t.shape) and t.type not in ("F32", *COPIED_TYPES)]
+    if not wrong:
+        return header
+    types = ", ".join(sorted({tensor.type for tensor in wrong}))
+    names = ", ".join(tensor.name for tensor in wrong[:_SHOWN]) + (", …" if len(wrong) > _SHOWN else "")
+    return header.noting(
+        f"{len(wrong)} vectors and other small tensors stored as {types} ({names}) become F32, the only type that "
+        "llama.cpp's kernels take there; their values stay the same."
+    )

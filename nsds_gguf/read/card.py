@@ -16,7 +16,7 @@ from gguf import GGUFValueType, GGUFWriter, Metadata, size_label
 from gguf.gguf_writer import GGUFValue
 
 from ..records import Tensor, kv
-from .vocab_files import read_json
+from .vocab_io import read_json
 
 
 def card_keys(

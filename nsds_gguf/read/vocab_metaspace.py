@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedError
-from .vocab_bpe import flat
+from .vocab_steps import flat
 from .vocab_tokens import METASPACE
 
 

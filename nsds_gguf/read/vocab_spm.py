@@ -13,8 +13,9 @@ from pathlib import Path
 from gguf import TokenType
 
 from ..errors import UnsupportedError
+from .vocab_added import AddedToken
 from .vocab_bpe import bpe_model, merge_pairs
-from .vocab_files import AddedToken, TokenizerFiles
+from .vocab_files import TokenizerFiles
 from .vocab_metaspace import metaspace_prefix
 from .vocab_proto import ModelProto, Piece
 from .vocab_tokens import Tokens, overlay, piece_text, texts_by_id
@@ -72,8 +73,8 @@ def read_converted(files: TokenizerFiles) -> SentencePiece:
     """
     path, model = files.json_path, bpe_model(files)
     add_space_prefix = metaspace_prefix(files.tokenizer, path)
-    vocab, added = model["vocab"], files.added_tokens
-    texts = texts_by_id(vocab, files)
+    vocab = model["vocab"]
+    texts, added = texts_by_id(vocab, files), files.added_tokens
     _check_bytes(vocab, path)
     joined = _scores_by_rank(vocab, merge_pairs(model.get("merges"), vocab, path), added, path)
     types = {i: TokenType.BYTE if text in _BYTE_TOKENS else TokenType.NORMAL for i, text in texts.items()}

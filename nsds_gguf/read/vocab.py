@@ -185,7 +185,8 @@ def _from_model(files: TokenizerFiles, pre: str | None) -> _Kind:
 def _from_json(files: TokenizerFiles) -> _Kind:
     if _is_unigram(files.tokenizer):
         return _unigram(read_converted_unigram(files), files.json_path)
-    return _bpe(read_converted(files), files.json_path, prefix_note(files.tokenizer))
+    read = read_converted(files)
+    return _bpe(read, files.json_path, prefix_note(files.tokenizer) if read.add_space_prefix else "")
 
 
 def _is_unigram(tokenizer: Mapping[str, Any]) -> bool:
@@ -195,7 +196,7 @@ def _is_unigram(tokenizer: Mapping[str, Any]) -> bool:
 
 def _bpe(read: SentencePiece, source: Path, note: str) -> _Kind:
     keys = {Keys.Tokenizer.ADD_PREFIX: kv(read.add_space_prefix, GGUFValueType.BOOL)}
-    notes = (note,) if note else ()
+    notes = tuple(text for text in (read.note, note) if text)
     return _Kind("llama", _SPM_PRE, read.tokens, source, read.special_ids, True, notes, keys)
 
 

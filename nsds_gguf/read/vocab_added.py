@@ -23,8 +23,16 @@ JSON, CONFIG, MAP, LIST = "tokenizer.json", "tokenizer_config.json", "special_to
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 # Classes of transformers 5 that take vocabulary and merges alone from tokenizer.json, so that added_tokens_decoder
-# replaces its added tokens, and the kinds of model for which transformers passes over such a class.
+# replaces its added tokens; the kinds of model for which transformers passes over such a class, and those that have a
+# class without naming it.
 _REBUILDING = frozenset({"CodeLlama", "Cohere", "GPT2", "GPTNeoX", "Gemma", "Llama", "Qwen2", "Qwen3_5", "T5"})
+_BY_MODEL_TYPE = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "Gemma"),
+    **dict.fromkeys(("qwen2", "qwen2_moe", "qwen3", "qwen3_moe"), "Qwen2"),
+    **dict.fromkeys(("phi", "gpt2", "gptj", "starcoder2"), "GPT2"),
+    **dict.fromkeys(("gpt_neox", "olmo", "olmoe", "mamba"), "GPTNeoX"),
+    **dict.fromkeys(("cohere", "cohere2"), "Cohere"),
+}
 _LOADED_AS_IT_IS = frozenset(
     [
         "granite",
@@ -143,16 +151,19 @@ def resolve(listings: Listings, vocab: Mapping[str, int], by_file_id: bool) -> R
 
 def rebuilds(listings: Listings) -> bool:
     """Tell whether transformers makes the tokenizer anew from the vocabulary and merges of ``tokenizer.json``."""
-    if listings.config.get("model_type") in _LOADED_AS_IT_IS:
-        return False
-    name = tokenizer_class(listings)
-    return name in _REBUILDING and not (name == "Llama" and is_byte_level(listings.tokenizer))
+    return tokenizer_class(listings) in _REBUILDING
 
 
 def tokenizer_class(listings: Listings) -> str:
-    """Return the class that the files name, without ``Tokenizer`` and ``Fast``; empty when none does."""
+    """Return the class that transformers takes, less ``Tokenizer`` and ``Fast``; empty for the general one."""
+    model_type = listings.config.get("model_type")
     name = listings.tokenizer_config.get("tokenizer_class") or listings.config.get("tokenizer_class")
-    return name.removesuffix("Fast").removesuffix("Tokenizer") if isinstance(name, str) else ""
+    if model_type in _LOADED_AS_IT_IS:
+        return ""
+    if not isinstance(name, str):
+        return _BY_MODEL_TYPE.get(model_type, "") if isinstance(model_type, str) else ""
+    name = name.removesuffix("Fast").removesuffix("Tokenizer")
+    return "" if name == "Llama" and is_byte_level(listings.tokenizer) else name
 
 
 def named_tokens(settings: Mapping[str, Any]) -> Iterator[str]:

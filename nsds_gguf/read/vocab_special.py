@@ -100,9 +100,10 @@ def special_keys(
 def chat_template_keys(files: TokenizerFiles) -> dict[str, GGUFValue]:
     """Return the keys of the chat templates, wherever they live.
 
-    A template in a file of its own comes before the ones in ``tokenizer_config.json``, as in transformers.
+    Templates in files of their own come before the ones in ``tokenizer_config.json``, as in transformers, and these
+    before ``chat_template.json``, which transformers reads for processors only.
     """
-    templates = _template_files(files) or dict(_configured_templates(files))
+    templates = _template_files(files) or dict(_configured_templates(files)) or _processor_template(files)
     keys = {}
     named = sorted({re.sub("[^A-Za-z0-9]", "_", name) for name in templates} - {"default"})
     for name, template in templates.items():
@@ -170,12 +171,14 @@ def _flags_note(files: TokenizerFiles, add_bos: bool, add_eos: bool) -> Iterator
     if differing:
         said = " and ".join(f"{name} {str(flags[name]).lower()}" for name in differing)
         written = " and ".join(f"{name} {str(added[name]).lower()}" for name in differing)
-        processor = (
-            "the post-processor of" if files.tokenizer.get("post_processor") else "the missing post-processor of"
+        does = (
+            "has a post-processor that says"
+            if files.tokenizer.get("post_processor")
+            else "has no post-processor, which says"
         )
         yield (
-            f"tokenizer_config.json says {said}, but {processor} tokenizer.json says otherwise and counts, as in "
-            f"transformers 5: {written} is written."
+            f"tokenizer_config.json says {said}, but tokenizer.json {does} otherwise and counts, as in transformers 5: "
+            f"{written} is written."
         )
 
 
@@ -214,11 +217,14 @@ def _template_files(files: TokenizerFiles) -> dict[str, str]:
     templates = {}
     if (path := files.folder / "chat_template.jinja").is_file():
         templates["default"] = read_text(path)
-    elif isinstance(template := read_json(files.folder / "chat_template.json").get("chat_template"), str):
-        templates["default"] = template
     for path in sorted((files.folder / "additional_chat_templates").glob("*.jinja")):
         templates[path.stem] = read_text(path)
     return templates
+
+
+def _processor_template(files: TokenizerFiles) -> dict[str, str]:
+    template = read_json(files.folder / "chat_template.json").get("chat_template")
+    return {"default": template} if isinstance(template, str) else {}
 
 
 def _configured_templates(files: TokenizerFiles) -> Iterator[tuple[str, str]]:

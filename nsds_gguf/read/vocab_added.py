@@ -138,8 +138,8 @@ def resolve(listings: Listings, vocab: Mapping[str, int], by_file_id: bool) -> R
         listed: Sequence[AddedToken] = tuple(others[i] for i in sorted(others))
     else:
         listed = listings.decoder_tokens()
-    if rebuilds(listings):
-        base = ()
+    if rebuilds(listings):  # those of the vocabulary stay: the class names them (<s>, <unk>) or has them there
+        base = tuple(token for token in base if token.text in vocab)
     register = _Register(vocab, by_file_id)
     for token in (*base, *listed):
         register.add(token)

@@ -34,7 +34,7 @@ from .inspect import Inspection, inspect_gguf
 from .model_card import Facts, Origin, find_origin, model_card
 from .modelfile import Metadata, chat_format, go_template, modelfile
 from .perplexity import Perplexity
-from .read.vocab_files import read_json
+from .read.vocab_io import read_json
 from .records import Plan, Progress, Scores
 from .resources import check_disk
 from .write import temporary_sibling

@@ -9,7 +9,7 @@ docs/tokenizers.md lists what llama.cpp does differently.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from gguf.gguf_writer import GGUFValue
 from ..errors import TokenizerError, UnsupportedError
 from ..records import kv
 from .pretokenizers import check_name, limit_of, recognise
-from .vocab_bpe import flat, is_byte_level, read_bpe
+from .vocab_bpe import read_bpe
+from .vocab_choice import another, aside, byte_level_note, differences, is_tiktoken
+from .vocab_ends import unprinted_note
 from .vocab_files import TokenizerFiles
+from .vocab_io import read_bytes
 from .vocab_metaspace import prefix_note
-from .vocab_proto import read_proto
 from .vocab_special import chat_template_keys, special_keys
 from .vocab_spm import SentencePiece, read_converted, read_sentencepiece
+from .vocab_steps import flat, is_byte_level
 from .vocab_tokens import PADDING_SCORE, Tokens
 from .vocab_unigram import Unigram, read_converted_unigram, read_unigram
 
@@ -78,21 +81,56 @@ def open_vocab(folder: Path, n_vocab: int, config: Mapping[str, Any], pre: str |
         check_name(pre)
     files = TokenizerFiles.read(folder, config)
     kind = _byte_level(files, pre) if is_byte_level(files.tokenizer) else _sentencepiece(files, pre)
-    ids = {text: token_id for token_id, text in kind.tokens.texts.items()}
+    tokens, rows_note = _with_rows(kind, n_vocab, files)
+    ids = {text: token_id for token_id, text in tokens.texts.items()}
+    special = special_keys(files, ids, kind.own_ids, kind.adds_bos_by_default)
+    templates = chat_template_keys(files)
     metadata = {
         Keys.Tokenizer.MODEL: kv(kind.model, GGUFValueType.STRING),
         Keys.Tokenizer.PRE: kv(kind.pre, GGUFValueType.STRING),
-        **_token_keys(kind.tokens, n_vocab, kind.source),
-        **special_keys(files, ids, kind.own_ids, kind.adds_bos_by_default),
-        **chat_template_keys(files),
+        **_token_keys(tokens, n_vocab, kind.source),
+        **special.keys,
+        **templates,
         **kind.keys,
     }
-    return Vocab(metadata, (*kind.notes, *_added_token_note(files)))
+    added = {i: tokens.texts[i] for i in files.added_tokens if i in tokens.texts}
+    written = [str(entry.value) for entry in templates.values()]
+    notes = (
+        *kind.notes,
+        *files.resolved.notes,
+        *rows_note,
+        *special.notes,
+        *unprinted_note(added, tokens.types, special.ids.values(), written),
+        *_added_token_note(files),
+    )
+    return Vocab(metadata, notes)
+
+
+def _with_rows(kind: _Kind, n_vocab: int, files: TokenizerFiles) -> tuple[Tokens, tuple[str, ...]]:
+    """Return the tokens that have a row in the embedding, and a sentence on added tokens that have none."""
+    tokens = kind.tokens
+    beyond = sorted(i for i in tokens.texts if i >= n_vocab)
+    if not beyond:
+        return tokens, ()
+    proper = [i for i in beyond if i not in files.added_tokens]
+    if proper:
+        raise TokenizerError(
+            f"{kind.source}: {len(tokens.texts)} tokens up to id {beyond[-1]} ({tokens.texts[beyond[-1]]!r}), but the "
+            f"embedding has {n_vocab} rows, and {len(proper)} of those without a row are no added tokens: the "
+            "tokenizer is another model's; copy the files of the right one"
+        )
+    texts = {i: text for i, text in tokens.texts.items() if i < n_vocab}
+    first = beyond[0]
+    note = (
+        f"{len(beyond)} added token{'s have' if len(beyond) > 1 else ' has'} no row in the embedding of {n_vocab} rows "
+        f"and {'are' if len(beyond) > 1 else 'is'} left out, such as {tokens.texts[first]!r} (id {first})."
+    )
+    return replace(tokens, texts=texts), (note,)
 
 
 def _byte_level(files: TokenizerFiles, pre: str | None) -> _Kind:
     tokens = read_bpe(files)
-    notes = []
+    notes = [note for note in [byte_level_note(files)] if note]
     if pre is None:
         pre = recognise(files.tokenizer, files.json_path)
         if _check_normalizer(files):
@@ -107,14 +145,48 @@ def _sentencepiece(files: TokenizerFiles, pre: str | None) -> _Kind:
         raise UnsupportedError(
             f"--pre {pre}: {files.folder} has a sentencepiece tokenizer, which has no pre-tokenizer; leave it out"
         )
-    if files.model_path.is_file():
-        proto = read_proto(files.model_path)
-        if proto.algorithm == "unigram":
-            return _unigram(read_unigram(files, proto), files.model_path)
-        return _bpe(read_sentencepiece(files, proto, any_normalizer=pre is not None), files.model_path, "")
+    reason = _why_not_model(files)
+    if reason is None:
+        return _from_model(files, pre)
+    try:
+        kind = _from_json(files)
+    except UnsupportedError as error:
+        if not reason:
+            raise
+        raise UnsupportedError(f"{error}; the tokenizer.model beside it {reason}") from error
+    return replace(kind, notes=(aside(reason), *kind.notes)) if reason else kind
+
+
+def _why_not_model(files: TokenizerFiles) -> str | None:
+    """Return why ``tokenizer.model`` does not count, ``None`` when it does, nothing when there is none."""
+    if not files.model_path.is_file():
+        return ""
+    if not files.has_json:
+        if is_tiktoken(read_bytes(files.model_path)):
+            raise UnsupportedError(
+                f"{files.model_path}: not a sentencepiece model, but a list of tokens for tiktoken, which does not say "
+                "how text is split; load the tokenizer with transformers and save it, which writes tokenizer.json"
+            )
+        return None
+    try:
+        proto = files.proto
+    except TokenizerError as error:
+        return f"cannot be read ({error})"
+    found = differences(files, proto)
+    return another(found) if found else None
+
+
+def _from_model(files: TokenizerFiles, pre: str | None) -> _Kind:
+    if files.proto.algorithm == "unigram":
+        return _unigram(read_unigram(files, files.proto), files.model_path)
+    return _bpe(read_sentencepiece(files, files.proto, any_normalizer=pre is not None), files.model_path, "")
+
+
+def _from_json(files: TokenizerFiles) -> _Kind:
     if _is_unigram(files.tokenizer):
         return _unigram(read_converted_unigram(files), files.json_path)
-    return _bpe(read_converted(files), files.json_path, prefix_note(files.tokenizer))
+    read = read_converted(files)
+    return _bpe(read, files.json_path, prefix_note(files.tokenizer) if read.add_space_prefix else "")
 
 
 def _is_unigram(tokenizer: Mapping[str, Any]) -> bool:
@@ -124,7 +196,7 @@ def _is_unigram(tokenizer: Mapping[str, Any]) -> bool:
 
 def _bpe(read: SentencePiece, source: Path, note: str) -> _Kind:
     keys = {Keys.Tokenizer.ADD_PREFIX: kv(read.add_space_prefix, GGUFValueType.BOOL)}
-    notes = (note,) if note else ()
+    notes = tuple(text for text in (read.note, note) if text)
     return _Kind("llama", _SPM_PRE, read.tokens, source, read.special_ids, True, notes, keys)
 
 
@@ -144,12 +216,6 @@ def _check_normalizer(files: TokenizerFiles) -> bool:
 
 
 def _token_keys(tokens: Tokens, n_vocab: int, source: Path) -> dict[str, GGUFValue]:
-    last = max(tokens.texts, default=-1)
-    if last >= n_vocab:
-        raise TokenizerError(
-            f"{source}: {len(tokens.texts)} tokens up to id {last} ({tokens.texts[last]!r}), but the embedding has "
-            f"{n_vocab} rows; wanted a row for each id: the tokenizer is another model's, or tokens were added to it"
-        )
     texts = [tokens.texts.get(i, f"[PAD{i}]") for i in range(n_vocab)]
     _check_texts(texts, source)
     types = [int(tokens.types.get(i, TokenType.UNUSED)) for i in range(n_vocab)]

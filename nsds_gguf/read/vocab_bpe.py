@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +13,6 @@ from .vocab_files import TokenizerFiles
 from .vocab_tokens import Tokens, added_token_type, texts_by_id
 
 _UTF8_BYTES = sorted(set(range(0xF5)) - {0xC0, 0xC1})  # the bytes that occur in UTF-8 text
-
-
-def is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
-    """Tell whether a parsed ``tokenizer.json`` maps bytes to characters before merging."""
-    parts = (tokenizer.get(part) for part in ("normalizer", "pre_tokenizer", "decoder"))
-    return any(step.get("type") == "ByteLevel" for part in parts for step in flat(part))
-
-
-def flat(component: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a tokenizer component, sequences of sequences unrolled."""
-    if not isinstance(component, Mapping):
-        return
-    if component.get("type") != "Sequence":
-        yield component
-        return
-    for key in ("normalizers", "pretokenizers", "processors", "decoders"):
-        for step in component.get(key) or []:
-            yield from flat(step)
 
 
 def bpe_model(files: TokenizerFiles) -> Mapping[str, Any]:

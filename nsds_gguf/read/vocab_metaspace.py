@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedError
-from .vocab_bpe import flat
+from .vocab_added import tokenizer_class
+from .vocab_files import TokenizerFiles
+from .vocab_steps import flat
 from .vocab_tokens import METASPACE
 
 
@@ -46,6 +48,27 @@ def prefix_note(tokenizer: Mapping[str, Any]) -> str:
     return (
         "llama.cpp puts a blank in front of every stretch of text; the original leaves it out before another blank"
         f"{after_special}."
+    )
+
+
+def class_prefix(files: TokenizerFiles) -> bool | None:
+    """Return whether a blank is put in front by the class that transformers takes; ``None`` where the file says so."""
+    name = tokenizer_class(files.listings)
+    if name == "Gemma":
+        return False
+    return files.tokenizer_config.get("add_prefix_space") is not False if name == "Llama" and files.has_json else None
+
+
+def class_prefix_note(files: TokenizerFiles, of_file: bool) -> str:
+    """Return in a sentence that the class overrules what the file says of the blank in front; empty where not."""
+    prefix = class_prefix(files)
+    if prefix in (None, of_file):
+        return ""
+    found, counts = ("a blank", "none") if of_file else ("no blank", "one")
+    file = "tokenizer.json" if files.has_json else "tokenizer.model"
+    return (
+        f"{file} puts {found} in front of text, but {tokenizer_class(files.listings)}Tokenizer of transformers puts "
+        f"{counts} there, as tokenizer_config.json has it: add_space_prefix {str(prefix).lower()} is written."
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from gguf import TokenType
 
 from ..errors import TokenizerError
-from .vocab_files import read_bytes
+from .vocab_io import read_bytes
 
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _PIECE_TEXT, _PIECE_SCORE, _PIECE_TYPE = 1, 2, 3

@@ -7,15 +7,17 @@ has the highest score, as sentencepiece does; it knows no normalization but the 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import TokenType
 
 from ..errors import UnsupportedError
+from .vocab_added import AddedToken
 from .vocab_bpe import bpe_model, merge_pairs
-from .vocab_files import AddedToken, TokenizerFiles
-from .vocab_metaspace import metaspace_prefix
+from .vocab_files import TokenizerFiles
+from .vocab_metaspace import class_prefix, class_prefix_note, metaspace_prefix
 from .vocab_proto import ModelProto, Piece
 from .vocab_tokens import Tokens, overlay, piece_text, texts_by_id
 
@@ -32,6 +34,7 @@ class SentencePiece:
     tokens: Tokens
     add_space_prefix: bool
     special_ids: Mapping[str, int]
+    note: str = ""
 
 
 def read_sentencepiece(files: TokenizerFiles, proto: ModelProto, any_normalizer: bool) -> SentencePiece:
@@ -54,9 +57,8 @@ def read_sentencepiece(files: TokenizerFiles, proto: ModelProto, any_normalizer:
     scores = {i: piece.score for i, piece in enumerate(proto.pieces)}
     _check_bytes(set(texts.values()), proto.path)
     overlay(texts, types, scores, files.added_tokens)
-    prefix = files.tokenizer_config.get("add_prefix_space")
-    add_space_prefix = prefix if isinstance(prefix, bool) else proto.adds_dummy_prefix
-    return SentencePiece(Tokens(texts, types, scores), add_space_prefix, proto.special_ids)
+    prefix, note = _prefix_beside(files, proto)
+    return SentencePiece(Tokens(texts, types, scores), prefix, proto.special_ids, note)
 
 
 def read_converted(files: TokenizerFiles) -> SentencePiece:
@@ -71,9 +73,11 @@ def read_converted(files: TokenizerFiles) -> SentencePiece:
 
     """
     path, model = files.json_path, bpe_model(files)
-    add_space_prefix = metaspace_prefix(files.tokenizer, path)
-    vocab, added = model["vocab"], files.added_tokens
-    texts = texts_by_id(vocab, files)
+    of_file = metaspace_prefix(files.tokenizer, path)
+    prefix = class_prefix(files)
+    note = class_prefix_note(files, of_file)
+    vocab = model["vocab"]
+    texts, added = texts_by_id(vocab, files), files.added_tokens
     _check_bytes(vocab, path)
     joined = _scores_by_rank(vocab, merge_pairs(model.get("merges"), vocab, path), added, path)
     types = {i: TokenType.BYTE if text in _BYTE_TOKENS else TokenType.NORMAL for i, text in texts.items()}
@@ -82,7 +86,8 @@ def read_converted(files: TokenizerFiles) -> SentencePiece:
     if unk is not None:
         types[unk] = TokenType.UNKNOWN
     overlay(texts, types, scores, added)
-    return SentencePiece(Tokens(texts, types, scores), add_space_prefix, {} if unk is None else {"unk": unk})
+    special_ids = {} if unk is None else {"unk": unk}
+    return SentencePiece(Tokens(texts, types, scores), of_file if prefix is None else prefix, special_ids, note)
 
 
 def _check_bytes(texts: Container[str], path: Path) -> None:
@@ -154,6 +159,19 @@ def _piece_type(piece: Piece) -> TokenType:
     if piece.type == TokenType.NORMAL and piece.text.startswith("[UNUSED_TOKEN_"):
         return TokenType.UNUSED
     return piece.type
+
+
+def _prefix_beside(files: TokenizerFiles, proto: ModelProto) -> tuple[bool, str]:
+    """Return whether a blank is put in front, and a note where the class of the tokenizer overrules the files."""
+    of_file = proto.adds_dummy_prefix
+    if files.has_json:
+        with suppress(UnsupportedError):  # other text handling than sentencepiece's own: the model file counts
+            of_file = metaspace_prefix(files.tokenizer, files.json_path)
+    prefix = class_prefix(files)
+    if prefix is not None:
+        return prefix, class_prefix_note(files, of_file)
+    flag = None if files.has_json else files.tokenizer_config.get("add_prefix_space")
+    return flag if isinstance(flag, bool) else of_file, ""
 
 
 def _check_algorithm(proto: ModelProto) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from gguf import TokenType
 
 from ..errors import TokenizerError
-from .vocab_files import AddedToken, TokenizerFiles
+from .vocab_added import AddedToken
+from .vocab_files import TokenizerFiles
 
 # Scores that llama.cpp's conversion/base.py (_create_vocab_sentencepiece) gives to added tokens and to padding.
 ADDED_SCORE = -1000.0
@@ -56,7 +57,7 @@ def texts_by_id(vocab: Mapping[str, int], files: TokenizerFiles) -> dict[int, st
     """Return the text of every id of a ``tokenizer.json`` vocabulary and its added tokens.
 
     Raises:
-        TokenizerError: an id is no natural number, two texts share an id, or an added token has two ids.
+        TokenizerError: an id is no natural number, or two texts share one.
 
     """
     path = files.json_path
@@ -68,31 +69,9 @@ def texts_by_id(vocab: Mapping[str, int], files: TokenizerFiles) -> dict[int, st
             raise TokenizerError(
                 f"{path}: id {token_id} belongs to both {texts[token_id]!r} and {text!r}; restore the file"
             )
-    _check_assigned_ids(vocab, files)
     for token in files.added_tokens.values():
-        if texts.setdefault(token.token_id, token.text) != token.text:
-            raise TokenizerError(
-                f"{path}: id {token.token_id} belongs to both {texts[token.token_id]!r} and the added token "
-                f"{token.text!r}; restore the file"
-            )
+        texts[token.token_id] = token.text
     return texts
-
-
-def _check_assigned_ids(vocab: Mapping[str, int], files: TokenizerFiles) -> None:
-    """Raise unless the tokenizers library, which assigns ids in order, gives added tokens the ids in the file.
-
-    A text of the vocabulary keeps its id, another gets the one after the last added token, but none below the size of
-    the vocabulary (``AddedVocabulary::add_tokens``).
-    """
-    last = -1
-    for token in files.json_added_tokens:
-        assigned = vocab.get(token.text, max(last + 1, len(vocab)))
-        if assigned != token.token_id:
-            raise TokenizerError(
-                f"{files.json_path}: added token {token.text!r} has id {token.token_id}, but the tokenizers library "
-                f"gives it id {assigned} after {len(vocab)} tokens of the vocabulary; restore the file"
-            )
-        last = max(last, assigned)
 
 
 def piece_text(text: str, kind: TokenType) -> str:

@@ -602,7 +602,7 @@ def original_bytes(model: Model) -> int:
 
 def with_original_at_hand(model: Model, options: VerifyOptions, writes_text: bool) -> VerifyOptions:
     """Return options that compare with the original where it is a GGUF anyway and nothing else was asked for."""
-    is_at_hand = bool(model.files) or writes_text
+    is_at_hand = (bool(model.files) and not model.is_mended) or writes_text
     if options.enabled and options.against is None and is_at_hand and predicts(model):
         return replace(options, against=ORIGINAL)
     return options

@@ -5,10 +5,7 @@ Nothing here prints: what happens is told to a ``Reporter``, what came out is re
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -24,6 +21,7 @@ from .balance import Balance, find_balance
 from .effort import effort_note, settled
 from .errors import PlanError, RecordError, VerifyError
 from .estimate import estimate_seconds, own_text_seconds
+from .filestate import check_unchanged, unchanged
 from .given import check_scores, checked_plan
 from .hessians import N_DRAWN, disk_bytes, make_feedbacks
 from .hessians import note as feedback_note
@@ -33,7 +31,6 @@ from .outputs import (
     Output,
     check_not_input,
     check_output_folder,
-    check_writable,
     default_name,
     named,
     output_paths,
@@ -54,9 +51,10 @@ from .records import (
 from .resources import THREADED_WIDTH, blas_threads, check_disk, check_memory
 from .rounding import Feedbacks
 from .selftext import N_TOKENS, OwnText, own_text
-from .texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions, check_vocabulary, evaluation_text
+from .texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions, check_vocabulary, evaluation_text, vocabulary_file
 from .verify import verify_structure
-from .write import header_bytes, temporary_sibling, write_gguf, write_vocabulary
+from .workfolder import WorkFolder
+from .write import header_bytes, unfinished, write_gguf
 
 __all__ = [
     "ORIGINAL", "SHIPPED_TEXT", "Converted", "Output", "Planned", "Reporter", "ScoreOptions", "Silent", "VerifyOptions",
@@ -179,23 +177,25 @@ def convert(
     jobs = [given] if isinstance(given, Plan) else options
     paths = output_paths([default_name(model, job) for job in jobs], output)
     check_not_input(paths, model)
-    check_writable(paths)
-    check_vocabulary(model, verifying, text)
-    work = Work(model, n_threads, report, imatrix, told)
-    work.folder = paths[0].parent
-    writes_text = any(work.needs_text(job) for job in jobs)
-    work.check_resources([largest_file_bytes(model, job) for job in jobs], verifying, writes_text)
-    work.tell_time(given, options, len(paths), verifying, writes_text)
     results = []
-    with ExitStack() as files:
+    with ExitStack() as stack:
+        files = stack.enter_context(WorkFolder(paths[0].parent, [path.name for path in paths], report.say))
+        stack.enter_context(unchanged(model.inputs))
+        files.open()
+        check_vocabulary(model, verifying, text, files)
+        work = Work(model, n_threads, report, imatrix, told, files)
+        writes_text = any(work.needs_text(job) for job in jobs)
+        work.check_resources([largest_file_bytes(model, job) for job in jobs], verifying, writes_text)
+        work.tell_time(given, options, len(paths), verifying, writes_text)
         if writes_text:  # before planning, which needs it too
-            files.enter_context(work.original())
+            stack.enter_context(work.original())
         plans = [given] if isinstance(given, Plan) else work.plans(options, scoring, given)
-        reference = files.enter_context(reference_file(work, verifying))
+        reference = stack.enter_context(reference_file(work, verifying))
         for target, plan in zip(paths, plans, strict=True):
-            with temporary_sibling(target, output.keep_failed) as temporary, named(target, temporary, output):
+            with unfinished(target, files, output.keep_failed) as temporary, named(target, temporary, output):
                 work.write(plan, temporary)
                 found = work.verify(plan, temporary, verifying, text, reference)
+                check_unchanged(model.inputs)
             results.append(Converted(target, plan, found, work.scores, model.path))
     return results
 
@@ -220,8 +220,9 @@ def plan(
     check_scores(model, given)
     options, told = settled_options(model, options, given)
     check_targets(model, options, given.metric if given else scoring.metric)
-    work = Work(model, n_threads or llama.default_threads(), report, imatrix, told)
-    return Planned(work.plans(options, scoring, given), work.scores)
+    with WorkFolder(Path(), say=report.say) as files, unchanged(model.inputs):
+        work = Work(model, n_threads or llama.default_threads(), report, imatrix, told, files)
+        return Planned(work.plans(options, scoring, given), work.scores)
 
 
 def score_model(
@@ -242,14 +243,16 @@ def score_model(
     model = open_model(path, pre, allow_requantize, report)
     asked = PlanOptions(Target("none", 0), types=types, importance=importance, effort=effort)
     options, told = settled_options(model, [asked], None) if scoring.measure else ([asked], ())
-    return Work(model, n_threads or llama.default_threads(), report, imatrix, told).score(options, scoring)
+    with WorkFolder(Path(), say=report.say) as files, unchanged(model.inputs):
+        work = Work(model, n_threads or llama.default_threads(), report, imatrix, told, files)
+        return work.score(options, scoring)
 
 
 class Work:
     """The stages on one model, each told to the reporter.
 
     Sensitivities, the model's own text and factors for feedback are made once, when first needed. ``scores`` are those
-    that the last plans were made from, ``folder`` is where large temporary files go.
+    that the last plans were made from.
     """
 
     def __init__(
@@ -259,12 +262,18 @@ class Work:
         report: Reporter,
         imatrix: Imatrix | None = None,
         notes: tuple[str, ...] = (),
+        files: WorkFolder | None = None,
     ) -> None:
-        """Take the model, the threads, who is told, an importance matrix of the model, and notes for every plan."""
+        """Take the model, the threads, who is told, an importance matrix of the model, and notes for every plan.
+
+        ``files`` is where large temporary files go: without one, to the working directory for as long as this lives.
+        """
         self.model, self.n_threads, self.report, self.notes = model, n_threads, report, notes
         self.imatrix, self._columns = imatrix, imatrix.weights(model) if imatrix is not None else {}
         self.scores: Scores | None = None
-        self.folder = Path()
+        self.files = files or WorkFolder(Path(), say=report.say)
+        if files is None:
+            weakref.finalize(self, self.files.close)
         self._propagations: dict[bool, Propagation] = {}
         self._balances: dict[bool, Balance] = {}
         self._feedbacks: dict[tuple[bool, bool], Feedbacks] = {}
@@ -276,7 +285,8 @@ class Work:
         if own not in self._propagations:
             tokens = self.own_text().tokens[:FISHER_SEQUENCES].astype(np.int64) if own else None
             with self.report.stage("find sensitivities") as progress, blas_threads(1):
-                self._propagations[own] = allocate.sensitivities(self.model, self.n_threads, progress, tokens)
+                folder = self.files.path if self.files.is_open else None
+                self._propagations[own] = allocate.sensitivities(self.model, self.n_threads, progress, tokens, folder)
         return self._propagations[own]
 
     def balance(self, job: PlanOptions | Plan) -> Balance:
@@ -302,8 +312,8 @@ class Work:
                 source = replace(self.own_text(), balance=balance)
             else:
                 source = allocate.draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
-            folder = Path(tempfile.mkdtemp(prefix=".feedback-", dir=self.folder))
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            folder = self.files.path / f"feedback-{len(self._feedbacks)}"
+            folder.mkdir(exist_ok=True)
             check_disk(folder, disk_bytes(model), "rounding with feedback")
             with self.report.stage("factor second moments") as progress, blas_threads(1), self.readable(own):
                 self._feedbacks[key] = make_feedbacks(model, source, looked_up, folder, self.n_threads, progress)
@@ -365,7 +375,7 @@ class Work:
     def original(self) -> Iterator[Path]:
         """Give the original as a GGUF for the length of a ``with`` block; within one, another gives the same file.
 
-        Of a folder it is written to ``folder`` and removed on every exit; a GGUF is its own original.
+        Of a folder it is a temporary file, removed on every exit; a GGUF is its own original.
         """
         if self._original is not None:
             yield self._original
@@ -374,9 +384,8 @@ class Work:
             yield self.model.files[0]
             return
         plan = reference_plan(self.model)
-        path = self.folder / f".reference-{os.getpid()}.gguf"
-        check_writable([path])
-        check_disk(self.folder, plan.file_bytes, "the original")
+        path = self.files.path / "original.gguf"
+        check_disk(self.files.folder, plan.file_bytes, "the original")
         size = f"{plan.file_bytes / 2**20:.0f} MiB"
         self.report.say(f"Writing the original as a temporary {plan.types[0]} GGUF of {size}: {path}")
         try:
@@ -426,7 +435,7 @@ class Work:
         original = original_bytes(self.model) if against_original or writes_text else 0
         reference = original if against_original else 0
         written = 0 if self.model.files else original
-        check_disk(self.folder, sum(sizes) + written, "the output" + (" with the reference" if written else ""))
+        check_disk(self.files.folder, sum(sizes) + written, "the output" + (" with the reference" if written else ""))
         working = _BASE_MEMORY_BYTES + self.n_threads * _THREAD_MEMORY_BYTES
         check_memory(working, "converting", "close other programs or lower --threads")
         if writes_text:
@@ -466,6 +475,7 @@ class Work:
         model = self.balance(plan).applied(self.model)
         with self.report.stage(name) as progress, blas_threads(1):
             write_gguf(model, plan, importance, path, n_threads=self.n_threads, progress=progress, feedbacks=feedbacks)
+        check_unchanged(model.inputs)
 
     def verify(
         self, plan: Plan, path: Path, options: VerifyOptions, text: str, reference: Path | None
@@ -637,30 +647,27 @@ def reference_of(
     if against is None or not against.is_dir():
         yield against
         return
-    work = Work(open_model(against, pre, False, report or Silent()), n_threads or llama.default_threads(),
-                report or Silent())  # fmt: skip
-    folder = Path.cwd()
-    _check_comparable(work.model, file, text, n_ctx)
-    check_writable([folder / "reference.gguf"])
-    n_bytes = original_bytes(work.model)
-    check_disk(folder, n_bytes, "the reference")
-    working = _BASE_MEMORY_BYTES + work.n_threads * _THREAD_MEMORY_BYTES
-    check_memory(n_bytes + file.stat().st_size + working, "a comparison with the original",
-                 "close other programs or compare with a smaller GGUF")  # fmt: skip
-    work.folder = folder
-    with work.original() as reference:
-        yield reference
+    report = report or Silent()
+    model = open_model(against, pre, False, report)
+    with WorkFolder(Path.cwd(), say=report.say) as files, unchanged(model.inputs):
+        work = Work(model, n_threads or llama.default_threads(), report, files=files)
+        _check_comparable(work, file, text, n_ctx)
+        n_bytes = original_bytes(model)
+        check_disk(files.folder, n_bytes, "the reference")
+        working = _BASE_MEMORY_BYTES + work.n_threads * _THREAD_MEMORY_BYTES
+        check_memory(n_bytes + file.stat().st_size + working, "a comparison with the original",
+                     "close other programs or compare with a smaller GGUF")  # fmt: skip
+        with work.original() as reference:
+            yield reference
 
 
-def _check_comparable(model: Model, file: Path, text: str, n_ctx: int) -> None:
+def _check_comparable(work: Work, file: Path, text: str, n_ctx: int) -> None:
     """Check a model as the reference of a file by its vocabulary alone; errors name the model's own path."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "vocabulary.gguf"
-        write_vocabulary(model, path)
+    with vocabulary_file(work.model, work.files) as path:
         try:
             check_comparable(file, path, text, n_ctx)
         except VerifyError as error:
-            raise VerifyError(str(error).replace(str(path), str(model.path))) from error
+            raise VerifyError(str(error).replace(str(path), str(work.model.path))) from error
 
 
 def _header_bytes(model: Model, option: PlanOptions, metric: str | None) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
+import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from . import gguf_header
 from .allocate import PlanOptions
 from .errors import OutputError, VerifyError
 from .records import Model, Plan
+from .write import unfinished
 
 # Letters that some file system refuses in a name, and how many of a name are kept: names may have 255 bytes.
 _NO_FILE_LETTERS = r'/\:*?"<>|'
@@ -74,6 +77,8 @@ def output_paths(names: Sequence[str], output: Output) -> list[Path]:
         paths = [(output.path or Path.cwd()) / name for name in names]
     if len(set(paths)) < len(paths):
         raise OutputError(f"two targets would both be written to {paths[0].name}; drop one")
+    for path in paths:
+        _check_name(path)
     for path in filter(Path.exists, paths):
         if not _may_replace(path):
             raise OutputError(f"{path}: exists and is no GGUF file, so it is not replaced; choose another name")
@@ -89,6 +94,18 @@ def check_not_input(paths: Sequence[Path], model: Model) -> None:
             raise OutputError(f"{path}: is the input, which is never replaced; choose another name")
 
 
+def _check_name(path: Path) -> None:
+    """Raise ``OutputError`` for a name that no file can have, or that leads to a missing file."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from error
+    if stat.S_ISLNK(found.st_mode) and not path.exists():
+        raise OutputError(f"{path}: is a link to a file that is missing; remove the link or choose another name")
+
+
 def _may_replace(path: Path) -> bool:
     """Return whether a path is a GGUF or an empty file: devices, weights and texts are not for ``--force``."""
     if not path.is_file():
@@ -97,14 +114,29 @@ def _may_replace(path: Path) -> bool:
         return stream.read(len(gguf_header.MAGIC)) in (gguf_header.MAGIC, b"")
 
 
-def check_writable(paths: Sequence[Path]) -> None:
-    """Raise ``OutputError`` when a file cannot be created beside an output, before the work and not after it."""
-    for path in paths:
-        try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".check"):
-                pass
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from error
+@contextmanager
+def small_file(path: Path) -> Iterator[Path]:
+    """Give a path to write a small file to, which gets its name when it is complete; pipes and devices get it at once.
+
+    Raises ``OutputError`` when it cannot be written.
+    """
+    target = Path(os.path.realpath(path))  # a link stays, what it leads to is replaced
+    try:
+        if target.exists() and not target.is_file():
+            yield target
+            return
+        with unfinished(target) as temporary:
+            yield temporary
+            if target.exists():
+                shutil.copymode(target, temporary)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror}") from error
+
+
+def write_small(path: Path, text: str) -> None:
+    """Write a small UTF-8 file as ``small_file`` does, line ends as they are in the text."""
+    with small_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from .errors import RecordError
+from .filestate import FileState
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -203,6 +204,7 @@ class Model:
         notes: facts that the user must see (in the plan and on the screen), one sentence each.
         model_id: hex SHA-256 over config, tensor names, types, shapes and the first 4 KiB of every tensor.
         files: the GGUF files it was opened from, in order; empty for a folder.
+        inputs: all files that weights are read from, as they were when it was opened.
     """
 
     path: Path
@@ -214,6 +216,7 @@ class Model:
     notes: tuple[str, ...]
     model_id: str
     files: tuple[Path, ...] = ()
+    inputs: tuple[FileState, ...] = ()
 
     @cached_property
     def by_name(self) -> Mapping[str, Tensor]:

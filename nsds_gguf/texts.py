@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,6 +12,7 @@ from . import llama
 from .errors import TextError, VerifyError
 from .inspect import inspect_gguf
 from .records import Model
+from .workfolder import WorkFolder
 from .write import write_vocabulary
 
 SHIPPED_TEXT = "old_curiosity_shop.txt"
@@ -68,8 +70,8 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
-    """Let llama.cpp load the vocabulary and tokenize the text before the work that would be verified with it.
+def check_vocabulary(model: Model, verifying: VerifyOptions, text: str, files: WorkFolder) -> None:
+    """Let llama.cpp load the vocabulary, from a temporary file, and tokenize the text before it is verified with.
 
     Raises ``VerifyError`` when the model has no perplexity or llama.cpp refuses the vocabulary, ``TextError`` when the
     text is too short, and for a GGUF to compare with ``ModelError`` when it is none and ``VerifyError`` when its
@@ -78,11 +80,8 @@ def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
     if not verifying.enabled:
         return
     check_predicts(model)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "vocabulary.gguf"
-        write_vocabulary(model, path)
-        with llama.open_model(path, vocab_only=True) as vocabulary:
-            n_tokens, n_vocab = len(vocabulary.tokenize(text)), vocabulary.n_vocab
+    with vocabulary_file(model, files) as path, llama.open_model(path, vocab_only=True) as vocabulary:
+        n_tokens, n_vocab = len(vocabulary.tokenize(text)), vocabulary.n_vocab
     if n_tokens < 2 * verifying.n_ctx:
         raise TextError(
             f"{verifying.text or SHIPPED_TEXT}: text too short: wanted at least {2 * verifying.n_ctx} tokens for a "
@@ -98,6 +97,17 @@ def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
                 f"--against {against}: wanted a vocabulary of {n_vocab}, got {reference.n_vocab}; "
                 f"compare with a GGUF of {model.name}"
             )
+
+
+@contextmanager
+def vocabulary_file(model: Model, files: WorkFolder) -> Iterator[Path]:
+    """Give a GGUF of the model's keys without its tensors, removed afterwards."""
+    path = files.path / "vocabulary.gguf"
+    try:
+        write_vocabulary(model, path)
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def predicts(model: Model) -> bool:

@@ -21,6 +21,7 @@ from gguf.gguf_writer import GGUFValue
 
 from ..anatomy import read_hparams
 from ..errors import ModelError, UnsupportedError
+from ..filestate import file_states
 from ..records import Float32, Model, Tensor
 from .card import card_keys
 from .checkpoint import open_checkpoint
@@ -77,6 +78,7 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Mode
         metadata=metadata,
         notes=(*window_note(config, family, sizes), *(rope_note(rope) if rope else ()), *notes, *vocab.notes, *unread),
         model_id=_identity(whole, stored),
+        inputs=file_states(tensor.file for tensor in stored.values()),
     )
 
 

@@ -216,10 +216,11 @@ def _claim(folder: Path, name: str) -> _Claim:
                 _sign(lock, path, name)
                 return _Claim(path, lock)
         except OSError as error:
-            os.close(lock)
-            if error.errno not in _NO_LOCKS:
-                raise
-            return _unlocked(path)
+            if error.errno in _NO_LOCKS:
+                os.close(lock)
+                return _unlocked(path)
+            _Claim(path, lock).release()  # locked, but there is no room for the record
+            raise
         except BaseException:
             os.close(lock)
             raise

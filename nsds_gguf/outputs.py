@@ -60,6 +60,8 @@ def _file_letters(text: str) -> str | None:
 def check_output_folder(output: Output) -> None:
     """Raise ``OutputError`` when the output cannot be where it is wanted, whatever it will be called."""
     path = output.path
+    if path is not None:
+        _check_name(path)
     folder = Path.cwd() if path is None else path if path.is_dir() else path.parent
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file; wanted a folder for the output")

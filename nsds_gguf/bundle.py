@@ -37,7 +37,8 @@ from .perplexity import Perplexity
 from .read.vocab_io import read_json
 from .records import Plan, Progress, Scores
 from .resources import check_disk
-from .write import temporary_sibling
+from .workfolder import WorkFolder, output_error, remove_stale
+from .write import unfinished
 
 MODELFILE, CARD, PLAN, SCORES, SUMS = "Modelfile", "README.md", "plan.json", "scores.json", "SHA256SUMS"
 OLLAMA = "ollama"
@@ -106,7 +107,7 @@ class Bundle:
 
 
 @contextmanager
-def bundle_folder(folder: Path, force: bool) -> Iterator[Path]:
+def bundle_folder(folder: Path, force: bool, report: Reporter) -> Iterator[Path]:
     """Make the folder of a bundle, which is removed again when the block fails with nothing in it.
 
     Raises ``OutputError`` when it cannot be made, or holds something and ``force`` is not given.
@@ -114,6 +115,8 @@ def bundle_folder(folder: Path, force: bool) -> Iterator[Path]:
     existed = folder.exists()
     if existed and not folder.is_dir():
         raise OutputError(f"{folder}: is a file; wanted a folder for the bundle")
+    for note in remove_stale(folder):
+        report.say(note)
     if existed and not force and any(folder.iterdir()):
         raise OutputError(f"{folder}: is not empty; pass --force to replace the bundle in it")
     try:
@@ -163,13 +166,14 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
         PLAN: _json(source.plan),
         SCORES: _json(source.scores),
     }
-    gguf = _placed(file, folder)
-    for name, text in texts.items():
-        _write(folder / name, text)
-    names = [gguf.name, *(name for name, text in texts.items() if text is not None)]
-    with report.stage("hash") as progress:
-        sums = _sha256_sums([folder / name for name in names], progress)
-    _write(folder / SUMS, "".join(map(_sum_line, sums, sums.values())))
+    with WorkFolder(folder, [file.name], report.say) as files:
+        gguf = _placed(file, folder, files)
+        for name, text in texts.items():
+            _write(folder / name, text, files)
+        names = [gguf.name, *(name for name, text in texts.items() if text is not None)]
+        with report.stage("hash") as progress:
+            sums = _sha256_sums([folder / name for name in names], progress)
+        _write(folder / SUMS, "".join(map(_sum_line, sums, sums.values())), files)
     return Bundle(folder, gguf, sums, chat, origin, tuple(notes))
 
 
@@ -215,12 +219,12 @@ def _json(record: Plan | Scores | None) -> str | None:
     return None if record is None else json.dumps(record.to_json(), indent=1) + "\n"
 
 
-def _placed(file: Path, folder: Path) -> Path:
+def _placed(file: Path, folder: Path, files: WorkFolder) -> Path:
     """Return the file's path in the folder, linked there or, onto another file system, copied."""
     target = folder / file.name
     if target.exists() and target.samefile(file):
         return target
-    with temporary_sibling(target) as temporary:
+    with unfinished(target, files) as temporary:
         try:
             os.link(file.resolve(), temporary)  # the file, not a symbolic link to it as in the Hub's cache
         except OSError:  # another file system, or one without links
@@ -233,16 +237,16 @@ def _copy(file: Path, target: Path) -> None:
     try:
         shutil.copyfile(file, target)
     except OSError as error:
-        raise OutputError(f"{target.parent}: {file} cannot be copied there: {error.strerror}") from error
+        raise output_error(target, error) from error
 
 
-def _write(path: Path, text: str | None) -> None:
+def _write(path: Path, text: str | None, files: WorkFolder) -> None:
     """Write a small file; without a text remove what an earlier bundle left there."""
     try:
         if text is None:
             path.unlink(missing_ok=True)
             return
-        with temporary_sibling(path) as temporary:
+        with unfinished(path, files) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from error

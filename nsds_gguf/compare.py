@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,17 @@ from . import convert, llama
 from .allocate import Pin, PlanOptions
 from .convert import Reporter, ScoreOptions, VerifyOptions, Work
 from .errors import OutputError, PlanError, RecordError, TargetError, VerifyError
+from .filestate import unchanged
 from .hub import HubName
 from .imatrix import Imatrix
 from .inspect import inspect_gguf
+from .outputs import write_small
 from .perplexity import perplexity
 from .presets import PRESETS
 from .records import Plan, Scores, Target, read_json
 from .resources import check_disk
+from .workfolder import WorkFolder
+from .write import unfinished
 
 COMPARISON_FORMAT = "nsds-gguf comparison 1"
 
@@ -232,18 +236,21 @@ def compare(
     if convert.embeds(model):
         raise VerifyError(f"{model.path}: is a model for embeddings, and files are compared by perplexity; convert it: "
                           "each file is then checked by the cosine similarity of its embeddings")  # fmt: skip
-    convert.check_vocabulary(model, verifying, text)
     make_folder(folder)
-    work = Work(model, n_threads or llama.default_threads(), report, imatrix, told)
-    check_disk(folder, 2 * convert.reference_plan(model).file_bytes, "the original and one file at a time")
-    bench = _Bench(work, folder, verifying, text)
-    work.folder = folder
-    with work.original() as reference:
+    with ExitStack() as stack:
+        files = stack.enter_context(WorkFolder(folder, [RESULT], report.say))
+        stack.enter_context(unchanged(model.inputs))
+        files.open()
+        convert.check_vocabulary(model, verifying, text, files)
+        work = Work(model, n_threads or llama.default_threads(), report, imatrix, told, files)
+        check_disk(folder, 2 * convert.reference_plan(model).file_bytes, "the original and one file at a time")
+        bench = _Bench(work, folder, verifying, text)
+        reference = stack.enter_context(work.original())
         scores = bench.scores(replace(options, target=Target("bpw", 1)), scoring)
         for target in targets:
             bench.run(_plans(bench, str(target), target, scores, options, n_seeds, {}), reference)
         for name in stock:
-            with _stock_file(work, reference, name, folder) as file:
+            with _stock_file(work, reference, name) as file:
                 found = inspect_gguf(file)
                 fixed = {t.name: t.type for t in found.tensors if t.name in ("output.weight", "token_embd.weight")}
                 bench.measure(_Job(name, STOCK, "", None), file, reference)
@@ -278,9 +285,9 @@ def exact_bpw(tensor_bytes: int, n_weights: int) -> float:
 
 
 @contextmanager
-def _stock_file(work: Work, reference: Path, name: str, folder: Path) -> Iterator[Path]:
+def _stock_file(work: Work, reference: Path, name: str) -> Iterator[Path]:
     """Give llama.cpp's own mix of the original; removed on every exit."""
-    path = folder / f".stock-{name}.gguf"
+    path = work.files.path / f"stock-{name}.gguf"
     try:
         with work.report.stage(f"llama.cpp makes {name}"):
             llama.quantize_stock(reference, path, name, work.n_threads)
@@ -381,7 +388,7 @@ class _Bench:
             if alike and _covers(kept, options.types):
                 return kept
         scores = self.work.score([options], scoring)
-        path.write_text(json.dumps(scores.to_json()), encoding="utf-8")
+        write_small(path, json.dumps(scores.to_json()))
         return scores
 
     def run(self, jobs: Sequence[_Job], reference: Path) -> None:
@@ -389,7 +396,7 @@ class _Bench:
         for job in jobs:
             if job.plan is None:
                 continue
-            path = self.folder / ".measured.gguf"
+            path = self.work.files.path / "measured.gguf"
             try:
                 if self._key(job) not in self.known:
                     self.work.write(job.plan, path, f"write {job.budget} {job.kind} {job.detail}".rstrip())
@@ -478,9 +485,8 @@ class _Bench:
         keys = {row.key for row in self.rows}
         rows = [*self.rows, *(row for key, row in self.known.items() if key not in keys)]
         text = json.dumps(self._comparison(rows).to_json(), indent=1)
-        temporary = self.folder / f".{RESULT}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.folder / RESULT)
+        with unfinished(self.folder / RESULT, self.work.files) as temporary:
+            temporary.write_text(text, encoding="utf-8")
 
 
 def _covers(scores: Scores, types: Sequence[str]) -> bool:

@@ -5,10 +5,7 @@ Nothing here prints: what happens is told to a ``Reporter``, what came out is re
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -25,6 +22,7 @@ from .effort import effort_note, settled
 from .embedding import EmbeddingCheck, check_close, compare_embeddings
 from .errors import PlanError, RecordError, told_of
 from .estimate import duration, estimate_seconds, own_text_seconds
+from .filestate import check_unchanged, unchanged
 from .given import check_scores, checked_plan
 from .hessians import N_DRAWN, disk_bytes, make_feedbacks
 from .hessians import note as feedback_note
@@ -34,7 +32,6 @@ from .outputs import (
     Output,
     check_not_input,
     check_output_folder,
-    check_writable,
     default_name,
     named,
     output_paths,
@@ -64,10 +61,12 @@ from .texts import (
     check_vocabulary,
     embeds,
     evaluation_text,
+    outline_file,
     predicts,
 )
 from .verify import verify_structure
-from .write import header_bytes, temporary_sibling, write_gguf, write_vocabulary
+from .workfolder import WorkFolder
+from .write import header_bytes, unfinished, write_gguf
 
 __all__ = [
     "ORIGINAL", "QUANTIZED_INPUT", "SHIPPED_TEXT", "Converted", "Output", "Planned", "Reporter", "ScoreOptions",
@@ -195,25 +194,27 @@ def convert(
     jobs = [given] if isinstance(given, Plan) else options
     paths = output_paths([default_name(model, job) for job in jobs], output)
     check_not_input(paths, model)
-    check_writable(paths)
-    check_vocabulary(model, verifying, text)
-    work = Work(model, n_threads, report, imatrix, told)
-    work.folder = paths[0].parent
-    writes_text = any(work.needs_text(job) for job in jobs)
-    work.check_resources([largest_file_bytes(model, job) for job in jobs], verifying, writes_text)
-    comparing = with_original_at_hand(model, verifying, writes_text)
-    work.tell_time(given, options, len(paths), comparing, writes_text)
     results = []
-    with ExitStack() as files:
+    with ExitStack() as stack:
+        files = stack.enter_context(WorkFolder(paths[0].parent, [path.name for path in paths], report.say))
+        stack.enter_context(unchanged(model.inputs))
+        files.open()
+        check_vocabulary(model, verifying, text, files)
+        work = Work(model, n_threads, report, imatrix, told, files)
+        writes_text = any(work.needs_text(job) for job in jobs)
+        work.check_resources([largest_file_bytes(model, job) for job in jobs], verifying, writes_text)
+        comparing = with_original_at_hand(model, verifying, writes_text)
+        work.tell_time(given, options, len(paths), comparing, writes_text)
         if writes_text:  # before planning, which needs it too
-            files.enter_context(work.original())
+            stack.enter_context(work.original())
         plans = [given] if isinstance(given, Plan) else work.plans(options, scoring, given)
-        reference = files.enter_context(reference_file(work, comparing))
+        reference = stack.enter_context(reference_file(work, comparing))
         for target, plan in zip(paths, plans, strict=True):
-            with temporary_sibling(target, output.keep_failed) as temporary, named(target, temporary, output):
+            with unfinished(target, files, output.keep_failed) as temporary, named(target, temporary, output):
                 work.write(plan, temporary)
                 notes = () if comparing is verifying else lacks_room_for_original(model, plan, verifying.n_ctx)
                 found = work.verify(plan, temporary, verifying, text, None if notes else reference)
+                check_unchanged(model.inputs)
             ppl, embedding = (None, found) if isinstance(found, EmbeddingCheck) else (found, None)
             against = against_name(model, comparing) if ppl is not None and ppl.divergence is not None else None
             results.append(Converted(target, plan, ppl, work.scores, model.path, against, notes, embedding))
@@ -240,8 +241,9 @@ def plan(
     check_scores(model, given)
     options, told = settled_options(model, options, given)
     check_targets(model, options, given.metric if given else scoring.metric)
-    work = Work(model, n_threads or llama.default_threads(), report, imatrix, told)
-    return Planned(work.plans(options, scoring, given), work.scores)
+    with WorkFolder(Path(), say=report.say) as files, unchanged(model.inputs):
+        work = Work(model, n_threads or llama.default_threads(), report, imatrix, told, files)
+        return Planned(work.plans(options, scoring, given), work.scores)
 
 
 def score_model(
@@ -262,14 +264,16 @@ def score_model(
     model = open_model(path, pre, allow_requantize, report)
     asked = PlanOptions(Target("none", 0), types=types, importance=importance, effort=effort)
     options, told = settled_options(model, [asked], None) if scoring.measure else ([asked], ())
-    return Work(model, n_threads or llama.default_threads(), report, imatrix, told).score(options, scoring)
+    with WorkFolder(Path(), say=report.say) as files, unchanged(model.inputs):
+        work = Work(model, n_threads or llama.default_threads(), report, imatrix, told, files)
+        return work.score(options, scoring)
 
 
 class Work:
     """The stages on one model, each told to the reporter.
 
     Sensitivities, the model's own text and factors for feedback are made once, when first needed. ``scores`` are those
-    that the last plans were made from, ``folder`` is where large temporary files go.
+    that the last plans were made from.
     """
 
     def __init__(
@@ -279,12 +283,18 @@ class Work:
         report: Reporter,
         imatrix: Imatrix | None = None,
         notes: tuple[str, ...] = (),
+        files: WorkFolder | None = None,
     ) -> None:
-        """Take the model, the threads, who is told, an importance matrix of the model, and notes for every plan."""
+        """Take the model, the threads, who is told, an importance matrix of the model, and notes for every plan.
+
+        ``files`` is where large temporary files go: without one, to the working directory for as long as this lives.
+        """
         self.model, self.n_threads, self.report, self.notes = model, n_threads, report, notes
         self.imatrix, self._columns = imatrix, imatrix.weights(model) if imatrix is not None else {}
         self.scores: Scores | None = None
-        self.folder = Path()
+        self.files = files or WorkFolder(Path(), say=report.say)
+        if files is None:
+            weakref.finalize(self, self.files.close)
         self._propagations: dict[bool, Propagation] = {}
         self._balances: dict[bool, Balance] = {}
         self._feedbacks: dict[tuple[bool, bool], Feedbacks] = {}
@@ -296,7 +306,8 @@ class Work:
         if own not in self._propagations:
             tokens = self.own_text().tokens[:FISHER_SEQUENCES].astype(np.int64) if own else None
             with self.report.stage("find sensitivities") as progress, blas_threads(1):
-                self._propagations[own] = allocate.sensitivities(self.model, self.n_threads, progress, tokens)
+                folder = self.files.path if self.files.is_open else None
+                self._propagations[own] = allocate.sensitivities(self.model, self.n_threads, progress, tokens, folder)
         return self._propagations[own]
 
     def balance(self, job: PlanOptions | Plan) -> Balance:
@@ -322,8 +333,8 @@ class Work:
                 source = replace(self.own_text(), balance=balance)
             else:
                 source = allocate.draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
-            folder = Path(tempfile.mkdtemp(prefix=".feedback-", dir=self.folder))
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            folder = self.files.path / f"feedback-{len(self._feedbacks)}"
+            folder.mkdir(exist_ok=True)
             check_disk(folder, disk_bytes(model), "rounding with feedback")
             with self.report.stage("factor second moments") as progress, blas_threads(1), self.readable(own):
                 self._feedbacks[key] = make_feedbacks(model, source, looked_up, folder, self.n_threads, progress)
@@ -385,8 +396,8 @@ class Work:
     def original(self) -> Iterator[Path]:
         """Give the original as a GGUF for the length of a ``with`` block; within one, another gives the same file.
 
-        Of a folder, or a GGUF that was mended, it is written to ``folder`` and removed on every exit, and messages
-        name the model in its place; any other GGUF is its own original.
+        Of a folder, or a GGUF that was mended, it is a temporary file, removed on every exit, and messages name the
+        model in its place; any other GGUF is its own original.
         """
         if self._original is not None:
             with told_of(self.model.path, self._original):
@@ -396,9 +407,8 @@ class Work:
             yield self.model.files[0]
             return
         plan = reference_plan(self.model)
-        path = self.folder / f".reference-{os.getpid()}.gguf"
-        check_writable([path])
-        check_disk(self.folder, plan.file_bytes, "the original")
+        path = self.files.path / "original.gguf"
+        check_disk(self.files.folder, plan.file_bytes, "the original")
         size = f"{plan.file_bytes / 2**20:.0f} MiB"
         self.report.say(f"Writing the original as a temporary {plan.types[0]} GGUF of {size}: {path}")
         try:
@@ -450,7 +460,7 @@ class Work:
         original = original_bytes(self.model) if against_original or writes_text else 0
         reference = original if against_original else 0
         written = 0 if self.model.files and not self.model.is_mended else original
-        check_disk(self.folder, sum(sizes) + written, "the output" + (" with the reference" if written else ""))
+        check_disk(self.files.folder, sum(sizes) + written, "the output" + (" with the reference" if written else ""))
         working = _BASE_MEMORY_BYTES + self.n_threads * _THREAD_MEMORY_BYTES
         check_memory(working, "converting", "close other programs or lower --threads")
         if writes_text:
@@ -490,6 +500,7 @@ class Work:
         model = self.balance(plan).applied(self.model)
         with self.report.stage(name) as progress, blas_threads(1):
             write_gguf(model, plan, importance, path, n_threads=self.n_threads, progress=progress, feedbacks=feedbacks)
+        check_unchanged(model.inputs)
 
     def verify(
         self, plan: Plan, path: Path, options: VerifyOptions, text: str, reference: Path | None
@@ -687,25 +698,23 @@ def reference_of(
     if against is None or not against.is_dir():
         yield against
         return
-    work = Work(open_model(against, pre, False, report or Silent()), n_threads or llama.default_threads(),
-                report or Silent())  # fmt: skip
-    folder = Path.cwd()
-    _check_comparable(work.model, file, text, n_ctx)
-    check_writable([folder / "reference.gguf"])
-    n_bytes = original_bytes(work.model)
-    check_disk(folder, n_bytes, "the reference")
-    working = _BASE_MEMORY_BYTES + work.n_threads * _THREAD_MEMORY_BYTES
-    check_memory(n_bytes + file.stat().st_size + working, "a comparison with the original",
-                 "close other programs or compare with a smaller GGUF")  # fmt: skip
-    work.folder = folder
-    with work.original() as reference:
-        yield reference
+    report = report or Silent()
+    model = open_model(against, pre, False, report)
+    with WorkFolder(Path.cwd(), say=report.say) as files, unchanged(model.inputs):
+        work = Work(model, n_threads or llama.default_threads(), report, files=files)
+        _check_comparable(work, file, text, n_ctx)
+        n_bytes = original_bytes(model)
+        check_disk(files.folder, n_bytes, "the reference")
+        working = _BASE_MEMORY_BYTES + work.n_threads * _THREAD_MEMORY_BYTES
+        check_memory(n_bytes + file.stat().st_size + working, "a comparison with the original",
+                     "close other programs or compare with a smaller GGUF")  # fmt: skip
+        with work.original() as reference:
+            yield reference
 
 
-def _check_comparable(model: Model, file: Path, text: str, n_ctx: int) -> None:
+def _check_comparable(work: Work, file: Path, text: str, n_ctx: int) -> None:
     """Check a model as the reference of a file by its vocabulary alone; errors name the model's own path."""
-    with tempfile.TemporaryDirectory() as folder, told_of(model.path, path := Path(folder) / "vocabulary.gguf"):
-        write_vocabulary(model, path)
+    with outline_file(work.model, work.files) as path:
         check_comparable(file, path, text, n_ctx)
 
 

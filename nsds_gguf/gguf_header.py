@@ -25,13 +25,13 @@ A model may be split over several files, ``NAME-00001-of-00003.gguf`` and so on.
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
@@ -41,6 +41,7 @@ from .errors import ModelError
 from .records import ALIGNMENT_BYTES, kv
 
 MAX_DIMS = 4  # GGML_MAX_DIMS
+_BUFFER_BYTES = 1 << 20  # keys and names are short and many
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)  # of one layout; 1 had 32-bit lengths
 _START = struct.Struct("<4sIQQ")
@@ -159,23 +160,24 @@ def read_gguf_header(path: Path) -> GgufHeader:
     Raises ``ModelError`` when the file is no GGUF, is truncated or contradicts itself.
     """
     try:
-        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _header(_Cursor(data))
-    except (OSError, ValueError) as error:  # mmap refuses an empty file with ValueError, _Cursor what is damaged
+        with path.open("rb", _BUFFER_BYTES) as stream:
+            return _header(_Cursor(stream))
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not a readable GGUF file: {error}") from error
 
 
 class _Cursor:
     """A place in the file that moves on as values are taken; raises ``ValueError`` at whatever cannot be."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self.n_file, self.at = stream, os.fstat(stream.fileno()).st_size, 0
 
     def take(self, n_bytes: int) -> bytes:
-        if n_bytes > len(self.data) - self.at:
-            raise ValueError(f"truncated or damaged: {n_bytes} bytes wanted at byte {self.at} of {len(self.data)}")
+        data = self._stream.read(n_bytes) if n_bytes <= self.n_file - self.at else b""
+        if len(data) < n_bytes:
+            raise ValueError(f"truncated or damaged: {n_bytes} bytes wanted at byte {self.at} of {self.n_file}")
         self.at += n_bytes
-        return self.data[self.at - n_bytes : self.at]
+        return data
 
     def unpack(self, layout: struct.Struct) -> tuple[Any, ...]:
         return layout.unpack(self.take(layout.size))
@@ -229,7 +231,7 @@ def _header(cursor: _Cursor) -> GgufHeader:
     if not isinstance(alignment, int) or alignment <= 0:
         raise ValueError(f"general.alignment is {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
-    tensors = tuple(_placed(entry, start, alignment, len(cursor.data)) for entry in entries)
+    tensors = tuple(_placed(entry, start, alignment, cursor.n_file) for entry in entries)
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise ValueError("a tensor is there twice")
     return GgufHeader(metadata, tensors, start)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
+import os
+import shutil
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +14,9 @@ import gguf
 
 from . import gguf_header
 from .allocate import PlanOptions
-from .errors import OutputError, VerifyError
+from .errors import GgmlError, OutputError, VerifyError
 from .records import Model, Plan
+from .write import unfinished
 
 # Letters that some file system refuses in a name, and how many of a name are kept: names may have 255 bytes.
 _NO_FILE_LETTERS = r'/\:*?"<>|'
@@ -57,6 +60,8 @@ def _file_letters(text: str) -> str | None:
 def check_output_folder(output: Output) -> None:
     """Raise ``OutputError`` when the output cannot be where it is wanted, whatever it will be called."""
     path = output.path
+    if path is not None:
+        _check_name(path)
     folder = Path.cwd() if path is None else path if path.is_dir() else path.parent
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder}: is a file; wanted a folder for the output")
@@ -74,6 +79,8 @@ def output_paths(names: Sequence[str], output: Output) -> list[Path]:
         paths = [(output.path or Path.cwd()) / name for name in names]
     if len(set(paths)) < len(paths):
         raise OutputError(f"two targets would both be written to {paths[0].name}; drop one")
+    for path in paths:
+        _check_name(path)
     for path in filter(Path.exists, paths):
         if not _may_replace(path):
             raise OutputError(f"{path}: exists and is no GGUF file, so it is not replaced; choose another name")
@@ -89,6 +96,18 @@ def check_not_input(paths: Sequence[Path], model: Model) -> None:
             raise OutputError(f"{path}: is the input, which is never replaced; choose another name")
 
 
+def _check_name(path: Path) -> None:
+    """Raise ``OutputError`` for a name that no file can have, or that leads to a missing file."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from error
+    if stat.S_ISLNK(found.st_mode) and not path.exists():
+        raise OutputError(f"{path}: is a link to a file that is missing; remove the link or choose another name")
+
+
 def _may_replace(path: Path) -> bool:
     """Return whether a path is a GGUF or an empty file: devices, weights and texts are not for ``--force``."""
     if not path.is_file():
@@ -97,14 +116,29 @@ def _may_replace(path: Path) -> bool:
         return stream.read(len(gguf_header.MAGIC)) in (gguf_header.MAGIC, b"")
 
 
-def check_writable(paths: Sequence[Path]) -> None:
-    """Raise ``OutputError`` when a file cannot be created beside an output, before the work and not after it."""
-    for path in paths:
-        try:
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".check"):
-                pass
-        except OSError as error:
-            raise OutputError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from error
+@contextmanager
+def small_file(path: Path) -> Iterator[Path]:
+    """Give a path to write a small file to, which gets its name when it is complete; pipes and devices get it at once.
+
+    Raises ``OutputError`` when it cannot be written.
+    """
+    target = Path(os.path.realpath(path))  # a link stays, what it leads to is replaced
+    try:
+        if target.exists() and not target.is_file():
+            yield target
+            return
+        with unfinished(target) as temporary:
+            yield temporary
+            if target.exists():
+                shutil.copymode(target, temporary)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write: {error.strerror}") from error
+
+
+def write_small(path: Path, text: str) -> None:
+    """Write a small UTF-8 file as ``small_file`` does, line ends as they are in the text."""
+    with small_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
 @contextmanager
@@ -112,6 +146,6 @@ def named(target: Path, temporary: Path, output: Output) -> Iterator[None]:
     """Let a failed check speak of the file that the user asked for, and say what became of it."""
     try:
         yield
-    except VerifyError as error:
+    except (VerifyError, GgmlError) as error:
         fate = f"kept as {target.name}.failed" if output.keep_failed else "removed; --keep would keep it"
-        raise VerifyError(f"{error} ({fate})".replace(str(temporary), str(target))) from error
+        raise type(error)(f"{error} ({fate})".replace(str(temporary), str(target))) from error

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from .compare import OURS, PAPER, RANDOM, RANDOM_FIXED, STOCK, UNIFORM, Comparison
-from .errors import OutputError, PlanError
+from .errors import PlanError
+from .outputs import small_file
 from .records import Float64, LayerScore, Scores
 from .score.stats import robust_z, sigmoid
 
@@ -63,10 +64,8 @@ def plot_scores(scores: Scores, path: Path) -> None:
         _draw_standing(grid[2], "SE", components, [layer.se for layer in scores.layers])
         figure.colorbar(image, ax=list(grid[1:]), label="standing among layers", shrink=0.9)
     grid[-1].set_xlabel("layer")
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror}") from error
+    with small_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
 
 
 def plot_comparison(found: Comparison, path: Path) -> None:
@@ -101,10 +100,8 @@ def plot_comparison(found: Comparison, path: Path) -> None:
     axes.legend(frameon=False)
     axes.grid(which="both", axis="y", color="#dddddd", lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror}") from error
+    with small_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
 
 
 def _draw_bars(axes: Any, scores: Scores) -> None:

@@ -28,6 +28,7 @@ from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from .errors import RecordError
+from .filestate import FileState
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -205,6 +206,7 @@ class Model:
             every tensor.
         files: the GGUF files it was opened from, in order; empty for a folder.
         is_mended: whether llama.cpp takes not ``files`` but what is written of the model: tensors or keys were changed.
+        inputs: all files that weights are read from, as they were when it was opened.
     """
 
     path: Path
@@ -217,6 +219,7 @@ class Model:
     model_id: str
     files: tuple[Path, ...] = ()
     is_mended: bool = False
+    inputs: tuple[FileState, ...] = ()
 
     @cached_property
     def by_name(self) -> Mapping[str, Tensor]:

@@ -25,10 +25,11 @@ from string import Template
 from typing import Any, Literal
 
 from . import ggml
-from .errors import OutputError, PlanError, RecordError
+from .errors import PlanError, RecordError
 from .explain import in_a_word
 from .imatrix import IMATRIX
 from .inspect import FoundTensor, Inspection
+from .outputs import write_small
 from .perplexity import Perplexity
 from .records import UNQUANTIZED, LayerScore, Plan, PlannedTensor, Scores
 from .version import __version__
@@ -276,10 +277,7 @@ def write_report(report: Report, path: Path) -> None:
 
     """
     check_report(path)
-    try:
-        path.write_text(page(report), encoding="utf-8", newline="\n")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror}") from error
+    write_small(path, page(report))
 
 
 def page(report: Report) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -12,6 +13,7 @@ from .embedding import POOLINGS
 from .errors import TextError, VerifyError, told_of
 from .inspect import inspect_gguf
 from .records import Model
+from .workfolder import WorkFolder
 from .write import write_outline
 
 SHIPPED_TEXT = "old_curiosity_shop.txt"
@@ -76,7 +78,7 @@ def read_text(path: Path) -> str:
         ) from error
 
 
-def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
+def check_vocabulary(model: Model, verifying: VerifyOptions, text: str, files: WorkFolder) -> None:
     """Let llama.cpp load an outline of the model and tokenize the text before the work that would be verified with it.
 
     Raises ``VerifyError`` when the model has neither perplexity nor embeddings, or llama.cpp refuses vocabulary, keys
@@ -91,8 +93,7 @@ def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
             f"{model.path}: has no tokenizer, without which llama.cpp loads no file: use a GGUF with tokenizer.ggml "
             "keys, or pass --no-verify"
         )
-    with tempfile.TemporaryDirectory() as folder, told_of(model.path, path := Path(folder) / "outline.gguf"):
-        write_outline(model, path)
+    with outline_file(model, files) as path:
         llama.check_loads(path)
         with llama.open_model(path, vocab_only=True) as vocabulary:
             n_tokens, n_vocab = len(vocabulary.tokenize(text)), vocabulary.n_vocab
@@ -121,6 +122,18 @@ def embeds(model: Model) -> bool:
     """Return whether a model is one for embeddings: it says how the embedding of a text is pooled from its tokens."""
     pooling = model.metadata.get(f"{model.architecture}.pooling_type")
     return pooling is not None and pooling.value in POOLINGS
+
+
+@contextmanager
+def outline_file(model: Model, files: WorkFolder) -> Iterator[Path]:
+    """Give a GGUF of the model with a hole for its weights, removed afterwards; messages name the model instead."""
+    path = files.path / "outline.gguf"
+    try:
+        write_outline(model, path)
+        with told_of(model.path, path):
+            yield path
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def predicts(model: Model) -> bool:

@@ -5,12 +5,11 @@ data of each tensor, padded to 32 bytes. gguf's own writer makes everything befo
 by ggml and written in slabs of rows, a bounded number of slabs in flight, so that memory holds neither the model nor
 the file.
 
-The output appears under its name only when it is complete: it is written to a hidden sibling, synced and renamed.
+The output appears under its name only when it is complete: it is written to a hidden folder, synced and renamed.
 """
 
 from __future__ import annotations
 
-import errno
 import io
 import math
 import os
@@ -20,7 +19,6 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,6 +45,7 @@ from .records import (
 )
 from .rounding import Feedback, Feedbacks
 from .version import __version__
+from .workfolder import WorkFolder, output_error
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
@@ -84,11 +83,6 @@ def header_bytes(
     return len(_header(model, _keys(settings, "F32", _NO_DIGEST, _NO_DIGEST), types))
 
 
-def write_vocabulary(model: Model, path: Path) -> None:
-    """Write a GGUF of the model's keys without its tensors: enough for llama.cpp to tokenize with."""
-    path.write_bytes(_header(replace(model, tensors=()), {}, {}))
-
-
 def write_outline(model: Model, path: Path) -> None:
     """Write a GGUF of the model's keys and tensor table, with a hole in place of the data.
 
@@ -103,7 +97,7 @@ def write_outline(model: Model, path: Path) -> None:
             stream.write(header)
             stream.truncate(len(header) + n_data * ALIGNMENT_BYTES)
     except OSError as error:
-        raise _output_error(path, error) from error
+        raise output_error(path, error) from error
 
 
 def _outline_type(tensor: Tensor) -> str:
@@ -133,7 +127,7 @@ def write_gguf(
         plan: type of every tensor; its ``header_bytes`` must be right.
         importance: ``(n_cols,)`` float32 column weights by tensor name, for the quantizers; ``(n_experts, n_cols)``
             where stacked matrices differ.
-        path: file to create, usually that of ``temporary_sibling``.
+        path: file to create, usually that of ``unfinished``.
         n_threads: threads that read and quantize.
         progress: called with weights done and weights in all.
         feedbacks: where weights are rounded with feedback, the factors of the tensors that have it.
@@ -155,24 +149,33 @@ def write_gguf(
             stream.flush()
             os.fsync(stream.fileno())
     except OSError as error:
-        raise _output_error(path, error) from error
+        raise output_error(path, error) from error
 
 
 @contextmanager
-def temporary_sibling(path: Path, keep_failed: bool = False) -> Iterator[Path]:
-    """Give a hidden path beside ``path``, renamed to it on success and removed on any failure.
+def unfinished(path: Path, files: WorkFolder | None = None, keep_failed: bool = False) -> Iterator[Path]:
+    """Give a hidden path on the file system of ``path``, renamed to it on success and removed on any failure.
 
-    With ``keep_failed`` what was written stays as ``path`` + ``.failed`` when an ordinary error ends the block.
+    Args:
+        path: what the file will be called.
+        files: the work folder beside it; ``None`` for one of its own.
+        keep_failed: leave what was written as ``path`` + ``.failed`` when an ordinary error ends the block.
 
-    Raises ``OutputError`` when the file cannot be given its name.
+    Raises:
+        OutputError: the file cannot be given its name, or another run is writing it.
+
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    if files is None:
+        with WorkFolder(path.parent, [path.name]) as own, unfinished(path, own, keep_failed) as temporary:
+            yield temporary
+        return
+    temporary = files.path / path.name
     try:
         yield temporary
         _publish(temporary, path)
     except Exception:
         if keep_failed and temporary.exists():
-            temporary.replace(path.with_name(path.name + ".failed"))
+            _publish(temporary, path.with_name(path.name + ".failed"))
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -334,18 +337,12 @@ def _not_finite(tensor: Tensor) -> ModelError:
     )
 
 
-def _output_error(path: Path, error: OSError) -> OutputError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return OutputError(f"{path.parent}: disk full or file too large while writing: {os.strerror(error.errno)}")
-    return OutputError(f"{path.parent}: cannot write: {error}")
-
-
 def _publish(temporary: Path, path: Path) -> None:
     try:
         temporary.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise _output_error(path, error) from error
+        raise output_error(path, error) from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ ROOT = Path(nsds_gguf.__file__).parent
 # Lowest first; a module may import from lower lines only. Packages stand for all their modules.
 LAYERS = [
     ["errors", "version"],
+    ["filestate", "workfolder"],
     ["records"],
     ["anatomy", "balance"],
     ["views"],

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Task, TaskID
 from tiny_gguf import N_VOCAB, tiny_text, tiny_weights, write_tiny_gguf
 
-from nsds_gguf import convert, display, resources
+from nsds_gguf import convert, display, resources, workfolder
 from nsds_gguf.cli import screen, verbs
 from nsds_gguf.errors import OutputError
 from nsds_gguf.perplexity import perplexity
@@ -90,7 +90,7 @@ def test_folder_that_cannot_be_written(here, monkeypatch):
     def refuse(*_args, **_options):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(convert.tempfile, "NamedTemporaryFile", refuse)
+    monkeypatch.setattr(workfolder.Path, "mkdir", refuse)
     line = message(call("perplexity", "demo-bos-Q4_K.gguf", *SHORT, "--against", DEMO), 5)
     assert line.endswith("cannot be written: Permission denied; choose another name or folder")
 

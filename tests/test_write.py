@@ -32,7 +32,7 @@ from nsds_gguf.errors import ModelError, OutputError
 from nsds_gguf.llama import logits
 from nsds_gguf.records import Hparams, Scores, Target, kv
 from nsds_gguf.version import __version__
-from nsds_gguf.write import header_bytes, temporary_sibling, write_gguf
+from nsds_gguf.write import header_bytes, unfinished, write_gguf
 
 HPARAMS = Hparams(1, 256, 512, 4, 2, 64, 300, 128, 1e-5)
 
@@ -245,14 +245,14 @@ def test_keys_are_packed_as_gguf_packs_them(tmp_path):
     arrays["test.texts"] = kv(["", "a\0b", "Grüße", "😀"], GGUFValueType.ARRAY, GGUFValueType.STRING)
     scalars = {"test.text": kv("Grüße", GGUFValueType.STRING), "test.yes": kv(True, GGUFValueType.BOOL)}
     model = replace(small_decoder(), metadata={**arrays, **scalars})
-    write.write_vocabulary(model, tmp_path / "ours.gguf")
+    ours = write._header(replace(model, tensors=()), {}, {})
     writer = GGUFWriter(tmp_path / "theirs.gguf", model.architecture)
     writer.kv_data[0] = dict(model.metadata)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     theirs = (tmp_path / "theirs.gguf").read_bytes()
-    assert (tmp_path / "ours.gguf").read_bytes() == theirs + b"\0" * (-len(theirs) % 32)
+    assert ours == theirs + b"\0" * (-len(theirs) % 32)
 
 
 def test_a_plan_with_another_header_is_refused(tmp_path):
@@ -403,7 +403,7 @@ def test_file_size_limit(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OutputError, match=f"^{re.escape(message)}$"), temporary_sibling(path) as temporary:
+        with pytest.raises(OutputError, match=f"^{re.escape(message)}$"), unfinished(path) as temporary:
             written(model, plan, temporary)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -436,9 +436,9 @@ def test_an_error_while_reading_stops_the_write(tmp_path):
 
 def test_the_file_appears_when_it_is_complete(tmp_path):
     path = tmp_path / "model.gguf"
-    with temporary_sibling(path) as temporary:
-        assert temporary.parent == tmp_path
-        assert temporary.name.startswith(".")
+    with unfinished(path) as temporary:
+        assert temporary.parent.parent == tmp_path
+        assert temporary.parent.name.startswith(".nsds-gguf-")
         temporary.write_bytes(b"new")
         assert not path.exists()
     assert path.read_bytes() == b"new"
@@ -448,11 +448,11 @@ def test_the_file_appears_when_it_is_complete(tmp_path):
 def test_the_file_replaces_an_older_one_at_the_end_only(tmp_path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"old")
-    with pytest.raises(OutputError, match=r"^full$"), temporary_sibling(path) as temporary:
+    with pytest.raises(OutputError, match=r"^full$"), unfinished(path) as temporary:
         temporary.write_bytes(b"half")
         raise OutputError("full")
     assert path.read_bytes() == b"old"
-    with temporary_sibling(path) as temporary:
+    with unfinished(path) as temporary:
         temporary.write_bytes(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
@@ -460,20 +460,20 @@ def test_the_file_replaces_an_older_one_at_the_end_only(tmp_path):
 
 @pytest.mark.parametrize("error", [ModelError, KeyboardInterrupt, SystemExit, MemoryError])
 def test_a_failure_leaves_nothing(error, tmp_path):
-    with pytest.raises(error), temporary_sibling(tmp_path / "model.gguf") as temporary:
+    with pytest.raises(error), unfinished(tmp_path / "model.gguf") as temporary:
         temporary.write_bytes(b"half")
         raise error
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_before_anything_is_written_leaves_nothing(tmp_path):
-    with pytest.raises(ModelError), temporary_sibling(tmp_path / "model.gguf", keep_failed=True):
+    with pytest.raises(ModelError), unfinished(tmp_path / "model.gguf", keep_failed=True):
         raise ModelError
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_file_can_be_kept(tmp_path):
-    with pytest.raises(ModelError), temporary_sibling(tmp_path / "model.gguf", keep_failed=True) as temporary:
+    with pytest.raises(ModelError), unfinished(tmp_path / "model.gguf", keep_failed=True) as temporary:
         temporary.write_bytes(b"suspect")
         raise ModelError
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf.failed"]
@@ -482,7 +482,7 @@ def test_a_failed_file_can_be_kept(tmp_path):
 
 def test_ctrl_c_leaves_nothing_even_when_failures_are_kept(tmp_path):
     path = tmp_path / "model.gguf"
-    with pytest.raises(KeyboardInterrupt), temporary_sibling(path, keep_failed=True) as temporary:
+    with pytest.raises(KeyboardInterrupt), unfinished(path, keep_failed=True) as temporary:
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
@@ -493,7 +493,7 @@ def test_a_name_that_cannot_be_given(tmp_path):
     path.mkdir()
     with (
         pytest.raises(OutputError, match=f"^{re.escape(str(tmp_path))}: cannot write: "),
-        temporary_sibling(path) as temporary,
+        unfinished(path) as temporary,
     ):
         temporary.write_bytes(b"new")
     assert list(tmp_path.iterdir()) == [path]
@@ -512,7 +512,7 @@ def test_ctrl_c_in_the_middle_of_writing(tmp_path, monkeypatch):
 
     model = replace(model, tensors=(*model.tensors[:9], replace(tensor, read_rows=read_rows), *model.tensors[10:]))
     n_threads = threading.active_count()
-    with pytest.raises(KeyboardInterrupt), temporary_sibling(tmp_path / "model.gguf") as temporary:
+    with pytest.raises(KeyboardInterrupt), unfinished(tmp_path / "model.gguf") as temporary:
         written(model, uniform_plan(model, "Q3_K"), temporary)
     assert threading.active_count() == n_threads
     assert not list(tmp_path.iterdir())

@@ -17,7 +17,6 @@ products of two tokens cancel on average.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,9 +27,10 @@ from numpy.typing import NDArray
 
 from ..errors import ModelError
 from ..records import Float32, Float64, Model, Progress, Tensor, no_progress
-from ..resources import check_disk, check_memory
+from ..resources import check_memory
 from ..views import view_layer
 from .decoder import Decoder
+from .layerfile import LayerFile, layer_file
 from .moments import Norm
 from .tape import Ids, Node, Tape, energy_of, slabs
 
@@ -118,6 +118,7 @@ def fisher(
     n_threads: int,
     progress: Progress = no_progress,
     seed: int = 0,
+    folder: Path | None = None,
 ) -> Fisher:
     """Return the sensitivity of every matrix and what its columns multiply.
 
@@ -128,6 +129,7 @@ def fisher(
         model: one of which nothing ``decoder.what_is_missing``.
         tokens: ``(n_sequences, n_positions)`` ids.
         n_threads: threads; they do not change the result.
+        folder: where the temporary file goes; ``None`` for the system's folder of such.
         progress: called with layers done, forward and back, and layers in all.
         seed: of the predictions that are drawn.
 
@@ -137,7 +139,7 @@ def fisher(
 
     """
     check_memory(working_bytes(model, tokens.size), "the pass over tokens", "close other programs")
-    return _Pass(model, tokens, n_threads, progress, seed).run()
+    return _Pass(model, tokens, n_threads, progress, seed).run(folder)
 
 
 def working_bytes(model: Model, n_tokens: int) -> int:
@@ -215,22 +217,25 @@ class _Pass:
         self.seen = position > 0  # first tokens are sinks of attention: their activations are like no other's
         self.scored = np.flatnonzero(position >= int(self.n_positions * SCORED_FROM))
 
-    def run(self) -> Fisher:
+    def run(self, folder: Path | None) -> Fisher:
         """Go forward, keeping what layers read, then back."""
-        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it appears
-            return self.there_and_back()
+        n_bytes = self.hparams.n_layers * self.tokens.size * self.hparams.n_embd * np.dtype(np.float32).itemsize
+        with (
+            np.errstate(over="ignore", invalid="ignore"),  # what is not finite is refused where it appears
+            layer_file(folder, n_bytes) as file,
+        ):
+            return self.there_and_back(file)
 
-    def there_and_back(self) -> Fisher:
+    def there_and_back(self, file: LayerFile) -> Fisher:
         """Do the pass."""
         h, done = self.hparams, 0
         total = 2 * h.n_layers + 1
-        with ThreadPoolExecutor(self.n_threads) as pool, tempfile.TemporaryFile() as file:
+        with ThreadPoolExecutor(self.n_threads) as pool:
             embedded, forward = self.tape(pool), self.tape(pool, self.record, self.record_expert, is_kept=False)
             rows, entry = self.embed(embedded)
             stream = entry.value
-            check_disk(Path(tempfile.gettempdir()), h.n_layers * stream.nbytes, "what layers read")
             for index in range(h.n_layers):
-                file.write(stream.data)
+                file.append(stream)
                 stream = self.decoder.layer(forward, view_layer(self.model, index), Node(stream)).value
                 if not np.isfinite(stream).all():
                     raise ModelError(f"layer {index}: its output is not finite; the weights are damaged")
@@ -238,9 +243,7 @@ class _Pass:
             grad = self.output(pool, stream)
             self.progress(done := done + 1, total)
             for index in reversed(range(h.n_layers)):
-                file.seek(index * stream.nbytes)
-                read = np.frombuffer(file.read(stream.nbytes), dtype=stream.dtype).reshape(stream.shape)
-                tape, x = self.tape(pool), Node(read)
+                tape, x = self.tape(pool), Node(file.read(index, stream))
                 self.decoder.layer(tape, view_layer(self.model, index), x).receive(grad)
                 tape.backward()
                 grad = np.zeros_like(grad) if x.grad is None else x.grad

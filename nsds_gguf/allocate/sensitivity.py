@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from ..anatomy import kept_reason
 from ..records import Float64, Model, Progress, no_progress
@@ -18,7 +19,11 @@ from .wiring import BlockWiring, read_wiring
 
 
 def sensitivities(
-    model: Model, n_threads: int, progress: Progress = no_progress, tokens: Tokens | None = None
+    model: Model,
+    n_threads: int,
+    progress: Progress = no_progress,
+    tokens: Tokens | None = None,
+    folder: Path | None = None,
 ) -> Propagation:
     """Return the sensitivity of every matrix that may be quantized and the moments of its columns.
 
@@ -27,6 +32,7 @@ def sensitivities(
         n_threads: threads; they do not change the result.
         progress: called with layers done and layers in all.
         tokens: ``(n_sequences, n_positions)`` ids to read; ``None`` for ids drawn at random.
+        folder: where a temporary file goes; ``None`` for the system's folder of such.
 
     Raises:
         ModelError: activations or moments are not finite: the weights are damaged.
@@ -38,7 +44,7 @@ def sensitivities(
         note = f"Sensitivities come from the moment sweep: the pass over tokens cannot follow {missing}."
         return replace(swept, notes=(note, *swept.notes))
     tokens = draw_tokens(model, n_sequences_for(model)) if tokens is None else tokens
-    found = fisher(model, tokens, n_threads, progress)
+    found = fisher(model, tokens, n_threads, progress, folder=folder)
     open_to_choice = [tensor for tensor in model.tensors if not kept_reason(tensor, model.architecture)]
     known = {t.name: found.sensitivity[t.name] for t in open_to_choice if t.name in found.sensitivity}
     missed = [tensor for tensor in open_to_choice if tensor.name not in known]

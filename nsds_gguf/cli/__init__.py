@@ -3,7 +3,44 @@
 Results go to standard output, progress and notes to standard error; with ``--json -`` standard output holds JSON alone.
 """
 
-from .parser import EXIT_CODES, build_parser
-from .run import main
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
 
 __all__ = ["EXIT_CODES", "build_parser", "main"]
+
+_INTERRUPTED, _NO_MEMORY = 130, 5  # as in run and errors, which cannot be imported in either case
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; without arguments, those of the process, as its program."""
+    try:
+        from .run import main as run
+    except KeyboardInterrupt:
+        print("error: stopped by SIGINT; no unfinished file is left", file=sys.stderr)
+        return _INTERRUPTED
+    except (MemoryError, ImportError, OSError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        print("error: out of memory before the program could start; close other programs", file=sys.stderr)
+        return _NO_MEMORY
+    return run(argv)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Tell whether an import failed for want of memory, as Python or the loader of shared libraries say it."""
+    told = (os.strerror(errno.ENOMEM), "failed to map segment", "cannot map zero-fill", "cannot create TLS")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in told)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the parser when it is asked for: it needs the whole package."""
+    if name in ("EXIT_CODES", "build_parser"):
+        from . import parser
+
+        return getattr(parser, name)
+    raise AttributeError(name)

@@ -36,7 +36,7 @@ USAGE_EXIT = 2
 
 EXIT_CODES = """exit codes:
   0 done   2 wrong usage   3 model   4 plan, target or record   5 output, disk or memory
-  6 text   7 verification failed   8 ggml or llama.cpp   130 interrupted   143 terminated"""
+  6 text   7 verification failed   8 ggml or llama.cpp   129 hung up   130 interrupted   143 terminated"""
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?(?:([KMG])(i?))?B?", re.IGNORECASE)
 _SIZE_POWERS = {"K": 1, "M": 2, "G": 3}

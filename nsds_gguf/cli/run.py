@@ -3,77 +3,75 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from ..errors import NsdsError, OutputError
 from .options import check_destinations
 from .parser import build_parser
-from .screen import Screen
-
-SIGNAL_EXIT = 128  # plus the number of the signal, as shells have it
+from .screen import Screen, drop_output, standard_output
+from .signals import SIGNAL_EXIT, Stopped, Watch, handled, message, restore_defaults
 
 _MAX_MESSAGE = 2000  # characters of an error line: damaged files can hold names of any length
 
-
-class _Stopped(KeyboardInterrupt):
-    """A signal asks the program to end; raised where Ctrl-C would be, so that temporary files go."""
-
-    def __init__(self, number: int, _frame: object) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    raise _Stopped(number, frame)
+_NO_THREAD = "can't start new thread"  # Python's words
+_REMEDY = "lower --threads or close other programs"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code."""
-    _handle_signals()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # tables have lines and dashes that not every terminal knows
-    given = sys.argv[1:] if argv is None else list(argv)
-    arguments = build_parser().parse_args(given, argparse.Namespace(given=given))
-    logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
-    screen = Screen(quiet=arguments.quiet, json_to_stdout=arguments.json == "-", verbose=arguments.verbose)
+    """Run the command line and return its exit code; without arguments, those of the process, as its program."""
+    is_program, watch = argv is None, None
     try:
+        with handled(restore=not is_program):
+            watch = Watch() if is_program else None
+            return _run(sys.argv[1:] if argv is None else list(argv))
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        code = _fail(message(number), SIGNAL_EXIT + number)
+        if watch is not None:
+            watch.has_told = True
+        return code
+    finally:
+        if is_program:  # Python's own end must not be interrupted with a traceback
+            restore_defaults()
+
+
+def _run(given: list[str]) -> int:
+    """Run the command line, up to signals."""
+    try:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # tables have lines and dashes that not every terminal knows
+        arguments = build_parser().parse_args(given, argparse.Namespace(given=given))
+        logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
+        screen = Screen(quiet=arguments.quiet, json_to_stdout=arguments.json == "-", verbose=arguments.verbose)
         check_destinations(arguments)
         arguments.run(arguments, screen)
-        print(end="", flush=True)  # a full disk or a closed pipe shows here, not at exit
+        with standard_output():  # a full disk or a closed pipe shows here, not at exit
+            print(end="", flush=True)
     except NsdsError as error:
         return _fail(str(error), error.exit_code)
-    except KeyboardInterrupt as stop:
-        number = stop.number if isinstance(stop, _Stopped) else signal.SIGINT
-        return _fail(f"stopped by {signal.Signals(number).name}; no unfinished file is left", SIGNAL_EXIT + number)
-    except MemoryError:
-        return _fail("out of memory; lower --threads or close other programs", OutputError.exit_code)
     except BrokenPipeError:  # whoever read our output has seen enough
-        _drop_output()
+        drop_output()
         return SIGNAL_EXIT + signal.SIGPIPE
-    except OSError as error:  # of the system, whatever it was about: permissions, names too long, a disk that fails
-        if error.filename is None:
-            _drop_output()
-        return _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", OutputError.exit_code)
+    except (MemoryError, OSError, RuntimeError) as error:
+        line = _system_error(error)
+        if line is None:
+            raise
+        return _fail(line, OutputError.exit_code)
     return 0
 
 
-def _handle_signals() -> None:
-    """End on what would kill the process without a chance to clean up; what is ignored (nohup) stays ignored."""
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _stop)
-
-
-def _drop_output() -> None:
-    """Send what is left in the buffer of standard output nowhere: Python would fail on it once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _system_error(error: MemoryError | OSError | RuntimeError) -> str | None:
+    """Return what to tell of an error of the system, ``None`` for one of the program."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return f"out of memory; {_REMEDY}"
+    if isinstance(error, OSError):  # whatever it was about: permissions, names too long, a disk that fails
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
+    return f"the system allows no more threads, or no memory for them; {_REMEDY}" if _NO_THREAD in str(error) else None
 
 
 def _fail(message: str, code: int) -> int:

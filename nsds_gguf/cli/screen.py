@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from ..errors import OutputError
+from ..outputs import write_small
 from ..records import Progress
 
 _FILE_WIDTH = 140  # columns of tables that go to a file or a pipe
@@ -91,7 +94,25 @@ class Screen:
 
     def show(self, view: RenderableType) -> None:
         """Show a result; text is one line, however long."""
-        self.results.print(view, soft_wrap=isinstance(view, Text))
+        with standard_output():
+            self.results.print(view, soft_wrap=isinstance(view, Text))
+
+
+@contextmanager
+def standard_output() -> Iterator[None]:
+    """Raise ``OutputError`` where standard output cannot be written, a full disk say; a closed pipe is no error."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        drop_output()
+        raise OutputError(f"standard output: {error.strerror}") from error
+
+
+def drop_output() -> None:
+    """Send what is left in the buffer of standard output nowhere: Python would fail on it once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def write_json(destination: str | None, data: Any) -> None:
@@ -100,14 +121,12 @@ def write_json(destination: str | None, data: Any) -> None:
         return
     text = json.dumps(data, indent=1) + "\n"  # ASCII: the terminal's encoding does not matter
     if destination == "-":
-        print(text, end="")
+        with standard_output():
+            print(text, end="")
         return
     write_text(Path(destination), text)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file; raises ``OutputError`` when that fails."""
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{path}: cannot write: {error.strerror}") from error
+    """Write a small file, complete or not at all; raises ``OutputError`` when that fails."""
+    write_small(path, text)

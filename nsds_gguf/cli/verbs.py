@@ -53,7 +53,7 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
         results = _convert(arguments, screen, output_options(arguments))
         write_json(arguments.json, [_converted_json(arguments, screen, result) for result in results])
     else:
-        with bundle_folder(arguments.bundle, arguments.force) as folder:
+        with bundle_folder(arguments.bundle, arguments.force, screen) as folder:
             results = _convert(arguments, screen, convert.Output(folder, arguments.force, arguments.keep))
             bundles = [_bundle_converted(arguments, screen, folder, result) for result in results]
         write_json(arguments.json, [
@@ -170,7 +170,7 @@ def run_bundle(arguments: argparse.Namespace, screen: Screen) -> None:
     plan = None if arguments.plan is None else Plan.from_json(read_json(arguments.plan), str(arguments.plan))
     scores = None if arguments.scores is None else Scores.from_json(read_json(arguments.scores), str(arguments.scores))
     inspect_gguf(arguments.file)
-    with bundle_folder(arguments.bundle, arguments.force) as folder:
+    with bundle_folder(arguments.bundle, arguments.force, screen) as folder:
         source = Source(arguments.file, arguments.base_model, plan, scores)
         bundle = _bundle(arguments, screen, arguments.file, folder, source)
     found: dict[str, Any] = {"bundle": bundle.to_json()}

@@ -22,6 +22,7 @@ from gguf.gguf_writer import GGUFValue
 
 from ..anatomy import read_hparams
 from ..errors import ModelError, UnsupportedError
+from ..filestate import file_states
 from ..records import Float32, Model, Tensor
 from .card import card_keys
 from .checkpoint import read_checkpoint
@@ -88,6 +89,7 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Mode
         metadata=metadata,
         notes=(*computed, *checkpoint.notes, *mapped.notes, *vocab.notes, *embedding.notes, *unread),
         model_id=_identity(metadata, family.architecture, mapped),
+        inputs=file_states(tensor.file for tensor in checkpoint.tensors.values()),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,9 +23,11 @@ from numpy.typing import NDArray
 from .. import ggml
 from ..anatomy import read_hparams
 from ..errors import ModelError, UnsupportedError
+from ..filestate import file_states
 from ..gguf_header import GgufPart, TensorEntry, read_gguf_parts
 from ..records import COPIED_TYPES, Float32, Model, Tensor, kv, role_and_layer
 from .gguf_repair import Header, mended
+from .spans import read_span
 
 # Types that hold the weights as good as they were: quantizing again loses nothing to speak of.
 SOURCE_TYPES = (*ggml.FLOAT_TYPES, "Q8_0")
@@ -96,6 +99,7 @@ def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False
         model_id=_identity(metadata, entries),
         files=tuple(part.path for part in parts),
         is_mended=bool(header.notes) or pre is not None,
+        inputs=file_states(part.path for part in parts),
     )
 
 
@@ -141,18 +145,17 @@ def _tensor(file: Path, entry: TensorEntry) -> Tensor:
     return Tensor(entry.name, role, layer, entry.shape, entry.type, entry.name, read, copy)
 
 
-def _rows(file: Path, entry: TensorEntry) -> NDArray[np.uint8]:
-    """Map the data read-only: ``(n_rows, row bytes)`` uint8."""
+def _rows(file: Path, entry: TensorEntry, start: int, stop: int) -> NDArray[np.uint8]:
+    """Return some rows as they are stored: ``(stop - start, row bytes)`` uint8, fresh."""
     row_bytes = ggml.row_bytes(entry.type, entry.shape[-1])
-    try:
-        return np.memmap(file, np.uint8, "r", entry.offset, (entry.n_bytes // row_bytes, row_bytes))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: tensor {entry.name} can no longer be read: {error}") from error
+    stop = min(stop, math.prod(entry.shape[:-1]))
+    data = read_span(file, entry.name, entry.offset + start * row_bytes, (stop - start) * row_bytes)
+    return data.reshape(stop - start, row_bytes)
 
 
 def _weight_reader(file: Path, entry: TensorEntry) -> Callable[[int, int], Float32]:
     def read_rows(start: int, stop: int) -> Float32:
-        rows = ggml.dequantize(_rows(file, entry)[start:stop], entry.type, entry.shape[-1])
+        rows = ggml.dequantize(_rows(file, entry, start, stop), entry.type, entry.shape[-1])
         if not np.isfinite(rows).all():
             raise _not_finite(file, entry)
         return rows
@@ -161,24 +164,24 @@ def _weight_reader(file: Path, entry: TensorEntry) -> Callable[[int, int], Float
 
 
 def _integer_reader(file: Path, entry: TensorEntry) -> Callable[[int, int], Float32]:
-    return lambda start, stop: _rows(file, entry)[start:stop].view(_STORED[entry.type]).astype(np.float32)
+    return lambda start, stop: _rows(file, entry, start, stop).view(_STORED[entry.type]).astype(np.float32)
 
 
 def _row_copier(file: Path, entry: TensorEntry) -> Callable[[int, int], NDArray[np.uint8]]:
-    return lambda start, stop: np.array(_rows(file, entry)[start:stop])
+    return lambda start, stop: _rows(file, entry, start, stop)
 
 
 def _not_finite(file: Path, entry: TensorEntry) -> ModelError:
     """Return the error that counts what is not finite in the whole tensor."""
     n_nan = n_infinite = 0
-    data, n_cols = _rows(file, entry), entry.shape[-1]
+    n_rows, n_cols = math.prod(entry.shape[:-1]), entry.shape[-1]
     step = max(1, _COUNTED_AT_ONCE // n_cols)
-    for start in range(0, len(data), step):
-        rows = ggml.dequantize(data[start : start + step], entry.type, n_cols)
+    for start in range(0, n_rows, step):
+        rows = ggml.dequantize(_rows(file, entry, start, min(start + step, n_rows)), entry.type, n_cols)
         n_nan += int(np.isnan(rows).sum())
         n_infinite += int(np.isinf(rows).sum())
     return ModelError(
-        f"{file}: tensor {entry.name}: {n_nan} NaN and {n_infinite} infinite of {len(data) * n_cols} weights; "
+        f"{file}: tensor {entry.name}: {n_nan} NaN and {n_infinite} infinite of {n_rows * n_cols} weights; "
         "wanted finite numbers: the file is damaged, download it again"
     )
 

@@ -1,9 +1,9 @@
-"""safetensors files: headers checked before use, data memory-mapped, rows converted to float32 on reading.
+"""safetensors files: headers checked before use, rows converted to float32 on reading.
 
 Layout of a file (safetensors, README "Format"): 8 bytes little-endian length N of the header; N bytes of JSON
 ``{"name": {"dtype", "shape", "data_offsets": [begin, end]}, ..., "__metadata__": {...}}``; then the data, to which the
 offsets are relative. The tensors fill the data without gaps, no name occurs twice (as the reference implementation
-demands). Nothing is allocated or mapped on the word of a header that has not been checked.
+demands). Nothing is allocated on the word of a header that has not been checked.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..errors import ModelError, UnsupportedError
 from ..records import Float32
+from .spans import read_spans, row_runs
 from .stored import StoredTensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
@@ -72,19 +73,35 @@ class SafetensorsTensor(StoredTensor):
         """Bytes of the stored data; values of less than a byte fill bytes together."""
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
-    def map(self) -> NDArray[Any]:
-        """Map the data read-only: ``(n_rows, n_cols)`` in the stored dtype (BF16 as uint16, FP8 as uint8)."""
-        self.require_readable()
-        try:
-            return np.memmap(
-                self.file, _NUMPY_DTYPES[self.dtype], "r", self.offset_bytes, shape=(self.n_rows, self.n_cols)
-            )
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{self.file}: tensor {self.name} can no longer be read: {error}") from error
-
     def values(self, rows: slice | NDArray[np.intp], columns: slice) -> Float32:
         """Return the weights of some rows and columns as a fresh float32 matrix, finite or not."""
-        return to_float32(self.map()[rows][:, columns], self.dtype)
+        return to_float32(self.stored(rows, columns), self.dtype)
+
+    def stored(self, rows: slice | NDArray[np.intp], columns: slice) -> NDArray[Any]:
+        """Return some rows and columns as a fresh matrix in the stored dtype (BF16 as uint16, FP8 as uint8).
+
+        Slices have step 1. Raises what ``read_rows`` does, but for numbers that are not finite.
+        """
+        self.require_readable()
+        first, last, _ = columns.indices(self.n_cols)
+        if isinstance(rows, slice):
+            start, stop, _ = rows.indices(self.n_rows)
+            return self._read([(start, max(stop - start, 0))], first, last)
+        distinct, at = np.unique(rows, return_inverse=True)
+        return self._read(row_runs(distinct), first, last)[at]
+
+    def _read(self, runs: list[tuple[int, int]], first: int, last: int) -> NDArray[Any]:
+        """Read columns ``first`` to ``last`` of runs of rows, given as first row and number of rows."""
+        dtype = _NUMPY_DTYPES[self.dtype]
+        if last - first < self.n_cols:
+            runs = [(row, 1) for start, n in runs for row in range(start, start + n)]
+        width, n_rows = max(last - first, 0), sum(n for _, n in runs)
+        spans = [
+            (self.offset_bytes + (row * self.n_cols + first) * dtype.itemsize, n * width * dtype.itemsize)
+            for row, n in runs
+        ]
+        data = read_spans(self.file, self.name, spans, n_rows * width * dtype.itemsize)
+        return data.view(dtype).reshape(n_rows, width)
 
     def first_bytes(self, n_bytes: int) -> bytes:
         """Return at most ``n_bytes`` bytes of what is stored, from its start; any dtype will do."""
@@ -101,7 +118,7 @@ def to_float32(data: NDArray[Any], dtype: str) -> Float32:
         wide = data.astype(np.uint32)
         wide <<= 16
         return wide.view(np.float32)
-    return data.astype(np.float32)
+    return data.astype(np.float32, copy=False)
 
 
 def read_header(file: Path) -> dict[str, SafetensorsTensor]:

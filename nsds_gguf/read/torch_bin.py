@@ -46,8 +46,15 @@ class TorchTensor(StoredTensor):
     """A tensor of a ``.bin`` file that torch has mapped."""
 
     tensor: torch.Tensor
+    n_file: int  # bytes of the file when it was mapped
 
     def _matrix(self) -> torch.Tensor:
+        n_file = self.file.stat().st_size
+        if n_file < self.n_file:  # a mapped file that has shrunk kills whoever touches what is no longer there
+            raise ModelError(
+                f"{self.file}: tensor {self.name} can no longer be read: the file had {self.n_file} bytes, it has "
+                f"{n_file}: run again when it is complete"
+            )
         return self.tensor.reshape(self.n_rows, self.n_cols)
 
     def values(self, rows: slice | NDArray[np.intp], columns: slice) -> Float32:
@@ -130,4 +137,4 @@ def _torch_tensor(file: Path, name: Any, value: Any) -> TorchTensor:
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
         raise UnsupportedError(f"{file}: tensor {name}: wanted a plain tensor, got {value.layout} {value.dtype}")
     dtype = str(value.dtype).removeprefix("torch.")
-    return TorchTensor(name, _DTYPES.get(dtype, dtype), tuple(value.shape), file, value.detach())
+    return TorchTensor(name, _DTYPES.get(dtype, dtype), tuple(value.shape), file, value.detach(), file.stat().st_size)

@@ -10,6 +10,7 @@ from threading import Lock
 import numpy as np
 from numpy.typing import NDArray
 
+from ..workfolder import output_error
 from .feedback import Feedback, make_feedback
 
 _IN_MEMORY = 3  # factors: of the tensor being written, of the next one, and one to spare
@@ -26,10 +27,17 @@ class Feedbacks:
         self._lock = Lock()
 
     def add(self, names: Collection[str], hessian: NDArray[np.floating], shrinkage: float) -> None:
-        """Factor the Hessian, ``(n_cols, n_cols)``, of an input that these tensors have; see ``make_feedback``."""
+        """Factor the Hessian, ``(n_cols, n_cols)``, of an input that these tensors have; see ``make_feedback``.
+
+        Raises ``OutputError`` when the disk is full.
+        """
         feedback = make_feedback(hessian, shrinkage=shrinkage)
         path = self._folder / f"{len(self._files)}.npz"
-        np.savez(path, coefficients=feedback.coefficients, variances=feedback.variances, importance=feedback.importance)
+        arrays = {name: getattr(feedback, name) for name in ("coefficients", "variances", "importance")}
+        try:
+            np.savez(path, **arrays)
+        except OSError as error:
+            raise output_error(path, error) from error
         self._files.update(dict.fromkeys(names, path))
 
     def of(self, name: str) -> Feedback | None:

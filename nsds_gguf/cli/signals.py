@@ -1,0 +1,111 @@
+"""How a signal ends the program: in order where Python can, and within a second always.
+
+A handler of Python runs in the main thread, between two of its steps. Where that is far away, in a long call of a
+library, a thread that the system wakes removes the temporary files and ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import Any, NoReturn
+
+from ..workfolder import release_all
+
+SIGNAL_EXIT = 128  # plus the number of the signal, as shells have it
+
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # those that would kill the process without a chance to clean up
+_PATIENCE_S = 0.7  # for the orderly way
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the program to end; raised where Ctrl-C would be, so that temporary files go."""
+
+    def __init__(self, number: int) -> None:
+        """Take the number of the signal."""
+        super().__init__(number)
+        self.number = number
+
+
+def message(number: int, is_clean: bool = True) -> str:
+    """Return what the user reads when a signal has ended the program."""
+    left = "no unfinished file is left" if is_clean else "temporary files are left, which the next run removes"
+    return f"stopped by {signal.Signals(number).name}; {left}"
+
+
+@contextmanager
+def handled(restore: bool = True) -> Iterator[None]:
+    """Raise ``Stopped`` for the first signal that asks to end, and take no notice of more; what is ignored stays so.
+
+    With ``restore`` all is as before when the block ends.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    stopped: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if not stopped:  # an impatient user must not interrupt the cleaning up
+            stopped.append(number)
+            raise Stopped(number)
+
+    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]  # Windows has no SIGHUP
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in numbers}
+    hook = sys.unraisablehook
+    sys.unraisablehook = _without_stops(hook)
+    try:
+        yield
+    finally:
+        if restore:
+            sys.unraisablehook = hook
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def restore_defaults() -> None:
+    """Let signals end the process as they do any other that has nothing to clean up."""
+    for name in _NAMES:
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _without_stops(hook: Callable[[Any], object]) -> Callable[[Any], object]:
+    """Return a hook that says nothing of a signal which arrived in a callback of C: the watch ends the process."""
+    return lambda unraisable: None if isinstance(unraisable.exc_value, Stopped) else hook(unraisable)
+
+
+class Watch:
+    """Ends the process when a signal has not done so in time; only for a process that is the program."""
+
+    def __init__(self) -> None:
+        """Let the system write the numbers of signals to a socket, and wait for them in a thread."""
+        self.has_told = False
+        self._reading, self._writing = socket.socketpair()
+        self._writing.setblocking(False)
+        signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
+        with suppress(RuntimeError):  # no memory for a thread: what comes next will say so
+            threading.Thread(target=self._wait, name="signals", daemon=True).start()
+
+    def _wait(self) -> None:
+        numbers = {int(getattr(signal, name)) for name in _NAMES if hasattr(signal, name)}
+        while True:
+            number = self._reading.recv(1)[0]
+            if number in numbers and signal.getsignal(number) is not signal.SIG_IGN:
+                break
+        threading.Event().wait(_PATIENCE_S)
+        self._end(number)
+
+    def _end(self, number: int) -> NoReturn:
+        is_clean = release_all()
+        if not self.has_told:
+            with suppress(OSError):  # standard error may be closed
+                os.write(2, f"\nerror: {message(number, is_clean)}\n".encode())
+        os._exit(SIGNAL_EXIT + number)

@@ -85,8 +85,8 @@ def check_vocabulary(model: Model, verifying: VerifyOptions, text: str) -> None:
             "keys, or pass --no-verify"
         )
     with tempfile.TemporaryDirectory() as folder, told_of(model.path, path := Path(folder) / "outline.gguf"):
-        write_outline(model, path)
-        llama.check_loads(path)
+        if write_outline(model, path):  # else llama.cpp sees the finished file first
+            llama.check_loads(path)
         with llama.open_model(path, vocab_only=True) as vocabulary:
             n_tokens, n_vocab = len(vocabulary.tokenize(text)), vocabulary.n_vocab
     if n_tokens < 2 * verifying.n_ctx:

@@ -89,21 +89,24 @@ def write_vocabulary(model: Model, path: Path) -> None:
     path.write_bytes(_header(replace(model, tensors=()), {}, {}))
 
 
-def write_outline(model: Model, path: Path) -> None:
+def write_outline(model: Model, path: Path) -> bool:
     """Write a GGUF of the model's keys and tensor table, with a hole in place of the data.
 
-    It is enough for llama.cpp to tokenize with and to say whether it would load and run the model. The file system
-    must have room, at least on paper, for the data in the smallest types.
+    It is enough for llama.cpp to tokenize with and to say whether it would load and run the model. Returns whether
+    there is such a hole: where files may not be as long as the data in the smallest types, only the keys are of use.
     """
     types = {tensor.name: _outline_type(tensor) for tensor in model.tensors}
     header = _header(model, {}, types)
     n_data = sum(-(-t.n_rows * ggml.row_bytes(types[t.name], t.n_cols) // ALIGNMENT_BYTES) for t in model.tensors)
     try:
-        with path.open("wb") as stream:
-            stream.write(header)
-            stream.truncate(len(header) + n_data * ALIGNMENT_BYTES)
+        path.write_bytes(header)
     except OSError as error:
         raise _output_error(path, error) from error
+    try:
+        os.truncate(path, len(header) + n_data * ALIGNMENT_BYTES)
+    except OSError:
+        return False
+    return True
 
 
 def _outline_type(tensor: Tensor) -> str:

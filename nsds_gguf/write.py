@@ -93,7 +93,7 @@ def write_outline(model: Model, path: Path) -> bool:
     """Write a GGUF of the model's keys and tensor table, with a hole in place of the data.
 
     It is enough for llama.cpp to tokenize with and to say whether it would load and run the model. Returns whether
-    there is such a hole: where files may not be as long as the data in the smallest types, only the keys are of use.
+    there is such a hole: where files may not be as long as the data in the smallest types, only the keys are written.
     """
     types = {tensor.name: _outline_type(tensor) for tensor in model.tensors}
     header = _header(model, {}, types)
@@ -105,6 +105,7 @@ def write_outline(model: Model, path: Path) -> bool:
     try:
         os.truncate(path, len(header) + n_data * ALIGNMENT_BYTES)
     except OSError:
+        write_vocabulary(model, path)
         return False
     return True
 

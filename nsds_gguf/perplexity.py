@@ -25,7 +25,7 @@ import numpy as np
 
 from .divergence import TOKEN_SCORE, Divergence, TokenScores, divergence, perplexity_and_error, score_rows
 from .embedding import pooling_of
-from .errors import TextError, VerifyError
+from .errors import ModelError, TextError, VerifyError
 from .llama import (
     N_PHYSICAL_BATCH,
     Int32,
@@ -247,7 +247,11 @@ def _check_options(n_ctx: int, n_chunks: int | None, n_batch: int) -> None:
 
 def _check_predicts(file: Path) -> None:
     """Raise ``VerifyError`` for a model that embeds texts: it predicts nothing."""
-    if file.is_file() and (pooling := pooling_of(file)):
+    try:
+        pooling = pooling_of(file)
+    except ModelError:  # llama.cpp says what is wrong with the file
+        return
+    if pooling:
         raise VerifyError(
             f"{file}: is a model for embeddings ({pooling} pooling), of which perplexity says nothing; convert checks "
             "it by the cosine similarity of its embeddings to the original's"

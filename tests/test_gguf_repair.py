@@ -265,7 +265,7 @@ def test_unknown_pre_tokenizer_is_refused_before_work(tiny):
 def test_outline_takes_no_room(tiny):
     model = open_gguf(tiny)
     wide = replace(model.tensors[0], shape=(1 << 22, 1024))
-    write_outline(replace(model, tensors=(wide,)), tiny.with_name("outline.gguf"))
+    assert write_outline(replace(model, tensors=(wide,)), tiny.with_name("outline.gguf"))
     found = tiny.with_name("outline.gguf").stat()
     assert found.st_size > 1 << 30 and found.st_blocks * 512 < 1 << 20
     with pytest.raises(VerifyError, match="cannot load it"):

@@ -140,7 +140,8 @@ def _of_gguf(path: Path) -> Iterator[tuple[str, Float32]]:
             np.fromfile(path, np.float32, tensor.n_bytes // 4, offset=tensor.offset).reshape(n_matrices, -1)
             for tensor in (entry, counts)
         )
-        means = np.where(n_tokens > 0, sums / np.maximum(n_tokens, 1), np.float32(1)).astype(np.float32)
+        with np.errstate(all="ignore"):  # what is not finite is refused by the caller
+            means = np.where(n_tokens > 0, sums / np.maximum(n_tokens, 1), np.float32(1)).astype(np.float32)
         yield name.removesuffix(_SUMS), means
 
 

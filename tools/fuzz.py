@@ -33,7 +33,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-CONVERTED, VERIFIED = 150, 5
+CONVERTED, VERIFIED = 60, 4
 MAX_SECONDS, MAX_CONVERT_SECONDS = 10, 60
 MAX_BYTES = 1 << 30
 _AFTER_WARNING = 120  # seconds without a word from the worker that its own alarm should have ended
@@ -118,6 +118,7 @@ class Worker:
     def _left(self, folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         """Return a finding where a file was left or memory went too high."""
         if result["outcome"] == "finding":
+            result["stop"] = result.get("type") == "MemoryError"  # the peak stays
             for path in (*self.out.iterdir(), *self.work.iterdir(), *self.temporary.iterdir()):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             return {}

@@ -284,11 +284,13 @@ def _tokenizers(folder: Path, out: Path) -> list[Fuzzed]:
             (oracles.write_sentencepiece_folder if base == "bpe" else oracles.write_converted_folder)(model, stored)
             if base == "bpe":
                 (model / "tokenizer.json").unlink()
+                oracles.write_json(model / "tokenizer_config.json", {"eos_token": "</s>"})
             found.append(_json_file("tokenizer side files", model, model / name, out, (), value))
     for name, algorithm in (("bpe", 2), ("unigram", 1)):
         model = write_tiny(folder / f"proto-{name}", SMALL)
         (model / "tokenizer.json").unlink()
         oracles.write_sentencepiece_folder(model, stored)
+        oracles.write_json(model / "tokenizer_config.json", {"eos_token": "</s>"})
         data = (model / "tokenizer.model").read_bytes()
         if algorithm == 1:
             data += oracles._message(2, oracles._number(3, 1) + oracles._number(35, 0))
@@ -403,7 +405,7 @@ def _templates(folder: Path, out: Path) -> list[Fuzzed]:
         try:
             modelfile.go_template(find_format(text, "<s>", "</s>"))
         except UnsupportedError:
-            ChatTemplate(text, "<s>", "</s>").render(conversation("a", "b", "c", system="s"))
+            ChatTemplate(text, "<s>", "</s>").render(conversation("a", "b", "c"))
 
     return [Fuzzed("chat template", file, lambda rng: mutate_template(rng, rng.choice(sources)), use, model)]
 

@@ -145,8 +145,8 @@ def _nudged(rng: Random, parent: Any, key: Any, holder: list[Any]) -> None:
     elif isinstance(value, list):
         parent[key] = rng.choice((value * 2, value[:-1], value[::-1], value[:1], [value]))
     else:
-        items = list(value.items())
-        parent[key] = dict(items[: len(items) // 2]) if rng.random() < 0.3 else items
+        items = [list(item) for item in value.items()]
+        parent[key] = {k: v for k, v in items[: len(items) // 2]} if rng.random() < 0.3 else items
 
 
 def _deleted(rng: Random, parent: Any, key: Any, holder: list[Any]) -> None:

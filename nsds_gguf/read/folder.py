@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from ..anatomy import read_hparams
@@ -33,6 +35,8 @@ from .quantization import read_quantization
 from .rope import check_rope, llama3_factors, longrope_factors, rope_dim, rope_note, rope_settings
 from .stored import StoredTensor
 from .vocab import open_vocab
+
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 _IDENTITY_BYTES = 4096  # of every tensor: enough to tell two fine-tunes apart, cheap enough to read always
 
@@ -68,6 +72,7 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Mode
     about, unread = card_keys(folder, whole, tensors)
     metadata = {**model_keys(about, config, family, sizes, rope), **vocab.metadata}
     _check_letters(folder, metadata)
+    _check_numbers(folder, metadata)
     return Model(
         path=folder,
         architecture=family.architecture,
@@ -106,8 +111,8 @@ def _checked_settings(
     source_class, given = text_model(whole)
     family = find_family(source_class, canonical(given, find_family(source_class)))
     config = canonical(given, family)
-    check_settings(config, family)
     sizes = dimensions(config, family)
+    check_settings(config, family)
     return source_class, family, config, sizes, _checked_rope(config, family, sizes)
 
 
@@ -161,6 +166,30 @@ def _check_letters(folder: Path, metadata: Mapping[str, GGUFValue]) -> None:
                 f"{folder}: {key} is not UTF-8: {error.object[error.start]!r}; correct it where it comes from: "
                 "a file of the model, or the folder's name"
             ) from error
+
+
+# The numbers that a key of a type can hold.
+_RANGES = {
+    GGUFValueType.UINT32: (0, 2**32 - 1),
+    GGUFValueType.INT32: (-(2**31), 2**31 - 1),
+    GGUFValueType.UINT64: (0, 2**64 - 1),
+    GGUFValueType.FLOAT32: (-_LARGEST_FLOAT32, _LARGEST_FLOAT32),
+}
+
+
+def _check_numbers(folder: Path, metadata: Mapping[str, GGUFValue]) -> None:
+    """Raise ``ModelError`` for a number that its key's type cannot hold: JSON may hold any."""
+    for key, entry in metadata.items():
+        kind = entry.sub_type if entry.sub_type is not None else entry.type
+        if kind not in _RANGES:
+            continue
+        (low, high), numbers = _RANGES[kind], (int, float) if kind == GGUFValueType.FLOAT32 else (int,)
+        for value in entry.value if isinstance(entry.value, list) else [entry.value]:
+            if type(value) not in numbers or not low <= value <= high:
+                raise ModelError(
+                    f"{folder}: {key}: wanted a number of type {kind.name}, got {reprlib.repr(value)}; correct it in "
+                    "config.json or in the tokenizer's files"
+                )
 
 
 def _identity(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> str:

@@ -136,6 +136,7 @@ def map_tensors(
     actual = _names(stored, family)
     tied = bool(config["tie_word_embeddings"])
     wanted = _wanted(config, family, sizes, tied)
+    _check_stacks(wanted, sizes, len(stored))
     sources = {item.name: item.sources(sizes, actual) for item in wanted}
     missing = [name for names in sources.values() for name in names if name not in stored]
     if missing:
@@ -153,6 +154,16 @@ def map_tensors(
     if left_out:
         notes.append(f"Only the language model is taken; left out: {left_out}.")
     return [_tensor(item, [stored[name] for name in sources[item.name]], sizes) for item in wanted], notes
+
+
+def _check_stacks(wanted: Sequence[Wanted], sizes: Sizes, n_stored: int) -> None:
+    """Raise ``ModelError`` for a stack of more tensors than there are at all, before their names are made."""
+    for item in wanted:
+        if "{e}" in item.part.source and sizes[item.part.shape[0]] > n_stored:
+            raise ModelError(
+                f"config.json: {item.name} is made of {sizes[item.part.shape[0]]} tensors, the weights hold {n_stored} "
+                "in all; config.json is another model's"
+            )
 
 
 def _names(stored: Stored, family: Family) -> Callable[[str], str]:

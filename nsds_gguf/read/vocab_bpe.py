@@ -29,7 +29,8 @@ def flat(component: Any) -> Iterator[Mapping[str, Any]]:
         yield component
         return
     for key in ("normalizers", "pretokenizers", "processors", "decoders"):
-        for step in component.get(key) or []:
+        steps = component.get(key)
+        for step in steps if isinstance(steps, list) else []:
             yield from flat(step)
 
 

@@ -15,7 +15,7 @@ ROOT = Path(nsds_gguf.__file__).parent
 LAYERS = [
     ["errors", "version"],
     ["records"],
-    ["anatomy", "balance"],
+    ["anatomy", "balance", "renderer", "template_child"],
     ["views"],
     ["chat", "ggml", "gguf_header", "resources", "divergence"],
     ["llama"],

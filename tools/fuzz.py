@@ -3,8 +3,8 @@
     python tools/fuzz.py --n 100000 --seed 1 --json fuzz.json
 
 Inputs are those of ``tests/tiny_models.py`` and its kin with one file mutated (``fuzz_inputs``, ``fuzz_mutations``). A
-worker process takes them one after the other; every one must be accepted or end in an ``NsdsError``. One in ``CONVERTED``
-of those accepted is converted whole, one in ``VERIFIED`` of them with the perplexity check. Found are:
+worker process takes them one after the other; every one must be accepted or end in an ``NsdsError``. One in
+``CONVERTED`` of those accepted is converted whole, one in ``VERIFIED`` of them with the perplexity check. Found are:
 
 * ``traceback``: any other exception, ``MemoryError`` for more than 1 GiB of address space included;
 * ``hang``: more than 10 s (a conversion: 60 s), ``crash``: the worker's death;
@@ -61,7 +61,7 @@ class Worker:
         self._warm_up()
 
     def _names(self, folder: Path) -> set[str]:
-        return set(os.listdir(folder))
+        return {path.name for path in folder.iterdir()}
 
     def _warm_up(self) -> None:
         """Convert a whole input, so that what is loaded once is loaded, then limit memory to 1 GiB more."""
@@ -180,11 +180,10 @@ class Campaign:
                        "--start", str(start), "--n", str(self.options.n)]  # fmt: skip
             with errors.open("wb") as stderr:
                 worker = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
-            assert worker.stdout is not None
             current: int | None = None
             ready = False
             signal.alarm(_AFTER_WARNING)
-            for line in worker.stdout:
+            for line in worker.stdout or ():
                 signal.alarm(_AFTER_WARNING)
                 told = json.loads(line)
                 if "begin" in told:
@@ -222,7 +221,7 @@ class Campaign:
         if result["outcome"] == "finding":
             key = (result["what"], result.get("type", ""), result["where"])
             if key not in self.findings:
-                print(f"\nfound: {result['n']} {result['kind']}: {' '.join(key)}: {result['message'][:150]}", flush=True)
+                print(f"\nfound: {result['n']} {result['kind']}: {' '.join(key)}: {result['message'][:99]}", flush=True)
             self.findings.setdefault(key, {**result, "times": 0})["times"] += 1
         if self.done % 2000 == 0:
             seconds = time.monotonic() - self.started

@@ -23,9 +23,9 @@ _WORDS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFF
 _VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 2, 3, 7, 255, 65536, 2**31 - 1, 2**31, 2**32, 2**53 + 1, 2**63 - 1, 2**63, 2**64,
     -(2**31), -(2**63), 10**30, 10**400, 0.0, -0.0, 0.5, 1e-45, 1e-320, 1e38, 3.6e9, 1e300, 1.5, -2.5, math.nan,
-    math.inf, -math.inf, "", " ", "0", "1", "-1", "1e999", "true", "null", "a", "\ud800", "x\udfff", "\0", "\n\r\x1b[2J",
+    math.inf, -math.inf, "", " ", "0", "1", "-1", "1e999", "true", "null", "a", "\ud800", "x\udfff", "\0", "\x1b[2J",
     "é" * 300, "▁", "<s>", "</s>", "<unk>", "<0x0A>", "../../etc/passwd", "/etc/passwd", "C:\\x", "a/b", "..", "%s{0}",
-    "{{ 1/0 }}", [], {}, [[]], [{}], [None], [0], [""], {"": None}, {"a": [1]}, {"content": 5}, {"id": -1}, {"type": []},
+    "{{ 1/0 }}", [], {}, [[]], [{}], [None], [0], [""], {"": None}, {"a": [1]}, {"content": 5}, {"type": []},
     [1, "a", None, 2.5], ["a", "a"], [["a", "b"]], [[1, 2]], "a" * 70_000, [0] * 3000, ["x"] * 3000,
 )  # fmt: skip
 
@@ -137,7 +137,9 @@ def _nudged(rng: Random, parent: Any, key: Any, holder: list[Any]) -> None:
     elif isinstance(value, int):
         parent[key] = rng.choice((value + 1, value - 1, -value, value * 2, value // 2, value * 10**6, value + 2**32))
     elif isinstance(value, float):
-        parent[key] = rng.choice((-value, value * 2, value * 1e30, value / 1e30, int(value) if value < 1e18 else 0))
+        parent[key] = rng.choice(
+            (-value, value * 2, value * 1e30, value / 1e30, int(value) if abs(value) < 1e18 else 0)
+        )
     elif isinstance(value, str):
         at = rng.randrange(len(value) + 1)
         letter = rng.choice(("", "\0", "é", "\ud834", "/", "\u202e", "a" * 20, " ", "<", "%"))
@@ -146,7 +148,7 @@ def _nudged(rng: Random, parent: Any, key: Any, holder: list[Any]) -> None:
         parent[key] = rng.choice((value * 2, value[:-1], value[::-1], value[:1], [value]))
     else:
         items = [list(item) for item in value.items()]
-        parent[key] = {k: v for k, v in items[: len(items) // 2]} if rng.random() < 0.3 else items
+        parent[key] = dict(value) if rng.random() < 0.3 else items
 
 
 def _deleted(rng: Random, parent: Any, key: Any, holder: list[Any]) -> None:
@@ -285,7 +287,7 @@ def _key_value(rng: Random, parts: GgufParts) -> None:
         item, items = value
         place = rng.randrange(len(items))
         new = _other_value(rng, item)
-        change = rng.choice((items[:place], items[:place] + [new] + items[place + 1 :], items + items[:1], items[::-1]))
+        change = rng.choice((items[:place], [*items[:place], new, *items[place + 1 :]], items + items[:1], items[::-1]))
         parts.keys[at] = name, kind, (item, change)
     else:
         parts.keys[at] = name, kind, value if kind == _ARRAY else _other_value(rng, kind)
@@ -293,7 +295,9 @@ def _key_value(rng: Random, parts: GgufParts) -> None:
 
 def _other_value(rng: Random, kind: int) -> Any:
     if kind == _TEXT:
-        return rng.choice(("", "a", "\ud800", b"\xff\xfe", "x" * 70_000, "{{ messages }}", "default", "llama", "bert", "▁"))
+        return rng.choice(
+            ("", "a", "\ud800", b"\xff\xfe", "x" * 70_000, "{{ messages }}", "default", "llama", "bert", "▁")
+        )
     if kind == 7:
         return rng.choice((False, True))
     if kind in (6, 12):
@@ -340,8 +344,9 @@ _GGUF_KEYS = (
     "tokenizer.ggml.pre", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eos_token_id", "llama.expert_count",
     "llama.expert_used_count", "llama.attention.key_length", "llama.attention.head_count_kv", "llama.rope.freq_base",
     "llama.rope.scaling.factor", "llama.vocab_size", "llama.context_length", "llama.attention.sliding_window",
-    "llama.logit_scale", "llama.attention.layer_norm_epsilon", "llama.residual_scale", "llama.leading_dense_block_count",
-    "llama.pooling_type", "llama.attention.causal", "general.file_type", "general.source.url",
+    "llama.logit_scale", "llama.attention.layer_norm_epsilon", "llama.residual_scale",
+    "llama.leading_dense_block_count", "llama.pooling_type", "llama.attention.causal", "general.file_type",
+    "general.source.url",
 )  # fmt: skip
 
 
@@ -358,10 +363,22 @@ def _tensor_edit(rng: Random, parts: GgufParts) -> None:
     elif which == 2:
         offset = rng.choice((offset + 1, offset + 32, offset - 32, 0, 2**31, 2**63, 2**64 - 1, len(parts.data)))
     elif which == 3:
-        sizes = rng.choice((sizes + [1], sizes[::-1], sizes[:1], sizes + sizes, [1] * 4, []))
+        sizes = rng.choice(([*sizes, 1], sizes[::-1], sizes[:1], sizes + sizes, [1] * 4, []))
     elif which == 4:
-        name = rng.choice((parts.tensors[0][0], "", "\ud800", "blk.99999999999999999999.attn_q.weight", name + "x",
-                           "blk.-1.attn_q.weight", "v.blk.0.attn_q.weight", "mm.0.weight", "output.bias", "x" * 300))
+        name = rng.choice(
+            (
+                parts.tensors[0][0],
+                "",
+                "\ud800",
+                "blk.99999999999999999999.attn_q.weight",
+                name + "x",
+                "blk.-1.attn_q.weight",
+                "v.blk.0.attn_q.weight",
+                "mm.0.weight",
+                "output.bias",
+                "x" * 300,
+            )
+        )
     else:
         parts.wrong[f"sizes of {name}"] = rng.choice((0, 5, 2**31, 2**32 - 1))
     parts.tensors[at] = name, sizes, kind, offset
@@ -493,20 +510,23 @@ def _varint_bytes(value: int) -> bytes:
 _TEMPLATE_TOKEN = re.compile(r"\{%-?|-?%\}|\{\{-?|-?\}\}|'[^']*'|\w+|\s+|.", re.S)
 
 _PIECES = (
-    "{% for m in messages %}", "{% endfor %}", "{% if true %}", "{% endif %}", "{% else %}", "{{ messages }}", "{% set x = 1 %}",
-    "{{ x }}", "{{ 1 / 0 }}", "{{ undefined.a }}", "{{ messages[0]['role'] }}", "{{ ''.__class__ }}", "{{ 1 | tojson }}",
-    "{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{% extends 'x' %}", "{{ self }}", "{{ cycler }}", "{{ lipsum }}",
-    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "{{ raise_exception('no') }}", "{{ range(99999) | list | length }}",
-    "{{ messages.append(1) }}", "{{ '%99999d' % 1 }}", "{{ 2 ** 70000 }}", "{% break %}", "{{ strftime_now('%Y') }}", "{{ '\\ud800' }}",
-    "{% generation %}", "{% endgeneration %}", "{# c #}", "{% raw %}", "{{ [[]] | sum(start=[]) }}", "{{ namespace(a=1) }}",
-    "{{ messages | map('upper') | list }}", "{{ bos_token * 3 }}", "{{ tools }}", "\0", "{%", "}}", "{{ (((((((((1))))))))) }}",
+    "{% for m in messages %}", "{% endfor %}", "{% if true %}", "{% endif %}", "{% else %}", "{{ messages }}",
+    "{% set x = 1 %}", "{{ x }}", "{{ 1 / 0 }}", "{{ undefined.a }}", "{{ messages[0]['role'] }}",
+    "{{ ''.__class__ }}", "{{ 1 | tojson }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
+    "{% extends 'x' %}", "{{ self }}", "{{ cycler }}", "{{ lipsum }}",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "{{ raise_exception('no') }}",
+    "{{ range(99999) | list | length }}", "{{ messages.append(1) }}", "{{ '%99999d' % 1 }}", "{{ 2 ** 70000 }}",
+    "{% break %}", "{{ strftime_now('%Y') }}", "{{ '\\ud800' }}", "{% generation %}", "{% endgeneration %}", "{# c #}",
+    "{% raw %}", "{{ [[]] | sum(start=[]) }}", "{{ namespace(a=1) }}", "{{ messages | map('upper') | list }}",
+    "{{ bos_token * 3 }}", "{{ tools }}", "\0", "{%", "}}", "{{ (((((((((1))))))))) }}",
 )  # fmt: skip
 
 # Each takes its limit of time or of memory to the full.
 HOSTILE = (
     "{{ 'x' * 10**10 }}", "{{ 9 ** 9 ** 9 }}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{% for i in range(99999) %}{{ 'x' * 10**6 }}{% endfor %}", "{{ 'x' | center(10**10) }}", "{{ '%9999999999d' % 1 }}",
+    "{% for i in range(99999) %}{{ 'x' * 10**6 }}{% endfor %}", "{{ 'x' | center(10**10) }}",
+    "{{ '%9999999999d' % 1 }}",
     "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
 )  # fmt: skip
 

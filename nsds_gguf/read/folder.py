@@ -31,6 +31,7 @@ from .families import find_family
 from .family import Family
 from .keys import model_keys, window_note
 from .mapping import map_tensors
+from .own_files import check_files
 from .quantization import read_quantization
 from .rope import check_rope, llama3_factors, longrope_factors, rope_dim, rope_note, rope_settings
 from .stored import StoredTensor
@@ -57,6 +58,7 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
 
     """
     folder = Path(os.path.realpath(path))  # Path.resolve raises on a loop of links before Python 3.13
+    check_files(folder)
     whole = read_config(folder, path)
     with _naming(folder):
         return _open_model(folder, whole, pre)
@@ -98,6 +100,7 @@ def _naming(folder: Path) -> Iterator[None]:
 
 def check_supported(folder: Path) -> None:
     """Raise what ``open_folder`` raises for config.json; weights and tokenizer need not be there."""
+    check_files(folder)
     config = read_config(folder, folder)
     with _naming(folder):
         _checked_settings(config)

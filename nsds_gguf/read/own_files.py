@@ -43,8 +43,8 @@ def check_files(folder: Path) -> None:
             raise ModelError(f"{path}: is {_kind(found.st_mode)}; wanted an ordinary file")
         if is_text and found.st_size > MAX_TEXT_BYTES:
             raise ModelError(
-                f"{path}: has {found.st_size / 2**20:.0f} MiB; wanted at most {MAX_TEXT_BYTES >> 20}: it is damaged, or "
-                "another file"
+                f"{path}: has {found.st_size / 2**20:.0f} MiB; wanted at most {MAX_TEXT_BYTES >> 20}: it is damaged "
+                "or another file"
             )
         if is_text:
             _check_link(folder, path)

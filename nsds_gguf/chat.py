@@ -279,7 +279,7 @@ def _with_system(render: Callable[..., str], bare: ChatFormat) -> ChatFormat:
         return replace(bare, system="first", system_before=before, system_after=after, notes=(REFUSES_SYSTEM,))
     if _SYSTEM not in text:
         return replace(bare, notes=(_DROPS_SYSTEM,))
-    if text.index(_SYSTEM) > text.index(_USERS[0]):
+    if text.find(_SYSTEM) > text.find(_USERS[0]) >= 0:
         parts = _split(text, _USERS[0], _ANSWERS[0], _SYSTEM, _USERS[1])
         return replace(bare, system="last", system_before=parts[2].removeprefix(bare.end), system_after=parts[3])
     before, after, *_ = _split(text, _SYSTEM, *_USERS[:1])

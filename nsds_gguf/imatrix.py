@@ -165,7 +165,9 @@ def _of_legacy(data: bytes) -> Iterator[tuple[str, Float32]]:
         name = take(integer()).decode()
         n_calls, n_values = integer(), integer()
         values = np.frombuffer(take(4 * n_values), "<f4").astype(np.float32)
-        yield name, (values / np.float32(max(n_calls, 1)))[np.newaxis]
+        with np.errstate(all="ignore"):
+            means = values / np.float32(max(n_calls, 1))
+        yield name, means[np.newaxis]
 
 
 def _floored(columns: Float32) -> Float32:

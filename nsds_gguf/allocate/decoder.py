@@ -38,30 +38,11 @@ def what_is_missing(model: Model) -> str:
             return unknown[0]
         if not is_plain_stream(view.tensors):
             return "its several streams"
-        if not _vectors_fit(view.tensors, h.n_embd):
-            return "its norms or biases"
         if view.attention is None or not view.feed_forward:
             return "its blocks"
         if [block.kind for block in view.feed_forward] != [DENSE] and not _has_known_experts(view, h):
             return "its way to choose experts"
     return ""
-
-
-# Norms of the residual stream.
-_STREAM_NORMS = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
-
-
-def _vectors_fit(tensors: Mapping[str, Tensor], n_embd: int) -> bool:
-    """Return whether norms are as wide as the stream, and biases as what they are added to: a GGUF may hold any."""
-    for role, tensor in tensors.items():
-        base = tensors.get(role.removesuffix(".bias"))
-        if role in _STREAM_NORMS and tensor.n_weights != n_embd:
-            return False
-        if base is not None and base is not tensor:
-            width = base.n_rows if len(base.shape) > 1 else base.n_weights
-            if tensor.n_weights != width:
-                return False
-    return True
 
 
 def _has_known_experts(view: Layer, hparams: Hparams) -> bool:

@@ -84,9 +84,9 @@ def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if name not in WRAPPERS or not isinstance(inner, Mapping):
         return name, dict(config)
     kind = inner.get("model_type", config.get("model_type"))
-    if kind not in TEXT_MODELS:
+    if not isinstance(kind, str) or kind not in TEXT_MODELS:
         raise UnsupportedError(
-            f"config.json: {name} around a language model of type {kind!r}; known: {', '.join(TEXT_MODELS)}"
+            f"config.json: {name} around a language model of type {reprlib.repr(kind)}; known: {', '.join(TEXT_MODELS)}"
         )
     shared = {key: config[key] for key in _OUTER_SETTINGS if config.get(key) is not None}
     tokens = {key: value for key, value in config.items() if key.endswith("_token_id")}

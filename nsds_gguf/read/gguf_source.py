@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False
     if not entries:
         raise UnsupportedError(f"{path}: holds a vocabulary and no weights; wanted a GGUF of a model")
     tensors = tuple(_tensor(part.path, entry) for part, entry in entries)
+    _check_vectors(path, tensors)
     notes = _requantize_notes(path, tensors, allow_requantize)
     metadata = {key: value for key, value in stated.items() if not key.startswith(LEFT_OUT)}
     if pre is not None:
@@ -95,6 +96,28 @@ def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False
         model_id=_identity(metadata, entries),
         files=tuple(part.path for part in parts),
     )
+
+
+# Norms of the residual stream, in every architecture of llama.cpp.
+_STREAM_NORMS = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
+
+
+def _check_vectors(path: Path, tensors: Sequence[Tensor]) -> None:
+    """Raise ``ModelError`` for a norm that is not as wide as the stream, or a bias as what it is added to."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    embedding = by_name.get("token_embd.weight")
+    for tensor in tensors:
+        base = by_name.get(tensor.name.removesuffix(".bias") + ".weight")
+        wanted = tensor.n_weights
+        if tensor.role in _STREAM_NORMS and tensor.layer is not None and embedding is not None:
+            wanted = embedding.n_cols
+        elif tensor.role.endswith(".bias") and base is not None and len(base.shape) <= 2 and tensor.layer is not None:
+            wanted = base.n_rows if len(base.shape) == 2 else base.n_weights
+        if tensor.n_weights != wanted:
+            raise ModelError(
+                f"{path}: tensor {tensor.name}: wanted {wanted} weights, as wide as what it works on, got "
+                f"{tensor.n_weights}: the file is damaged, download it again"
+            )
 
 
 def _architecture(path: Path, metadata: Mapping[str, GGUFValue]) -> str:

@@ -18,6 +18,7 @@ import sys
 if __name__ == "__main__":
     sys.path[:] = [entry for entry in sys.path if entry not in ("", ".", os.path.dirname(__file__))]  # noqa: PTH120
 
+import contextlib
 import datetime
 import functools
 import json
@@ -31,6 +32,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_MEMORY_BYTES = 512 << 20  # of the process, where the system can limit it (not on macOS and Windows)
+_LAST_RESORT_SECONDS = 60
 MAX_LETTERS = 1 << 20  # of a rendered text: conversations here are of a few words
 
 # What a program made of Jinja expressions can raise, beside what Jinja itself reports.
@@ -96,16 +98,17 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 def serve() -> None:
     """Answer requests until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asked, whose end ends the input
-    try:
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limits, macOS refuses them
         import resource
-    except ImportError:  # Windows
-        pass
-    else:
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+    alarm = getattr(signal, "alarm", lambda seconds: None)  # ends this process if who asked is no longer there to do so
     for line in sys.stdin.buffer:
+        alarm(_LAST_RESORT_SECONDS)
         sys.stdout.buffer.write(json.dumps(answer(json.loads(line))).encode() + b"\n")
         sys.stdout.buffer.flush()
+        alarm(0)
 
 
 if __name__ == "__main__":

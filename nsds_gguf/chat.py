@@ -5,36 +5,21 @@ a few conversations whose texts are known, and what stands between those texts i
 ChatML, Llama, Mistral, Gemma and whatever comes next, and a format that it describes has been checked on conversations
 that took no part in finding it.
 
-Templates are programs of strangers: they run in Jinja's sandbox, where they can reach nothing but their arguments.
+Templates are programs of strangers: they run in Jinja's sandbox, where they can reach nothing but their arguments, and
+in a process of their own, whose time and memory are limited (``renderer``).
 """
 
 from __future__ import annotations
 
 import datetime
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from .errors import UnsupportedError
+from .renderer import RENDERER, TemplateLimitError
 
 Message = Mapping[str, str]
-
-# What a program made of Jinja expressions can raise, beside what Jinja itself reports.
-_TEMPLATE_FAILURES = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    LookupError,
-    ArithmeticError,
-    RecursionError,
-)
 
 # Texts of the conversations from which a format is found: words that no template writes itself.
 _SYSTEM, _USERS, _ANSWERS = "Zsystem0", ("Zuser1", "Zuser2", "Zuser3"), ("Zanswer1", "Zanswer2")
@@ -77,16 +62,6 @@ _NAMES = {
 }
 
 
-class _Generation(Extension):
-    """``{% generation %}``, with which transformers marks what the assistant says: its body alone."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 class ChatTemplate:
     """A Jinja chat template with the tokens that it may write, in the environment that transformers gives it."""
 
@@ -100,21 +75,12 @@ class ChatTemplate:
             now: what ``strftime_now`` formats; without it there is no such function.
 
         Raises:
-            UnsupportedError: it is not Jinja.
+            UnsupportedError: it is not Jinja, or takes too long.
 
         """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        if now is not None:
-            environment.globals["strftime_now"] = now.strftime
+        self._source, self._now = source, now.isoformat() if now is not None else None
         self._tokens = {"bos_token": bos, "eos_token": eos}
-        try:
-            self._template = environment.from_string(source)
-        except _TEMPLATE_FAILURES as error:
-            raise _unsupported("is not valid Jinja", error) from error
+        self._ask(None)
 
     def render(
         self,
@@ -131,32 +97,27 @@ class ChatTemplate:
             tools: functions that the assistant may call, as transformers describes them.
 
         Raises:
-            UnsupportedError: the template refuses the conversation or fails on it.
+            UnsupportedError: the template refuses the conversation, fails on it, or takes more time, memory or text
+                than any should.
 
         """
-        try:
-            return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
+        return self._ask(
+            {
+                "messages": [dict(message) for message in messages],
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
                 **self._tokens,
-            )
-        except _TEMPLATE_FAILURES as error:
-            raise _unsupported("cannot be rendered", error) from error
+            }
+        )
 
-
-def _unsupported(what: str, error: Exception) -> UnsupportedError:
-    return UnsupportedError(f"chat template {what}: {' '.join(str(error).split()) or type(error).__name__}")
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(value: Any, **options: Any) -> str:
-    """Return JSON as it is, not escaped for HTML as Jinja's own filter has it."""
-    return json.dumps(value, **{"ensure_ascii": False, **options})
+    def _ask(self, variables: Mapping[str, Any] | None) -> str:
+        """Return the text that comes of variables, none of ``None``."""
+        answer = RENDERER.ask({"source": self._source, "now": self._now, "variables": variables})
+        if "error" in answer:
+            what = "is not valid Jinja" if answer["is_syntax"] else "cannot be rendered"
+            raise UnsupportedError(f"chat template {what}: {answer['error']}")
+        return str(answer["text"])
 
 
 @dataclass(frozen=True)
@@ -231,6 +192,8 @@ def find_format(source: str, bos: str = "", eos: str = "", *, adds_bos: bool = T
     """
     try:
         return _find_format(ChatTemplate(source, bos, eos), bos if adds_bos else "")
+    except TemplateLimitError:
+        raise
     except UnsupportedError:
         if "strftime_now" not in source:
             raise
@@ -270,6 +233,8 @@ def _losses(template: ChatTemplate, render: Callable[..., str]) -> list[str]:
     try:
         if template.render(prompt, tools=[_TOOL]) != template.render(prompt):
             notes.append(KNOWS_TOOLS)
+    except TemplateLimitError:
+        raise
     except UnsupportedError:
         notes.append(KNOWS_TOOLS)
     if "Zthought" not in render(_USERS[0], _THOUGHT + _ANSWERS[0], _USERS[1]):
@@ -307,12 +272,14 @@ def _with_system(render: Callable[..., str], bare: ChatFormat) -> ChatFormat:
     """Return the format with what it makes of a system prompt."""
     try:
         text = render(_USERS[0], _ANSWERS[0], _USERS[1], system=_SYSTEM)
+    except TemplateLimitError:
+        raise
     except UnsupportedError:
         before, after = bare.opening, "\n\n"
         return replace(bare, system="first", system_before=before, system_after=after, notes=(REFUSES_SYSTEM,))
     if _SYSTEM not in text:
         return replace(bare, notes=(_DROPS_SYSTEM,))
-    if text.index(_SYSTEM) > text.index(_USERS[0]):
+    if text.find(_SYSTEM) > text.find(_USERS[0]) >= 0:
         parts = _split(text, _USERS[0], _ANSWERS[0], _SYSTEM, _USERS[1])
         return replace(bare, system="last", system_before=parts[2].removeprefix(bare.end), system_after=parts[3])
     before, after, *_ = _split(text, _SYSTEM, *_USERS[:1])

@@ -140,7 +140,8 @@ def _of_gguf(path: Path) -> Iterator[tuple[str, Float32]]:
             np.fromfile(path, np.float32, tensor.n_bytes // 4, offset=tensor.offset).reshape(n_matrices, -1)
             for tensor in (entry, counts)
         )
-        means = np.where(n_tokens > 0, sums / np.maximum(n_tokens, 1), np.float32(1)).astype(np.float32)
+        with np.errstate(all="ignore"):  # what is not finite is refused by the caller
+            means = np.where(n_tokens > 0, sums / np.maximum(n_tokens, 1), np.float32(1)).astype(np.float32)
         yield name.removesuffix(_SUMS), means
 
 
@@ -164,7 +165,9 @@ def _of_legacy(data: bytes) -> Iterator[tuple[str, Float32]]:
         name = take(integer()).decode()
         n_calls, n_values = integer(), integer()
         values = np.frombuffer(take(4 * n_values), "<f4").astype(np.float32)
-        yield name, (values / np.float32(max(n_calls, 1)))[np.newaxis]
+        with np.errstate(all="ignore"):
+            means = values / np.float32(max(n_calls, 1))
+        yield name, means[np.newaxis]
 
 
 def _floored(columns: Float32) -> Float32:

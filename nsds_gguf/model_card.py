@@ -101,7 +101,8 @@ def find_origin(metadata: Mapping[str, GGUFValue], source: Path | None = None) -
     if own:
         return Origin((own[0],))
     count = metadata.get(Keys.General.BASE_MODEL_COUNT)
-    keys = [Keys.General.BASE_MODEL_REPO_URL.format(id=i) for i in range(int(count.value) if count else 0)]
+    n_parents = count.value if count is not None and type(count.value) is int else 0
+    keys = [Keys.General.BASE_MODEL_REPO_URL.format(id=i) for i in range(min(n_parents, len(metadata)))]
     parents = tuple(repo for key in keys if (repo := _repo(metadata.get(key))))
     return Origin(parents, is_parent=bool(parents))
 

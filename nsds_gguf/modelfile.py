@@ -189,14 +189,15 @@ def stop_strings(metadata: Metadata, chat: ChatFormat | None) -> list[str]:
 
 def parameters(metadata: Metadata, generation: Mapping[str, Any] | None = None) -> dict[str, int | float]:
     """Return sampling parameters and the context, as far as the GGUF, or generation_config.json, names them."""
-    found = {name: metadata[key].value for name, key in _PARAMETERS.items() if key in metadata}
+    numbers = ((name, metadata[key].value) for name, key in _PARAMETERS.items() if key in metadata)
+    found = {name: value for name, value in numbers if type(value) in (int, float)}
     penalty = (generation or {}).get("repetition_penalty")
     if isinstance(penalty, int | float) and not isinstance(penalty, bool):
         found.setdefault("repeat_penalty", float(penalty))
     architecture = metadata.get(Keys.General.ARCHITECTURE)
-    context = metadata.get(f"{architecture.value}.context_length") if architecture is not None else None
-    if context is not None and int(context.value) > 0:
-        found["num_ctx"] = min(int(context.value), MAX_NUM_CTX)
+    context = _integer(metadata, f"{architecture.value}.context_length") if architecture is not None else None
+    if context is not None and context > 0:
+        found["num_ctx"] = min(context, MAX_NUM_CTX)
     return found
 
 
@@ -244,19 +245,27 @@ def _line(instruction: str, value: str) -> Iterator[str]:
 
 
 def _token(metadata: Metadata, id_key: str) -> str | None:
-    tokens, number = metadata.get(Keys.Tokenizer.LIST), metadata.get(id_key)
-    if tokens is None or number is None or not 0 <= int(number.value) < len(tokens.value):
-        return None
-    return str(tokens.value[int(number.value)])
+    tokens, number = _list(metadata, Keys.Tokenizer.LIST), _integer(metadata, id_key)
+    return str(tokens[number]) if number is not None and 0 <= number < len(tokens) else None
 
 
 def _special_tokens(metadata: Metadata) -> list[str]:
     """Return the texts of control tokens, the longest first."""
-    tokens, types = metadata.get(Keys.Tokenizer.LIST), metadata.get(Keys.Tokenizer.TOKEN_TYPE)
-    if tokens is None or types is None:
-        return []
-    found = [token for token, kind in zip(tokens.value, types.value, strict=False) if kind == TokenType.CONTROL]
+    tokens, types = _list(metadata, Keys.Tokenizer.LIST), _list(metadata, Keys.Tokenizer.TOKEN_TYPE)
+    found = [str(token) for token, kind in zip(tokens, types, strict=False) if kind == TokenType.CONTROL]
     return sorted((token for token in found if token.strip()), key=len, reverse=True)
+
+
+def _list(metadata: Metadata, key: str) -> list[Any]:
+    """Return an array, empty where the file has none under the key: a GGUF may say anything."""
+    entry = metadata.get(key)
+    return entry.value if entry is not None and isinstance(entry.value, list) else []
+
+
+def _integer(metadata: Metadata, key: str) -> int | None:
+    """Return a whole number, ``None`` where the file has none under the key."""
+    entry = metadata.get(key)
+    return entry.value if entry is not None and type(entry.value) is int else None
 
 
 def _within(text: str, special: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ LAYERS = [
     ["errors", "version"],
     ["filestate", "workfolder"],
     ["records"],
-    ["anatomy", "balance"],
+    ["anatomy", "balance", "renderer", "template_child"],
     ["views"],
     ["chat", "ggml", "gguf_header", "resources", "divergence"],
     ["llama"],

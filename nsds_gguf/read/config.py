@@ -7,6 +7,7 @@ is one name for each setting, and none that a family's defaults give is missing.
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,9 @@ def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[str
     if name not in WRAPPERS or not isinstance(inner, Mapping):
         return name, dict(config), notes
     kind = inner.get("model_type", WRAPPERS[name])
-    if kind not in TEXT_MODELS:
+    if not isinstance(kind, str) or kind not in TEXT_MODELS:
         raise UnsupportedError(
-            f"config.json: {name} around a language model of type {kind!r}; known: {', '.join(TEXT_MODELS)}"
+            f"config.json: {name} around a language model of type {reprlib.repr(kind)}; known: {', '.join(TEXT_MODELS)}"
         )
     shared = {key: config[key] for key in _OUTER_SETTINGS if config.get(key) is not None}
     tokens = {key: value for key, value in config.items() if key.endswith("_token_id")}
@@ -102,16 +103,39 @@ def canonical(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
         given = [value for value in values if value is not None]
         if values:
             settings[name] = given[0] if given else None
-    for name, value in {**default_sizes(family.classes[0]), **family.defaults}.items():
-        if name in ROPE_SETTINGS:
-            continue
-        if settings.get(name) is None and not (name in settings and name in _MAY_BE_NULL):
-            settings[name] = value(settings) if callable(value) else value
+    defaults = {**default_sizes(family.classes[0]), **family.defaults}
+    silent = [name for name in defaults if name not in ROPE_SETTINGS and settings.get(name) is None]
+    silent = [name for name in silent if not (name in settings and name in _MAY_BE_NULL)]
+    settings |= {name: defaults[name] for name in silent if not callable(defaults[name])}
+    _check_whole_numbers(settings)
+    for name in silent:
+        if callable(defaults[name]):
+            settings[name] = defaults[name](settings)
     if settings.get("intermediate_size") is None and isinstance(settings.get("hidden_size"), int):
         settings["intermediate_size"] = _FF_FACTOR * settings["hidden_size"]
     if settings.get("tie_word_embeddings") is None:
         settings["tie_word_embeddings"] = True  # transformers' default for a class that has none of its own
     return settings
+
+
+# Settings that a class may compute with before its dimensions are known, and the least that they may be.
+_WHOLE = {
+    "num_hidden_layers": 1, "hidden_size": 1, "num_attention_heads": 1, "num_key_value_heads": 0, "head_dim": 0,
+    "intermediate_size": 0, "num_experts": 0, "moe_intermediate_size": 0, "first_k_dense_replace": 0,
+    "n_shared_experts": 0, "q_lora_rank": 0, "kv_lora_rank": 0, "qk_nope_head_dim": 0, "qk_rope_head_dim": 0,
+    "v_head_dim": 0, "conv_kernel": 0, "state_size": 0, "mamba_expand": 0, "mamba_n_heads": 0, "mamba_n_groups": 0,
+    "mamba_d_state": 0, "mamba_d_conv": 0,
+}  # fmt: skip
+
+
+def _check_whole_numbers(config: Config) -> None:
+    """Raise ``ModelError`` for a setting of ``_WHOLE`` that is something else, ``UnsupportedError`` for many layers."""
+    for key, least in _WHOLE.items():
+        if config.get(key) is not None:
+            integer(config, key, at_least=least)
+    n_layers = integer(config, "num_hidden_layers")
+    if n_layers > MAX_LAYERS:
+        raise UnsupportedError(f"config.json: num_hidden_layers {n_layers}: llama.cpp takes at most {MAX_LAYERS}")
 
 
 # Settings for which null is a value: of the key/value heads, as many as there are heads.
@@ -147,8 +171,6 @@ def dimensions(config: Config, family: Family) -> dict[str, int]:
 
     """
     n_layers, n_heads = integer(config, "num_hidden_layers"), integer(config, "num_attention_heads")
-    if n_layers > MAX_LAYERS:
-        raise UnsupportedError(f"config.json: num_hidden_layers {n_layers}: llama.cpp takes at most {MAX_LAYERS}")
     n_kv_heads = integer(config, "num_key_value_heads", n_heads)
     if n_heads % n_kv_heads:
         raise ModelError(f"config.json: {n_heads} heads cannot share {n_kv_heads} key/value heads evenly")
@@ -200,7 +222,7 @@ def integer(config: Config, key: str, default: int | None = None, at_least: int 
     """Return a whole number of config.json; raises ``ModelError`` when it is none or out of range."""
     value = default if config.get(key) is None else config[key]
     if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value < 2**31:
-        raise ModelError(f"config.json: {key}: wanted a positive integer, got {value!r}")
+        raise ModelError(f"config.json: {key}: wanted a positive integer, got {reprlib.repr(value)}")
     return value
 
 

@@ -1078,6 +1078,9 @@ def supported_classes() -> tuple[str, ...]:
     return (*dict.fromkeys(name for family in FAMILIES for name in family.classes), *WRAPPERS)
 
 
+_COMPARED_LETTERS = 200  # of a class name; the comparison takes the square of them
+
+
 def find_family(class_name: str, config: Config | None = None) -> Family:
     """Return the family of a checkpoint class; ``config`` decides where the class has several.
 
@@ -1086,7 +1089,7 @@ def find_family(class_name: str, config: Config | None = None) -> Family:
     for family in FAMILIES:
         if class_name in family.classes and (config is None or family.variant(config)):
             return family
-    nearest = difflib.get_close_matches(class_name, supported_classes(), n=1, cutoff=0.0)
+    nearest = difflib.get_close_matches(class_name[:_COMPARED_LETTERS], supported_classes(), n=1, cutoff=0.0)
     known = (resources.files("nsds_gguf") / "data" / "llama_cpp_classes.txt").read_text(encoding="utf-8").splitlines()
     route = f"; {ROUTE_THROUGH_GGUF}" if class_name in known else ", and llama.cpp does not know it either"
     raise UnsupportedError(f"config.json: class {class_name} is not supported; nearest is {nearest[0]}{route}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from ..anatomy import read_hparams
@@ -33,11 +35,14 @@ from .family import Family
 from .keys import model_keys, window_note
 from .mapping import Mapped, map_tensors
 from .missing import check_no_adapter
+from .own_files import check_files
 from .quantization import refuse_codes
 from .rope import check_rope, llama3_factors, longrope_factors, rope_dim, rope_note, rope_settings
 from .vocab import open_vocab
 
 HEAD = "lm_head.weight"
+
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 def open_folder(path: Path, pre: str | None = None) -> Model:
@@ -56,6 +61,7 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
 
     """
     folder = Path(os.path.realpath(path))  # Path.resolve raises on a loop of links before Python 3.13
+    check_files(folder)
     whole = read_config(folder, path)
     with _naming(folder):
         return _open_model(folder, whole, pre)
@@ -79,6 +85,7 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Mode
     keys = {**model_keys(about, config, family, sizes, rope), **_named(family.architecture, embedding.keys)}
     metadata = {**keys, **vocab.metadata}
     _check_letters(folder, metadata)
+    _check_numbers(folder, metadata)
     computed = (*known.notes, *window_note(config, family, sizes), *(rope_note(rope) if rope else ()))
     return Model(
         path=folder,
@@ -116,6 +123,7 @@ def check_supported(folder: Path, dtypes: Collection[str] = ()) -> None:
         dtypes: of the weights, where they are known, in the spelling of safetensors.
 
     """
+    check_files(folder)
     config = read_config(folder, folder)
     with _naming(folder):
         _checked_settings(config)
@@ -139,8 +147,8 @@ def _checked_settings(whole: Mapping[str, Any]) -> _Settings:
     source_class, given, notes = text_model(whole)
     family = find_family(source_class, canonical(given, find_family(source_class)))
     config = canonical(given, family)
-    check_settings(config, family)
     sizes = dimensions(config, family)
+    check_settings(config, family)
     return _Settings(source_class, family, config, sizes, _checked_rope(config, family, sizes), notes)
 
 
@@ -194,6 +202,30 @@ def _check_letters(folder: Path, metadata: Mapping[str, GGUFValue]) -> None:
                 f"{folder}: {key} is not UTF-8: {error.object[error.start]!r}; correct it where it comes from: "
                 "a file of the model, or the folder's name"
             ) from error
+
+
+# The numbers that a key of a type can hold.
+_RANGES = {
+    GGUFValueType.UINT32: (0, 2**32 - 1),
+    GGUFValueType.INT32: (-(2**31), 2**31 - 1),
+    GGUFValueType.UINT64: (0, 2**64 - 1),
+    GGUFValueType.FLOAT32: (-_LARGEST_FLOAT32, _LARGEST_FLOAT32),
+}
+
+
+def _check_numbers(folder: Path, metadata: Mapping[str, GGUFValue]) -> None:
+    """Raise ``ModelError`` for a number that its key's type cannot hold: JSON may hold any."""
+    for key, entry in metadata.items():
+        kind = entry.sub_type if entry.sub_type is not None else entry.type
+        if kind not in _RANGES:
+            continue
+        (low, high), numbers = _RANGES[kind], (int, float) if kind == GGUFValueType.FLOAT32 else (int,)
+        for value in entry.value if isinstance(entry.value, list) else [entry.value]:
+            if type(value) not in numbers or not low <= value <= high:
+                raise ModelError(
+                    f"{folder}: {key}: wanted a number of type {kind.name}, got {reprlib.repr(value)}; correct it in "
+                    "config.json or in the tokenizer's files"
+                )
 
 
 def _identity(metadata: Mapping[str, GGUFValue], architecture: str, mapped: Mapped) -> str:

@@ -84,6 +84,7 @@ def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False
     kept = {entry.name for entry in header.tensors}
     entries = [(part, entry) for part in parts for entry in part.header.tensors if entry.name in kept]
     tensors = tuple(_tensor(part.path, entry) for part, entry in entries)
+    _check_vectors(path, tensors)
     notes = (*header.notes, *_requantize_notes(path, tensors, allow_requantize))
     metadata = header.metadata
     if pre is not None:
@@ -113,6 +114,28 @@ def _mended(path: Path, architecture: str, parts: Sequence[GgufPart]) -> Header:
         return mended(architecture, stated, entries)
     except ModelError as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+# Norms of the residual stream, in every architecture of llama.cpp.
+_STREAM_NORMS = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm")
+
+
+def _check_vectors(path: Path, tensors: Sequence[Tensor]) -> None:
+    """Raise ``ModelError`` for a norm that is not as wide as the stream, or a bias as what it is added to."""
+    by_name = {tensor.name: tensor for tensor in tensors}
+    embedding = by_name.get("token_embd.weight")
+    for tensor in tensors:
+        base = by_name.get(tensor.name.removesuffix(".bias") + ".weight")
+        wanted = tensor.n_weights
+        if tensor.role in _STREAM_NORMS and tensor.layer is not None and embedding is not None:
+            wanted = embedding.n_cols
+        elif tensor.role.endswith(".bias") and base is not None and len(base.shape) <= 2 and tensor.layer is not None:
+            wanted = base.n_rows if len(base.shape) == 2 else base.n_weights
+        if tensor.n_weights != wanted:
+            raise ModelError(
+                f"{path}: tensor {tensor.name}: wanted {wanted} weights, as wide as what it works on, got "
+                f"{tensor.n_weights}: the file is damaged, download it again"
+            )
 
 
 def _architecture(path: Path, metadata: Mapping[str, GGUFValue]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from .family import Config, Family, Key
 from .rope import add_rope_keys, rope_dim
 
 DEFAULT_FULL_LAYERS = 28  # transformers' default: layers below it have no window, in Qwen 2 and 3
+
+_LARGEST_FLOAT32 = 3.4e38  # of a key's type
 
 _WINDOWED = "sliding_attention"
 
@@ -80,8 +83,8 @@ def _fitted(config: Config, key: Key) -> Any:
         return bool(value)
     if key.type == GGUFValueType.UINT32:
         return integer(config, key.setting, at_least=0)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ModelError(f"config.json: {key.setting}: wanted a number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST_FLOAT32:
+        raise ModelError(f"config.json: {key.setting}: wanted a number, got {reprlib.repr(value)}")
     return float(value)
 
 

@@ -138,7 +138,9 @@ def map_tensors(
 
     """
     tied = bool(config["tie_word_embeddings"])
-    found = find_names(checkpoint, _wanted(config, family, sizes, tied), family, sizes)
+    wanted = _wanted(config, family, sizes, tied)
+    _check_stacks(wanted, sizes, checkpoint)
+    found = find_names(checkpoint, wanted, family, sizes)
     used = {name for _, names in found.places for name in names}
     check_complete(found, hints)
     if tied:
@@ -157,6 +159,17 @@ def map_tensors(
         digest.update(f"\n{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
         digest.update(_first_row(item.part, stored[0], sizes))
     return Mapped(tensors, notes, digest.hexdigest())
+
+
+def _check_stacks(wanted: Sequence[Wanted], sizes: Sizes, checkpoint: Stored) -> None:
+    """Raise ``ModelError`` for more experts than the weights can hold, before the names of all are made."""
+    most = max([len(checkpoint), *(tensor.shape[0] for tensor in checkpoint.values() if len(tensor.shape) == 3)])
+    for item in wanted:
+        if "{e}" in item.part.source and sizes[item.part.shape[0]] > most:
+            raise ModelError(
+                f"config.json: {item.name} is made of {sizes[item.part.shape[0]]} matrices, the weights hold {most} at "
+                "most; config.json is another model's"
+            )
 
 
 def _first_row(part: Part, stored: StoredTensor, sizes: Sizes) -> bytes:

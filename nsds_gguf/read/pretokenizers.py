@@ -277,9 +277,12 @@ def _canonical_pattern(pattern: str) -> str:
     return pattern.replace(_CONTRACTIONS_SPELLED_OUT, _CONTRACTIONS)
 
 
+_COMPARED_LETTERS = 2000  # the comparison takes the square of them; the longest known has 600
+
+
 def _nearest(chain: Chain) -> tuple[str, float]:
     """Return the known pre-tokenizer whose spelling is most alike and how much, 0 to 1."""
-    spelled = _spelled(chain)
+    spelled = _spelled(chain)[:_COMPARED_LETTERS]
     scored = [
         (SequenceMatcher(None, spelled, _spelled(other), autojunk=False).ratio(), known.name)
         for known in KNOWN

@@ -195,6 +195,8 @@ def _affixes(files: TokenizerFiles) -> Affixes:
 
 def _template_affixes(template: Mapping[str, Any], files: TokenizerFiles) -> Affixes:
     pieces = template.get("single") or []
+    if not isinstance(pieces, list) or not all(isinstance(piece, Mapping) for piece in pieces):
+        raise TokenizerError(f"{files.json_path}: damaged post-processor template: wanted objects in 'single'")
     is_text = ["Sequence" in piece for piece in pieces]
     before, after = (pieces[: is_text.index(True)], pieces[is_text.index(True) + 1 :]) if any(is_text) else (pieces, [])
     tokens = template.get("special_tokens") or {}

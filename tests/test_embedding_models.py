@@ -22,6 +22,7 @@ from nsds_gguf.errors import ModelError, TextError, UnsupportedError, VerifyErro
 from nsds_gguf.llama import embed, open_model
 from nsds_gguf.perplexity import perplexity
 from nsds_gguf.records import Target, kv
+from nsds_gguf.workfolder import WorkFolder
 
 TEXT = tiny_text()
 MODULES = ("Transformer", "Pooling", "Normalize")
@@ -134,7 +135,8 @@ def test_attention_both_ways_is_written(folder):
 def test_head_is_not_missed_and_not_written(folder):
     model = read.open_model(folder)
     assert "output.weight" not in model.by_name and model.is_tied
-    check_vocabulary(model, VerifyOptions(n_ctx=32), TEXT)  # llama.cpp loads it so
+    with WorkFolder(folder.parent) as files:
+        check_vocabulary(model, VerifyOptions(n_ctx=32), TEXT, files)  # llama.cpp loads it so
     (folder / "modules.json").unlink()
     with pytest.raises(ModelError, match=r"lm_head\.weight"):
         read.open_model(folder)
@@ -254,5 +256,5 @@ def test_importance_comes_from_drawn_tokens(folder):
         assert (options.effort, options.importance) == (settled, "sweep")
     assert not notes
     (_,), notes = settled_options(model, [PlanOptions(Target("bpw", 5), effort=AUTO, importance=AUTO)], None)
-    assert notes == ("Effort is normal, since the model embeds texts and writes none; --effort high would lose less in "
-                     "the same bytes.",)  # fmt: skip
+    assert notes == ("Rounding to nearest (--effort normal), since the model embeds texts and writes none; "
+                     "--effort high loses less in the same bytes.",)  # fmt: skip

@@ -22,6 +22,7 @@ from nsds_gguf.gguf_header import read_gguf_header
 from nsds_gguf.read.gguf_repair import OLLAMA_NAMES
 from nsds_gguf.read.gguf_source import open_gguf
 from nsds_gguf.records import kv
+from nsds_gguf.workfolder import WorkFolder
 from nsds_gguf.write import _HeaderWriter, write_outline
 
 TOKENS, SCORES, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type"
@@ -248,8 +249,8 @@ def test_what_llama_cpp_refuses_is_said_before_work(tiny, case):
     keys, without, wanted = OUTLINE[case]
     source = rewritten(tiny, tiny.with_name("broken.gguf"), keys=keys, without=without)
     model = open_gguf(source)
-    with pytest.raises(VerifyError) as caught:
-        check_vocabulary(model, VerifyOptions(n_ctx=32), tiny_text())
+    with WorkFolder(tiny.parent) as files, pytest.raises(VerifyError) as caught:
+        check_vocabulary(model, VerifyOptions(n_ctx=32), tiny_text(), files)
     assert str(caught.value).startswith(f"{source}: ") and wanted in str(caught.value)
     assert "outline" not in str(caught.value)
 
@@ -258,14 +259,14 @@ def test_unknown_pre_tokenizer_is_refused_before_work(tiny):
     keys = {"tokenizer.ggml.model": kv("gpt2", STRING), "tokenizer.ggml.pre": kv("fancy", STRING),
             "tokenizer.ggml.merges": listed(["a b"], STRING)}  # fmt: skip
     source = rewritten(tiny, tiny.with_name("broken.gguf"), keys=keys)
-    with pytest.raises(VerifyError, match="unknown pre-tokenizer type: 'fancy'"):
-        check_vocabulary(open_gguf(source), VerifyOptions(n_ctx=32), tiny_text())
+    with WorkFolder(tiny.parent) as files, pytest.raises(VerifyError, match="unknown pre-tokenizer type: 'fancy'"):
+        check_vocabulary(open_gguf(source), VerifyOptions(n_ctx=32), tiny_text(), files)
 
 
 def test_outline_takes_no_room(tiny):
     model = open_gguf(tiny)
     wide = replace(model.tensors[0], shape=(1 << 22, 1024))
-    assert write_outline(replace(model, tensors=(wide,)), tiny.with_name("outline.gguf"))
+    write_outline(replace(model, tensors=(wide,)), tiny.with_name("outline.gguf"))
     found = tiny.with_name("outline.gguf").stat()
     assert found.st_size > 1 << 30 and found.st_blocks * 512 < 1 << 20
     with pytest.raises(VerifyError, match="cannot load it"):

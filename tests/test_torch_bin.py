@@ -151,5 +151,6 @@ def test_nothing_else_unpickles():
     ]
     assert sorted(calls) == [
         "np.load(path, allow_pickle=False)",
+        "pickle.loads(data, buffers=buffers)",  # what llama.cpp's process sends back
         "torch.load(file, map_location='cpu', weights_only=True, mmap=True)",
     ]

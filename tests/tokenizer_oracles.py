@@ -21,6 +21,9 @@ from nsds_gguf.records import kv
 
 Ids = list[int]
 
+_SILENT = binding.llama_log_callback(lambda *_: None)  # llama-cpp-python's own callback fails on tokens cut in a letter
+binding.llama_log_set(_SILENT, None)
+
 
 @dataclass(frozen=True)
 class Stored:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizer_oracles as oracles
-from fuzz_inputs import SMALL, gguf_parts, pieces
+from fuzz_inputs import SMALL, gguf_parts, pieces, unigram_json
 from fuzz_mutations import GgufParts, gguf_bytes
 from gguf import GGUFValueType
 from tiny_gguf import write_tiny_gguf
@@ -117,6 +117,17 @@ def test_a_post_processor_that_adds_what_is_no_id(tmp_path: Path) -> None:
     oracles.write_converted_folder(model, pieces())
     edited(model / "tokenizer.json", lambda t: t["post_processor"]["special_tokens"]["<s>"].update(ids=[[1]]))
     with pytest.raises(ModelError, match=r"tokenizer.ggml.bos_token_id: wanted a number of type UINT32, got \[1\]"):
+        open_model(model)
+
+
+def test_a_token_as_long_as_a_book(tmp_path: Path) -> None:
+    """llama.cpp's process ends with a segmentation fault."""
+    model = write_tiny(tmp_path / "model", SMALL)
+    oracles.write_json(model / "tokenizer.json", unigram_json(pieces()))
+    oracles.write_json(model / "tokenizer_config.json", {"eos_token": "</s>"})
+    open_model(model)
+    edited(model / "tokenizer.json", lambda tokenizer: tokenizer["model"]["vocab"].append(["a" * 70_000, -1.0]))
+    with pytest.raises(TokenizerError, match="token 269 has 70000 letters; llama.cpp"):
         open_model(model)
 
 

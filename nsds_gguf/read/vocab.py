@@ -28,6 +28,8 @@ from .vocab_spm import SentencePiece, read_converted, read_sentencepiece
 from .vocab_tokens import PADDING_SCORE, Tokens
 from .vocab_unigram import Unigram, read_converted_unigram, read_unigram
 
+_MAX_TOKEN_LETTERS = 10_000  # a tenth of what overflows the stack of llama.cpp's trie of a unigram vocabulary
+
 _SPM_PRE = "default"  # what the converter writes for sentencepiece, where llama.cpp reads none
 
 
@@ -171,6 +173,12 @@ def _check_texts(texts: list[str], source: Path) -> None:
     for token_id, text in enumerate(texts):
         if ids.setdefault(text, token_id) != token_id:
             raise TokenizerError(f"{source}: token {text!r} has both id {ids[text]} and id {token_id}")
+    longest = max(texts, key=len, default="")
+    if len(longest) > _MAX_TOKEN_LETTERS:
+        raise TokenizerError(
+            f"{source}: token {ids[longest]} has {len(longest)} letters; llama.cpp, which goes one call deeper for each, "
+            f"takes {_MAX_TOKEN_LETTERS} at most: the file is damaged"
+        )
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:

@@ -127,7 +127,7 @@ def test_a_token_as_long_as_a_book(tmp_path: Path) -> None:
     oracles.write_json(model / "tokenizer_config.json", {"eos_token": "</s>"})
     open_model(model)
     edited(model / "tokenizer.json", lambda tokenizer: tokenizer["model"]["vocab"].append(["a" * 70_000, -1.0]))
-    with pytest.raises(TokenizerError, match="token 269 has 70000 letters; llama.cpp"):
+    with pytest.raises(TokenizerError, match="token 269 has 70000 letters"):
         open_model(model)
 
 

@@ -176,7 +176,7 @@ def _check_texts(texts: list[str], source: Path) -> None:
     longest = max(texts, key=len, default="")
     if len(longest) > _MAX_TOKEN_LETTERS:
         raise TokenizerError(
-            f"{source}: token {ids[longest]} has {len(longest)} letters; llama.cpp, which goes one call deeper for each, "
+            f"{source}: token {ids[longest]} has {len(longest)} letters; llama.cpp, one call deeper for each, "
             f"takes {_MAX_TOKEN_LETTERS} at most: the file is damaged"
         )
     try:

@@ -91,7 +91,7 @@ def read_imatrix(path: Path) -> Imatrix:
     except (ValueError, ModelError) as error:
         raise RecordError(f"{path}: not a readable importance matrix: {error}") from error
     for name, columns in entries.items():
-        if not np.isfinite(columns).all() or (columns < 0).any():
+        if not columns.size or not np.isfinite(columns).all() or (columns < 0).any():
             raise RecordError(f"{path}: {name}: holds what no mean of squares can be; make it again")
     return Imatrix(path, hashlib.sha256(data).hexdigest(), {name: _floored(value) for name, value in entries.items()})
 

@@ -554,6 +554,8 @@ def _is_scalar(kind: Any, value: Any) -> bool:
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     if kind is str:
         return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    if kind is int:
+        return type(value) is int and abs(value) < 2**63
     return type(value) is kind
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizer_oracles as oracles
-from fuzz_inputs import SMALL, gguf_parts, pieces
+from fuzz_inputs import SMALL, gguf_parts, pieces, unigram_json
 from fuzz_mutations import GgufParts, gguf_bytes
 from gguf import GGUFValueType
 from tiny_gguf import write_tiny_gguf
@@ -31,7 +31,7 @@ from nsds_gguf.imatrix import read_imatrix
 from nsds_gguf.model_card import find_origin
 from nsds_gguf.modelfile import chat_format, modelfile, parameters, special_texts
 from nsds_gguf.read import open_model
-from nsds_gguf.records import kv
+from nsds_gguf.records import PLAN_FORMAT, Plan, kv
 
 ROOT = Path(__file__).parent.parent
 ODD_STEPS = {"type": "Sequence", "pretokenizers": 1.5}
@@ -112,6 +112,25 @@ def test_tokenizer(kind: str, edit: Edit, error: type[Exception], message: str, 
         open_model(model)
 
 
+def test_a_post_processor_that_adds_what_is_no_id(tmp_path: Path) -> None:
+    model = write_tiny(tmp_path / "model", SMALL)
+    oracles.write_converted_folder(model, pieces())
+    edited(model / "tokenizer.json", lambda t: t["post_processor"]["special_tokens"]["<s>"].update(ids=[[1]]))
+    with pytest.raises(ModelError, match=r"tokenizer.ggml.bos_token_id: wanted a number of type UINT32, got \[1\]"):
+        open_model(model)
+
+
+def test_a_token_as_long_as_a_book(tmp_path: Path) -> None:
+    """llama.cpp's process ends with a segmentation fault."""
+    model = write_tiny(tmp_path / "model", SMALL)
+    oracles.write_json(model / "tokenizer.json", unigram_json(pieces()))
+    oracles.write_json(model / "tokenizer_config.json", {"eos_token": "</s>"})
+    open_model(model)
+    edited(model / "tokenizer.json", lambda tokenizer: tokenizer["model"]["vocab"].append(["a" * 70_000, -1.0]))
+    with pytest.raises(TokenizerError, match="token 269 has 70000 letters"):
+        open_model(model)
+
+
 def test_an_unknown_token_that_is_no_text(tmp_path: Path) -> None:
     model = write_tiny(tmp_path / "model", SMALL)
     oracles.write_converted_folder(model, pieces())
@@ -143,6 +162,21 @@ def test_keys_of_a_gguf_that_are_of_another_kind() -> None:
     assert special_texts({**metadata, "tokenizer.ggml.tokens": tokens}) == ("", "")
 
 
+def test_layers_without_end(tmp_path: Path) -> None:
+    parts = gguf_parts(write_tiny_gguf(tmp_path / "whole.gguf"))
+    keys = [(key, kind, 2**31 if key == "llama.block_count" else value) for key, kind, value in parts.keys]
+    (tmp_path / "many.gguf").write_bytes(gguf_bytes(replace(parts, keys=keys)))
+    with pytest.raises(UnsupportedError, match=r"llama.block_count 2147483648: llama.cpp takes at most 512 layers"):
+        open_model(tmp_path / "many.gguf")
+
+
+def test_a_plan_whose_numbers_no_sum_can_hold(tmp_path: Path) -> None:
+    data = {"format": PLAN_FORMAT, "allocator": "nsds", "target": {"kind": "none", "value": 0}, "types": [],
+            "importance": "none", "tensors": [], "header_bytes": 10**400, "model_id": "", "model_name": ""}  # fmt: skip
+    with pytest.raises(RecordError, match="header_bytes: wanted an integer, got 1000"):
+        Plan.from_json(data)
+
+
 def test_a_count_of_parents_without_end() -> None:
     assert find_origin({"general.base_model.count": kv(2**63, GGUFValueType.UINT64)}).repos == ()
     url = kv("https://huggingface.co/org/base", GGUFValueType.STRING)
@@ -150,7 +184,9 @@ def test_a_count_of_parents_without_end() -> None:
     assert find_origin(counted).repos == ("org/base",)
 
 
-@pytest.mark.parametrize(("name", "n"), [("blk.0.attn_norm.weight", 32), ("blk.1.ffn_norm.weight", 63)])
+@pytest.mark.parametrize(
+    ("name", "n"), [("blk.0.attn_norm.weight", 32), ("blk.1.ffn_norm.weight", 63), ("output_norm.weight", 2)]
+)
 def test_a_norm_of_another_width_than_the_stream(name: str, n: int, tmp_path: Path) -> None:
     parts = gguf_parts(write_tiny_gguf(tmp_path / "whole.gguf"))
     open_model(tmp_path / "whole.gguf")
@@ -176,6 +212,13 @@ def test_counts_that_are_not_finite_say_nothing_on_the_screen(tmp_path: Path) ->
 @pytest.mark.parametrize("data", [b"\x00\x00\x80\x7f", b"\x01\x00\x80\x7f"], ids=["infinity", "a signalling NaN"])
 def test_the_older_form_says_nothing_on_the_screen_either(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "imatrix.dat").write_bytes(b"\1\0\0\0" + b"\1\0\0\0a" + b"\1\0\0\0" + b"\1\0\0\0" + data + bytes(8))
+    with pytest.raises(RecordError, match="what no mean of squares can be"):
+        read_imatrix(tmp_path / "imatrix.dat")
+
+
+def test_an_importance_matrix_without_columns(tmp_path: Path) -> None:
+    data = b"\1\0\0\0" + b"\1\0\0\0a" + b"\1\0\0\0" + bytes(4) + bytes(8)
+    (tmp_path / "imatrix.dat").write_bytes(data)
     with pytest.raises(RecordError, match="what no mean of squares can be"):
         read_imatrix(tmp_path / "imatrix.dat")
 

@@ -220,7 +220,7 @@ def _check_numbers(folder: Path, metadata: Mapping[str, GGUFValue]) -> None:
         if kind not in _RANGES:
             continue
         (low, high), numbers = _RANGES[kind], (int, float) if kind == GGUFValueType.FLOAT32 else (int,)
-        for value in entry.value if isinstance(entry.value, list) else [entry.value]:
+        for value in entry.value if entry.sub_type is not None else [entry.value]:
             if type(value) not in numbers or not low <= value <= high:
                 raise ModelError(
                     f"{folder}: {key}: wanted a number of type {kind.name}, got {reprlib.repr(value)}; correct it in "

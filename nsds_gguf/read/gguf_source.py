@@ -57,6 +57,7 @@ _STORED: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "F64": np.dtype("<f8"),
 }
+MAX_LAYERS = 512  # llama.cpp's (LLAMA_MAX_LAYERS in llama-hparams.h)
 _COUNTED_AT_ONCE = 1 << 20  # weights, 4 MiB as float32
 _IDENTITY_BYTES = 4096  # of every tensor
 
@@ -89,11 +90,16 @@ def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False
     metadata = header.metadata
     if pre is not None:
         metadata["tokenizer.ggml.pre"] = kv(pre, GGUFValueType.STRING)
+    hparams = read_hparams(architecture, metadata, tensors)
+    if hparams.n_layers > MAX_LAYERS:
+        raise UnsupportedError(
+            f"{path}: {architecture}.block_count {hparams.n_layers}: llama.cpp takes at most {MAX_LAYERS} layers"
+        )
     return Model(
         path=parts[0].path,
         architecture=architecture,
         source_class="",
-        hparams=read_hparams(architecture, metadata, tensors),
+        hparams=hparams,
         tensors=tensors,
         metadata={key: _writable(value) for key, value in metadata.items()},
         notes=notes,
@@ -127,7 +133,8 @@ def _check_vectors(path: Path, tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         base = by_name.get(tensor.name.removesuffix(".bias") + ".weight")
         wanted = tensor.n_weights
-        if tensor.role in _STREAM_NORMS and tensor.layer is not None and embedding is not None:
+        is_norm = tensor.role == "output_norm" or (tensor.role in _STREAM_NORMS and tensor.layer is not None)
+        if is_norm and embedding is not None:
             wanted = embedding.n_cols
         elif tensor.role.endswith(".bias") and base is not None and len(base.shape) <= 2 and tensor.layer is not None:
             wanted = base.n_rows if len(base.shape) == 2 else base.n_weights

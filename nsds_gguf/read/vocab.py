@@ -31,6 +31,8 @@ from .vocab_steps import flat, is_byte_level
 from .vocab_tokens import PADDING_SCORE, Tokens
 from .vocab_unigram import Unigram, read_converted_unigram, read_unigram
 
+_MAX_TOKEN_LETTERS = 10_000  # a tenth of what overflows the stack of llama.cpp's trie of a unigram vocabulary
+
 _SPM_PRE = "default"  # what the converter writes for sentencepiece, where llama.cpp reads none
 
 
@@ -237,6 +239,12 @@ def _check_texts(texts: list[str], source: Path) -> None:
     for token_id, text in enumerate(texts):
         if ids.setdefault(text, token_id) != token_id:
             raise TokenizerError(f"{source}: token {text!r} has both id {ids[text]} and id {token_id}")
+    longest = max(texts, key=len, default="")
+    if len(longest) > _MAX_TOKEN_LETTERS:
+        raise TokenizerError(
+            f"{source}: token {ids[longest]} has {len(longest)} letters; llama.cpp, one call deeper for each, "
+            f"takes {_MAX_TOKEN_LETTERS} at most: the file is damaged"
+        )
     try:
         "".join(texts).encode()
     except UnicodeEncodeError as error:

@@ -25,7 +25,6 @@ from nsds_gguf.read.spans import read_span, row_runs
 from nsds_gguf.workfolder import LOCK, WorkFolder, remove_stale
 
 
-
 @pytest.fixture
 def model(tmp_path):
     return write_tiny(tmp_path / "model", TINY)

@@ -215,7 +215,7 @@ def test_without_the_library_the_message_says_what_to_install(full, tmp_path, mo
 
 
 def test_a_page_that_cannot_be_written(full, tmp_path):
-    with pytest.raises(OutputError, match=r"no/x\.html: cannot write: No such file or directory"):
+    with pytest.raises(OutputError, match=r"no/x\.html: cannot be written: No such file or directory"):
         write_report(full, tmp_path / "no" / "x.html")
 
 

@@ -36,8 +36,9 @@ try:
     convert.N_TOKENS = 512
 except KeyboardInterrupt:
     sys.exit(130)
-except (MemoryError, ImportError, OSError):  # the program itself says what it is
-    pass
+except (MemoryError, ImportError, OSError) as error:  # the program itself says what it is
+    if isinstance(error.__context__, KeyboardInterrupt):
+        sys.exit(130)
 from nsds_gguf.cli import main
 sys.exit(main())
 """
@@ -105,12 +106,14 @@ class Bench:
         """Start a run; ``limits`` are those of ``resource``, by name without RLIMIT."""
 
         def limit() -> None:
+            for number in (signal.SIGINT, signal.SIGHUP):  # which a shell's background and nohup ignore
+                signal.signal(number, signal.SIG_DFL)
             for name, value in limits.items():
                 resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
 
         command = [sys.executable, "-c", PROGRAM, "convert", str(model or self.model), *options]
         return subprocess.Popen(
-            command, cwd=self.work, env=ENVIRONMENT, preexec_fn=limit if limits else None,
+            command, cwd=self.work, env=ENVIRONMENT, preexec_fn=limit,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -268,7 +271,9 @@ def inputs(bench: Bench, count: int) -> Section:
         bench.whole = whole_gguf if is_gguf else whole_folder
         name, change = CHANGES[i // 2 % len(CHANGES)]
         process = bench.start(moving if is_gguf else None)
-        time.sleep(bench.moment())
+        while process.poll() is None and not any(bench.work.iterdir()):  # until the model is open
+            time.sleep(0.01)
+        time.sleep(bench.moment() / 2)
         change(weights)
         found = bench.end(process)
         judged(section, bench, found, (3, 8) if is_gguf else (3,), f"{weights.name} {name}")

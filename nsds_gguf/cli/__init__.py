@@ -20,10 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; without arguments, those of the process, as its program."""
     try:
         from .run import main as run
-    except KeyboardInterrupt:
-        print("error: stopped by SIGINT; no unfinished file is left", file=sys.stderr)
-        return _INTERRUPTED
-    except (MemoryError, ImportError, OSError) as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+            print("error: stopped by SIGINT; no unfinished file is left", file=sys.stderr)
+            return _INTERRUPTED
         if not _is_lack_of_memory(error):
             raise
         print("error: out of memory before the program could start; close other programs", file=sys.stderr)
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run(argv)
 
 
-def _is_lack_of_memory(error: Exception) -> bool:
+def _is_lack_of_memory(error: BaseException) -> bool:
     """Tell whether an import failed for want of memory, as Python or the loader of shared libraries say it."""
     told = (os.strerror(errno.ENOMEM), "failed to map segment", "cannot map zero-fill", "cannot create TLS")
     return isinstance(error, MemoryError) or any(text in str(error) for text in told)

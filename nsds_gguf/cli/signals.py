@@ -62,6 +62,10 @@ def handled(restore: bool = True) -> Iterator[None]:
     sys.unraisablehook = _without_stops(hook)
     try:
         yield
+    except Exception as error:
+        if stopped:  # an import that was interrupted fails in a way of its own
+            raise Stopped(stopped[0]) from error
+        raise
     finally:
         if restore:
             sys.unraisablehook = hook

@@ -43,7 +43,7 @@ from nsds_gguf.chat import ChatTemplate, conversation, find_format  # noqa: E402
 from nsds_gguf.errors import UnsupportedError  # noqa: E402
 from nsds_gguf.gguf_header import read_gguf_header  # noqa: E402
 from nsds_gguf.records import Model, Plan, Scores, Target  # noqa: E402
-from nsds_gguf.write import write_vocabulary  # noqa: E402
+from nsds_gguf.write import write_outline  # noqa: E402
 
 SMALL = replace(SPECS["llama"], n_layers=1, n_embd=32, n_ff=32, n_heads=2, n_kv_heads=1, dtype="F16")
 UNIFORM = PlanOptions(Target("none", 0), "uniform", uniform="Q8_0", importance="none")
@@ -109,7 +109,7 @@ def use_model(path: Path, out: Path) -> None:
 
 def _use_keys(model: Model, out: Path) -> None:
     """Write the keys, read them back, and say what other programs are told of them."""
-    write_vocabulary(model, out)
+    write_outline(model, out)
     try:
         metadata = read_gguf_header(out).metadata
         if len(metadata) < len(model.metadata):

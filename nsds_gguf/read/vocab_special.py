@@ -207,6 +207,9 @@ def _template_affixes(template: Mapping[str, Any], files: TokenizerFiles) -> Aff
         )
     except (KeyError, TypeError) as error:
         raise TokenizerError(f"{files.json_path}: damaged post-processor template: {error!r}") from error
+    strange = next((token_id for token_id in (*first, *last) if type(token_id) is not int), None)
+    if strange is not None:
+        raise TokenizerError(f"{files.json_path}: damaged post-processor template: wanted a token id, got {strange!r}")
     if not any(is_text) or len(first) > 1 or len(last) > 1:
         raise UnsupportedError(
             f"{files.json_path}: the post-processor adds {len(first)} tokens before and {len(last)} after the text; "

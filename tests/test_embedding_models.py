@@ -95,6 +95,13 @@ def test_other_pooling_is_refused(folder, pooling, told):
         read.open_model(folder)
 
 
+def test_pooling_counts_without_modules(folder):
+    (folder / "modules.json").unlink()
+    model = read.open_model(folder)
+    assert model.metadata["qwen3.pooling_type"] == kv(3, GGUFValueType.UINT32)
+    assert any("1_Pooling/config.json, without modules.json): last pooling" in note for note in model.notes)
+
+
 def test_dense_module_is_refused(folder):
     with_modules(folder, (*MODULES[:2], "Dense"))
     with pytest.raises(UnsupportedError, match=r"module Dense comes after the model, which llama.cpp does not"):
@@ -117,7 +124,7 @@ def test_notes_say_length_and_prompts(folder):
     with_modules(folder, MODULES, prompts={"query": "Instruct: ", "document": ""})
     assert read.open_model(folder).notes[-2:] == (
         "A model for embeddings (modules.json): last pooling is written to the file; they are to be normalised, as "
-        "llama-embedding and llama-server do unless asked otherwise.",
+        "llama-embedding and llama-server do by default.",
         "sentence-transformers puts a prompt before a text; for llama.cpp, write it yourself (query: 'Instruct: ').",
     )
     with_modules(folder, MODULES[:2])
@@ -138,6 +145,7 @@ def test_head_is_not_missed_and_not_written(folder):
     with WorkFolder(folder.parent) as files:
         check_vocabulary(model, VerifyOptions(n_ctx=32), TEXT, files)  # llama.cpp loads it so
     (folder / "modules.json").unlink()
+    (folder / "1_Pooling" / "config.json").unlink()
     with pytest.raises(ModelError, match=r"lm_head\.weight"):
         read.open_model(folder)
 

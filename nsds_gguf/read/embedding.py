@@ -20,6 +20,7 @@ from ..errors import ModelError, UnsupportedError
 from ..records import kv
 
 MODULES = "modules.json"
+POOLING = "1_Pooling"
 
 # Settings of 1_Pooling/config.json, old and new, and what llama.cpp has for them.
 _POOLINGS = {
@@ -50,9 +51,12 @@ def read_embedding(folder: Path, config: Mapping[str, Any]) -> Embedding:
         UnsupportedError: a module, or a way of pooling, that llama.cpp does not compute.
 
     """
-    if not (folder / MODULES).is_file():
+    if (folder / MODULES).is_file():
+        modules, source = _modules(folder), MODULES
+    elif (folder / POOLING / "config.json").is_file():
+        modules, source = [("Pooling", POOLING)], f"{POOLING}/config.json, without {MODULES}"
+    else:
         return Embedding({})
-    modules = _modules(folder)
     kinds = [kind for kind, _ in modules]
     if "Pooling" not in kinds:
         return Embedding({}, (f"{MODULES} names no module that pools: the file holds a language model.",))
@@ -64,12 +68,13 @@ def read_embedding(folder: Path, config: Mapping[str, Any]) -> Embedding:
         )
     pooling = _pooling(folder / dict(modules)["Pooling"] / "config.json")
     keys = {"pooling_type": kv(int(pooling), GGUFValueType.UINT32)}
-    length = (
-        "they are to be normalised, as llama-embedding and llama-server do unless asked otherwise"
-        if "Normalize" in kinds
-        else "they are not to be normalised: pass --embd-normalize -1 to llama.cpp's programs"
-    )
-    note = f"A model for embeddings ({MODULES}): {pooling.name.lower()} pooling is written to the file; {length}."
+    if source != MODULES:
+        length = "nothing says whether they are to be normalised, as llama-embedding and llama-server do by default"
+    elif "Normalize" in kinds:
+        length = "they are to be normalised, as llama-embedding and llama-server do by default"
+    else:
+        length = "they are not to be normalised: pass --embd-normalize -1 to llama.cpp's programs"
+    note = f"A model for embeddings ({source}): {pooling.name.lower()} pooling is written to the file; {length}."
     causal, causal_notes = _attention(config)
     return Embedding({**keys, **causal}, (note, *causal_notes, *_prompts(folder)))
 

@@ -84,7 +84,8 @@ class Facts:
     def embeds(self) -> bool:
         """Whether the model embeds texts: its keys say how tokens are pooled."""
         key = f"{self.file.architecture}.pooling_type"
-        return key in self.metadata and self.metadata[key].value in POOLINGS
+        entry = self.metadata.get(key)
+        return entry is not None and isinstance(entry.value, int) and entry.value in POOLINGS
 
 
 def is_repo(text: str) -> bool:

@@ -121,7 +121,7 @@ def _check_reference(model: Model, verifying: VerifyOptions, n_vocab: int) -> No
 def embeds(model: Model) -> bool:
     """Return whether a model is one for embeddings: it says how the embedding of a text is pooled from its tokens."""
     pooling = model.metadata.get(f"{model.architecture}.pooling_type")
-    return pooling is not None and pooling.value in POOLINGS
+    return pooling is not None and isinstance(pooling.value, int) and pooling.value in POOLINGS
 
 
 @contextmanager

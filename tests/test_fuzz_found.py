@@ -170,6 +170,23 @@ def test_layers_without_end(tmp_path: Path) -> None:
         open_model(tmp_path / "many.gguf")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "wanted"),
+    [
+        ("tokenizer.ggml.bos_token_id", [1, 2], "a whole number"),
+        ("llama.pooling_type", [3], "a whole number"),
+        ("tokenizer.ggml.add_bos_token", "yes", "true or false"),
+    ],
+)
+def test_keys_of_another_kind(key: str, value: object, wanted: str, tmp_path: Path) -> None:
+    parts = gguf_parts(write_tiny_gguf(tmp_path / "whole.gguf"))
+    entry = (key, 9, (5, value)) if isinstance(value, list) else (key, 8, value)  # an array of INT32, a text
+    keys = [*((k, kind, v) for k, kind, v in parts.keys if k != key), entry]
+    (tmp_path / "odd.gguf").write_bytes(gguf_bytes(replace(parts, keys=keys)))
+    with pytest.raises(ModelError, match=f"key {key} is .*; wanted {wanted}: get the file anew"):
+        open_model(tmp_path / "odd.gguf")
+
+
 def test_a_plan_whose_numbers_no_sum_can_hold(tmp_path: Path) -> None:
     data = {"format": PLAN_FORMAT, "allocator": "nsds", "target": {"kind": "none", "value": 0}, "types": [],
             "importance": "none", "tensors": [], "header_bytes": 10**400, "model_id": "", "model_name": ""}  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,6 +49,7 @@ _ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
 _TOKENS, _MERGES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges"
 _BY_TOKEN = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
 _SPECIAL_ID = re.compile(r"tokenizer\.ggml\.\w+_(token_)?id")
+_FLAG = re.compile(r"tokenizer\.ggml\.(add|remove)_\w+")
 _NORMAL, _UNUSED = 1, 5  # llama.cpp, enum llama_token_type
 _NO_VOCABULARY = ("no_vocab", "none")
 # Tokenizers of llama.cpp that have a BOS, an EOS or a separator without a key that names it.
@@ -138,11 +140,21 @@ def _check_keys(architecture: str, header: Header) -> None:
     if n_layers is not None and n_layers > MAX_LAYERS:
         raise ModelError(f"key {architecture}.block_count is {n_layers}; llama.cpp takes at most {MAX_LAYERS} layers")
     _check_experts(architecture, header)
+    _check_kinds(architecture, header)
     scaling = header.value(f"{architecture}.rope.scaling.type")
     if scaling is not None and scaling not in _ROPE_SCALINGS:
         raise ModelError(
             f"key {architecture}.rope.scaling.type is {scaling!r}; llama.cpp knows {', '.join(_ROPE_SCALINGS)}"
         )
+
+
+def _check_kinds(architecture: str, header: Header) -> None:
+    """Raise ``ModelError`` for an id, a flag or a kind of pooling that is something else: llama.cpp throws."""
+    for key, entry in header.metadata.items():
+        is_number = _SPECIAL_ID.fullmatch(key) is not None or key == f"{architecture}.pooling_type"
+        if (is_number and type(entry.value) is not int) or (_FLAG.fullmatch(key) and type(entry.value) is not bool):
+            wanted = "a whole number" if is_number else "true or false"
+            raise ModelError(f"key {key} is {reprlib.repr(entry.value)}; wanted {wanted}: get the file anew")
 
 
 def _with_needed_keys(architecture: str, header: Header) -> Header:

@@ -187,6 +187,14 @@ def test_keys_of_another_kind(key: str, value: object, wanted: str, tmp_path: Pa
         open_model(tmp_path / "odd.gguf")
 
 
+def test_a_stream_wider_than_any_tensor(tmp_path: Path) -> None:
+    parts = gguf_parts(write_tiny_gguf(tmp_path / "whole.gguf"))
+    keys = [(key, kind, 2**31 if key == "llama.embedding_length" else value) for key, kind, value in parts.keys]
+    (tmp_path / "wide.gguf").write_bytes(gguf_bytes(replace(parts, keys=keys)))
+    with pytest.raises(ModelError, match=r"llama.embedding_length is 2147483648; no tensor is wider than \d+"):
+        open_model(tmp_path / "wide.gguf")
+
+
 def test_a_plan_whose_numbers_no_sum_can_hold(tmp_path: Path) -> None:
     data = {"format": PLAN_FORMAT, "allocator": "nsds", "target": {"kind": "none", "value": 0}, "types": [],
             "importance": "none", "tensors": [], "header_bytes": 10**400, "model_id": "", "model_name": ""}  # fmt: skip

@@ -136,6 +136,9 @@ def _check_keys(architecture: str, header: Header) -> None:
     for key, entry in header.metadata.items():
         if key.startswith(f"{architecture}.") and not _is_finite(entry.value):
             raise ModelError(f"key {key} is {entry.value!r}; wanted a finite number: get the file anew")
+    widest = max((size for tensor in header.tensors for size in tensor.shape), default=0)
+    if (n_embd := header.value(f"{architecture}.embedding_length")) is not None and n_embd > widest:
+        raise ModelError(f"key {architecture}.embedding_length is {n_embd}; no tensor is wider than {widest}")
     n_layers = header.value(f"{architecture}.block_count")
     if n_layers is not None and n_layers > MAX_LAYERS:
         raise ModelError(f"key {architecture}.block_count is {n_layers}; llama.cpp takes at most {MAX_LAYERS} layers")

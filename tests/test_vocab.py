@@ -725,7 +725,8 @@ def test_added_tokens_of_a_sentencepiece_model(spm: Path, tmp_path: Path) -> Non
         "for example, it lists '<old>' as ordinary with id 1001, which is no token. "
         "The GGUF has them as transformers does.",
         "1 special token that no chat template uses, such as '<ctl>' (id 1005), will not show in llama.cpp's output: "
-        "it prints nothing for special tokens. If answers are made of them, run llama-cli or llama-server with --special.",
+        "it prints nothing for special tokens. If answers are made of them, run llama-cli or llama-server with "
+        "--special.",
         "Added tokens such as '<ctl>' take blanks around them along or match whole words only; "
         "llama.cpp matches them as they stand.",
     )

@@ -156,12 +156,12 @@ def rebuilds(listings: Listings) -> bool:
 
 def tokenizer_class(listings: Listings) -> str:
     """Return the class that transformers takes, less ``Tokenizer`` and ``Fast``; empty for the general one."""
-    model_type = listings.config.get("model_type")
+    model_type = str(listings.config.get("model_type"))
     name = listings.tokenizer_config.get("tokenizer_class") or listings.config.get("tokenizer_class")
     if model_type in _LOADED_AS_IT_IS:
         return ""
     if not isinstance(name, str):
-        return _BY_MODEL_TYPE.get(model_type, "") if isinstance(model_type, str) else ""
+        return _BY_MODEL_TYPE.get(model_type, "")
     name = name.removesuffix("Fast").removesuffix("Tokenizer")
     return "" if name == "Llama" and is_byte_level(listings.tokenizer) else name
 

@@ -119,7 +119,9 @@ def _same(ours: str, theirs: str) -> bool:
 
 
 def _score_differences(files: TokenizerFiles, proto: ModelProto) -> list[Difference]:
-    scores: list[Any] = [entry[1] for entry in files.tokenizer["model"]["vocab"] if isinstance(entry, list)]
+    scores: list[Any] = [
+        entry[1] for entry in files.tokenizer["model"]["vocab"] if isinstance(entry, list) and entry[1:]
+    ]
     other = [
         (i, piece, score)
         for i, (piece, score) in enumerate(zip(proto.pieces, scores, strict=False))
@@ -139,7 +141,8 @@ def _merge_differences(files: TokenizerFiles, proto: ModelProto) -> list[Differe
     made: dict[str, None] = {}
     late: dict[str, None] = {}
     lowest = math.inf
-    for merge in files.tokenizer["model"].get("merges") or []:
+    merges = files.tokenizer["model"].get("merges")
+    for merge in merges if isinstance(merges, list) else []:
         pair = merge.split(" ") if isinstance(merge, str) else merge
         joined = "".join(part for part in pair if isinstance(part, str)) if isinstance(pair, list) else ""
         made[joined] = None

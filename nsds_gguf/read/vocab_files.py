@@ -59,7 +59,8 @@ class TokenizerFiles:
         """Id by text in ``tokenizer.json``, BPE or Unigram, as far as its entries are texts with ids."""
         vocab = self.tokenizer["model"].get("vocab") if self.has_json else None
         if isinstance(vocab, list):
-            vocab = {entry[0]: i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+            pairs = [(entry[0], i) for i, entry in enumerate(vocab) if isinstance(entry, list) and entry]
+            return {text: i for text, i in pairs if isinstance(text, str)}
         entries = vocab.items() if isinstance(vocab, Mapping) else ()
         return {text: i for text, i in entries if isinstance(text, str) and type(i) is int}
 

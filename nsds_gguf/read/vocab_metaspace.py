@@ -68,7 +68,7 @@ def class_prefix_note(files: TokenizerFiles, of_file: bool) -> str:
     file = "tokenizer.json" if files.has_json else "tokenizer.model"
     return (
         f"{file} puts {found} in front of text, but {tokenizer_class(files.listings)}Tokenizer of transformers puts "
-        f"{counts} there, as tokenizer_config.json has it: add_space_prefix {str(prefix).lower()} is written."
+        f"{counts} there: add_space_prefix {str(prefix).lower()} is written."
     )
 
 

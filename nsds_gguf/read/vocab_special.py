@@ -156,9 +156,9 @@ def _check_found(files: TokenizerFiles, found: Mapping[str, int | None], add_bos
 def _check_affixes(files: TokenizerFiles, affixes: Affixes, ids: Mapping[str, int]) -> None:
     known = set(ids.values())
     for token_id in (affixes.bos, affixes.eos):
-        if token_id is not None and token_id not in known:
+        if token_id is not None and (type(token_id) is not int or token_id not in known):
             raise TokenizerError(
-                f"{files.json_path}: the post-processor adds id {token_id}, which is no token with a row in the "
+                f"{files.json_path}: the post-processor adds id {token_id!r}, which is no token with a row in the "
                 "embedding; correct post_processor"
             )
 
@@ -194,8 +194,9 @@ def _affixes(files: TokenizerFiles) -> Affixes:
 
 
 def _template_affixes(template: Mapping[str, Any], files: TokenizerFiles) -> Affixes:
-    pieces = template.get("single") or []
-    is_text = ["Sequence" in piece for piece in pieces]
+    single = template.get("single")
+    pieces = single if isinstance(single, list) else []
+    is_text = [isinstance(piece, Mapping) and "Sequence" in piece for piece in pieces]
     before, after = (pieces[: is_text.index(True)], pieces[is_text.index(True) + 1 :]) if any(is_text) else (pieces, [])
     tokens = template.get("special_tokens") or {}
     try:
@@ -203,7 +204,7 @@ def _template_affixes(template: Mapping[str, Any], files: TokenizerFiles) -> Aff
             [token_id for piece in side for token_id in tokens[piece["SpecialToken"]["id"]]["ids"]]
             for side in (before, after)
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise TokenizerError(f"{files.json_path}: damaged post-processor template: {error!r}") from error
     if not any(is_text) or len(first) > 1 or len(last) > 1:
         raise UnsupportedError(

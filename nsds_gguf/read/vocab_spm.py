@@ -82,7 +82,8 @@ def read_converted(files: TokenizerFiles) -> SentencePiece:
     joined = _scores_by_rank(vocab, merge_pairs(model.get("merges"), vocab, path), added, path)
     types = {i: TokenType.BYTE if text in _BYTE_TOKENS else TokenType.NORMAL for i, text in texts.items()}
     scores = {i: joined.get(text, 0.0) for i, text in texts.items()}
-    unk = vocab.get(model.get("unk_token"))
+    unk_token = model.get("unk_token")
+    unk = vocab.get(unk_token) if isinstance(unk_token, str) else None
     if unk is not None:
         types[unk] = TokenType.UNKNOWN
     overlay(texts, types, scores, added)

@@ -288,3 +288,13 @@ def test_a_broken_tokenizer_config_is_refused(converted: Path, tmp_path: Path) -
     (folder / CONFIG).write_bytes(b"")
     with pytest.raises(TokenizerError, match=r"tokenizer_config.json: not JSON"):
         open_vocab(folder, 2048, {})
+
+
+@pytest.mark.parametrize("ids", [[{}], [True], [99999]])
+def test_a_post_processor_without_a_token_is_refused(ids: list[Any], converted: Path, tmp_path: Path) -> None:
+    folder = changed(converted, tmp_path / "model", {})
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    content["post_processor"]["special_tokens"]["<s>"]["ids"] = ids
+    write_json(folder / "tokenizer.json", content)
+    with pytest.raises(TokenizerError, match=r"the post-processor adds id .*, which is no token with a row"):
+        open_vocab(folder, 2048, {})

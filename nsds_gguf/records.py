@@ -488,6 +488,8 @@ class Plan:
         values = _checked(data, PLAN_FORMAT, source)
         values.pop("sums", None)
         plan: Plan = _built(cls, values, source)
+        if plan.n_weights < 1 or any(min(tensor.shape, default=0) < 1 for tensor in plan.tensors):
+            raise RecordError(f"{source}: tensors: wanted some, with sizes from 1 up; write the plan again")
         return plan
 
     @property

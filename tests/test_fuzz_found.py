@@ -195,6 +195,13 @@ def test_a_stream_wider_than_any_tensor(tmp_path: Path) -> None:
         open_model(tmp_path / "wide.gguf")
 
 
+def test_a_plan_without_weights() -> None:
+    data = {"format": PLAN_FORMAT, "allocator": "nsds", "target": {"kind": "none", "value": 0}, "types": [],
+            "importance": "none", "tensors": [], "header_bytes": 32, "model_id": "", "model_name": ""}  # fmt: skip
+    with pytest.raises(RecordError, match="tensors: wanted some, with sizes from 1 up"):
+        Plan.from_json(data)
+
+
 def test_a_plan_whose_numbers_no_sum_can_hold(tmp_path: Path) -> None:
     data = {"format": PLAN_FORMAT, "allocator": "nsds", "target": {"kind": "none", "value": 0}, "types": [],
             "importance": "none", "tensors": [], "header_bytes": 10**400, "model_id": "", "model_name": ""}  # fmt: skip

@@ -14,7 +14,7 @@ import gguf
 
 from . import gguf_header
 from .allocate import PlanOptions
-from .errors import GgmlError, OutputError, VerifyError
+from .errors import GgmlError, OutputError, VerifyError, told_of
 from .records import Model, Plan
 from .write import unfinished
 
@@ -145,7 +145,8 @@ def write_small(path: Path, text: str) -> None:
 def named(target: Path, temporary: Path, output: Output) -> Iterator[None]:
     """Let a failed check speak of the file that the user asked for, and say what became of it."""
     try:
-        yield
+        with told_of(target, temporary):
+            yield
     except (VerifyError, GgmlError) as error:
         fate = f"kept as {target.name}.failed" if output.keep_failed else "removed; --keep would keep it"
-        raise type(error)(f"{error} ({fate})".replace(str(temporary), str(target))) from error
+        raise type(error)(f"{error} ({fate})") from error

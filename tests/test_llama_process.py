@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import os
 import signal
@@ -19,7 +20,7 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from tiny_gguf import write_tiny_gguf
 
 from nsds_gguf import llama
-from nsds_gguf.errors import GgmlError
+from nsds_gguf.errors import GgmlError, OutputError
 from nsds_gguf.llama import open_context, open_model, process
 from nsds_gguf.llama.messages import SharedBuffer, map_shared, receive, send
 
@@ -277,6 +278,19 @@ def test_shared_memory(platform, monkeypatch):
     assert np.frombuffer(buffer.data, np.float32)[:4].tolist() == [1, 2, 3, 0]
     buffer.close()
     assert not Path(buffer.path).exists()
+
+
+def test_no_shared_memory(tiny, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    monkeypatch.setattr(os, "ftruncate", refuse)
+    with (
+        open_model(tiny) as model,
+        pytest.raises(OutputError, match=r"logits take up to 1 MiB of shared memory, .* \(File too large\)"),
+        open_context(model, n_ctx=8, n_batch=1024),
+    ):
+        pass
 
 
 def test_large_logits(tmp_path):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import GgmlError, TextError, VerifyError
+from ..errors import OutputError, TextError, VerifyError
 from ..records import Float32
 from ..resources import n_blas_threads
 from .binding import N_PHYSICAL_BATCH, ContextOptions, Int32, ModelFacts, Observer
@@ -227,16 +227,21 @@ def open_context(
 
     Raises:
         VerifyError: the model is not one that predicts the next token.
+        OutputError: the system gives no shared memory for the logits.
         GgmlError: llama.cpp cannot create the context, usually for want of memory.
 
     """
     options = ContextOptions(
         n_ctx, n_batch, n_seq, n_threads or default_threads(), exact, observer, n_blas_threads() if observer else 1
     )
+    n_bytes = n_batch * model.n_vocab * np.dtype(np.float32).itemsize
     try:
-        shared = SharedBuffer(n_batch * model.n_vocab * np.dtype(np.float32).itemsize)
+        shared = SharedBuffer(n_bytes)
     except OSError as error:
-        raise GgmlError(f"{model.file}: no memory for logits: {error.strerror}") from error
+        raise OutputError(
+            f"{model.file}: logits take up to {n_bytes / 2**20:.0f} MiB of shared memory, which the system refuses "
+            f"({error.strerror}): lower --batch, or raise the limits on memory and the size of files (ulimit)"
+        ) from error
     try:
         number = model.call("open_context", options, shared.path)
         try:

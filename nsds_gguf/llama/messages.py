@@ -75,8 +75,12 @@ class SharedBuffer:
         else:
             self._fd, self.path = tempfile.mkstemp(prefix="nsds-gguf-logits-")
             self._file = Path(self.path)
-        os.ftruncate(self._fd, max(n_bytes, 1))
-        self.data = mmap.mmap(self._fd, max(n_bytes, 1))
+        try:
+            os.ftruncate(self._fd, max(n_bytes, 1))
+            self.data = mmap.mmap(self._fd, max(n_bytes, 1))
+        except OSError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give the memory back; arrays that look into it keep their part until they go."""

@@ -608,7 +608,7 @@ def original_bytes(model: Model) -> int:
     """Return the bytes of the file, or files, that ``--against original`` compares with."""
     if model.is_mended:
         return reference_plan(model).file_bytes
-    return sum(file.stat().st_size for file in model.files) or reference_plan(model).file_bytes
+    return sum(state.n_bytes for state in model.inputs) if model.files else reference_plan(model).file_bytes
 
 
 def with_original_at_hand(model: Model, options: VerifyOptions, writes_text: bool) -> VerifyOptions:

@@ -296,5 +296,7 @@ def test_a_post_processor_without_a_token_is_refused(ids: list[Any], converted: 
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     content["post_processor"]["special_tokens"]["<s>"]["ids"] = ids
     write_json(folder / "tokenizer.json", content)
-    with pytest.raises(TokenizerError, match=r"the post-processor adds id .*, which is no token with a row"):
+    with pytest.raises(
+        TokenizerError, match=r"adds id .*, which is no token with a row|wanted a token id, got (\{\}|True)"
+    ):
         open_vocab(folder, 2048, {})

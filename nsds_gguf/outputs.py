@@ -100,7 +100,7 @@ def _check_name(path: Path) -> None:
     """Raise ``OutputError`` for a name that no file can have, or that leads to a missing file."""
     try:
         found = path.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # what the folder is, its own check says
         return
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -18,13 +19,32 @@ _GIB = 2**30
 
 
 def available_memory_bytes() -> int | None:
-    """Return the memory that programs can still take, or ``None`` where the system does not say (not Linux)."""
+    """Return the memory that this process can still take, or ``None`` where the system does not say (not Linux)."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return None
     kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-    return None if kib is None else kib * 1024
+    limits = [
+        n_bytes for n_bytes in (None if kib is None else kib * 1024, _address_space_left()) if n_bytes is not None
+    ]
+    return min(limits, default=None)
+
+
+def _address_space_left() -> int | None:
+    """Return what a limit on the address space (``ulimit -v``) leaves, ``None`` without one.
+
+    Where that runs out, BLAS hangs or ends the process without an error that Python could see.
+    """
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    n_pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    return max(0, limit - n_pages * resource.getpagesize())
 
 
 def check_disk(folder: Path, n_bytes: int, what: str) -> None:

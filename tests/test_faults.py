@@ -393,3 +393,15 @@ def test_an_import_that_fails_for_memory():
     assert _is_lack_of_memory(MemoryError())
     assert _is_lack_of_memory(ImportError("libx.so: failed to map segment from shared object"))
     assert not _is_lack_of_memory(ImportError("No module named 'gguf'"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts the address space")
+def test_a_limit_of_the_address_space_is_a_limit_of_memory():
+    code = (
+        "import resource; from nsds_gguf.resources import available_memory_bytes as free\n"
+        "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (size + (100 << 20), -1)); print(free() >> 20)"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert 90 <= int(done.stdout) <= 100

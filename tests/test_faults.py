@@ -389,6 +389,21 @@ def test_errors_of_the_program_are_not_hidden(model, monkeypatch):
         run.main(["convert", str(model), *PLAIN])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not keep to this limit")
+def test_too_little_address_space_is_refused_before_anything_is_imported():
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (165 << 20, -1))\n"
+        "from nsds_gguf.cli import main\ncode = main(['inspect', 'x.gguf']); print(code, 'numpy' in sys.modules)"
+    )
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout == "5 False\n"
+    assert done.stderr == (
+        "error: out of memory before the program could start: it needs 400 MiB of address space, the limit is 165 MiB; "
+        "raise it (ulimit -v)\n"
+    )
+
+
 def test_an_import_that_fails_for_memory():
     assert _is_lack_of_memory(MemoryError())
     assert _is_lack_of_memory(ImportError("libx.so: failed to map segment from shared object"))

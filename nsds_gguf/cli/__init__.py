@@ -13,11 +13,20 @@ from typing import Any
 
 __all__ = ["EXIT_CODES", "build_parser", "main"]
 
+_LEAST_MIB = 400  # with less, OpenBLAS tries for ever to get some while it is imported, or ends the process
 _INTERRUPTED, _NO_MEMORY = 130, 5  # as in run and errors, which cannot be imported in either case
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; without arguments, those of the process, as its program."""
+    limit = _address_space_mib()
+    if limit is not None and limit < _LEAST_MIB:
+        print(
+            f"error: out of memory before the program could start: it needs {_LEAST_MIB} MiB of address space, the "
+            f"limit is {limit} MiB; raise it (ulimit -v)",
+            file=sys.stderr,
+        )
+        return _NO_MEMORY
     try:
         from .run import main as run
     except BaseException as error:
@@ -29,6 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: out of memory before the program could start; close other programs", file=sys.stderr)
         return _NO_MEMORY
     return run(argv)
+
+
+def _address_space_mib() -> int | None:
+    """Return the limit of the address space, ``None`` without one."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit >> 20
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:

@@ -460,7 +460,7 @@ def test_memory_is_asked_first(model, refused, monkeypatch):
 OUTPUTS = {
     "a folder that is a file": (
         "model/config.json/out.gguf",
-        "model/config.json/out.gguf: cannot be written: Not a directory; choose another name or folder",
+        "model/config.json: is a file; wanted a folder for the output",
     ),
     "a missing folder": ("out/", "out/: no such folder for the output; create it first"),
     "the model's weights": (

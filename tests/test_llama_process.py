@@ -212,6 +212,15 @@ def running(pid):
         return False
 
 
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_the_user_says_how_threads_wait(name, monkeypatch):
+    for each in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(each, raising=False)
+    assert process._waiting() == {"GOMP_SPINCOUNT": "30000"}
+    monkeypatch.setenv(name, "active")
+    assert process._waiting() == {}
+
+
 # --- what it says ---
 
 

@@ -41,6 +41,16 @@ _SOURCE_FOLDER = re.compile(r"\S*/(?=[\w.-]+:\d+:)")  # of the machine that llam
 _log = logging.getLogger("nsds_gguf.llama")
 
 
+def _waiting() -> dict[str, str]:
+    """Return how ggml's threads wait for one another: they spin, but not for long; empty where the user has said it.
+
+    Spinning without end costs up to three times the CPU time on a busy machine, not spinning a tenth of the wall time
+    on an idle one (docs/log.md).
+    """
+    stated = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    return {} if stated else {"GOMP_SPINCOUNT": "30000"}
+
+
 class LlamaProcess:
     """One process that runs llama.cpp. Calls come from any thread, one at a time."""
 
@@ -48,9 +58,7 @@ class LlamaProcess:
         """Start it; raises ``GgmlError`` when the system refuses."""
         paths = json.dumps([path for path in sys.path if path])
         command = [sys.executable, "-I", "-c", _STARTER, paths, str(HANG_SECONDS)]
-        # Threads that spin for one another cost three times as much on a busy machine and gain nothing on an idle one
-        # (docs/log.md). gdb, which ggml calls on an abort, can hang for ever beside ggml's threads.
-        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "GGML_NO_BACKTRACE": "1"}
+        environment = {**_waiting(), **os.environ, "GGML_NO_BACKTRACE": "1"}  # gdb can hang for ever beside threads
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,

@@ -15,21 +15,38 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from . import convert, llama
 from .allocate import Pin, PlanOptions
-from .convert import Reporter, ScoreOptions, VerifyOptions, Work
+from .allocate.presets import PRESETS
+from .calibration.imatrix import Imatrix
 from .errors import OutputError, PlanError, RecordError, TargetError, VerifyError
-from .filestate import unchanged
-from .hub import HubName
-from .imatrix import Imatrix
-from .inspect import inspect_gguf
-from .outputs import write_small
-from .perplexity import perplexity
-from .presets import PRESETS
+from .evaluate.inspect import inspect_gguf
+from .evaluate.perplexity import perplexity
+from .evaluate.texts import (
+    ORIGINAL,
+    VerifyOptions,
+    check_vocabulary,
+    embeds,
+    evaluation_text,
+)
+from .llamacpp import llama
+from .read.hub import HubName
 from .records import Plan, Scores, Target, read_json
-from .resources import check_disk
-from .workfolder import WorkFolder
-from .write import unfinished
+from .session.reporter import (
+    Reporter,
+    Silent,
+)
+from .session.session import (
+    ScoreOptions,
+    Work,
+    check_targets,
+    open_model,
+    reference_plan,
+    settled_options,
+)
+from .system.atomic import unfinished, write_small
+from .system.filestate import unchanged
+from .system.resources import check_disk
+from .system.workfolder import WorkFolder
 
 COMPARISON_FORMAT = "nsds-gguf comparison 1"
 
@@ -225,15 +242,15 @@ def compare(
 
     """
     check_stock(stock)
-    verifying = replace(verifying or VerifyOptions(), against=convert.ORIGINAL, enabled=True)
-    report, scoring = report or convert.Silent(), scoring or ScoreOptions()
-    text = convert.evaluation_text(verifying)
-    model = convert.open_model(path, pre, allow_requantize, report)
+    verifying = replace(verifying or VerifyOptions(), against=ORIGINAL, enabled=True)
+    report, scoring = report or Silent(), scoring or ScoreOptions()
+    text = evaluation_text(verifying)
+    model = open_model(path, pre, allow_requantize, report)
     options = PlanOptions(Target("none", 0), importance=importance, effort=effort)
     options = replace(options, types=types or options.types)
-    (options,), told = convert.settled_options(model, [options], None)
-    convert.check_targets(model, [replace(options, target=target) for target in targets], scoring.metric)
-    if convert.embeds(model):
+    (options,), told = settled_options(model, [options], None)
+    check_targets(model, [replace(options, target=target) for target in targets], scoring.metric)
+    if embeds(model):
         raise VerifyError(f"{model.path}: is a model for embeddings, and files are compared by perplexity; convert it: "
                           "each file is then checked by the cosine similarity of its embeddings")  # fmt: skip
     make_folder(folder)
@@ -241,9 +258,9 @@ def compare(
         files = stack.enter_context(WorkFolder(folder, [RESULT], report.say))
         stack.enter_context(unchanged(model.inputs))
         files.open()
-        convert.check_vocabulary(model, verifying, text, files)
+        check_vocabulary(model, verifying, text, files)
         work = Work(model, n_threads or llama.default_threads(), report, imatrix, told, files)
-        check_disk(folder, 2 * convert.reference_plan(model).file_bytes, "the original and one file at a time")
+        check_disk(folder, 2 * reference_plan(model).file_bytes, "the original and one file at a time")
         bench = _Bench(work, folder, verifying, text)
         reference = stack.enter_context(work.original())
         scores = bench.scores(replace(options, target=Target("bpw", 1)), scoring)

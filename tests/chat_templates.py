@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nsds_gguf.chat import ChatFormat
+from nsds_gguf.publish.chat import ChatFormat
 
 FOLDER = Path(__file__).parent / "jinja"
 

@@ -1,6 +1,7 @@
 """What is compared of our GGUFs with those of llama.cpp's converter, and the record of the latter.
 
-``tools/check_converter.py`` runs the converter and writes the record, which ``test_converter.py`` holds our output to.
+``tools/check/check_converter.py`` runs the converter and writes the record, which ``test_converter.py`` holds our
+output to.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from zoo import write_zoo, zoo_config, zoo_shapes
 from zoo_specs import SPECS
 
 from nsds_gguf import read
-from nsds_gguf.convert import reference_plan
-from nsds_gguf.gguf_header import read_gguf_header
-from nsds_gguf.write import write_gguf
+from nsds_gguf.llamacpp.gguf_header import read_gguf_header
+from nsds_gguf.quantize.write import write_gguf
+from nsds_gguf.session.session import (
+    reference_plan,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "converter.json"
 TRAINED = Path(__file__).parent.parent / "examples" / "books-4.6m"

@@ -1,6 +1,6 @@
 """Models and texts on which collected activations are held against llama-imatrix's, and how that program cuts texts.
 
-``tools/check_imatrix.py`` runs them all and records in ``golden/imatrix-NAME.gguf`` what that program writes.
+``tools/check/check_imatrix.py`` runs them all and records in ``golden/imatrix-NAME.gguf`` what that program writes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from tiny_archs import write_tiny_arch
 from tiny_gguf import tiny_text, write_tiny_gguf
 
-from nsds_gguf.llama import Int32, open_model
+from nsds_gguf.llamacpp.llama import Int32, open_model
 
 
 @dataclass(frozen=True)

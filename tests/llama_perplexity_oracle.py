@@ -2,7 +2,7 @@
 
 An implementation of its own, by llama.cpp tools/perplexity/perplexity.cpp (``log_softmax``, ``kl_divergence``): sums
 of products where the package centres first, percentiles by hand, and log-probabilities rounded as that program stores
-them in its file. ``tools/check_perplexity.py`` compares it with what that program prints.
+them in its file. ``tools/check/check_perplexity.py`` compares it with what that program prints.
 """
 
 from __future__ import annotations

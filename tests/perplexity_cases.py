@@ -1,6 +1,6 @@
 """Settings in which our perplexity is held against llama-perplexity's, and the files and texts for them.
 
-``tools/check_perplexity.py`` runs them all and records in ``golden/perplexity.json`` what that program prints.
+``tools/check/check_perplexity.py`` runs them all and records in ``golden/perplexity.json`` what that program prints.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from tiny_gguf import tiny_text, write_tiny_gguf
 
 from nsds_gguf import convert
 from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.llama import open_context, open_model
+from nsds_gguf.evaluate.texts import VerifyOptions, evaluation_text
+from nsds_gguf.llamacpp.llama import open_context, open_model
 from nsds_gguf.records import Target
+from nsds_gguf.session.outputs import Output
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 
@@ -67,7 +69,7 @@ def case_text(case: Case) -> str:
     """Return the text of a case."""
     if case.model.startswith("tiny"):
         return tiny_text(case.n_text_bytes)
-    return convert.evaluation_text(convert.VerifyOptions())[: case.n_text_bytes]
+    return evaluation_text(VerifyOptions())[: case.n_text_bytes]
 
 
 def case_file(folder: Path, model: str) -> Path:
@@ -79,9 +81,7 @@ def case_file(folder: Path, model: str) -> Path:
     if source == "tiny":
         return write_tiny_gguf(path, type_name, add_bos=bos == "bos")
     options = PlanOptions(Target("none", 0), "uniform", uniform=type_name, importance="none")
-    convert.convert(
-        DEMO, [options], output=convert.Output(path), verifying=convert.VerifyOptions(enabled=False), n_threads=1
-    )
+    convert.convert(DEMO, [options], output=Output(path), verifying=VerifyOptions(enabled=False), n_threads=1)
     GGUFReader(path, "r+").fields["tokenizer.ggml.add_bos_token"].parts[-1][0] = bos == "bos"
     return path
 

@@ -12,9 +12,9 @@ from models import make_model
 from numpy.typing import NDArray
 from tiny_gguf import tiny_vocabulary
 
-from nsds_gguf import ggml
+from nsds_gguf.llamacpp import ggml
+from nsds_gguf.quantize.write import header_bytes
 from nsds_gguf.records import Hparams, Model, Plan, PlannedTensor, Target
-from nsds_gguf.write import header_bytes
 
 NO_TARGET = Target("none", 0)
 

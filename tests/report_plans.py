@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from nsds_gguf import ggml
-from nsds_gguf.divergence import PERCENTILES, Divergence
-from nsds_gguf.perplexity import Perplexity
+from nsds_gguf.evaluate.divergence import PERCENTILES, Divergence
+from nsds_gguf.evaluate.perplexity import Perplexity
+from nsds_gguf.llamacpp import ggml
 from nsds_gguf.records import LayerScore, Plan, PlannedTensor, Scores, Target
 
 HOSTILE_NAME = (

@@ -16,10 +16,12 @@ from llama_forward import matrix_inputs
 from tiny_archs import N_EXPERTS
 from tiny_gguf import N_VOCAB, tiny_weights, write_tiny_gguf
 
-from nsds_gguf import convert, ggml
-from nsds_gguf.activations import collect
+from nsds_gguf.calibration.activations import collect
+from nsds_gguf.calibration.imatrix import read_imatrix
 from nsds_gguf.errors import GgmlError, TextError, VerifyError
-from nsds_gguf.imatrix import read_imatrix
+from nsds_gguf.llamacpp import ggml
+from nsds_gguf.session.reporter import Silent
+from nsds_gguf.session.session import Work, open_model, reference_plan
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 GOLDEN = Path(__file__).parent / "golden"
@@ -42,7 +44,8 @@ def drawn(*shape, seed=3):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.model)
 def test_mean_squares_are_llama_imatrix(case, folder):
-    """What llama-imatrix wrote (tools/check_imatrix.py): sums in single precision, of every matrix it looks at."""
+    """What llama-imatrix wrote (tools/check/check_imatrix.py): sums in single precision, of every matrix it looks
+    at."""
     file = case_file(folder, case)
     found = collect(file, case_tokens(file, case), n_threads=1)
     golden = GGUFReader(GOLDEN / f"imatrix-{case.model}.gguf")
@@ -59,8 +62,8 @@ def test_mean_squares_are_llama_imatrix(case, folder):
 
 def test_mean_squares_of_a_trained_model_are_llama_imatrix(folder):
     """The demo in BF16 over eight chunks, whose token ids are kept: ``golden/imatrix.gguf`` of llama-imatrix."""
-    work = convert.Work(convert.open_model(DEMO, None, False, convert.Silent()), 1, convert.Silent())
-    work.write(convert.reference_plan(work.model), folder / "demo.gguf")
+    work = Work(open_model(DEMO, None, False, Silent()), 1, Silent())
+    work.write(reference_plan(work.model), folder / "demo.gguf")
     tokens = np.load(GOLDEN / "imatrix-tokens.npy").astype(np.int32)
     found = collect(folder / "demo.gguf", tokens, n_threads=1)
     wanted = read_imatrix(GOLDEN / "imatrix.gguf").columns

@@ -11,13 +11,22 @@ import pytest
 from arrays import random_arrays
 from models import make_model
 
-from nsds_gguf import allocate, convert, ggml
-from nsds_gguf.allocate import FAST_MARGIN, PREFERENCES, PlanOptions, check_options, make_plan, measurement
+from nsds_gguf import allocate, convert
+from nsds_gguf.allocate import (
+    FAST_MARGIN,
+    PREFERENCES,
+    PlanOptions,
+    check_options,
+    make_plan,
+    measurement,
+)
 from nsds_gguf.allocate.candidates import Candidate, Pin, candidates, check_target
 from nsds_gguf.allocate.measurement import measure, ratio_estimate, sample_rows
-from nsds_gguf.allocate.propagation import Propagation, propagate
 from nsds_gguf.errors import ModelError, PlanError, RecordError, TargetError
+from nsds_gguf.llamacpp import ggml
 from nsds_gguf.records import UNQUANTIZED, LayerScore, Plan, Scores, Target
+from nsds_gguf.sensitivity.moment_propagation import Propagation, propagate
+from nsds_gguf.session.session import ScoreOptions
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 
@@ -392,7 +401,7 @@ class TestPlans:
 @pytest.fixture(scope="module")
 def both():
     """Return a plan of the demo, and the one that prefers types that ggml is fast with."""
-    scores = convert.score_model(DEMO, convert.ScoreOptions(), n_threads=1)
+    scores = convert.score_model(DEMO, ScoreOptions(), n_threads=1)
     wishes = [PlanOptions(Target("bpw", 3.6), prefer=prefer) for prefer in PREFERENCES]
     return convert.plan(DEMO, wishes, given=scores).plans
 

@@ -26,9 +26,9 @@ from command import PLAIN, QUICK, TINY, call, listing, message, run, start
 from tiny_gguf import write_tiny_gguf
 from tiny_models import SPECS, Spec, safetensors_bytes, tiny_config, tiny_weights, write_tiny
 
-from nsds_gguf import resources
 from nsds_gguf.allocate.candidates import budget_bytes, nearest_bpw
 from nsds_gguf.records import Target
+from nsds_gguf.system import resources
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 23093576\n"
 SHARDED = replace(TINY, n_shards=3)

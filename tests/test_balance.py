@@ -17,10 +17,23 @@ from zoo_specs import SPECS, write_spec
 
 from nsds_gguf import convert
 from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.balance import LEAST, OUTSTANDING, Balance, find_balance
-from nsds_gguf.convert import ORIGINAL, Output, Silent, VerifyOptions, Work
+from nsds_gguf.evaluate.texts import (
+    ORIGINAL,
+    VerifyOptions,
+)
+from nsds_gguf.quantize.equalization import LEAST, OUTSTANDING, Balance, find_balance
 from nsds_gguf.read import open_model
 from nsds_gguf.records import SELF, Model, Target
+from nsds_gguf.session import session
+from nsds_gguf.session.outputs import (
+    Output,
+)
+from nsds_gguf.session.reporter import (
+    Silent,
+)
+from nsds_gguf.session.session import (
+    Work,
+)
 
 OPTIONS = PlanOptions(Target("bpw", 4.5))
 
@@ -126,8 +139,8 @@ def test_nothing_is_changed_without_need(tmp_path: Path) -> None:
 )
 def test_the_same_bytes_hold_more(how: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With outliers, divergence from the file as it was; the plan says what was changed, and makes the same file."""
-    monkeypatch.setattr(convert, "N_DRAWN", 2048)
-    monkeypatch.setattr(convert, "N_TOKENS", 2048)
+    monkeypatch.setattr(session, "N_DRAWN", 2048)
+    monkeypatch.setattr(session, "N_TOKENS", 2048)
     source = write_tiny(tmp_path / "source", replace(TINY, dtype="F32"))
     outlier_copy(source, tmp_path / "copy", seed=1)
     checked = VerifyOptions(n_ctx=64, n_chunks=4, against=ORIGINAL)
@@ -143,7 +156,7 @@ def test_the_same_bytes_hold_more(how: dict[str, str], tmp_path: Path, monkeypat
     assert sum("Outlier channels are evened out" in note for note in found.plan.notes) == 1
     again = made("again.gguf", found.plan)
     assert again.path.read_bytes() == found.path.read_bytes()
-    monkeypatch.setattr(convert, "find_balance", lambda *_: Balance())
+    monkeypatch.setattr(session, "find_balance", lambda *_: Balance())
     without = made("without.gguf")
     assert not any("Outlier" in note for note in without.plan.notes)
     divergences = [done.perplexity.divergence.kld_mean for done in (found, without)]

@@ -18,13 +18,13 @@ from modelfile_parser import parse
 from tiny_gguf import write_tiny_gguf
 from tiny_models import N_VOCAB, write_tiny
 
-from nsds_gguf import llama
-from nsds_gguf.bundle import Source, make_bundle
 from nsds_gguf.errors import ModelError, OutputError, TextError
-from nsds_gguf.gguf_header import read_gguf_header
-from nsds_gguf.model_card import Origin, find_origin, is_repo
+from nsds_gguf.llamacpp import llama
+from nsds_gguf.llamacpp.gguf_header import read_gguf_header
+from nsds_gguf.publish.bundle import Source, make_bundle
+from nsds_gguf.publish.first_words import sample
+from nsds_gguf.publish.model_card import Origin, find_origin, is_repo
 from nsds_gguf.records import kv
-from nsds_gguf.sample import sample
 
 FILES = {"Modelfile", "README.md", "SHA256SUMS", "plan.json", "scores.json"}
 

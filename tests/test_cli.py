@@ -19,10 +19,9 @@ from gguf import GGUFReader, GGUFWriter
 from tiny_gguf import tiny_text, write_tiny_gguf
 from tiny_models import write_tiny
 
-from nsds_gguf import errors
+from nsds_gguf import __version__, errors
 from nsds_gguf.cli import EXIT_CODES
 from nsds_gguf.cli.parser import parse_bpw_list, parse_size
-from nsds_gguf.version import __version__
 
 VERBS = ("convert", "score", "plan", "perplexity", "compare", "inspect", "report", "bundle")
 CONVERT = ("convert", "model", *PLAIN, *QUICK)

@@ -13,7 +13,7 @@ from tiny_models import write_tiny
 
 from nsds_gguf import compare as module
 from nsds_gguf.allocate.candidates import candidates
-from nsds_gguf.allocate.randomly import random_types
+from nsds_gguf.allocate.random_types import random_types
 from nsds_gguf.compare import (
     OURS,
     PAPER,
@@ -27,9 +27,11 @@ from nsds_gguf.compare import (
     exact_bpw,
     geometric_mean,
 )
-from nsds_gguf.convert import VerifyOptions
 from nsds_gguf.errors import PlanError, RecordError, TargetError
-from nsds_gguf.perplexity import Perplexity, perplexity
+from nsds_gguf.evaluate.perplexity import Perplexity, perplexity
+from nsds_gguf.evaluate.texts import (
+    VerifyOptions,
+)
 from nsds_gguf.read import open_model
 from nsds_gguf.records import Target
 

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from nsds_gguf import convert, ggml
+from nsds_gguf import convert
 from nsds_gguf.allocate import Pin, PlanOptions
 from nsds_gguf.errors import PlanError, RecordError
+from nsds_gguf.evaluate.texts import VerifyOptions
+from nsds_gguf.llamacpp import ggml
 from nsds_gguf.records import Plan, Scores, Target
+from nsds_gguf.session.outputs import Output
+from nsds_gguf.session.reporter import Silent
+from nsds_gguf.session.session import ScoreOptions, tensor_types_file
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
-FEW = convert.VerifyOptions(n_chunks=4)
-OFF = convert.VerifyOptions(enabled=False)
+FEW = VerifyOptions(n_chunks=4)
+OFF = VerifyOptions(enabled=False)
 
 
 def bpw(value, **options):
@@ -25,7 +30,7 @@ def bpw(value, **options):
 
 @pytest.fixture(scope="module")
 def scores():
-    return convert.score_model(DEMO, convert.ScoreOptions())
+    return convert.score_model(DEMO, ScoreOptions())
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,7 @@ def reference(tmp_path_factory):
     """The demo model at its own precision."""
     path = tmp_path_factory.mktemp("reference") / "demo-BF16.gguf"
     options = PlanOptions(Target("none", 0), "uniform", uniform="BF16")
-    convert.convert(DEMO, [options], output=convert.Output(path), verifying=OFF)
+    convert.convert(DEMO, [options], output=Output(path), verifying=OFF)
     return path
 
 
@@ -53,14 +58,14 @@ def test_original_precision_is_the_checkpoint_bit_for_bit(reference):
 def test_one_run_makes_several_files_and_checks_them(tmp_path, scores, reference):
     stages = []
 
-    class Listener(convert.Silent):
+    class Listener(Silent):
         def stage(self, name):
             stages.append(name)
             return super().stage(name)
 
     verifying = dataclasses.replace(FEW, against=str(reference))
     results = convert.convert(
-        DEMO, [bpw(2.8), bpw(4.5)], verifying=verifying, output=convert.Output(tmp_path), report=Listener()
+        DEMO, [bpw(2.8), bpw(4.5)], verifying=verifying, output=Output(tmp_path), report=Listener()
     )
     assert [result.path.name.rsplit("-", 1)[1] for result in results] == ["NSDS_2_80BPW.gguf", "NSDS_4_50BPW.gguf"]
     assert sum(name.startswith("score layers") for name in stages) == stages.count("measure tensors") == 1
@@ -80,7 +85,7 @@ def test_one_run_makes_several_files_and_checks_them(tmp_path, scores, reference
 def test_same_input_same_bytes_whatever_the_threads(tmp_path, scores):
     digests = set()
     for n_threads in (1, 3):
-        output = convert.Output(tmp_path / "model.gguf", force=True)
+        output = Output(tmp_path / "model.gguf", force=True)
         convert.convert(DEMO, [bpw(3.1)], given=scores, output=output, verifying=OFF, n_threads=n_threads)
         digests.add(sha256(tmp_path / "model.gguf"))
     assert len(digests) == 1
@@ -88,7 +93,7 @@ def test_same_input_same_bytes_whatever_the_threads(tmp_path, scores):
 
 def test_target_size_counts_the_whole_file(tmp_path, scores):
     (result,) = convert.convert(
-        DEMO, [PlanOptions(Target("size", 2_000_000))], given=scores, output=convert.Output(tmp_path), verifying=OFF
+        DEMO, [PlanOptions(Target("size", 2_000_000))], given=scores, output=Output(tmp_path), verifying=OFF
     )
     assert 2_000_000 * 0.999 < result.path.stat().st_size <= 2_000_000
 
@@ -98,8 +103,8 @@ def test_scores_and_plans_come_back_from_files(tmp_path, scores):
     (plan,) = convert.plan(DEMO, [bpw(3.3)], given=kept).plans
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
-    convert.convert(DEMO, [bpw(3.3)], given=scores, output=convert.Output(first), verifying=OFF)
-    convert.convert(DEMO, (), given=again, output=convert.Output(second), verifying=OFF)
+    convert.convert(DEMO, [bpw(3.3)], given=scores, output=Output(first), verifying=OFF)
+    convert.convert(DEMO, (), given=again, output=Output(second), verifying=OFF)
     assert sha256(first) == sha256(second)
 
 
@@ -111,13 +116,11 @@ def test_a_plan_edited_by_hand_is_followed_within_its_target(tmp_path, scores):
         return dataclasses.replace(plan, tensors=tuple(tensors))
 
     path = tmp_path / "edited.gguf"
-    convert.convert(
-        DEMO, (), given=with_type("blk.0.ffn_up.weight", "q2_k"), output=convert.Output(path), verifying=OFF
-    )
+    convert.convert(DEMO, (), given=with_type("blk.0.ffn_up.weight", "q2_k"), output=Output(path), verifying=OFF)
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
     assert types["blk.0.ffn_up.weight"] == "Q2_K"
     with pytest.raises(PlanError, match=r"^the plan exceeds its target 3\.3 bpw by \d+ bytes$"):
-        convert.convert(DEMO, (), given=with_type("output.weight", "F32"), output=convert.Output(path, force=True))
+        convert.convert(DEMO, (), given=with_type("output.weight", "F32"), output=Output(path, force=True))
     with pytest.raises(RecordError, match=r"^the plan is of another model"):
         convert.convert(DEMO, (), given=dataclasses.replace(plan, model_id="0" * 64))
 
@@ -125,7 +128,7 @@ def test_a_plan_edited_by_hand_is_followed_within_its_target(tmp_path, scores):
 def test_pins_hold_in_the_file(tmp_path):
     path = tmp_path / "pinned.gguf"
     options = bpw(4.3, pins=(Pin.parse(r"blk\.[01]\..*=Q5_K"), Pin.parse("output.weight=Q8_0")))
-    convert.convert(DEMO, [options], output=convert.Output(path), verifying=OFF)
+    convert.convert(DEMO, [options], output=Output(path), verifying=OFF)
     for tensor in GGUFReader(path).tensors:
         if tensor.name.startswith(("blk.0.", "blk.1.")) and len(tensor.shape) > 1:
             assert tensor.tensor_type.name == "Q5_K"
@@ -135,9 +138,7 @@ def test_pins_hold_in_the_file(tmp_path):
 @pytest.mark.parametrize("allocator", ["nsds", "paper"])
 def test_files_say_where_they_come_from(tmp_path, scores, allocator):
     path = tmp_path / "model.gguf"
-    (result,) = convert.convert(
-        DEMO, [bpw(3.7, allocator=allocator)], given=scores, output=convert.Output(path), verifying=OFF
-    )
+    (result,) = convert.convert(DEMO, [bpw(3.7, allocator=allocator)], given=scores, output=Output(path), verifying=OFF)
     keys = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
     assert keys["nsds_gguf.allocator"] == allocator and keys["nsds_gguf.target"] == "3.7 bpw"
     assert keys["nsds_gguf.scores_sha256"] == scores.digest and keys["nsds_gguf.plan_sha256"] == result.plan.digest
@@ -150,7 +151,7 @@ def test_default_plan_beats_whole_layers_at_the_same_bytes(tmp_path, scores, ref
     def divergence(options):
         path = tmp_path / "model.gguf"
         verifying = dataclasses.replace(FEW, n_chunks=8, against=str(reference))
-        output = convert.Output(path, force=True)
+        output = Output(path, force=True)
         (result,) = convert.convert(DEMO, [options], given=scores, output=output, verifying=verifying)
         return result.plan.bpw, result.perplexity.divergence.kld_mean
 
@@ -161,7 +162,7 @@ def test_default_plan_beats_whole_layers_at_the_same_bytes(tmp_path, scores, ref
 
 def test_tensor_types_file_is_anchored(scores):
     (plan,) = convert.plan(DEMO, [bpw(3.3)], given=scores).plans
-    lines = convert.tensor_types_file(plan).splitlines()
+    lines = tensor_types_file(plan).splitlines()
     assert len(lines) == sum(len(t.shape) > 1 for t in plan.tensors)
     assert any(line.startswith(r"^blk\.1\.attn_q\.weight$=q") for line in lines)
 

@@ -1,4 +1,5 @@
-"""Our GGUFs against what llama.cpp's own converter made of the same folders (recorded by tools/check_converter.py)."""
+"""Our GGUFs against what llama.cpp's own converter made of the same folders (recorded by
+tools/check/check_converter.py)."""
 
 from __future__ import annotations
 

@@ -13,10 +13,10 @@ import pytest
 import sentencepiece
 
 import nsds_gguf
-from nsds_gguf.perplexity import perplexity
+from nsds_gguf.evaluate.perplexity import perplexity
 
 MODEL = Path(__file__).parents[1] / "examples" / "books-4.6m"
-TEXT = Path(nsds_gguf.__file__).parent / "data" / "old_curiosity_shop.txt"
+TEXT = Path(nsds_gguf.__file__).parent / "evaluate" / "old_curiosity_shop.txt"
 
 MAX_FOLDER_BYTES = 10_000_000
 MAX_BITS_PER_BYTE = 1.75

@@ -13,19 +13,31 @@ import numpy as np
 import pytest
 from command import TINY, call, message
 from gguf import GGUFReader, GGUFValueType
+from gguf.gguf_writer import GGUFValue
 from llama_forward import matrix_inputs
 from tiny_archs import write_tiny_arch
 from tiny_gguf import tiny_weights, write_tiny_gguf
 from tiny_models import write_tiny
 
-from nsds_gguf import allocate, convert, hessians, read
-from nsds_gguf.allocate import PlanOptions, draw_tokens, read_tokens, sensitivity
-from nsds_gguf.convert import Output, VerifyOptions
-from nsds_gguf.effort import AUTO, against_high, settled
+from nsds_gguf import convert, read
+from nsds_gguf.allocate import PlanOptions
+from nsds_gguf.calibration import hessians
+from nsds_gguf.calibration.generated_text import own_text
+from nsds_gguf.compute.decoder import what_is_missing
 from nsds_gguf.errors import OutputError, PlanError
-from nsds_gguf.records import SELF, UNQUANTIZED, GGUFValue, Plan, Target
-from nsds_gguf.resources import blas_threads
-from nsds_gguf.selftext import own_text
+from nsds_gguf.evaluate.texts import (
+    VerifyOptions,
+)
+from nsds_gguf.records import SELF, UNQUANTIZED, Plan, Target
+from nsds_gguf.sensitivity import sensitivities as sensitivity
+from nsds_gguf.sensitivity.fisher import draw_tokens, read_tokens
+from nsds_gguf.session import session
+from nsds_gguf.session.effort import AUTO, against_high, settled
+from nsds_gguf.session.outputs import (
+    Output,
+)
+from nsds_gguf.session.reporter import Silent
+from nsds_gguf.system.resources import blas_threads
 
 UNCHECKED = VerifyOptions(enabled=False)
 HIGH = ("--effort", "high", "--importance", "sweep", "--threads", 1)
@@ -45,8 +57,8 @@ def models(tmp_path_factory):
 def short(monkeypatch, tmp_path):
     """Draw and write fewer tokens, in an empty working directory."""
     monkeypatch.setattr(sensitivity, "draw_tokens", lambda model, *_: draw_tokens(model, 2, 64))
-    monkeypatch.setattr(convert, "N_DRAWN", 2048)
-    monkeypatch.setattr(convert, "N_TOKENS", 512)
+    monkeypatch.setattr(session, "N_DRAWN", 2048)
+    monkeypatch.setattr(session, "N_TOKENS", 512)
     monkeypatch.chdir(tmp_path)
 
 
@@ -137,7 +149,7 @@ def test_importance_that_knows_too_little(models, importance):
     )
 
 
-class Stages(convert.Silent):
+class Stages(Silent):
     def __init__(self):
         self.names = []
 
@@ -149,7 +161,7 @@ class Stages(convert.Silent):
 def test_experts_go_by_the_models_own_text(models):
     """On drawn tokens they are refused before any work; on own text ggml rounds stacks, and the plan says so."""
     source, stages = models / "experts.gguf", Stages()
-    missing = allocate.what_is_missing(read.open_model(source))
+    missing = what_is_missing(read.open_model(source))
     with pytest.raises(PlanError) as caught:
         convert.plan(source, [PlanOptions(Target("bpw", 4), effort="high")], n_threads=1, report=stages)
     assert str(caught.value) == (
@@ -192,7 +204,7 @@ def test_nothing_is_left_however_it_ends(models, monkeypatch, end):
             raise OutputError("the disk is full")
         os.kill(os.getpid(), signal.SIGINT if end == "Ctrl-C" else signal.SIGTERM)
 
-    monkeypatch.setattr(convert, "write_gguf", stopped)
+    monkeypatch.setattr(session, "write_gguf", stopped)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         outcome = call("convert", models / "wide", "--uniform", "Q3_K", *HIGH, "--no-verify", "-o", "x.gguf", "-q")
@@ -258,7 +270,7 @@ def test_what_is_left_open(models, changed, effort, importance, reason):
 
 
 def test_a_large_model_gets_normal_effort_and_is_told(models, monkeypatch):
-    monkeypatch.setattr("nsds_gguf.effort.AUTO_HIGH_WEIGHTS", 500_000)
+    monkeypatch.setattr("nsds_gguf.session.effort.AUTO_HIGH_WEIGHTS", 500_000)
     outcome = call("plan", models / "wide", "--target-bpw", 4, "--json", "plan.json", as_told=True)
     assert outcome.code == 0, outcome.err
     plan = json.loads(Path("plan.json").read_text())

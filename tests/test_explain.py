@@ -10,7 +10,7 @@ import pytest
 from command import call
 
 from nsds_gguf.errors import PlanError, RecordError
-from nsds_gguf.explain import exchange_rate, in_a_word, sensitivity_per_weight, steps, why
+from nsds_gguf.publish.explain import exchange_rate, in_a_word, sensitivity_per_weight, steps, why
 from nsds_gguf.records import Plan, PlannedTensor, Scores, Target, TensorCost
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"

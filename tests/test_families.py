@@ -15,7 +15,7 @@ from zoo_specs import SPECS, write_spec
 
 from nsds_gguf.errors import ModelError, UnsupportedError
 from nsds_gguf.read import open_model
-from nsds_gguf.read.families import FAMILIES, TEXT_MODELS, WRAPPERS
+from nsds_gguf.read.architectures.families import FAMILIES, TEXT_MODELS, WRAPPERS
 from nsds_gguf.read.mapping import CHANGES, ROW_ORDERS
 
 

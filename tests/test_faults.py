@@ -16,13 +16,16 @@ import pytest
 from command import ENVIRONMENT, PLAIN, TINY, call, message
 from tiny_models import write_tiny
 
-from nsds_gguf import convert, outputs, workfolder, write
+from nsds_gguf import convert
 from nsds_gguf.cli import _is_lack_of_memory, run, signals
 from nsds_gguf.errors import ModelError, NsdsError, OutputError
-from nsds_gguf.filestate import check_unchanged, file_states, unchanged
+from nsds_gguf.quantize import write
 from nsds_gguf.read import open_model
 from nsds_gguf.read.spans import read_span, row_runs
-from nsds_gguf.workfolder import LOCK, WorkFolder, remove_stale
+from nsds_gguf.session import outputs
+from nsds_gguf.system import workfolder
+from nsds_gguf.system.filestate import check_unchanged, file_states, unchanged
+from nsds_gguf.system.workfolder import LOCK, WorkFolder, remove_stale
 
 
 @pytest.fixture

@@ -15,16 +15,24 @@ from zoo import zoo_tokens
 from zoo_logits import GOLDEN, difference, positions, recorded
 from zoo_specs import SPECS, write_spec
 
-from nsds_gguf.allocate.decoder import Decoder, what_is_missing
-from nsds_gguf.allocate.fisher import ZIPF_SHIFT, Head, _Pass, draw_tokens, fisher, token_chances, working_bytes
-from nsds_gguf.allocate.sensitivity import sensitivities
-from nsds_gguf.allocate.tape import Node, Tape
-from nsds_gguf.anatomy import read_hparams
+from nsds_gguf.calibration.hessians import make_feedbacks, multiplied
+from nsds_gguf.compute.decoder import Decoder, what_is_missing
+from nsds_gguf.compute.layers import view_layer
+from nsds_gguf.compute.tape import Node, Tape
 from nsds_gguf.errors import OutputError
-from nsds_gguf.hessians import make_feedbacks, multiplied
 from nsds_gguf.read import open_model
+from nsds_gguf.read.hparams import read_hparams
 from nsds_gguf.records import kv, no_progress
-from nsds_gguf.views import view_layer
+from nsds_gguf.sensitivity.fisher import (
+    ZIPF_SHIFT,
+    Head,
+    _Pass,
+    draw_tokens,
+    fisher,
+    token_chances,
+    working_bytes,
+)
+from nsds_gguf.sensitivity.sensitivities import sensitivities
 
 
 def logits_of(model, tokens):
@@ -143,7 +151,7 @@ def test_memory_is_asked_first(monkeypatch):
         tracemalloc.stop()
     wanted = working_bytes(model, tokens.size)
     assert 0.5 * wanted < peak < 1.3 * wanted, (peak, wanted)
-    monkeypatch.setattr("nsds_gguf.resources.available_memory_bytes", lambda: wanted - 1)
+    monkeypatch.setattr("nsds_gguf.system.resources.available_memory_bytes", lambda: wanted - 1)
     with pytest.raises(OutputError, match=r"the pass over tokens takes 0\.01 GiB of memory"):
         fisher(model, tokens, 1)
 

@@ -13,11 +13,13 @@ from command import TINY
 from numpy.typing import NDArray
 from tiny_models import tiny_weights, write_tiny
 
-from nsds_gguf.convert import reference_plan
 from nsds_gguf.errors import ModelError, UnsupportedError
 from nsds_gguf.read import open_model
 from nsds_gguf.read.checkpoint import open_checkpoint, read_checkpoint
 from nsds_gguf.read.stored import StoredTensor
+from nsds_gguf.session.session import (
+    reference_plan,
+)
 
 Entry = tuple[str, tuple[int, ...], bytes]  # dtype, shape, data
 

@@ -1,4 +1,4 @@
-"""What fuzzing found (``tools/fuzz.py``), each with the smallest input that shows it: refused, for its reason.
+"""What fuzzing found (``tools/check/fuzz.py``), each with the smallest input that shows it: refused, for its reason.
 
 The last test is the fuzzer itself, on a few inputs of every kind.
 """
@@ -25,11 +25,11 @@ from tiny_gguf import write_tiny_gguf
 from tiny_models import write_tiny
 from zoo_specs import write_spec
 
-from nsds_gguf.chat import find_format
+from nsds_gguf.calibration.imatrix import read_imatrix
 from nsds_gguf.errors import ModelError, RecordError, TokenizerError, UnsupportedError
-from nsds_gguf.imatrix import read_imatrix
-from nsds_gguf.model_card import find_origin
-from nsds_gguf.modelfile import chat_format, modelfile, parameters, special_texts
+from nsds_gguf.publish.chat import find_format
+from nsds_gguf.publish.model_card import find_origin
+from nsds_gguf.publish.modelfile import chat_format, modelfile, parameters, special_texts
 from nsds_gguf.read import open_model
 from nsds_gguf.records import PLAN_FORMAT, Plan, kv
 
@@ -277,7 +277,16 @@ def test_a_template_that_drops_the_prompt_for_a_system_prompt() -> None:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory as Linux does")
 def test_two_hundred_inputs_of_every_kind(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "fuzz.py", "--n", "200", "--seed", "5", "--json", tmp_path / "found.json"],
+        [
+            sys.executable,
+            ROOT / "tools" / "check" / "fuzz.py",
+            "--n",
+            "200",
+            "--seed",
+            "5",
+            "--json",
+            tmp_path / "found.json",
+        ],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

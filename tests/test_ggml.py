@@ -12,8 +12,8 @@ import pytest
 from gguf import GGMLQuantizationType
 from llama_quantize import extreme_rows
 
-from nsds_gguf import ggml
 from nsds_gguf.errors import GgmlError
+from nsds_gguf.llamacpp import ggml
 
 # Bits per weight by hand: (payload + scales) over the block, as in the comments of ggml-common.h.
 BITS = {

@@ -13,12 +13,12 @@ import pytest
 from command import ENVIRONMENT, PLAIN, call, message
 from tiny_models import SPECS, write_tiny
 
-from nsds_gguf.chat import find_format
 from nsds_gguf.errors import ModelError, UnsupportedError
-from nsds_gguf.modelfile import chat_format
+from nsds_gguf.publish.chat import find_format
+from nsds_gguf.publish.modelfile import chat_format
+from nsds_gguf.publish.renderer import Renderer, TemplateLimitError
 from nsds_gguf.read import open_model
 from nsds_gguf.read.own_files import MAX_TEXT_BYTES
-from nsds_gguf.renderer import Renderer, TemplateLimitError
 
 ROOT = Path(__file__).parent.parent
 SMALL = replace(SPECS["llama"], n_layers=1, n_embd=32, n_ff=32, n_heads=2, n_kv_heads=1, dtype="F16")

@@ -14,7 +14,7 @@ from hub_server import COMMIT, Hub
 from tiny_models import safetensors_bytes, tiny_weights, write_tiny
 
 from nsds_gguf.errors import ModelError
-from nsds_gguf.hub import SMALL_FILES, HubName, parse_name
+from nsds_gguf.read.hub import SMALL_FILES, HubName, parse_name
 
 PLAN = ("plan", "org/model", *PLAIN)
 

@@ -19,13 +19,21 @@ from llama_quantize import assert_same_bytes, llama_quantize, name_patterns, rea
 from models import make_model
 from tiny_archs import write_tiny_arch
 
-from nsds_gguf import convert, ggml, llama
-from nsds_gguf.activations import Moments
+from nsds_gguf import convert
 from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.convert import Output, VerifyOptions
+from nsds_gguf.calibration.activations import Moments
+from nsds_gguf.calibration.imatrix import Imatrix, read_imatrix, write_imatrix
 from nsds_gguf.errors import RecordError
-from nsds_gguf.imatrix import Imatrix, read_imatrix, write_imatrix
+from nsds_gguf.evaluate.texts import (
+    VerifyOptions,
+)
+from nsds_gguf.llamacpp import ggml, llama
 from nsds_gguf.records import Target
+from nsds_gguf.session.outputs import (
+    Output,
+)
+from nsds_gguf.session.reporter import Silent
+from nsds_gguf.session.session import Work, open_model
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 GOLDEN = Path(__file__).parent / "golden"
@@ -154,8 +162,8 @@ def test_quantized_bytes_are_llama_quantizes(tmp_path: Path) -> None:
 
 def swept() -> dict[str, np.ndarray]:
     """Return the moment sweep's importance of the demo."""
-    model = convert.open_model(DEMO, None, False, convert.Silent())
-    return convert.Work(model, 1, convert.Silent()).columns("sweep")
+    model = open_model(DEMO, None, False, Silent())
+    return Work(model, 1, Silent()).columns("sweep")
 
 
 def test_the_plan_says_where_importance_comes_from(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from tiny_archs import write_tiny_arch
 from tiny_gguf import N_LAYERS, tiny_weights, write_tiny_gguf
 
 from nsds_gguf.allocate import PlanOptions
+from nsds_gguf.cli.inspect_view import inspection_view
 from nsds_gguf.errors import ModelError
-from nsds_gguf.inspect import VECTORS, inspect_gguf
-from nsds_gguf.inspect_view import inspection_view
+from nsds_gguf.evaluate.inspect import VECTORS, inspect_gguf
 from nsds_gguf.records import Target
 
 

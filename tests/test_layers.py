@@ -11,25 +11,23 @@ import nsds_gguf
 
 ROOT = Path(nsds_gguf.__file__).parent
 
-# Lowest first; a module may import from lower lines only. Packages stand for all their modules.
+# Lowest first; a module may import from lower lines and its own package only. Packages stand for all their modules.
 LAYERS = [
-    ["errors", "version"],
-    ["filestate", "workfolder"],
+    ["errors"],
+    ["system"],
     ["records"],
-    ["anatomy", "balance", "renderer", "template_child"],
-    ["views"],
-    ["chat", "ggml", "gguf_header", "resources", "divergence"],
-    ["llama"],
-    ["activations"],
-    ["embedding", "imatrix", "rounding", "selftext"],
-    ["read", "score", "allocate", "write", "verify", "perplexity", "inspect", "modelfile"],
-    ["estimate", "hub", "presets"],
-    ["given", "hessians", "outputs", "texts"],
-    ["effort"],
-    ["convert", "model_card", "sample", "explain"],
-    ["bundle", "compare", "sizes"],
-    ["display", "plot", "report"],
-    ["inspect_view"],
+    ["llamacpp"],
+    ["read"],
+    ["compute"],
+    ["quantize"],
+    ["score", "sensitivity"],
+    ["calibration"],
+    ["allocate"],
+    ["evaluate"],
+    ["session"],
+    ["convert"],
+    ["compare"],
+    ["publish"],
     ["cli"],
     ["__main__"],
 ]
@@ -54,7 +52,9 @@ def imported_units(path):
             base = package[: len(package) - node.level + 1] if node.level else ()
             full = [*base, *(node.module or "").split(".")] if node.module else list(base)
             if full[:1] == ["nsds_gguf"]:
-                yield from [full[1]] if len(full) > 1 else (alias.name for alias in node.names)
+                yield from (
+                    [full[1]] if len(full) > 1 else (alias.name for alias in node.names if alias.name != "__version__")
+                )
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.startswith("nsds_gguf."):
@@ -84,7 +84,7 @@ def test_ctypes_and_prints_and_foreign_names_stay_home(path):
     text = path.read_text(encoding="utf-8")
     names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
     assert "print" not in names or unit(path) == "cli"
-    assert "import ctypes" not in text or unit(path) == "ggml"
+    assert "import ctypes" not in text or path.name == "ggml.py"
     if unit(path) != "read":
         assert not [word for word in CHECKPOINT_WORDS if word in text]
 

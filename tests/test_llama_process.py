@@ -19,10 +19,10 @@ from command import run
 from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from tiny_gguf import write_tiny_gguf
 
-from nsds_gguf import llama
 from nsds_gguf.errors import GgmlError, OutputError
-from nsds_gguf.llama import open_context, open_model, process
-from nsds_gguf.llama.messages import SharedBuffer, map_shared, receive, send
+from nsds_gguf.llamacpp import llama, process
+from nsds_gguf.llamacpp.llama import open_context, open_model
+from nsds_gguf.llamacpp.messages import SharedBuffer, map_shared, receive, send
 
 TOKENS = np.arange(5, 13, dtype=np.int32)[np.newaxis]
 
@@ -189,7 +189,7 @@ def test_it_ends_with_its_parent(tiny):
         "import sys; sys.path[:0] = sys.argv[1:2]\n"
         "from pathlib import Path\n"
         "from test_llama_process import decode\n"
-        "from nsds_gguf.llama.process import llama_process\n"
+        "from nsds_gguf.llamacpp.process import llama_process\n"
         "print(llama_process().pid, flush=True)\n"
         "decode(Path(sys.argv[2]), 'hang')\n"
     )
@@ -225,7 +225,7 @@ def test_the_user_says_how_threads_wait(name, monkeypatch):
 
 
 def test_nothing_reaches_the_screen(tiny, capfd, caplog):
-    with caplog.at_level("INFO", logger="nsds_gguf.llama"):
+    with caplog.at_level("INFO", logger="nsds_gguf.llamacpp"):
         assert decode(tiny, "print") == ["seen"]
         llama.end_process()  # all that it said has been read
     assert capfd.readouterr() == ("", "")

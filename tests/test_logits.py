@@ -1,6 +1,7 @@
 """Logits of llama.cpp on our F32 GGUF equal those of transformers on the checkpoint, and errors would show.
 
-transformers' logits are recorded by ``tools/check_logits.py``, which also asserts what only transformers can tell.
+transformers' logits are recorded by ``tools/check/check_logits.py``, which also asserts what only transformers can
+tell.
 """
 
 from __future__ import annotations
@@ -16,10 +17,18 @@ from zoo import digest, packed, unpacked, zoo_config, zoo_shapes, zoo_tokens
 from zoo_logits import BITE, F32, GOLDEN, difference, model_logits, moves, recorded
 from zoo_specs import SPECS, write_spec
 
-from nsds_gguf.convert import Output, VerifyOptions, convert
+from nsds_gguf.convert import (
+    convert,
+)
+from nsds_gguf.evaluate.texts import (
+    VerifyOptions,
+)
 from nsds_gguf.read import open_model, supported_classes
+from nsds_gguf.read.architectures.families import FAMILIES
 from nsds_gguf.read.config import canonical
-from nsds_gguf.read.families import FAMILIES
+from nsds_gguf.session.outputs import (
+    Output,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +43,7 @@ def test_llama_cpp_computes_what_transformers_computes(
 ) -> None:
     spec = SPECS[name]
     fingerprint = digest(spec, zoo_config(name), zoo_shapes(name))
-    assert golden[f"{name}/digest"] == fingerprint, "the model changed: run tools/check_logits.py --record"
+    assert golden[f"{name}/digest"] == fingerprint, "the model changed: run tools/check/check_logits.py --record"
     model = open_model(write_spec(tmp_path / "checkpoint", name))
     rows = model_logits(model, tmp_path / "model.gguf", zoo_tokens(spec))
     largest = float(golden[f"{name}/largest"])

@@ -1,6 +1,6 @@
 """Chat formats, Go templates and Modelfiles.
 
-The renderings of a real Go engine are in golden/templates.json (tools/check_templates.py makes and checks them).
+The renderings of a real Go engine are in golden/templates.json (tools/check/check_templates.py makes and checks them).
 """
 
 import datetime
@@ -13,9 +13,23 @@ from chat_templates import CONVERSATIONS, FAMILIES, SYSTEM, messages_for, source
 from gguf import GGUFValueType, TokenType
 from modelfile_parser import parse
 
-from nsds_gguf.chat import DATED_SYSTEM, REFUSES_SYSTEM, ChatFormat, ChatTemplate, conversation, find_format
 from nsds_gguf.errors import OutputError, UnsupportedError
-from nsds_gguf.modelfile import chat_format, go_template, modelfile, parameters, quoted, stop_strings
+from nsds_gguf.publish.chat import (
+    DATED_SYSTEM,
+    REFUSES_SYSTEM,
+    ChatFormat,
+    ChatTemplate,
+    conversation,
+    find_format,
+)
+from nsds_gguf.publish.modelfile import (
+    chat_format,
+    go_template,
+    modelfile,
+    parameters,
+    quoted,
+    stop_strings,
+)
 from nsds_gguf.records import kv
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "templates.json").read_text(encoding="utf-8"))

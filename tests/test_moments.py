@@ -7,11 +7,11 @@ import pytest
 from models import make_model
 from variants import VARIANTS, Simulation, fused, variant_arrays
 
-from nsds_gguf.allocate.blocks import ATTENTION_SHRINK, logit_variance
-from nsds_gguf.allocate.moments import ACTIVATIONS, Norm, Signal, unit_moments
-from nsds_gguf.allocate.propagation import STREAM_WEIGHT, propagate
-from nsds_gguf.allocate.wiring import read_wiring
-from nsds_gguf.views import view_layer
+from nsds_gguf.compute.layers import view_layer
+from nsds_gguf.compute.moments import ACTIVATIONS, Norm, Signal, unit_moments
+from nsds_gguf.compute.norm_placement import read_wiring
+from nsds_gguf.sensitivity.blocks import ATTENTION_SHRINK, logit_variance
+from nsds_gguf.sensitivity.moment_propagation import STREAM_WEIGHT, propagate
 
 # What is left between the sweep and 3000 tokens by sampling and by the theory's independence: of the sum over columns;
 # of the logarithm over columns (standard deviation), in front of blocks and of hidden units; of noise. Measured on

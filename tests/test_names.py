@@ -20,10 +20,10 @@ from zoo_specs import SPECS, write_spec
 
 from nsds_gguf.errors import ModelError, UnsupportedError
 from nsds_gguf.read import open_model
-from nsds_gguf.read.classes import MODEL_TYPES
+from nsds_gguf.read.architectures.classes import MODEL_TYPES
+from nsds_gguf.read.architectures.families import find_family, supported_classes
+from nsds_gguf.read.architectures.rope import rope_settings
 from nsds_gguf.read.config import canonical
-from nsds_gguf.read.families import find_family, supported_classes
-from nsds_gguf.read.rope import rope_settings
 from nsds_gguf.records import Model
 
 Weights = dict[str, np.ndarray]
@@ -294,7 +294,7 @@ DEFAULTS: Mapping[str, Any] = json.loads((Path(__file__).parent / "golden" / "de
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_silent_settings_are_those_of_the_class(name):
-    """``tools/check_defaults.py`` has recorded transformers'."""
+    """``tools/check/check_defaults.py`` has recorded transformers'."""
     family = find_family(name)
     for case in DEFAULTS[name]:
         settings = canonical(case["given"], family)

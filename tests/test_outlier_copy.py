@@ -10,9 +10,11 @@ import pytest
 from outlier_copy import N_FIXED, N_OTHER, N_UNITS, outlier_copy
 from tiny_models import SPECS, Spec, write_tiny
 
-from nsds_gguf import convert, llama
+from nsds_gguf.llamacpp import llama
 from nsds_gguf.read import open_model
 from nsds_gguf.records import Float32
+from nsds_gguf.session.reporter import Silent
+from nsds_gguf.session.session import Work, reference_plan
 
 TOKENS = np.random.default_rng(3).integers(0, 280, 48).tolist()
 
@@ -27,8 +29,8 @@ CASES = {
 
 def logits(folder: Path, path: Path) -> Float32:
     """Return llama.cpp's logits of a folder's file at its own precision."""
-    work = convert.Work(open_model(folder), 1, convert.Silent())
-    work.write(convert.reference_plan(work.model), path)
+    work = Work(open_model(folder), 1, Silent())
+    work.write(reference_plan(work.model), path)
     return llama.logits(path, TOKENS, n_threads=1)
 
 

@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 import llama_cpp
+import nsds_gguf.perplexity as module
 import numpy as np
 import pytest
 from llama_perplexity_oracle import exact_scores, flat, rounded_scores, statistics
@@ -37,14 +38,14 @@ from tiny_gguf import (
     write_tiny_gguf,
 )
 
-import nsds_gguf.perplexity as module
-from nsds_gguf import divergence, llama
-from nsds_gguf.divergence import TOKEN_SCORE, score_rows
+from nsds_gguf import __version__
 from nsds_gguf.errors import GgmlError, TextError, VerifyError
-from nsds_gguf.llama import default_threads, llama_build, open_model
-from nsds_gguf.llama.process import LlamaProcess, llama_process
-from nsds_gguf.perplexity import Perplexity, check_sane
-from nsds_gguf.version import __version__
+from nsds_gguf.evaluate import divergence
+from nsds_gguf.evaluate.divergence import TOKEN_SCORE, score_rows
+from nsds_gguf.evaluate.perplexity import Perplexity, check_sane
+from nsds_gguf.llamacpp import llama
+from nsds_gguf.llamacpp.llama import default_threads, llama_build, open_model
+from nsds_gguf.llamacpp.process import LlamaProcess, llama_process
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "perplexity.json").read_text(encoding="utf-8"))
 TEXT = tiny_text()

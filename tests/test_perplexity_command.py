@@ -15,10 +15,13 @@ from rich.console import Console
 from rich.progress import Task, TaskID
 from tiny_gguf import N_VOCAB, tiny_text, tiny_weights, write_tiny_gguf
 
-from nsds_gguf import convert, display, resources, workfolder
-from nsds_gguf.cli import screen, verbs
+from nsds_gguf import convert
+from nsds_gguf.cli import display, screen, verbs
 from nsds_gguf.errors import OutputError
-from nsds_gguf.perplexity import perplexity
+from nsds_gguf.evaluate.perplexity import perplexity
+from nsds_gguf.evaluate.texts import VerifyOptions, evaluation_text
+from nsds_gguf.session import session
+from nsds_gguf.system import resources, workfolder
 
 SHORT = ("--ctx", "128", "--chunks", "3", "--threads", "1")
 
@@ -57,7 +60,7 @@ def test_the_original_folder_is_as_good_as_its_gguf(here):
 
 
 def test_another_vocabulary_is_refused_before_the_original_is_written(here, monkeypatch):
-    monkeypatch.setattr(convert, "write_gguf", None)
+    monkeypatch.setattr(session, "write_gguf", None)
     outcome = call("perplexity", "tiny-bos-F32.gguf", *SHORT, "--against", DEMO)
     assert message(outcome, 7) == (
         f"{DEMO}: cannot be the reference of tiny-bos-F32.gguf: wanted a vocabulary of 260, got 2048; compare files of "
@@ -107,7 +110,7 @@ def test_memory_for_logits_is_that_of_one_batch(files, monkeypatch, n_ctx, n_bat
     file = files / "tiny-bos-F32.gguf"
     n_weights_bytes = sum(tensor.nbytes for tensor in tiny_weights().values())
     needed = []
-    monkeypatch.setattr("nsds_gguf.perplexity.check_memory", lambda n_bytes, *_: needed.append(n_bytes))
+    monkeypatch.setattr("nsds_gguf.evaluate.perplexity.check_memory", lambda n_bytes, *_: needed.append(n_bytes))
     perplexity(file, tiny_text(), n_ctx=n_ctx, n_batch=n_batch, n_chunks=1, n_threads=1)
     perplexity(file, tiny_text(), n_ctx=n_ctx, n_batch=n_batch, n_chunks=1, n_threads=1, against=file)
     logits_bytes = n_rows * N_VOCAB * 4
@@ -201,7 +204,7 @@ def rendered(*views, width=80):
 
 def test_tables_fit_80_columns(files):
     found = perplexity(
-        files / "demo-bos-Q4_K.gguf", convert.evaluation_text(convert.VerifyOptions()), n_ctx=128, n_chunks=3,
+        files / "demo-bos-Q4_K.gguf", evaluation_text(VerifyOptions()), n_ctx=128, n_chunks=3,
         n_threads=1, against=files / "demo-bos-BF16.gguf",
     )  # fmt: skip
     d = found.divergence

@@ -10,10 +10,13 @@ from gguf import GGUFReader
 from tiny_models import write_tiny
 from zoo_specs import write_spec
 
-from nsds_gguf import convert, llama, read
+from nsds_gguf import convert, read
 from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.presets import PRESETS, preset_bytes, preset_types
+from nsds_gguf.allocate.presets import PRESETS, preset_bytes, preset_types
+from nsds_gguf.evaluate.texts import VerifyOptions
+from nsds_gguf.llamacpp import llama
 from nsds_gguf.records import Target
+from nsds_gguf.session.outputs import Output
 
 # Seventeen layers: enough for every rule by layer. Of the zoo: experts, a fused qkv, rows that fit no K-quant.
 MODELS = ("many layers", "mixtral", "gpt-neox", "deepseek2")
@@ -32,8 +35,8 @@ def originals(tmp_path_factory):
     options = [PlanOptions(Target("none", 0), "uniform", uniform="F32")]
     for name in MODELS:
         write_model(folder / name, name)
-        output = convert.Output(folder / f"{name}.gguf")
-        convert.convert(folder / name, options, output=output, verifying=convert.VerifyOptions(enabled=False))
+        output = Output(folder / f"{name}.gguf")
+        convert.convert(folder / name, options, output=output, verifying=VerifyOptions(enabled=False))
     return folder
 
 

@@ -1,4 +1,5 @@
-"""tools/quality.py: the halves of a text, measuring against kept logits, figures, and the whole on a tiny model."""
+"""tools/quality/quality.py: the halves of a text, measuring against kept logits, figures, and the whole on a tiny
+model."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from quality_model import DEFAULT, FREE, ModelBench, Settings
 from quality_zoo import GROUPS, ORACLE, OURS, RANDOM, STOCK, STOCK_IMATRIX, UNIFORM, ZOO, Entry
 from tiny_models import write_tiny
 
-from nsds_gguf.perplexity import perplexity
-from nsds_gguf.texts import VerifyOptions, evaluation_text
+from nsds_gguf.evaluate.perplexity import perplexity
+from nsds_gguf.evaluate.texts import VerifyOptions, evaluation_text
 
 N_CTX = 32
 TEXT = evaluation_text(VerifyOptions())[:6000]

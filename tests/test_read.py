@@ -13,8 +13,8 @@ from tiny_models import N_VOCAB, SPECS, Spec, Weights, tiny_config, tiny_weights
 
 from nsds_gguf.errors import ModelError, UnsupportedError
 from nsds_gguf.read import open_model, supported_classes
+from nsds_gguf.read.architectures.rope import llama3_factors, rope_settings, yarn_attention_factor
 from nsds_gguf.read.mapping import rope_row_order
-from nsds_gguf.read.rope import llama3_factors, rope_settings, yarn_attention_factor
 from nsds_gguf.records import Model
 
 LLAMA, MISTRAL, QWEN2, QWEN3 = (SPECS[name] for name in ("llama", "mistral", "qwen2", "qwen3"))

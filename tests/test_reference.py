@@ -11,7 +11,11 @@ from command import TINY, call, listing
 from tiny_gguf import tiny_text, write_tiny_gguf
 from tiny_models import write_tiny
 
-from nsds_gguf import convert, resources, texts
+from nsds_gguf import convert
+from nsds_gguf.evaluate import texts
+from nsds_gguf.session import session
+from nsds_gguf.session.session import _BASE_MEMORY_BYTES
+from nsds_gguf.system import resources
 
 QUICK = ("--threads", "1", "--ctx", "64", "--chunks", "2", "--text", "tiny.txt")
 
@@ -20,7 +24,7 @@ QUICK = ("--threads", "1", "--ctx", "64", "--chunks", "2", "--text", "tiny.txt")
 def here(tmp_path, monkeypatch):
     """A working directory with a GGUF, a model folder and a text; the model writes few tokens."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(convert, "N_TOKENS", 512)
+    monkeypatch.setattr(session, "N_TOKENS", 512)
     write_tiny_gguf(tmp_path / "tiny.gguf")
     write_tiny(tmp_path / "model", replace(TINY, n_layers=1))
     (tmp_path / "tiny.txt").write_text(tiny_text())
@@ -55,7 +59,7 @@ def test_a_folder_is_compared_with_the_original_that_wrote_the_text(here):
 
 
 def test_the_original_of_a_folder_is_not_written_for_this_alone(monkeypatch):
-    monkeypatch.setattr(convert, "reference_plan", None)
+    monkeypatch.setattr(session, "reference_plan", None)
     found, screen = converted("model", "--uniform", "Q8_0")
     assert found["against"] is None and "divergence" not in found["perplexity"] and "KL divergence" not in screen
 
@@ -75,25 +79,25 @@ def test_q8_0_counts_as_the_original():
 def test_without_memory_for_both_the_check_goes_on_without_the_original(monkeypatch):
     """Free memory holds what the check of the file alone takes, and not the original beside it."""
     n_vocab, both = 260, []
-    monkeypatch.setattr(convert, "lacks_memory", lambda n_bytes: both.append(n_bytes) or "3 GiB of memory, 2 are there")
+    monkeypatch.setattr(session, "lacks_memory", lambda n_bytes: both.append(n_bytes) or "3 GiB of memory, 2 are there")
     found, screen = converted("tiny.gguf", "--uniform", "Q4_0")
     assert found["against"] is None and "divergence" not in found["perplexity"]
     note = "The KL divergence from the original is not measured: it takes 3 GiB of memory, 2 are there."
     assert found["notes"] == [note] and f"\nnote: {note}\n" in screen
     files = Path("tiny.gguf").stat().st_size + Path("out.gguf").stat().st_size
     n_rows = 2048 // 64 * 32 + 512  # logits of a batch, second halves of its chunks, and those being computed
-    assert both == [convert._BASE_MEMORY_BYTES + files + 2 * n_rows * n_vocab * 4]
+    assert both == [_BASE_MEMORY_BYTES + files + 2 * n_rows * n_vocab * 4]
 
 
 def test_asked_for_it_is_no_longer_given_up(monkeypatch):
-    monkeypatch.setattr(convert, "lacks_memory", lambda _: "3 GiB of memory, 2 are there")
+    monkeypatch.setattr(session, "lacks_memory", lambda _: "3 GiB of memory, 2 are there")
     assert converted("tiny.gguf", "--uniform", "Q4_0", "--against", "original")[0]["against"] == "original"
     assert converted("tiny.gguf", "--uniform", "Q4_0", "--against", "tiny.gguf")[0]["against"] == "tiny.gguf"
 
 
 def test_the_time_told_counts_both(monkeypatch):
     tokens = []
-    monkeypatch.setattr(convert, "estimate_seconds", lambda *_, n_tokens, **__: tokens.append(n_tokens) or 1.0)
+    monkeypatch.setattr(session, "estimate_seconds", lambda *_, n_tokens, **__: tokens.append(n_tokens) or 1.0)
     converted("tiny.gguf", "--uniform", "Q4_0")
     converted("model", "--uniform", "Q8_0")
     assert tokens == [2 * 2 * 64, 2 * 64]

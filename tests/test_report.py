@@ -17,14 +17,22 @@ from report_plans import DENSE, EXPERTS, HOSTILE_NAME, made_up_perplexity, made_
 from tiny_gguf import write_tiny_gguf
 from tiny_models import write_tiny
 
-from nsds_gguf import report
 from nsds_gguf.cli import build_parser
 from nsds_gguf.cli.options import plan_options
 from nsds_gguf.errors import OutputError, PlanError, RecordError
-from nsds_gguf.explain import in_a_word
-from nsds_gguf.inspect import inspect_gguf
+from nsds_gguf.evaluate.inspect import inspect_gguf
+from nsds_gguf.publish import report
+from nsds_gguf.publish.explain import in_a_word
+from nsds_gguf.publish.report import (
+    Check,
+    command,
+    file_report,
+    page,
+    plan_report,
+    template,
+    write_report,
+)
 from nsds_gguf.records import Plan, Target
-from nsds_gguf.report import Check, command, file_report, page, plan_report, template, write_report
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "report.json").read_text(encoding="utf-8"))
 
@@ -193,7 +201,7 @@ def test_page_is_small(layers):
 
 
 def test_golden_record_of_the_browser_check_is_current():
-    """Whoever changes the page runs tools/check_report.py --record, which looks at it in a browser."""
+    """Whoever changes the page runs tools/check/check_report.py --record, which looks at it in a browser."""
     parts = ("page.html", "page.css", *report.SCRIPTS)
     assert GOLDEN["page_sha256"] == hashlib.sha256("".join(map(template, parts)).encode()).hexdigest()
     counts = {

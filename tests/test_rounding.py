@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nsds_gguf import ggml
 from nsds_gguf.errors import GgmlError, ModelError
-from nsds_gguf.resources import blas_threads
-from nsds_gguf.rounding import COVERED_TYPES, feedback, formats, make_feedback, quantize
-from nsds_gguf.rounding.formats import FORMATS
+from nsds_gguf.llamacpp import ggml
+from nsds_gguf.quantize import formats
+from nsds_gguf.quantize import gptq as feedback
+from nsds_gguf.quantize.formats import FORMATS
+from nsds_gguf.quantize.rounding import COVERED_TYPES, make_feedback, quantize
+from nsds_gguf.system.resources import blas_threads
 
 
 @pytest.fixture(autouse=True)

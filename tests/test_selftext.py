@@ -17,13 +17,23 @@ from tiny_gguf import BOS, EOS, write_tiny_gguf
 from tiny_models import Spec, write_tiny
 
 from nsds_gguf import convert, read
-from nsds_gguf.activations import Moments, collect
 from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.convert import Output, ScoreOptions, VerifyOptions
+from nsds_gguf.calibration.activations import Moments, collect
+from nsds_gguf.calibration.generated_text import OwnText, draw, own_text, write_tokens
 from nsds_gguf.errors import OutputError, VerifyError
-from nsds_gguf.llama import open_context, open_model
+from nsds_gguf.evaluate.texts import (
+    VerifyOptions,
+)
+from nsds_gguf.llamacpp.llama import open_context, open_model
 from nsds_gguf.records import SELF, Plan, Target, no_progress
-from nsds_gguf.selftext import OwnText, draw, own_text, write_tokens
+from nsds_gguf.session import session
+from nsds_gguf.session.outputs import (
+    Output,
+)
+from nsds_gguf.session.reporter import Silent
+from nsds_gguf.session.session import (
+    ScoreOptions,
+)
 
 WIDE = Spec("LlamaForCausalLM", n_embd=256, n_ff=256)  # rows fit K-quants; no BOS is added
 UNCHECKED = VerifyOptions(enabled=False)
@@ -42,7 +52,7 @@ def tiny(folder):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(convert, "N_TOKENS", 512)
+    monkeypatch.setattr(session, "N_TOKENS", 512)
 
 
 # Drawing
@@ -165,7 +175,7 @@ def test_one_original_serves_text_and_check(folder, tmp_path, monkeypatch):
     source = write_tiny(folder / "wide", WIDE)
     written = []
     real = convert.write_gguf
-    monkeypatch.setattr(convert, "write_gguf", lambda *a, **k: (written.append(a[3].name), real(*a, **k)))
+    monkeypatch.setattr(session, "write_gguf", lambda *a, **k: (written.append(a[3].name), real(*a, **k)))
     options = [PlanOptions(Target("bpw", bpw), importance=SELF) for bpw in (4, 6)]
     checked = VerifyOptions(against="original", n_chunks=1, n_ctx=64)
     done = convert.convert(source, options, verifying=checked, output=Output(tmp_path), n_threads=1)
@@ -221,11 +231,11 @@ def test_the_command(folder, tmp_path, monkeypatch):
 def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch):
     source = write_tiny(folder / "wide4", WIDE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(convert, "N_TOKENS", 1 << 20)
+    monkeypatch.setattr(session, "N_TOKENS", 1 << 20)
 
     timers = []
 
-    class Impatient(convert.Silent):
+    class Impatient(Silent):
         @contextmanager
         def stage(self, name):
             yield self.progress if "generate text" in name else no_progress

@@ -12,8 +12,8 @@ from tiny_archs import write_tiny_arch
 from tiny_gguf import write_tiny_gguf
 from tiny_models import write_tiny
 
-from nsds_gguf import sizes
-from nsds_gguf.sizes import Size, Sizes
+from nsds_gguf.session import sizes
+from nsds_gguf.session.sizes import Size, Sizes
 
 NORMAL = ("--effort", "normal", "--threads", "1")
 

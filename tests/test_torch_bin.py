@@ -1,6 +1,6 @@
 """PyTorch weights as far as torch is not needed: which file is opened, how torch is asked, what is said without it.
 
-``tools/check_torch_bin.py`` compares the values with torch's own.
+``tools/check/check_torch_bin.py`` compares the values with torch's own.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 from plans import cycled_types, plan_of, uniform_plan, writable_model
 
 from nsds_gguf.errors import ModelError, VerifyError
-from nsds_gguf.gguf_header import read_gguf_header
+from nsds_gguf.evaluate.structure import verify_structure
+from nsds_gguf.llamacpp.gguf_header import read_gguf_header
+from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.records import Target, kv
-from nsds_gguf.verify import verify_structure
-from nsds_gguf.write import write_gguf
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Tokenizers: ids from llama.cpp on our keys equal those of the original libraries, and bad files are refused.
 
-Vocabularies here are trained on the spot. ``tools/check_tokenizers.py`` does the same on real ones and leaves a record
-in ``golden/tokenizers.json``, which must be of the code as it is.
+Vocabularies here are trained on the spot. ``tools/check/check_tokenizers.py`` does the same on real ones and leaves a
+record in ``golden/tokenizers.json``, which must be of the code as it is.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from tokenizer_oracles import (
 from tokenizer_strings import HAND_PICKED, comparable, corpus, corpus_digest, fill_slots
 
 from nsds_gguf.errors import TokenizerError, UnsupportedError
-from nsds_gguf.read.pretokenizers import KNOWN, NAMES, recognise, table_digests
-from nsds_gguf.read.vocab import open_vocab, read_vocab
+from nsds_gguf.read.tokenizer.pretokenizers import KNOWN, NAMES, recognise, table_digests
+from nsds_gguf.read.tokenizer.vocab import open_vocab, read_vocab
 
 DOCS = Path(__file__).parents[1] / "docs" / "tokenizers.md"
 RECORD = json.loads((Path(__file__).parent / "golden" / "tokenizers.json").read_text(encoding="utf-8"))
@@ -1263,14 +1263,14 @@ def test_the_documentation_lists_the_table() -> None:
         assert alike.strip() == ", ".join(known.alike)
 
 
-# --- the record of tools/check_tokenizers.py --------------------------------------------------------------------------
+# --- the record of tools/check/check_tokenizers.py ------------------------------------------------------------------
 
 
 def test_the_record_is_of_this_table_and_these_strings() -> None:
-    assert RECORD["pre_tokenizers"] == table_digests(), "the table changed: run tools/check_tokenizers.py --write"
+    assert RECORD["pre_tokenizers"] == table_digests(), "the table changed: run tools/check/check_tokenizers.py --write"
     checked = {name: kind["alike"] for name, kind in RECORD["kinds"].items() if kind["alike"]}
     assert checked == {known.name: list(known.alike) for known in KNOWN if known.alike}
-    assert RECORD["corpus"] == corpus_digest(), "the strings changed: run tools/check_tokenizers.py --write"
+    assert RECORD["corpus"] == corpus_digest(), "the strings changed: run tools/check/check_tokenizers.py --write"
 
 
 def test_the_record_shows_no_mismatch_for_any_kind() -> None:

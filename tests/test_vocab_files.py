@@ -27,7 +27,7 @@ from tokenizer_oracles import (
 from tokenizer_strings import HAND_PICKED
 
 from nsds_gguf.errors import TokenizerError, UnsupportedError
-from nsds_gguf.read.vocab import Vocab, open_vocab
+from nsds_gguf.read.tokenizer.vocab import Vocab, open_vocab
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 BOOKS, DEEP = EXAMPLES / "books-4.6m", EXAMPLES / "zoo" / "deep"  # 2048 and 1024 pieces

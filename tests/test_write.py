@@ -26,13 +26,18 @@ from llama_quantize import (
 from models import make_tensor
 from plans import cycled_types, plan_of, uniform_plan, writable_model
 
-from nsds_gguf import allocate, ggml, write
-from nsds_gguf.convert import tensor_types_file
+from nsds_gguf import __version__
 from nsds_gguf.errors import ModelError, OutputError
-from nsds_gguf.llama import logits
+from nsds_gguf.llamacpp import ggml
+from nsds_gguf.llamacpp.llama import logits
+from nsds_gguf.quantize import write
+from nsds_gguf.quantize.write import header_bytes, write_gguf
 from nsds_gguf.records import Hparams, Scores, Target, kv
-from nsds_gguf.version import __version__
-from nsds_gguf.write import header_bytes, unfinished, write_gguf
+from nsds_gguf.sensitivity.sensitivities import sensitivities
+from nsds_gguf.session.session import (
+    tensor_types_file,
+)
+from nsds_gguf.system.atomic import unfinished
 
 HPARAMS = Hparams(1, 256, 512, 4, 2, 64, 300, 128, 1e-5)
 
@@ -111,7 +116,7 @@ def test_a_whole_decoder_is_llama_cpps_and_runs(tmp_path):
     source = written(model, uniform_plan(model, "F32"), tmp_path / "F32.gguf")
     types = cycled_types(model)
     assert set(types.values()) == set(ggml.TYPES)
-    importance = allocate.sensitivities(model, 1).importance("sweep")
+    importance = sensitivities(model, 1).importance("sweep")
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
     written(model, plan_of(model, types, importance="sweep"), ours, importance)
     llama_quantize(source, theirs, name_patterns(types), importance)

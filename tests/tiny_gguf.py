@@ -1,8 +1,9 @@
 """A llama model of two tiny layers, as a GGUF made from a seed alone, and a text for it.
 
-llama.cpp's numbers for these very files are recorded in ``golden/perplexity.json`` by ``tools/check_perplexity.py``.
-The output rows are the embedding rows plus noise, so that the model expects each token to be followed by itself, and
-the text stutters: shift a target by one, or score another half of a chunk, and the perplexity is another.
+llama.cpp's numbers for these very files are recorded in ``golden/perplexity.json`` by
+``tools/check/check_perplexity.py``. The output rows are the embedding rows plus noise, so that the model expects each
+token to be followed by itself, and the text stutters: shift a target by one, or score another half of a chunk, and the
+perplexity is another.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ import tokenizers
 from gguf import GGUFValueType, TokenType
 from gguf.gguf_writer import GGUFValue
 
-from nsds_gguf.llama import llama_build
-from nsds_gguf.read.pretokenizers import BYTE_LEVEL, Chain
+from nsds_gguf.llamacpp.llama import llama_build
+from nsds_gguf.read.tokenizer.pretokenizers import BYTE_LEVEL, Chain
 from nsds_gguf.records import kv
 
 Ids = list[int]

@@ -11,7 +11,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 
-from nsds_gguf.read.vocab_bpe import byte_alphabet
+from nsds_gguf.read.tokenizer.bpe import byte_alphabet
 
 N_STRINGS = 14_000
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.special import erf
 
-from nsds_gguf.allocate.blocks import ATTENTION_SHRINK
 from nsds_gguf.records import Hparams
+from nsds_gguf.sensitivity.blocks import ATTENTION_SHRINK
 
 EPS = 1e-5
 

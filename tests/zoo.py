@@ -1,8 +1,8 @@
 """Random models of every supported class, as Hugging Face folders that transformers itself could have saved.
 
 ``zoo_specs.SPECS`` says what each model is. What transformers makes of that is recorded in ``golden/zoo.json`` by
-``tools/check_logits.py``: config.json as it is saved, and the names and shapes of the saved tensors. The weights follow
-from the spec's seed, a tensor's name and its shape, so that tests build the same folder to the byte without
+``tools/check/check_logits.py``: config.json as it is saved, and the names and shapes of the saved tensors. The weights
+follow from the spec's seed, a tensor's name and its shape, so that tests build the same folder to the byte without
 transformers.
 
 The weights are drawn so that errors show. Queries and keys are large enough for peaked attention. Embeddings are so

@@ -15,9 +15,9 @@ from zoo import EXACT, ZooSpec, zoo_tokens
 
 from nsds_gguf.allocate import PlanOptions, make_plan
 from nsds_gguf.errors import VerifyError
-from nsds_gguf.llama import logits
+from nsds_gguf.llamacpp.llama import logits
+from nsds_gguf.quantize.write import header_bytes, write_gguf
 from nsds_gguf.records import Float32, Model, Target
-from nsds_gguf.write import header_bytes, write_gguf
 
 GOLDEN = Path(__file__).parent / "golden" / "logits.npz"
 

@@ -9,15 +9,18 @@ a block that is out of date is an error.
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import sys
 from pathlib import Path
 
+import nsds_gguf
 from nsds_gguf.cli import EXIT_CODES, build_parser
-from nsds_gguf.read.families import FAMILIES, TEXT_MODELS, WRAPPERS, find_family
+from nsds_gguf.read.architectures.families import FAMILIES, TEXT_MODELS, WRAPPERS, find_family
 
 ROOT = Path(__file__).parent.parent
-FILES = (ROOT / "README.md", ROOT / "docs" / "cli.md")
+PACKAGE = Path(nsds_gguf.__file__).parent
+FILES = (ROOT / "README.md", ROOT / "docs" / "cli.md", ROOT / "docs" / "architecture.md")
 
 
 def models_table() -> str:
@@ -31,6 +34,28 @@ def models_table() -> str:
     within = ", ".join(sorted({find_family(name).architecture for name in TEXT_MODELS.values()}))
     lines += ["", f"Of multimodal models ({wrappers}) the language model is taken, when it is one of: {within}."]
     return "\n".join(lines)
+
+
+def module_tree() -> str:
+    """Return every module with the first sentence of its docstring, packages first."""
+    lines = ["```text", "nsds_gguf/"]
+    for path in sorted(PACKAGE.rglob("*.py"), key=_tree_order):
+        parts = path.relative_to(PACKAGE).parts
+        is_package = parts[-1] == "__init__.py"
+        depth, name = len(parts) - is_package, f"{parts[-2]}/" if is_package and len(parts) > 1 else parts[-1]
+        lines.append(f"{'  ' * max(depth, 1) + name:<28} {_summary(path)}".rstrip())
+    return "\n".join([*lines, "```"])
+
+
+def _tree_order(path: Path) -> list[tuple[int, str]]:
+    """Return what sorts a package's own line before its modules, and its subpackages behind them."""
+    *folders, name = path.relative_to(PACKAGE).parts
+    return [(2, folder) for folder in folders] + [(0 if name == "__init__.py" else 1, name)]
+
+
+def _summary(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.split("\n")[0].rstrip(".")
 
 
 def options_tables() -> str:
@@ -69,7 +94,7 @@ def _meaning(action: argparse.Action) -> str:
     return (action.help or "") % {"default": default}
 
 
-BLOCKS = {"models": models_table, "options": options_tables}
+BLOCKS = {"models": models_table, "options": options_tables, "tree": module_tree}
 
 
 def updated(text: str) -> str:

@@ -15,9 +15,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .. import ggml
+from ..calibration.imatrix import IMATRIX
 from ..errors import PlanError, RecordError
-from ..imatrix import IMATRIX
+from ..llamacpp import ggml
 from ..records import (
     EFFORTS,
     SELF,
@@ -29,6 +29,7 @@ from ..records import (
     Target,
     TensorCost,
 )
+from ..sensitivity.moment_propagation import IMPORTANCES
 from .candidates import (
     FALLBACKS,
     LAST_RESORT,
@@ -40,40 +41,26 @@ from .candidates import (
     check_type,
     nearest_bpw,
 )
-from .decoder import what_is_missing
-from .fisher import N_POSITIONS, Tokens, draw_tokens, mixed_roles, n_sequences_for, read_tokens
 from .knapsack import Choices, solve
 from .measurement import measure
-from .propagation import IMPORTANCES, Propagation
-from .randomly import random_types
-from .sensitivity import sensitivities
+from .random_types import random_types
 
 __all__ = [
     "ALLOCATORS",
     "DEFAULT_TYPES",
-    "IMPORTANCES",
-    "N_POSITIONS",
     "PREFERENCES",
     "SCORE_WEIGHT",
     "Candidate",
     "Pin",
     "PlanOptions",
-    "Propagation",
-    "Tokens",
     "candidates",
     "check_options",
     "check_type",
-    "draw_tokens",
     "fitting_type",
     "make_plan",
     "measure",
-    "mixed_roles",
-    "n_sequences_for",
     "nearest_bpw",
     "open_candidates",
-    "read_tokens",
-    "sensitivities",
-    "what_is_missing",
 ]  # fmt: skip
 
 DEFAULT_TYPES = ggml.K_TYPES

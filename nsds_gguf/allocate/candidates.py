@@ -12,9 +12,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .. import ggml
-from ..anatomy import kept_reason, needs_f32
 from ..errors import PlanError, TargetError
+from ..llamacpp import ggml
+from ..llamacpp.rules import kept_reason, needs_f32
 from ..records import ALIGNMENT_BYTES, COPIED_TYPES, Model, Target, Tensor
 
 # What takes the place of a K-quant where rows are not multiples of 256: the narrow type nearest above it, and

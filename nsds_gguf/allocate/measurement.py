@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import ggml, rounding
 from ..errors import ModelError
+from ..llamacpp import ggml
+from ..quantize import rounding
+from ..quantize.rounding import Feedback, Feedbacks
 from ..records import Float32, Float64, Progress, Tensor, TensorCost, no_progress
-from ..rounding import Feedback, Feedbacks
+from ..sensitivity.moment_propagation import Propagation
 from .candidates import Candidate
-from .propagation import Propagation
 
 WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
 SAMPLED_FRACTION = 1 / 8  # of the rows of larger ones: five types then cost less than one write

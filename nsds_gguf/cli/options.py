@@ -8,19 +8,21 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import convert
 from ..allocate import PlanOptions
-from ..bundle import check_ollama
-from ..effort import AUTO
+from ..calibration.imatrix import Imatrix, read_imatrix
 from ..errors import OutputError, PlanError
-from ..gguf_header import is_gguf
-from ..hub import HubName, parse_name
-from ..imatrix import Imatrix, read_imatrix
-from ..plot import check_plot
+from ..evaluate.texts import VerifyOptions
+from ..llamacpp.gguf_header import is_gguf
+from ..publish.bundle import check_ollama
+from ..publish.plot import check_plot
+from ..publish.report import check_report
+from ..read.hub import HubName, parse_name
 from ..records import Plan, Scores, Target, read_json
-from ..report import check_report
+from ..session.effort import AUTO
+from ..session.outputs import Output
+from ..session.session import ScoreOptions
 
-DEFAULT_SCORING = convert.ScoreOptions()
+DEFAULT_SCORING = ScoreOptions()
 
 
 def given_imatrix(arguments: argparse.Namespace) -> Imatrix | None:
@@ -95,17 +97,17 @@ def model_source(arguments: argparse.Namespace) -> Path | HubName:
     return name or Path(arguments.model)
 
 
-def scoring_options(arguments: argparse.Namespace) -> convert.ScoreOptions:
+def scoring_options(arguments: argparse.Namespace) -> ScoreOptions:
     """Return how layers are scored."""
     metric, se = arguments.metric or DEFAULT_SCORING.metric, arguments.se or DEFAULT_SCORING.se
-    return convert.ScoreOptions(metric, se, not getattr(arguments, "layers_only", False))
+    return ScoreOptions(metric, se, not getattr(arguments, "layers_only", False))
 
 
-def verify_options(arguments: argparse.Namespace) -> convert.VerifyOptions:
+def verify_options(arguments: argparse.Namespace) -> VerifyOptions:
     """Return how the finished file is checked; raises ``PlanError`` for contradicting flags."""
     if arguments.no_verify and arguments.against is not None:
         raise PlanError("--no-verify skips the check that --against is for; drop one")
-    return convert.VerifyOptions(
+    return VerifyOptions(
         text=arguments.text,
         n_ctx=arguments.ctx,
         n_chunks=arguments.chunks or None,
@@ -114,12 +116,12 @@ def verify_options(arguments: argparse.Namespace) -> convert.VerifyOptions:
     )
 
 
-def output_options(arguments: argparse.Namespace) -> convert.Output:
+def output_options(arguments: argparse.Namespace) -> Output:
     """Return where the file goes; raises ``OutputError`` when a folder is meant and there is none."""
     name: str | None = arguments.output
     if name is not None and name.endswith(("/", os.sep)) and not Path(name).is_dir():
         raise OutputError(f"{name}: no such folder for the output; create it first")
-    return convert.Output(None if name is None else Path(name), arguments.force, arguments.keep)
+    return Output(None if name is None else Path(name), arguments.force, arguments.keep)
 
 
 def check_bundle_arguments(arguments: argparse.Namespace) -> None:

@@ -9,16 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .. import allocate, ggml, llama
+from .. import __version__, allocate
 from ..allocate import DEFAULT_TYPES, Pin
 from ..compare import DEFAULT_STOCK, N_SEEDS
-from ..effort import AUTO, AUTO_HIGH_WEIGHTS, PLAIN_IMPORTANCE
 from ..errors import NsdsError
-from ..model_card import is_repo
-from ..perplexity import DEFAULT_BATCH, MIN_CTX
+from ..evaluate.perplexity import DEFAULT_BATCH, MIN_CTX
+from ..llamacpp import ggml, llama
+from ..publish.model_card import is_repo
 from ..records import EFFORTS, SELF
 from ..score import METRICS, SE_READINGS
-from ..version import __version__
+from ..sensitivity.moment_propagation import IMPORTANCES
+from ..session.effort import AUTO, AUTO_HIGH_WEIGHTS, PLAIN_IMPORTANCE
 from .options import DEFAULT_SCORING
 from .screen import Screen
 from .verbs import (
@@ -347,7 +348,7 @@ def _add_types(group: Any) -> None:
     group.add_argument("--types", metavar="LIST", type=_argument(parse_types, "some of " + ",".join(ggml.TYPES)),
                        default=",".join(DEFAULT_TYPES),
                        help="types to choose from (%(default)s unless told)")  # fmt: skip
-    group.add_argument("--importance", choices=(*allocate.IMPORTANCES, SELF),
+    group.add_argument("--importance", choices=(*IMPORTANCES, SELF),
                        help="column importance for the quantizers; self: from text that the model writes first"
                        f" ({SELF} with high effort, {PLAIN_IMPORTANCE} with normal unless told)")  # fmt: skip
     group.add_argument(

@@ -18,8 +18,8 @@ from rich.progress import Progress as Bars
 from rich.text import Text
 
 from ..errors import OutputError
-from ..outputs import write_small
 from ..records import Progress
+from ..system.atomic import write_small
 
 _FILE_WIDTH = 140  # columns of tables that go to a file or a pipe
 

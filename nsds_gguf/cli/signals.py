@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
-from ..workfolder import release_all
+from ..system.workfolder import release_all
 
 SIGNAL_EXIT = 128  # plus the number of the signal, as shells have it
 

@@ -8,21 +8,24 @@ from typing import Any
 
 from rich.text import Text
 
-from .. import convert, display
-from ..bundle import Bundle, Source, bundle_folder, make_bundle, ollama_create
+from .. import convert
 from ..compare import DEFAULT_STOCK, compare
 from ..errors import PlanError
-from ..explain import why
-from ..gguf_header import is_gguf
-from ..inspect import inspect_gguf
-from ..inspect_view import inspection_view
-from ..perplexity import Measurement, Perplexity, perplexity
-from ..plot import plot_comparison, plot_scores
+from ..evaluate.inspect import inspect_gguf
+from ..evaluate.perplexity import Measurement, Perplexity, perplexity
+from ..evaluate.texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions, evaluation_text, spoken
+from ..llamacpp.gguf_header import is_gguf
+from ..publish.bundle import Bundle, Source, bundle_folder, make_bundle, ollama_create
+from ..publish.explain import why
+from ..publish.first_words import DEFAULT_PROMPT, sample
+from ..publish.plot import plot_comparison, plot_scores
+from ..publish.report import Check, Report, file_report, plan_report, write_report
 from ..records import Plan, Scores, Target, read_json
-from ..report import Check, Report, file_report, plan_report, write_report
-from ..sample import DEFAULT_PROMPT, sample
-from ..sizes import possible_sizes
-from ..texts import ORIGINAL, spoken
+from ..session.outputs import Output
+from ..session.session import reference_of, tensor_types_file
+from ..session.sizes import possible_sizes
+from . import display
+from .inspect_view import inspection_view
 from .options import (
     check_bundle_arguments,
     check_sizes_arguments,
@@ -54,7 +57,7 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
         write_json(arguments.json, [_converted_json(arguments, screen, result) for result in results])
     else:
         with bundle_folder(arguments.bundle, arguments.force, screen) as folder:
-            results = _convert(arguments, screen, convert.Output(folder, arguments.force, arguments.keep))
+            results = _convert(arguments, screen, Output(folder, arguments.force, arguments.keep))
             bundles = [_bundle_converted(arguments, screen, folder, result) for result in results]
         write_json(arguments.json, [
             {**_converted_json(arguments, screen, result), "bundle": bundle.to_json()}
@@ -62,7 +65,7 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
         ])  # fmt: skip
 
 
-def _convert(arguments: argparse.Namespace, screen: Screen, output: convert.Output) -> list[convert.Converted]:
+def _convert(arguments: argparse.Namespace, screen: Screen, output: Output) -> list[convert.Converted]:
     """Convert and show what came out."""
     imatrix = given_imatrix(arguments)
     results = convert.convert(
@@ -93,7 +96,7 @@ def _convert(arguments: argparse.Namespace, screen: Screen, output: convert.Outp
 
 
 def _converted_report(arguments: argparse.Namespace, result: convert.Converted) -> Report:
-    text = convert.SHIPPED_TEXT if arguments.text is None else arguments.text.name
+    text = SHIPPED_TEXT if arguments.text is None else arguments.text.name
     against = result.against
     if against is not None and against != ORIGINAL:  # which the page itself words
         against = spoken(against)
@@ -138,7 +141,7 @@ def _bundle_converted(arguments: argparse.Namespace, screen: Screen, folder: Pat
         scores=result.scores,
         perplexity=result.perplexity,
         embedding=result.embedding,
-        text=convert.SHIPPED_TEXT if arguments.text is None else arguments.text.name,
+        text=SHIPPED_TEXT if arguments.text is None else arguments.text.name,
         command=public_command(arguments.given),
         against=result.against,
     )
@@ -210,7 +213,7 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
             page = plan_report(plan, scores=planned.scores, model=public_word(str(arguments.model)))
             _write_report(arguments, screen, f"plan-{plan.bpw:.2f}bpw", page)
     if arguments.tensor_types is not None:
-        write_text(arguments.tensor_types, convert.tensor_types_file(plans[0]))
+        write_text(arguments.tensor_types, tensor_types_file(plans[0]))
     write_json(arguments.json, plans[0].to_json() if len(plans) == 1 else [plan.to_json() for plan in plans])
 
 
@@ -273,7 +276,7 @@ def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
 
 def run_perplexity(arguments: argparse.Namespace, screen: Screen) -> None:
     """Measure perplexity, and with ``--against`` the divergence; an interrupted run shows what it found."""
-    text = convert.evaluation_text(convert.VerifyOptions(arguments.text, arguments.ctx))
+    text = evaluation_text(VerifyOptions(arguments.text, arguments.ctx))
     _check_trained_context(arguments, screen)
     if arguments.against is not None and not arguments.against.is_dir():
         inspect_gguf(arguments.against)
@@ -308,7 +311,7 @@ def _measure_perplexity(
         screen.annotate(f"chunk {run.n_chunks} of {run.n_chunks_wanted}: PPL {run.ppl:.4f}{divergence}")
 
     with (
-        convert.reference_of(
+        reference_of(
             arguments.against, arguments.file, text, arguments.ctx,
             pre=arguments.pre, n_threads=arguments.threads, report=screen,
         ) as reference,
@@ -346,7 +349,7 @@ def run_compare(arguments: argparse.Namespace, screen: Screen) -> None:
         [Target("bpw", value) for value in arguments.target_bpw or ()],
         stock,
         arguments.output,
-        verifying=convert.VerifyOptions(arguments.text, arguments.ctx, arguments.chunks or None),
+        verifying=VerifyOptions(arguments.text, arguments.ctx, arguments.chunks or None),
         scoring=scoring_options(arguments),
         n_seeds=arguments.seeds,
         types=arguments.types,

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import ModelError
-from ..gguf_header import is_gguf
+from ..llamacpp.gguf_header import is_gguf
 from ..records import Model
-from .families import supported_classes
+from .architectures.families import supported_classes
 from .folder import check_supported, open_folder
 from .gguf_source import open_gguf
 

@@ -17,7 +17,7 @@ from gguf import GGUFValueType, GGUFWriter, Metadata, size_label
 from gguf.gguf_writer import GGUFValue
 
 from ..records import Tensor, kv
-from .vocab_io import read_json
+from .tokenizer.json_files import read_json
 
 # A name as the Hub has them, with or without owner; a path on somebody's machine is none.
 _NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")

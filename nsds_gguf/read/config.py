@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, UnsupportedError
-from .classes import named_class
-from .defaults import default_sizes
-from .families import TEXT_MODELS, WRAPPERS
-from .family import Config, Family
+from .architectures.classes import named_class
+from .architectures.defaults import default_sizes
+from .architectures.families import TEXT_MODELS, WRAPPERS
+from .architectures.family import Config, Family
 from .foreign import describe
 
 MAX_LAYERS = 512  # llama.cpp's (LLAMA_MAX_LAYERS in llama-hparams.h)

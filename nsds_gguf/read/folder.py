@@ -22,23 +22,30 @@ import numpy as np
 from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
-from ..anatomy import read_hparams
 from ..errors import ModelError, UnsupportedError
-from ..filestate import file_states
 from ..records import Float32, Model, Tensor
+from ..system.filestate import file_states
+from .architectures.families import find_family
+from .architectures.family import Family
+from .architectures.keys import model_keys, window_note
+from .architectures.rope import (
+    check_rope,
+    llama3_factors,
+    longrope_factors,
+    rope_dim,
+    rope_note,
+    rope_settings,
+)
 from .card import card_keys
 from .checkpoint import read_checkpoint
 from .config import canonical, check_settings, dimensions, read_config, text_model
 from .embedding import read_embedding
-from .families import find_family
-from .family import Family
-from .keys import model_keys, window_note
+from .hparams import read_hparams
 from .mapping import Mapped, map_tensors
 from .missing import check_no_adapter
 from .own_files import check_files
 from .quantization import refuse_codes
-from .rope import check_rope, llama3_factors, longrope_factors, rope_dim, rope_note, rope_settings
-from .vocab import open_vocab
+from .tokenizer.vocab import open_vocab
 
 HEAD = "lm_head.weight"
 

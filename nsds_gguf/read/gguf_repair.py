@@ -20,9 +20,9 @@ from typing import Any
 from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
-from ..anatomy import needs_f32
 from ..errors import ModelError, UnsupportedError
-from ..gguf_header import TensorEntry
+from ..llamacpp.gguf_header import TensorEntry
+from ..llamacpp.rules import needs_f32
 from ..records import COPIED_TYPES, kv, role_and_layer
 from .config import MAX_LAYERS
 

@@ -20,13 +20,13 @@ from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
-from .. import ggml
-from ..anatomy import read_hparams
 from ..errors import ModelError, UnsupportedError
-from ..filestate import file_states
-from ..gguf_header import GgufPart, TensorEntry, read_gguf_parts
+from ..llamacpp import ggml
+from ..llamacpp.gguf_header import GgufPart, TensorEntry, read_gguf_parts
 from ..records import COPIED_TYPES, Float32, Model, Tensor, kv, role_and_layer
+from ..system.filestate import file_states
 from .gguf_repair import Header, mended
+from .hparams import read_hparams
 from .spans import read_span
 
 # Types that hold the weights as good as they were: quantizing again loses nothing to speak of.

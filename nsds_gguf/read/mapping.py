@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from ..errors import ModelError, UnsupportedError
 from ..records import Float32, Tensor
-from .families import IGNORED
-from .family import Config, Family, Part, Sizes
+from .architectures.families import IGNORED
+from .architectures.family import Config, Family, Part, Sizes
 from .missing import check_complete
 from .names import Found, Wanted, find_names
 from .stored import StoredTensor, same_values, some

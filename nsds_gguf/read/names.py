@@ -11,8 +11,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .families import LAYOUTS
-from .family import Family, Part, Sizes
+from .architectures.families import LAYOUTS
+from .architectures.family import Family, Part, Sizes
 from .stored import StoredTensor
 
 # Words that wrappers put into names, wherever they stand.

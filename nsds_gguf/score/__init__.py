@@ -12,9 +12,9 @@ from dataclasses import replace
 import numpy as np
 import scipy
 
+from .. import __version__
 from ..errors import PlanError
 from ..records import LayerScore, Model, Progress, Scores, no_progress
-from ..version import __version__
 from .baselines import Metric, baseline, boost_jumps, ewq, mean_kurtosis, mse, zd
 from .nsds import SE_READINGS, rest_notes, score_nsds
 

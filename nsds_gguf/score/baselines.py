@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from ..compute.layers import Layer, view_layer
 from ..records import Float32, Float64, LayerScore, Model, Progress
-from ..views import Layer, view_layer
 from .loading import load_matrix
 from .stats import matrix_kurtosis, matrix_mean, row_tiles
 

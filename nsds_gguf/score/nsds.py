@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import linalg
 
+from ..compute.layers import Attention, FeedForward, Layer, view_layer
 from ..records import Float32, Float64, LayerScore, Model, Progress
-from ..resources import blas_threads, n_blas_threads
-from ..views import Attention, FeedForward, Layer, view_layer
+from ..system.resources import blas_threads, n_blas_threads
 from .loading import load_matrix, read_slabs
 from .stats import (
     column_kurtosis,

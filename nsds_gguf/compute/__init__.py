@@ -1,0 +1,1 @@
+"""The numerics of a decoder: layer views, forward and backward through them."""

@@ -1,0 +1,169 @@
+"""A decoder's layers on a ``Tape``: which operations a model is made of, from the views of its tensors.
+
+Norm wiring, fused and separate matrices, biases, norms of queries and keys, caps, scales and mixtures of experts are
+followed. Left out is what only moves attention: sliding windows, layers without rope among those with it, a theta of
+their own of windowed layers, the fine print of yarn and longrope.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..records import Float32, Hparams, Model, Tensor
+from .layers import DENSE, ROUTED, SHARED, Attention, FeedForward, Layer, Linear, rows_of, view_layer
+from .moments import ACTIVATIONS, UP_OFFSETS, Norm
+from .norm_placement import BlockWiring, has_plain_experts, is_plain_stream, read_wiring
+from .tape import Node, Tape, angles
+
+# Roles in a layer beside plain norms, attention and feed-forward blocks that change what is computed.
+_UNKNOWN = ("attn_gate", "attn_sinks", "attn_sub_norm", "ffn_sub_norm", "attn_rot_embd")
+
+
+def what_is_missing(model: Model) -> str:
+    """Return what of a model cannot be put together here, in words; empty when everything can."""
+    h = model.hparams
+    embedding = model.by_name.get("token_embd.weight")
+    if embedding is None or embedding.n_cols != h.n_embd or h.norm == "unknown" or not h.n_heads:
+        return "its embedding or norms"
+    if h.activation not in ACTIVATIONS:
+        return "its activation"
+    for index in range(h.n_layers):
+        view = view_layer(model, index)
+        unknown = [role for role in _UNKNOWN if role in view.tensors] + [tensor.role for tensor in view.rest]
+        if unknown:
+            return unknown[0]
+        if not is_plain_stream(view.tensors):
+            return "its several streams"
+        if view.attention is None or not view.feed_forward:
+            return "its blocks"
+        if [block.kind for block in view.feed_forward] != [DENSE] and not _has_known_experts(view, h):
+            return "its way to choose experts"
+    return ""
+
+
+def _has_known_experts(view: Layer, hparams: Hparams) -> bool:
+    """Return whether a layer is of routed experts, chosen and weighed in a known way, with or without a shared one."""
+    kinds, router = [block.kind for block in view.feed_forward], view.tensors.get("ffn_gate_inp")
+    return (
+        kinds.count(ROUTED) == len(kinds) - kinds.count(SHARED)
+        and router is not None
+        and router.shape == (kinds.count(ROUTED), hparams.n_embd)
+        and 0 < hparams.n_experts_used <= kinds.count(ROUTED)
+        and hparams.expert_scores != "unknown"
+        and has_plain_experts(view.tensors)
+        and not any(role.endswith(".scale") for role in view.tensors)
+    )
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """What all layers share: the numbers, and the turns of rope, ``(n_positions, n_pairs)``."""
+
+    hparams: Hparams
+    cos: Float32
+    sin: Float32
+
+    @classmethod
+    def of(cls, model: Model, n_positions: int) -> Decoder:
+        """Return the decoder of a model for sequences of ``n_positions``."""
+        h = model.hparams
+        n_pairs = 0 if h.rope == "none" else min(h.rope_dim, h.head_dim) // 2
+        frequencies = h.rope_theta ** (-np.arange(n_pairs) / max(n_pairs, 1)) / h.rope_factor
+        factors = model.by_name.get("rope_freqs.weight")
+        if factors is not None and factors.n_weights == n_pairs:
+            frequencies = frequencies / factors.load().ravel()
+        return cls(h, *angles(n_positions, frequencies))
+
+    def layer(self, tape: Tape, view: Layer, x: Node) -> Node:
+        """Return the stream behind a layer."""
+        wiring = read_wiring(view.tensors, self.hparams)
+        if view.attention is None:
+            raise ValueError("a layer without attention: ask what_is_missing first")
+        attended = self.attention(tape, view.attention, view.tensors, self.read(tape, wiring.attention, x))
+        if wiring.parallel:
+            fed = self.feed_forward(tape, view, self.read(tape, wiring.feed_forward, x))
+            x = self.commit(tape, wiring.attention, x, attended)
+        else:
+            x = self.commit(tape, wiring.attention, x, attended)
+            fed = self.feed_forward(tape, view, self.read(tape, wiring.feed_forward, x))
+        x = self.commit(tape, wiring.feed_forward, x, fed)
+        scale = view.tensors.get("layer_output_scale")
+        return x if scale is None else tape.add(Node(np.zeros_like(x.value)), x, float(scale.load().ravel()[0]))
+
+    def read(self, tape: Tape, wiring: BlockWiring, x: Node) -> Node:
+        """Return what a block reads of the stream."""
+        return x if wiring.before is None else self.norm(tape, wiring.before, x)
+
+    def norm(self, tape: Tape, norm: Norm, x: Node) -> Node:
+        """Return a norm of the stream's kind."""
+        return tape.norm(norm, x, self.hparams.norm, self.hparams.norm_eps)
+
+    def commit(self, tape: Tape, wiring: BlockWiring, x: Node, write: Node) -> Node:
+        """Return the stream with what a block writes, normed where the layer says so."""
+        if wiring.behind is not None:
+            write = self.norm(tape, wiring.behind, write)
+        x = tape.add(x, write, self.hparams.residual_scale)
+        return x if wiring.on_stream is None else self.norm(tape, wiring.on_stream, x)
+
+    def attention(self, tape: Tape, a: Attention, tensors: Mapping[str, Tensor], x: Node) -> Node:
+        """Return what attention writes."""
+        h, parts = self.hparams, {}
+        for part, linear, n_heads in (("q", a.q, a.n_heads), ("k", a.k, a.n_kv_heads)):
+            node, gain = tape.linear(linear, x), tensors.get(f"attn_{part}_norm")
+            if gain is not None:
+                node = tape.heads_norm(gain, node, n_heads, h.norm, h.norm_eps)
+            if self.cos.shape[1]:
+                node = tape.rotate(node, self.cos, self.sin, n_heads, h.rope == "halves")
+            parts[part] = node
+        v = tape.linear(a.v, x)
+        scale = a.head_dim**-0.5 if h.attention_scale is None else h.attention_scale
+        o = tape.attention(parts["q"], parts["k"], v, a.n_heads, a.n_kv_heads, scale, h.attention_cap)
+        return tape.linear(a.o, o)
+
+    def feed_forward(self, tape: Tape, view: Layer, x: Node) -> Node:
+        """Return what the feed-forward blocks of a layer write together: a dense one, or experts."""
+        routed = [block for block in view.feed_forward if block.kind == ROUTED]
+        parts = [self.routed(tape, routed, view.tensors, x)] if routed else []
+        for block in view.feed_forward:
+            if block.kind == ROUTED:
+                continue
+            written, gate = tape.linear(block.down, self.units(tape, block, x)), view.tensors.get("ffn_gate_inp_shexp")
+            if block.kind == SHARED and gate is not None:
+                opening = tape.scores(tape.linear(Linear(rows_of(gate, 0, 1)), x), "sigmoid")
+                written = tape.times(written, opening)
+            parts.append(written)
+        return functools.reduce(tape.add, parts)
+
+    def routed(self, tape: Tape, experts: Sequence[FeedForward], tensors: Mapping[str, Tensor], x: Node) -> Node:
+        """Return what the experts that the router chooses write together.
+
+        The bias of scores counts for the choice alone. Stacked matrices that read the stream are told of all tokens,
+        whichever expert these visit.
+        """
+        h, bias = self.hparams, tensors.get("exp_probs_b.bias")
+        logits = tape.linear(Linear(tensors["ffn_gate_inp"], tensors.get("ffn_gate_inp.bias")), x)
+        scores = tape.scores(logits, h.expert_scores)
+        ranked = scores.value if bias is None else scores.value + bias.load().ravel()
+        chosen = np.argsort(-ranked, axis=1, kind="stable")[:, : h.n_experts_used]
+        weights = tape.chosen_weights(scores, chosen, h.experts_normed, h.experts_scale)
+        for part in (experts[0].gate, experts[0].up):
+            if part is not None and tape.on_input is not None:
+                tape.on_input(part.name, x.value)
+
+        def write(inner: Tape, expert: int, read: Node) -> Node:
+            units, down = self.units(inner, experts[expert], read), experts[expert].down
+            if inner.on_expert is not None and inner.tokens is not None:
+                inner.on_expert(down.name, expert, inner.tokens, units.value)
+            return inner.linear(down, units)
+
+        return tape.experts(x, chosen, weights, write)
+
+    def units(self, tape: Tape, block: FeedForward, x: Node) -> Node:
+        """Return the hidden units of a feed-forward block, behind its activation."""
+        gate = None if block.gate is None else tape.linear(block.gate, x)
+        offset = 0.0 if gate is None else UP_OFFSETS.get(self.hparams.activation, 0.0)
+        return tape.units(gate, tape.linear(block.up, x), self.hparams.activation, offset)

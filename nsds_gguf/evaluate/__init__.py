@@ -1,0 +1,1 @@
+"""What a finished file is worth: structure, perplexity, divergence, embeddings."""

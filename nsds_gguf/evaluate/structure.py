@@ -1,0 +1,93 @@
+"""Stage 5, verify: the finished file is opened again and held against its plan.
+
+The header is read by ``gguf_header``, which shares no code with the writer. Whether the file *works* is for
+``perplexity`` to say.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFValueType
+from gguf.gguf_writer import GGUFValue
+
+from ..errors import ModelError, VerifyError
+from ..llamacpp.gguf_header import GgufHeader, TensorEntry, read_gguf_header
+from ..records import Model, Plan, PlannedTensor
+
+
+def verify_structure(path: Path, model: Model, plan: Plan) -> None:
+    """Check names, shapes, types, offsets, sizes, keys and the budget of a written file against its plan.
+
+    Raises ``VerifyError`` naming the first difference.
+    """
+    n_bytes = path.stat().st_size
+    if n_bytes != plan.file_bytes:
+        raise VerifyError(f"{path}: wanted {plan.file_bytes} bytes, got {n_bytes}")
+    try:
+        header = read_gguf_header(path)
+    except ModelError as error:
+        raise VerifyError(str(error)) from error
+    _check_tensors(path, header, plan)
+    _check_keys(path, header, model, plan)
+    _check_target(path, plan, sum(tensor.n_bytes for tensor in header.tensors), n_bytes)
+
+
+def _check_tensors(path: Path, header: GgufHeader, plan: Plan) -> None:
+    if len(header.tensors) != len(plan.tensors):
+        raise VerifyError(f"{path}: wanted {len(plan.tensors)} tensors, got {len(header.tensors)}")
+    offset = plan.header_bytes
+    for found, planned in zip(header.tensors, plan.tensors, strict=True):
+        _check_tensor(path, found, planned, offset)
+        offset += planned.padded_bytes
+
+
+def _check_tensor(path: Path, found: TensorEntry, planned: PlannedTensor, offset: int) -> None:
+    facts = {
+        "name": (found.name, planned.name),
+        "shape": (found.shape, planned.shape),
+        "type": (found.type, planned.type),
+        "bytes": (found.n_bytes, planned.n_bytes),
+        "offset": (found.offset, offset),
+    }
+    for what, (got, wanted) in facts.items():
+        if got != wanted:
+            raise VerifyError(f"{path}: tensor {planned.name}: {what}: wanted {wanted}, got {got}")
+
+
+def _check_keys(path: Path, header: GgufHeader, model: Model, plan: Plan) -> None:
+    """Check that the model's keys are there as they are, and that the file was written from this very plan."""
+    for key, wanted in model.metadata.items():
+        found = header.metadata.get(key)
+        if found is None:
+            raise VerifyError(f"{path}: metadata key {key} is missing")
+        if found.type != wanted.type or not _same_value(found, wanted):
+            raise VerifyError(f"{path}: metadata key {key} is not what the model says")
+    digest = header.metadata.get("nsds_gguf.plan_sha256")
+    if digest is None or digest.value != plan.digest:
+        raise VerifyError(f"{path}: nsds_gguf.plan_sha256: wanted {plan.digest}, got {digest and digest.value}")
+
+
+def _same_value(found: GGUFValue, wanted: GGUFValue) -> bool:
+    """Return whether a value read back is the one meant, as far as its type can hold it."""
+    if GGUFValueType.FLOAT32 in (found.type, found.sub_type):
+        return np.array_equal(found.value, np.asarray(wanted.value, dtype=np.float32), equal_nan=True)
+    return bool(found.value == _plain(wanted.value))
+
+
+def _plain(value: object) -> object:
+    """Return a value as it is read back: tokens that were given as bytes are text."""
+    if isinstance(value, bytes | bytearray):
+        return value.decode(errors="surrogateescape")
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _check_target(path: Path, plan: Plan, tensor_bytes: int, file_bytes: int) -> None:
+    """Check the budget on the finished file; bytes, not rounded bpw."""
+    target = plan.target
+    used = tensor_bytes if target.kind == "bpw" else file_bytes
+    allowed = math.floor(target.value * plan.n_weights / 8) if target.kind == "bpw" else int(target.value)
+    if target.kind != "none" and used > allowed:
+        raise VerifyError(f"{path}: {used} bytes exceed the target {target} ({allowed} bytes)")

@@ -1,0 +1,151 @@
+"""What a finished file is checked on: the text, and whether model and vocabulary fit it, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from ..errors import TextError, VerifyError, told_of
+from ..llamacpp import llama
+from ..quantize.write import write_outline
+from ..records import Model
+from ..system.workfolder import WorkFolder
+from .embedding import POOLINGS
+from .inspect import inspect_gguf
+
+SHIPPED_TEXT = "old_curiosity_shop.txt"
+
+ORIGINAL = "original"  # --against: a temporary GGUF of the source's own precision
+QUANTIZED_INPUT = "quantized input"  # what takes the original's place where the input is quantized already
+
+# Architectures that decode only what their encoder has read (llama.cpp, llama_model_has_encoder).
+WITH_ENCODER = ("t5", "t5encoder", "eagle3", "dflash")
+
+_EXTRA_TOKENS = 3  # that a tokenizer may add to a text: BOS, EOS and a space before it all
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """How to check a finished file, by perplexity or by its embeddings, on a text: ``None`` for the one that ships.
+
+    ``n_chunks`` ``None`` takes the whole text. ``against`` is ``original``, the path of a GGUF, or ``None``: the
+    original where a conversion has it as a GGUF anyway and memory allows, else nothing.
+    """
+
+    text: Path | None = None
+    n_ctx: int = 512
+    n_chunks: int | None = 8
+    against: str | None = None
+    enabled: bool = True
+
+
+def spoken(against: str) -> str:
+    """Return what a file was compared with as a sentence names it: ``the original``, or a file by its name."""
+    return f"the {against}" if against in (ORIGINAL, QUANTIZED_INPUT) else Path(against).name
+
+
+def evaluation_text(verifying: VerifyOptions) -> str:
+    """Return the text to verify on, or the public-domain one that ships with the package.
+
+    Raises ``TextError`` when it cannot be read, or is too short whatever the tokenizer: no token is less than a byte.
+    """
+    if verifying.text is None:
+        text = (resources.files("nsds_gguf.evaluate") / SHIPPED_TEXT).read_text(encoding="utf-8")
+    else:
+        text = read_text(verifying.text)
+    n_bytes = len(text.encode())
+    if n_bytes + _EXTRA_TOKENS < 2 * verifying.n_ctx:
+        raise TextError(
+            f"{verifying.text or SHIPPED_TEXT}: text too short: wanted at least {2 * verifying.n_ctx} tokens for a "
+            f"context of {verifying.n_ctx}, got {n_bytes} bytes; use a longer text or a smaller --ctx"
+        )
+    return text
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file; raises ``TextError`` when it is missing or not UTF-8."""
+    try:
+        return path.read_bytes().decode()  # line ends as they are: llama-perplexity counts them too
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read: {error.strerror}; wanted a text file") from error
+    except UnicodeDecodeError as error:
+        raise TextError(
+            f"{path}: not UTF-8 text: byte {error.object[error.start]:#04x} at position {error.start}; "
+            "convert it to UTF-8 or choose another text"
+        ) from error
+
+
+def check_vocabulary(model: Model, verifying: VerifyOptions, text: str, files: WorkFolder) -> None:
+    """Let llama.cpp load an outline of the model and tokenize the text before the work that would be verified with it.
+
+    Raises ``VerifyError`` when the model has neither perplexity nor embeddings, or llama.cpp refuses vocabulary, keys
+    or tensors; ``TextError`` when the text is too short; and for a GGUF to compare with ``ModelError`` when it is none
+    and ``VerifyError`` when its vocabulary is another.
+    """
+    if not verifying.enabled:
+        return
+    check_predicts(model)
+    if "tokenizer.ggml.model" not in model.metadata:
+        raise VerifyError(
+            f"{model.path}: has no tokenizer, without which llama.cpp loads no file: use a GGUF with tokenizer.ggml "
+            "keys, or pass --no-verify"
+        )
+    with outline_file(model, files) as path:
+        llama.check_loads(path)
+        with llama.open_model(path, vocab_only=True) as vocabulary:
+            n_tokens, n_vocab = len(vocabulary.tokenize(text)), vocabulary.n_vocab
+    if n_tokens < 2 * verifying.n_ctx:
+        raise TextError(
+            f"{verifying.text or SHIPPED_TEXT}: text too short: wanted at least {2 * verifying.n_ctx} tokens for a "
+            f"context of {verifying.n_ctx}, got {n_tokens}; use a longer text or a smaller --ctx"
+        )
+    _check_reference(model, verifying, n_vocab)
+
+
+def _check_reference(model: Model, verifying: VerifyOptions, n_vocab: int) -> None:
+    if verifying.against in (None, ORIGINAL):
+        return
+    against = Path(str(verifying.against))
+    inspect_gguf(against)
+    with llama.open_model(against, vocab_only=True) as reference:
+        if reference.n_vocab != n_vocab:
+            raise VerifyError(
+                f"--against {against}: wanted a vocabulary of {n_vocab}, got {reference.n_vocab}; "
+                f"compare with a GGUF of {model.name}"
+            )
+
+
+def embeds(model: Model) -> bool:
+    """Return whether a model is one for embeddings: it says how the embedding of a text is pooled from its tokens."""
+    pooling = model.metadata.get(f"{model.architecture}.pooling_type")
+    return pooling is not None and isinstance(pooling.value, int) and pooling.value in POOLINGS
+
+
+@contextmanager
+def outline_file(model: Model, files: WorkFolder) -> Iterator[Path]:
+    """Give a GGUF of the model with a hole for its weights, removed afterwards; messages name the model instead."""
+    path = files.path / "outline.gguf"
+    try:
+        write_outline(model, path)
+        with told_of(model.path, path):
+            yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def predicts(model: Model) -> bool:
+    """Return whether a model predicts the next token."""
+    causal = model.metadata.get(f"{model.architecture}.attention.causal")
+    return model.architecture not in WITH_ENCODER and (causal is None or bool(causal.value))
+
+
+def check_predicts(model: Model) -> None:
+    """Raise ``VerifyError`` when a model neither predicts the next token nor embeds: nothing says whether it works."""
+    if not predicts(model) and not embeds(model):
+        raise VerifyError(
+            f"{model.path}: architecture {model.architecture} does not predict the next token, so that perplexity "
+            "cannot check it; pass --no-verify"
+        )

@@ -1,0 +1,1 @@
+"""What goes out with a file: bundle, model card, Modelfile, report."""

@@ -1,0 +1,294 @@
+"""A folder to publish or to give to Ollama: the GGUF and what should lie beside it.
+
+========== ===================================================================================================
+Modelfile  for ``ollama create``: chat format, stop strings, sampling parameters
+README.md  model card with the front matter that Hugging Face reads
+plan.json  the plan that the file was written by, where it is known
+scores.json  the scores that the plan was made from, where they are known
+SHA256SUMS for ``sha256sum -c``
+========== ===================================================================================================
+
+Each file appears under its name when it is complete. The GGUF is written there by ``convert``, or linked: it is copied
+only onto another file system.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import OutputError, RecordError, UnsupportedError
+from ..evaluate.embedding import EmbeddingCheck
+from ..evaluate.inspect import Inspection, inspect_gguf
+from ..evaluate.perplexity import Perplexity
+from ..llamacpp.gguf_header import SPLIT_COUNT, read_gguf_header, split_number
+from ..read.tokenizer.json_files import read_json
+from ..records import Plan, Progress, Scores
+from ..session.reporter import (
+    Reporter,
+    Silent,
+)
+from ..system.atomic import unfinished
+from ..system.resources import check_disk
+from ..system.workfolder import WorkFolder, output_error, remove_stale
+from .chat import KNOWS_TOOLS, ChatFormat
+from .model_card import Facts, Origin, find_origin, model_card
+from .modelfile import Metadata, chat_format, go_template, modelfile
+
+MODELFILE, CARD, PLAN, SCORES, SUMS = "Modelfile", "README.md", "plan.json", "scores.json", "SHA256SUMS"
+OLLAMA = "ollama"
+
+_HASHED_BYTES = 1 << 20  # read at once
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is known of a GGUF beside what it says itself.
+
+    Attributes:
+        path: the model folder or file that it was made from.
+        base_model: the repository of the original, ``ORG/NAME``, as the user says.
+        plan: the plan it was written by.
+        scores: the scores of that plan.
+        perplexity: what was measured, on ``text``.
+        embedding: what was measured in its place of a model that embeds texts.
+        text: name of the text.
+        command: the command that made it.
+        against: what the perplexity was compared with, as ``Converted.against``.
+
+    """
+
+    path: Path | None = None
+    base_model: str | None = None
+    plan: Plan | None = None
+    scores: Scores | None = None
+    perplexity: Perplexity | None = None
+    embedding: EmbeddingCheck | None = None
+    text: str = ""
+    command: str = ""
+    against: str | None = None
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A finished folder.
+
+    Attributes:
+        folder: where it is.
+        gguf: the model in it.
+        sha256: hex digest of every file but SHA256SUMS, by name.
+        chat: the chat format of the Modelfile; ``None`` where it has no TEMPLATE.
+        origin: where the model comes from.
+        notes: what the user must know, one sentence each.
+
+    """
+
+    folder: Path
+    gguf: Path
+    sha256: dict[str, str]
+    chat: ChatFormat | None
+    origin: Origin
+    notes: tuple[str, ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is in the folder as plain JSON values."""
+        return {
+            "folder": str(self.folder),
+            "sha256": self.sha256,
+            "chat_format": self.chat.name if self.chat else None,
+            "base_model": list(self.origin.repos),
+            "notes": list(self.notes),
+        }
+
+
+@contextmanager
+def bundle_folder(folder: Path, force: bool, report: Reporter) -> Iterator[Path]:
+    """Make the folder of a bundle, which is removed again when the block fails with nothing in it.
+
+    Raises ``OutputError`` when it cannot be made, or holds something and ``force`` is not given.
+    """
+    existed = folder.exists()
+    if existed and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; wanted a folder for the bundle")
+    for note in remove_stale(folder):
+        report.say(note)
+    if existed and not force and any(folder.iterdir()):
+        raise OutputError(f"{folder}: is not empty; pass --force to replace the bundle in it")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be created: {error.strerror}; create the folder above it first") from error
+    try:
+        yield folder
+    except BaseException:
+        if not existed:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def make_bundle(file: Path, folder: Path, source: Source | None = None, report: Reporter | None = None) -> Bundle:
+    """Put a GGUF and what belongs to it into a folder; files of an earlier bundle are replaced.
+
+    Args:
+        file: the GGUF, in the folder or anywhere else.
+        folder: an existing folder, as ``bundle_folder`` makes it.
+        source: what else is known of the file.
+        report: who is told.
+
+    Raises:
+        ModelError: the file is no GGUF, or only a part of one.
+        RecordError: the plan or the scores are of another file.
+        OutputError: the folder cannot be written, the disk is full, or a Modelfile cannot hold the file's name.
+
+    """
+    source, report = source or Source(), report or Silent()
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: no such folder for the bundle; create it first")
+    inspection, metadata = inspect_gguf(file), read_gguf_header(file).metadata
+    _check_whole(file)
+    _check_records(inspection, metadata, source)
+    chat, notes = _chat_and_notes(metadata)
+    origin = Origin((source.base_model,)) if source.base_model else find_origin(metadata, source.path)
+    modelfile_text = modelfile(file.name, metadata, chat, notes, _generation_config(source.path))
+    if not origin.repos or origin.is_parent:
+        notes.append("The repository of the original is not known: --base-model ORG/NAME tells the model card.")
+    facts = Facts(inspection, metadata, origin, chat is not None, source.plan, source.perplexity, source.text,
+                  source.command, source.against, source.embedding)  # fmt: skip
+    texts = {
+        MODELFILE: modelfile_text,
+        CARD: model_card(facts),
+        PLAN: _json(source.plan),
+        SCORES: _json(source.scores),
+    }
+    with WorkFolder(folder, [file.name], report.say) as files:
+        gguf = _placed(file, folder, files)
+        for name, text in texts.items():
+            _write(folder / name, text, files)
+        names = [gguf.name, *(name for name, text in texts.items() if text is not None)]
+        with report.stage("hash") as progress:
+            sums = _sha256_sums([folder / name for name in names], progress)
+        _write(folder / SUMS, "".join(map(_sum_line, sums, sums.values())), files)
+    return Bundle(folder, gguf, sums, chat, origin, tuple(notes))
+
+
+def _generation_config(path: Path | None) -> dict[str, Any]:
+    return read_json(path / "generation_config.json") if path is not None and path.is_dir() else {}
+
+
+def _check_whole(file: Path) -> None:
+    if (split_number(read_gguf_header(file), SPLIT_COUNT) or 1) > 1:
+        raise UnsupportedError(f"{file}: is a part of a split model; convert it, which makes one file of all parts")
+
+
+def _check_records(inspection: Inspection, metadata: Metadata, source: Source) -> None:
+    """Raise ``RecordError`` when the plan or the scores are not those of the file."""
+    types = [(tensor.name, tensor.shape, tensor.type) for tensor in inspection.tensors]
+    if source.plan is not None and types != [(t.name, t.shape, t.type) for t in source.plan.tensors]:
+        raise RecordError(f"the plan is not that of {inspection.path}: tensors or types differ; give its own or none")
+    digest = metadata.get("nsds_gguf.scores_sha256")
+    if source.scores is not None and (digest is None or digest.value != source.scores.digest):
+        raise RecordError(f"the scores are not those of {inspection.path}: their digest differs; give its own or none")
+
+
+def _chat_and_notes(metadata: Metadata) -> tuple[ChatFormat | None, list[str]]:
+    """Return the chat format, and what to say of the Modelfile."""
+    try:
+        chat = chat_format(metadata)
+    except UnsupportedError as error:
+        return None, [
+            f"TEMPLATE is left out: {error}.",
+            "Recent versions of Ollama read the chat template in the GGUF; older ones send the prompt as it is.",
+        ]
+    if chat is None:
+        return None, ["The model has no chat template: it continues texts, and does not answer."]
+    notes = [f"The chat format is {chat.name}.", *chat.notes]
+    if KNOWS_TOOLS in chat.notes:
+        notes.append("For tools with a recent version of Ollama delete TEMPLATE: it then reads the one in the GGUF.")
+    if ".Messages" in go_template(chat):
+        notes.append("Versions of Ollama before July 2024 take the second half of TEMPLATE, which knows single turns.")
+    return chat, notes
+
+
+def _json(record: Plan | Scores | None) -> str | None:
+    return None if record is None else json.dumps(record.to_json(), indent=1) + "\n"
+
+
+def _placed(file: Path, folder: Path, files: WorkFolder) -> Path:
+    """Return the file's path in the folder, linked there or, onto another file system, copied."""
+    target = folder / file.name
+    if target.exists() and target.samefile(file):
+        return target
+    with unfinished(target, files) as temporary:
+        try:
+            os.link(file.resolve(), temporary)  # the file, not a symbolic link to it as in the Hub's cache
+        except OSError:  # another file system, or one without links
+            check_disk(folder, file.stat().st_size, "the GGUF")
+            _copy(file, temporary)
+    return target
+
+
+def _copy(file: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(file, target)
+    except OSError as error:
+        raise output_error(target, error) from error
+
+
+def _write(path: Path, text: str | None, files: WorkFolder) -> None:
+    """Write a small file; without a text remove what an earlier bundle left there."""
+    try:
+        if text is None:
+            path.unlink(missing_ok=True)
+            return
+        with unfinished(path, files) as temporary:
+            temporary.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _sha256_sums(paths: list[Path], progress: Progress) -> dict[str, str]:
+    total, done = sum(path.stat().st_size for path in paths), 0
+    sums = {}
+    for path in paths:
+        digest = hashlib.sha256()
+        with path.open("rb") as stream:
+            while data := stream.read(_HASHED_BYTES):
+                digest.update(data)
+                done += len(data)
+                progress(done, total)
+        sums[path.name] = digest.hexdigest()
+    return sums
+
+
+def _sum_line(name: str, digest: str) -> str:
+    """Return a line for ``sha256sum -c``, which wants names with a backslash escaped and marked."""
+    escaped = name.replace("\\", "\\\\")
+    return f"{chr(92) if escaped != name else ''}{digest}  {escaped}\n"
+
+
+def check_ollama() -> None:
+    """Raise ``OutputError`` when there is no program ``ollama`` to hand a bundle to."""
+    if shutil.which(OLLAMA) is None:
+        raise OutputError(
+            "the program ollama is not installed (https://ollama.com); leave out --ollama, and where it is installed "
+            "run in the folder: ollama create NAME -f Modelfile"
+        )
+
+
+def ollama_create(bundle: Bundle, name: str) -> None:
+    """Let Ollama take the bundle in under a name; raises ``OutputError`` with what it says when it does not."""
+    check_ollama()
+    command = [OLLAMA, "create", name, "-f", MODELFILE]
+    done = subprocess.run(command, cwd=bundle.folder, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip() or "it says nothing").splitlines()[-1]
+        raise OutputError(f"{bundle.folder}: ollama create {name} failed: {said}; the bundle itself is complete")

@@ -1,0 +1,320 @@
+"""A plan or a GGUF as one HTML page: where the bytes went, what is sensitive, what was measured, how to do it again.
+
+The page is one file and loads nothing: its data, its script and Vega-Lite, which draws the charts, are inside; its
+content security policy allows these two scripts and no request. Vega-Lite comes out of the installed vl-convert-python
+(the extra ``report``) when a page is written. The page itself is in ``data/report``.
+
+What is not known is ``None`` or empty in the record, and the page says so in place of drawing it.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import html
+import importlib.util
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any, Literal
+
+from .. import __version__
+from ..calibration.imatrix import IMATRIX
+from ..errors import PlanError, RecordError
+from ..evaluate.inspect import FoundTensor, Inspection
+from ..evaluate.perplexity import Perplexity
+from ..llamacpp import ggml
+from ..records import UNQUANTIZED, LayerScore, Plan, PlannedTensor, Scores
+from ..system.atomic import write_small
+from .explain import in_a_word
+
+# What the page takes out of vl-convert's bundle.
+_SNIPPET = "globalThis.vegaEmbed = vegaEmbed;"
+
+# The page's own script, in the order of its parts; one module, so that no name meets one of the library's.
+SCRIPTS = ("data.js", "tables.js", "charts.js", "heatmap.js", "page.js")
+
+
+@dataclass(frozen=True)
+class Check:
+    """A measurement of the file: what was found, on which text, against which reference if any, and notes on it."""
+
+    found: Perplexity
+    text: str
+    against: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page shows.
+
+    Attributes:
+        kind: whether ``tensors`` are planned or found in a file.
+        title: name of the model.
+        kicker: the line above it.
+        tensors: in the order of the file.
+        why: for each planned tensor, in a few words, why it has its type.
+        file_bytes, bpw, quantized_bpw: sums, as in ``Plan`` and ``Inspection``.
+        target: the budget asked for; empty when none is known.
+        metric: of ``layers``.
+        layers: their scores; empty when they are not known.
+        check: the measurement; ``None`` when there is none.
+        notes: what the reader must know, one sentence each.
+        facts: names and values for the end of the page.
+        given: the command that made the file, as it was given; empty when it is not known.
+        command: the same from the plan, every choice spelled out; empty without a plan.
+
+    """
+
+    kind: Literal["plan", "file"]
+    title: str
+    kicker: str
+    tensors: Sequence[PlannedTensor] | Sequence[FoundTensor]
+    file_bytes: int
+    bpw: float
+    quantized_bpw: float
+    why: tuple[str, ...] = ()
+    target: str = ""
+    metric: str | None = None
+    layers: tuple[LayerScore, ...] = ()
+    check: Check | None = None
+    notes: tuple[str, ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
+    given: str = ""
+    command: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what the page reads: tensors as one list per column, the rest as plain values."""
+        check = self.check
+        names = [field.name for field in fields(self.tensors[0])] if self.tensors else ["name"]
+        columns = {name: [getattr(tensor, name) for tensor in self.tensors] for name in names}
+        return {
+            "kind": self.kind,
+            "title": self.title,
+            "kicker": self.kicker,
+            "tensors": {**columns, "why": self.why} if self.why else columns,
+            "unquantized": UNQUANTIZED,
+            "kernels": _kernels({tensor.type for tensor in self.tensors}),
+            "file_bytes": self.file_bytes,
+            "bpw": self.bpw,
+            "quantized_bpw": self.quantized_bpw,
+            "target": self.target,
+            "metric": self.metric,
+            "layers": [asdict(layer) for layer in self.layers],
+            "perplexity": check.found.to_json() if check else None,
+            "text": check.text if check else None,
+            "against": check.against if check else None,
+            "notes": self.notes,
+            "facts": self.facts,
+            "given": self.given,
+            "command": self.command,
+        }
+
+
+def plan_report(
+    plan: Plan,
+    *,
+    scores: Scores | None = None,
+    check: Check | None = None,
+    architecture: str | None = None,
+    model: str = "MODEL",
+    given: str = "",
+) -> Report:
+    """Return the report of a plan.
+
+    Args:
+        plan: what was, or would be, written.
+        scores: those that the plan was made from, if at hand.
+        check: what was measured on the written file, if it was.
+        architecture: llama.cpp's name of it, if known.
+        model: what commands call the model.
+        given: the command that made the file, if it is known.
+
+    Raises:
+        RecordError: the scores are another model's.
+
+    """
+    if scores is not None and scores.model_id != plan.model_id:
+        raise RecordError(f"the scores are of another model ({scores.model_name}); score {plan.model_name} again")
+    return Report(
+        kind="plan",
+        title=plan.model_name,
+        kicker=" · ".join(filter(None, (architecture, f"types chosen by {plan.allocator}"))),
+        tensors=plan.tensors,
+        why=tuple(in_a_word(plan, tensor) for tensor in plan.tensors),
+        file_bytes=plan.file_bytes,
+        bpw=plan.bpw,
+        quantized_bpw=plan.quantized_bpw,
+        target="" if plan.target.kind == "none" else str(plan.target),
+        metric=scores.metric if scores else plan.metric,
+        layers=scores.layers if scores else (),
+        check=check,
+        notes=(*plan.notes, *(scores.notes if scores else ()), *(check.notes if check else ())),
+        facts=_plan_facts(plan, scores),
+        given=given,
+        command=command(plan, scores, model),
+    )
+
+
+def file_report(found: Inspection) -> Report:
+    """Return the report of a GGUF: what its header tells, and nothing that it does not."""
+    name = Path(found.path).name
+    return Report(
+        kind="file",
+        title=found.name or name,
+        kicker=f"{found.architecture} · {name}",
+        tensors=found.tensors,
+        file_bytes=found.file_bytes,
+        bpw=found.bpw,
+        quantized_bpw=found.quantized_bpw,
+        target=found.made_by_us.get("target", "").replace("none", ""),
+        notes=_file_notes(found),
+        facts=_file_facts(found),
+    )
+
+
+def command(plan: Plan, scores: Scores | None, model: str) -> str:
+    """Return the command that makes the file of a plan, every choice that shapes it spelled out."""
+    words = ["nsds-gguf", "convert", model]
+    if plan.target.kind != "none":
+        words += [f"--target-{plan.target.kind}", f"{plan.target.value:.17g}"]
+    if plan.allocator == "uniform":
+        words += ["--uniform", plan.types[0]]
+    else:
+        words += ["--allocator", plan.allocator, "--types", ",".join(plan.types)]
+        words += ["--metric", scores.metric if scores else str(plan.metric)]
+        words += ["--se", scores.settings["se"]] if scores and "se" in scores.settings else []
+    words += ["--imatrix", "FILE"] if plan.importance.startswith(IMATRIX) else ["--importance", plan.importance]
+    words += ["--effort", plan.effort]
+    words += ["--score-weight", f"{plan.score_weight:.17g}"] if plan.score_weight else []
+    pins: dict[str, list[str]] = {}
+    for tensor in plan.tensors:
+        if tensor.reason == "pinned":
+            pins.setdefault(tensor.type, []).append(re.escape(tensor.name))
+    return shlex.join([*words, *(word for t, names in pins.items() for word in ("--pin", f"{'|'.join(names)}={t}"))])
+
+
+def _kernels(types: set[str]) -> dict[str, str]:
+    """Return whether ggml has fast CPU kernels for quantized types; those that we do not write are left out."""
+    ours = sorted(types & set(ggml.TYPES) - set(UNQUANTIZED))
+    return {name: "fast" if name in ggml.FAST_TYPES else "slow" for name in ours}
+
+
+def _plan_facts(plan: Plan, scores: Scores | None) -> tuple[tuple[str, str], ...]:
+    facts = [
+        ("allocator", plan.allocator),
+        ("types allowed", ", ".join(plan.types)),
+        ("column importance", plan.importance),
+        ("effort", plan.effort),
+        ("bytes unused", f"{plan.unused_bytes:,}" if plan.target.kind != "none" else ""),
+        ("optimality gap", f"at most {plan.gap:.1e}" if plan.gap is not None else ""),
+        ("predicted divergence", _predicted(plan)),
+        ("layer score", plan.metric or ""),
+        *((f"setting: {name}", value) for name, value in (scores.settings if scores else {}).items()),
+        ("model SHA-256", plan.model_id),
+        ("plan SHA-256", plan.digest),
+        ("scores SHA-256", plan.scores_digest),
+        *((f"version: {name}", version) for name, version in plan.versions.items()),
+    ]
+    return tuple((name, value) for name, value in facts if value)
+
+
+def _predicted(plan: Plan) -> str:
+    predicted = plan.predicted_divergence
+    return "" if predicted is None else f"{predicted:.4g}, the sum of error × sensitivity"
+
+
+# Keys of a GGUF that the page repeats, by what it calls them.
+_FILE_KEYS = {
+    "general.basename": "base name",
+    "general.finetune": "fine-tune",
+    "general.size_label": "size label",
+    "general.license": "licence",
+    "general.quantized_by": "quantized by",
+    "general.quantization_version": "quantization version",
+}
+
+
+def _file_facts(found: Inspection) -> tuple[tuple[str, str], ...]:
+    keys = {name: str(found.metadata[key]) for key, name in _FILE_KEYS.items() if key in found.metadata}
+    ours = {f"nsds-gguf: {name.replace('_', ' ')}": value for name, value in found.made_by_us.items()}
+    return (*keys.items(), *ours.items())
+
+
+def _file_notes(found: Inspection) -> tuple[str, ...]:
+    notes = []
+    if found.missing:
+        notes.append(f"{len(found.missing)} files of this split model are not there; their tensors are not shown.")
+    if not found.made_by_us:
+        notes.append("The file was not written by nsds-gguf: how its types were chosen is not known.")
+    return tuple(notes)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def check_report(path: Path) -> None:
+    """Raise ``PlanError`` when no page can be made: vl-convert-python is missing, or ``path`` is no name of a page."""
+    if path.suffix.lower() not in (".html", ".htm") and not path.is_dir():
+        raise PlanError(f"--report {path}: wanted a name ending in .html, or an existing folder")
+    if importlib.util.find_spec("vl_convert") is None:
+        raise PlanError("a report needs vl-convert-python; run: pip install 'nsds-gguf[report]'")
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the page.
+
+    Raises:
+        PlanError: vl-convert-python is missing, or the name does not end in ``.html``.
+        OutputError: the file cannot be written.
+
+    """
+    check_report(path)
+    write_small(path, page(report))
+
+
+def page(report: Report) -> str:
+    """Return the HTML of a report, about 1 MB of it the charting library."""
+    script = "".join(map(template, SCRIPTS))
+    return Template(template("page.html")).substitute(
+        policy=_policy(_library(), script),
+        title=html.escape(f"{report.title}: what its GGUF holds"),
+        style=template("page.css"),
+        version=html.escape(__version__),
+        data=embedded(report.to_json()),
+        licences=template("licences.txt"),
+        library=_library(),
+        script=script,
+    )
+
+
+@functools.cache
+def _library() -> str:
+    """Return Vega, Vega-Lite and Vega-Embed as one script; making it takes a second."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle(_SNIPPET).strip()
+
+
+def template(name: str) -> str:
+    """Return a part of the page."""
+    return (resources.files("nsds_gguf.publish") / "page" / name).read_text(encoding="utf-8")
+
+
+def embedded(data: Any) -> str:
+    """Return JSON that may stand in a script element: ASCII, without the ``<`` that could end it, finite numbers."""
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _policy(*scripts: str) -> str:
+    """Return a content security policy that allows these scripts, inline styles, and no request of any kind."""
+    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
+    return f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

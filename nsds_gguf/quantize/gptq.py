@@ -1,0 +1,246 @@
+"""Sequential error feedback: what rounding a column does wrong, the columns right of it make good.
+
+With the second moment ``H = E[x x^T]`` of a matrix's input, errors e of a row (what it was, less what it became) make a
+mean squared output error of ``e^T H e``. With ``H = U diag(v) U^T``, U unit upper triangular, and columns rounded from
+left to right,
+
+    e^T H e = sum_j v_j (t_j - q_j)^2,   t_j = w_j + sum_{i < j} U_ij e_i,
+
+so the best that column j can do, what stands left of it given, is to round t_j instead of w_j. This is GPTQ (Frantar et
+al., arXiv 2210.17323) in the form LDLQ (Chee et al., arXiv 2307.13304, section 3.1), which needs no inverse.
+
+Columns go by blocks. With a for all that is left of block b, the part of b in the sum is
+
+    (g_b - q_b)^T S_b (g_b - q_b),   S_b = U_bb diag(v_b) U_bb^T,   g_b = w_b + U_bb^-T U_ab^T e_a,
+
+so the *targets* g_b are what the block's scales have to suit: ggml finds them, columns weighted by v. After rounding
+with feedback this form is lowered further, by steps that each keep all else: d and dmin, s and m of a sub-block, codes.
+
+Arrays of one block have columns first: the values of many rows in one column are contiguous. Cost: ``n_cols ** 2``
+multiplications a row in matrix products, and about ten passes over every column.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import solve_triangular
+
+from ..errors import ModelError
+from ..llamacpp import ggml
+from ..records import Float32, Float64
+from .formats import FORMATS, Blocks, Format, UInt8, determined, inverse, joined, to_float16
+
+_STEPS = (-3, -2, -1, 0, 1, 2, 3)  # of s, tried in a descent
+_PANEL = 256  # columns of one matrix product over a triangle
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """The factors of one Hessian, for all matrices that have that input.
+
+    Attributes:
+        coefficients: ``(n_cols, n_cols)`` float32, U: unit upper triangular.
+        variances: ``(n_cols,)`` float32, v: what remains of each column's moment given the columns right of it.
+        importance: ``(n_cols,)`` float32, diagonal of H.
+
+    """
+
+    coefficients: Float32
+    variances: Float32
+    importance: Float32
+
+    def row_errors(self, errors: Float32) -> Float64:
+        """Return ``e^T H e`` of every row: ``(n_rows, n_cols)`` float32 to ``(n_rows,)``."""
+        total: Float64 = np.zeros(len(errors))
+        for start in range(0, errors.shape[1], _PANEL):
+            stop = min(start + _PANEL, errors.shape[1])
+            reduced = errors[:, :stop] @ self.coefficients[:stop, start:stop]
+            total += np.square(reduced, out=reduced) @ self.variances[start:stop]
+        return total
+
+
+def make_feedback(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, damping: float = 1e-3) -> Feedback:
+    """Factor a Hessian.
+
+    In memory: two float64 matrices of its size, and one of float32 that stays.
+
+    Args:
+        hessian: ``(n_cols, n_cols)``, symmetric, positive semidefinite but for rounding. It may be of low rank and hold
+            columns of zeros.
+        shrinkage: share by which everything off the diagonal is made smaller: how far the Hessian is mistrusted. 0.05
+            served moments of 8000 tokens and more, 0.2 those of 2000 (docs/log.md, 2026-11-25). Unlike damping it does
+            the same to columns of small and of large moments.
+        damping: share of the mean of the diagonal that is added to the diagonal: what dead columns get.
+
+    Raises:
+        ModelError: the Hessian is not finite, is zero, or not positive definite even so.
+
+    """
+    h: Float64 = np.array(hessian, dtype=np.float64)
+    diagonal = h.diagonal().copy()
+    mean = float(diagonal.mean())
+    if not np.isfinite(h).all() or mean <= 0:
+        raise ModelError(f"Hessian: wanted finite numbers and a positive diagonal, got a diagonal of mean {mean:g}")
+    diagonal += damping * mean
+    h *= 1 - shrinkage
+    np.fill_diagonal(h, diagonal)
+    try:
+        upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+    except np.linalg.LinAlgError as error:
+        raise ModelError(
+            f"Hessian: not positive definite with shrinkage {shrinkage:g} and damping {damping:g}: {error}"
+        ) from error
+    pivots = upper.diagonal().copy()
+    return Feedback(
+        np.ascontiguousarray(upper / pivots, dtype=np.float32),
+        np.square(pivots).astype(np.float32),
+        diagonal.astype(np.float32),
+    )
+
+
+def round_with_feedback(rows: Float32, type_name: str, feedback: Feedback, n_descents: int) -> Blocks:
+    """Round rows, ``(n_rows, n_cols)`` float32, with ``n_descents`` passes of descent over every block."""
+    format = FORMATS[type_name]
+    weights = np.ascontiguousarray(rows.T)
+    errors = np.empty_like(weights)
+    found = []
+    for start in range(0, len(weights), format.block):
+        columns = slice(start, start + format.block)
+        triangle, variances = feedback.coefficients[columns, columns], feedback.variances[columns]
+        pull = feedback.coefficients[:start, columns].T @ errors[:start]
+        pull = solve_triangular(triangle, pull, trans=1, unit_diagonal=True, check_finite=False)
+        targets = weights[columns] + pull
+        work = _Columns(targets, format.unpack(ggml.quantize(targets.T, type_name, variances)), format)
+        work.round(triangle)
+        form = (triangle * variances) @ triangle.T
+        for _ in range(n_descents):
+            work.descend(form)
+        errors[columns] = work.errors - pull
+        found.append(work.blocks())
+    return joined(found)
+
+
+class _Columns:
+    """The columns of one block being rounded.
+
+    Attributes:
+        codes: ``(block, n_rows)`` uint8.
+        s, m: ``(n_sub, n_rows)`` float32, whole numbers.
+        d, dmin: ``(n_rows,)`` float32, values of float16.
+        errors: ``(block, n_rows)`` float32, targets less what they became.
+
+    """
+
+    def __init__(self, targets: Float32, blocks: Blocks, format: Format) -> None:
+        """Take the targets, ``(block, n_rows)``, and the scales of one block of every row."""
+        self.codes: UInt8 = np.empty(targets.shape, dtype=np.uint8)
+        self.errors = np.empty_like(targets)
+        self.s, self.m = (np.ascontiguousarray(x[:, 0].T, dtype=np.float32) for x in (blocks.s, blocks.m))
+        self.d, self.dmin = blocks.d[:, 0], blocks.dmin[:, 0]
+        self._targets, self._format = targets, format
+        self._subs = list(itertools.pairwise(range(0, format.block + 1, format.sub)))
+
+    def blocks(self) -> Blocks:
+        """Return the result: one block of every row."""
+        codes = np.ascontiguousarray(self.codes.T).reshape(len(self.d), 1, self._format.n_sub, -1)
+        s, m = (x.T.astype(np.int16)[:, None] for x in (self.s, self.m))
+        return Blocks(codes, s, m, self.d[:, None], self.dmin[:, None])
+
+    def round(self, triangle: Float32) -> None:
+        """Round from left to right with feedback by ``(block, block)`` of U."""
+        for sub, (first, last) in enumerate(self._subs):
+            aims = self._targets[first:last] + triangle[:first, first:last].T @ self.errors[:first]
+            scales = self._scales(sub)
+            for j in range(first, last):
+                aim = aims[j - first] + triangle[first:j, j] @ self.errors[first:j]
+                self._round_column(j, aim, scales)
+
+    def descend(self, form: Float32) -> None:
+        """Lower ``e^T S e``, ``(block, block)`` S: d and dmin, then in each sub-block s and m, and code after code.
+
+        In column j it is least at ``e_j = -sum_{i != j} S_ji e_i / S_jj``.
+        """
+        self._move_block_scales(form)
+        over_diagonal = 1 / form.diagonal()
+        for sub, (first, last) in enumerate(self._subs):
+            within = form[first:last, first:last]
+            pulls = form[first:last] @ self.errors
+            if self._format.has_s:
+                pulls += within @ self._move_sub_scales(sub, within, pulls)
+            scales = self._scales(sub)
+            before = self.errors[first:last].copy()
+            for j in range(first, last):
+                aim = pulls[j - first] + form[j, first:j] @ (self.errors[first:j] - before[: j - first])
+                aim *= over_diagonal[j]
+                aim += self._targets[j]
+                aim -= self.errors[j]
+                self._round_column(j, aim, scales)
+
+    def _move_block_scales(self, form: Float32) -> None:
+        """Fit d and dmin by least squares under the form, all else given; float16 of it is taken where it is better."""
+        a = np.repeat(self.s, self._format.sub, axis=0) * self._format.levels[self.codes]
+        b = -np.repeat(self.m, self._format.sub, axis=0)
+        fa, fb, fe = form @ a, form @ b, form @ self.errors
+        aa, ab, bb, ae, be = _dots(fa, a), _dots(fa, b), _dots(fb, b), _dots(fe, a), _dots(fe, b)
+        over = inverse(determined(aa, ab, bb))
+        x: Float32 = np.where(over > 0, (ae * bb - be * ab) * over, ae * inverse(aa))  # a alone where there is no b
+        x = to_float16(self.d + x) - self.d
+        y: Float32 = (be * aa - ae * ab) * over
+        y = to_float16(self.dmin + y) - self.dmin
+        gain = x * (2 * ae - x * aa) + y * (2 * be - y * bb) - 2 * x * y * ab
+        x, y = np.where(gain > 0, x, np.float32(0)), np.where(gain > 0, y, np.float32(0))
+        self.d, self.dmin = self.d + x, self.dmin + y
+        self.errors -= x * a + y * b
+
+    def _move_sub_scales(self, sub: int, within: Float32, pulls: Float32) -> Float32:
+        """Move s and m of a sub-block to the best whole numbers near, all else given, and return how errors change.
+
+        ``within`` is the form's part of the sub-block, ``pulls`` the form's rows of it times the errors.
+        """
+        first, last = self._subs[sub]
+        s, m, m_max = self.s[sub], self.m[sub], self._format.m_max
+        a = (
+            self.d * self._format.levels[self.codes[first:last]]
+        )  # one more of s takes a off the errors, one of m adds b
+        b = self.dmin
+        fa = within @ a
+        aa, ab, bb = _dots(fa, a), b * fa.sum(0), b * b * within.sum()
+        ae, be = _dots(pulls, a), b * pulls.sum(0)
+        over = inverse(bb)
+        best, best_x, best_y = np.zeros_like(s), np.zeros_like(s), np.zeros_like(s)
+        for step in _STEPS:
+            x = np.clip(s + step, *self._format.s_range) - s
+            y = np.clip(np.rint(m + (x * ab - be) * over), 0, m_max) - m if m_max else best_y
+            gain = x * (2 * ae - x * aa) - y * (2 * be + y * bb - 2 * x * ab)
+            better = gain > best
+            best, best_x, best_y = (np.where(better, *pair) for pair in ((gain, best), (x, best_x), (y, best_y)))
+        self.s[sub] += best_x
+        self.m[sub] += best_y
+        change: Float32 = best_y * b - best_x * a
+        self.errors[first:last] += change
+        return change
+
+    def _scales(self, sub: int) -> tuple[Float32, Float32, Float32]:
+        """Return scale, offset and 1 / scale of a sub-block, ``(n_rows,)`` each."""
+        scale = self.d * self.s[sub]
+        return scale, self.dmin * self.m[sub], inverse(scale)
+
+    def _round_column(self, j: int, aim: Float32, scales: tuple[Float32, Float32, Float32]) -> None:
+        """Give column j the code whose weight is nearest to ``aim``, ``(n_rows,)``, which is overwritten."""
+        scale, offset, over_scale = scales
+        aim += offset
+        aim *= over_scale
+        self.codes[j] = self._format.to_levels(aim)
+        aim *= scale
+        aim -= offset
+        np.subtract(self._targets[j], aim, out=self.errors[j])
+
+
+def _dots(a: Float32, b: Float32) -> Float32:
+    """Return the products of each column of one array with that of the other."""
+    dots: Float32 = np.einsum("ij,ij->j", a, b)
+    return dots

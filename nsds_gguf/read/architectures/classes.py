@@ -1,0 +1,101 @@
+"""Which class a config.json means, where trainers have renamed it, left it out, or saved a model without its head."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import ModelError
+from .families import supported_classes
+
+# What transformers' AutoModelForCausalLM makes of a model_type (modeling_auto).
+MODEL_TYPES = {
+    "cohere": "CohereForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "granitemoeshared": "GraniteMoeSharedForCausalLM",
+    "idefics3": "Idefics3ForConditionalGeneration",
+    "internlm2": "InternLM2ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "mamba": "MambaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mistral3": "Mistral3ForConditionalGeneration",
+    "mixtral": "MixtralForCausalLM",
+    "olmo": "OlmoForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "phi": "PhiForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "smolvlm": "SmolVLMForConditionalGeneration",
+    "stablelm": "StableLmForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+}
+
+# Words that trainers put before the name of a class, and names that they put in its place.
+_BEFORE = re.compile(
+    r"^(FSDP2?|FullyShardedDataParallel|FullySharded|DistributedDataParallel|DDP|DataParallel|DeepSpeed|DS|Replicate|"
+    r"Compiled|Optimized|Peft|Lora|Liger|Unsloth|FastLanguage)+(?=[A-Z])"
+)
+_IN_PLACE = re.compile(
+    r"OptimizedModule|FullyShardedDataParallel|DistributedDataParallel|DataParallel|DeepSpeedEngine|PeftModel|"
+    r"PeftModelForCausalLM|LoraModel|AutoModelForCausalLM|PreTrainedModel"
+)
+
+# Names of the class without a head, where they are not that of the model_type's Model.
+_BASES = {"Gemma3TextModel": "Gemma3ForCausalLM", "GPT2Model": "GPT2LMHeadModel"}
+
+
+def named_class(config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Return the class that config.json means, and a note where that is not the name under ``architectures``.
+
+    Raises ``ModelError`` when config.json names no class and no model_type that is known. A class that is not
+    supported is returned as it is.
+    """
+    architectures, kind = config.get("architectures"), config.get("model_type")
+    by_type = MODEL_TYPES.get(kind) if isinstance(kind, str) else None
+    if isinstance(architectures, str):
+        architectures = [architectures]
+    if architectures is None or architectures == []:
+        if by_type is None:
+            also = f", and model_type {kind!r}" if kind is not None else ""
+            raise ModelError(f"config.json: wanted one class name in architectures, got {architectures!r}{also}")
+        return by_type, f"config.json names no class; its model_type {kind} is {by_type}."
+    if not isinstance(architectures, list) or not isinstance(architectures[0], str):
+        raise ModelError(f"config.json: wanted one class name in architectures, got {architectures!r}")
+    name = architectures[0]
+    meant = _meant(name, by_type)
+    return (name, None) if meant is None else (meant, f"config.json's class {name} is read as {meant}.")
+
+
+def _meant(name: str, by_type: str | None) -> str | None:
+    """Return the class that a name means when it is another one; ``None`` when it is itself, or not known."""
+    known = supported_classes()
+    if name in known:
+        return None
+    if _IN_PLACE.fullmatch(name):
+        return by_type
+    bare = _BEFORE.sub("", name)
+    if bare in known:
+        return bare
+    stem = bare.removesuffix("Model")
+    candidates = [_BASES.get(bare), f"{stem}ForCausalLM", f"{stem}ForConditionalGeneration"]
+    return next((found for found in candidates if found in known), None) if bare.endswith("Model") else None

@@ -1,0 +1,284 @@
+"""Rope settings: from the two forms that config.json knows to GGUF keys and the ``rope_freqs`` tensor.
+
+transformers up to 4 writes ``rope_theta`` and ``rope_scaling``, transformers 5 one ``rope_parameters``; both are read.
+A kind or an option that llama.cpp would compute differently is an error: it would load and answer nonsense.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter, RopeScalingType
+
+from ...errors import ModelError, UnsupportedError
+from ...records import Float32
+
+DEFAULT_THETA = 10000.0  # transformers' default for most classes; a family's own is in its defaults
+
+# llama.cpp computes yarn with these and reads no key for them in the supported architectures (llama-model.cpp).
+YARN_BETA_FAST, YARN_BETA_SLOW = 32.0, 1.0
+
+YARN_LOG_UNIT = 0.1  # of the key yarn_log_multiplier: llama.cpp divides by it again (deepseek2.cpp)
+
+# What a float32 key holds, and a uint32 one.
+MIN_NUMBER, MAX_NUMBER = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+MAX_CONTEXT = 2**32 - 1
+
+# Settings that may also stand at the top of config.json.
+_OUTER_KEYS = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+
+# Settings of one kind of layer each, where a model has layers with a sliding window: Gemma 3, OLMo 3.
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+_LOCAL_THETA = "rope_local_base_freq"  # transformers 4: theta of the layers with a window
+
+# Numbers that each kind needs, and those that yarn may have.
+_NEEDED = {
+    "linear": ("factor",),
+    "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("original_max_position_embeddings",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+_YARN_OPTIONS = ("attention_factor", "mscale", "mscale_all_dim")
+
+
+def rope_settings(config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return ``{"rope_type", "rope_theta", ...}`` from either form; ``rope_type`` is ``default`` when unscaled.
+
+    ``local_theta`` is the theta of layers with a sliding window, where it differs from the others'.
+
+    Args:
+        config: canonical settings.
+        defaults: what the class assumes where config.json is silent.
+
+    Raises:
+        ModelError: a setting is given twice with different values.
+        UnsupportedError: kinds of layers have settings of their own that llama.cpp does not know.
+
+    """
+    forms = [_settings(config, form) for form in ("rope_parameters", "rope_scaling") if config.get(form)]
+    if len(forms) == 2 and forms[0] != forms[1]:
+        raise ModelError("config.json: rope_parameters and rope_scaling disagree; keep the one that is meant")
+    settings = forms[0] if forms else _settings(config, None)
+    for key, value in {"rope_theta": DEFAULT_THETA, **(defaults or {})}.items():
+        if key in (*_OUTER_KEYS, _LOCAL_THETA) and settings.get(key) is None:
+            settings[key] = value
+    # An original context that is not named is the context (transformers modeling_rope_utils, standardize_rope_params).
+    settings.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    local = settings.pop(_LOCAL_THETA, None)
+    if local is not None:
+        settings.setdefault("local_theta", local)
+    return settings
+
+
+def _settings(config: Mapping[str, Any], form: str | None) -> dict[str, Any]:
+    given = config[form] if form else {}
+    if not isinstance(given, Mapping):
+        raise ModelError(f"config.json: {form}: wanted an object, got {given!r}")
+    given, local = _by_kind_of_layer(given, str(form))
+    settings = {key: value for key, value in given.items() if value is not None or key == "truncate"}
+    settings.setdefault("rope_type", settings.pop("type", "default"))
+    if settings["rope_type"] == "su":  # the first name of longrope
+        settings["rope_type"] = "longrope"
+    if settings["rope_type"] == "dynamic":  # the frequencies are the plain ones up to the context
+        settings |= {"rope_type": "default", "is_dynamic": True}
+    for key in _OUTER_KEYS:
+        outer = config.get(key)
+        if outer is not None and settings.setdefault(key, outer) != outer:
+            raise ModelError(
+                f"config.json: {key} is {outer!r}, but {settings[key]!r} in {form}; keep the one that is meant"
+            )
+    if local is not None or config.get(_LOCAL_THETA) is not None:
+        settings["local_theta"] = local if local is not None else config[_LOCAL_THETA]
+    return settings
+
+
+def _by_kind_of_layer(given: Mapping[str, Any], form: str) -> tuple[Mapping[str, Any], Any]:
+    """Return the settings of layers without a window, and theta of those with one when they are set apart."""
+    nested = [key for key, value in given.items() if isinstance(value, Mapping)]
+    if not nested:
+        return given, None
+    full, sliding = given.get(_FULL), given.get(_SLIDING)
+    if set(given) - {_FULL, _SLIDING} or not isinstance(full, Mapping):
+        raise UnsupportedError(f"config.json: {form}: {nested[0]} has settings of its own; wanted one for all layers")
+    sliding = sliding if isinstance(sliding, Mapping) else {}
+    if sliding.get("rope_type", "default") != "default":
+        raise UnsupportedError(
+            f"config.json: {form}: {_SLIDING} is scaled ({sliding['rope_type']}); llama.cpp scales other layers only"
+        )
+    return full, sliding.get("rope_theta")
+
+
+def rope_note(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the note on dynamic scaling: transformers changes theta beyond the context only, llama.cpp never."""
+    if not settings.get("is_dynamic"):
+        return ()
+    return (
+        "llama.cpp has no dynamic rope scaling: the model is as it was trained up to "
+        f"{settings['n_ctx_train']} tokens, and is not stretched beyond.",
+    )
+
+
+def rope_dim(settings: Mapping[str, Any], head_dim: int) -> int:
+    """Return how many channels of a head are rotated; raises ``ModelError`` when that is none, odd or too many."""
+    share = number({"partial_rotary_factor": 1.0, **settings}, "partial_rotary_factor")
+    n_rotated = int(head_dim * share)
+    if not 0 < n_rotated <= head_dim or n_rotated % 2:
+        raise ModelError(
+            f"config.json: partial_rotary_factor {share:g}: {n_rotated} of {head_dim} channels are rotated"
+        )
+    return n_rotated
+
+
+def check_rope(settings: Mapping[str, Any], architecture: str, kinds: tuple[str, ...], is_partial_known: bool) -> None:
+    """Check the settings before they are used.
+
+    Args:
+        settings: from ``rope_settings``.
+        architecture: llama.cpp's name.
+        kinds: kinds of scaling that it computes.
+        is_partial_known: whether it may rotate a part of each head only.
+
+    Raises:
+        UnsupportedError: a kind or option that llama.cpp's architecture does not compute.
+        ModelError: a number is missing or out of range.
+
+    """
+    kind = settings["rope_type"]
+    if kind not in kinds:
+        raise UnsupportedError(
+            f"config.json: rope scaling {kind!r} is not supported for {architecture}; known: {', '.join(kinds)}"
+        )
+    if settings.get("partial_rotary_factor", 1.0) != 1.0 and not is_partial_known:
+        factor = settings["partial_rotary_factor"]
+        raise UnsupportedError(f"config.json: partial_rotary_factor {factor} is not supported for {architecture}")
+    for key in ("rope_theta", *_NEEDED.get(kind, ())):
+        value = number(settings, key)
+        if key == "original_max_position_embeddings" and not (value.is_integer() and value <= MAX_CONTEXT):
+            raise ModelError(f"config.json: rope setting {key}: wanted a number of tokens, got {value:g}")
+    if "local_theta" in settings:
+        number(settings, "local_theta")
+    if kind == "llama3" and number(settings, "low_freq_factor") >= number(settings, "high_freq_factor"):
+        raise ModelError("config.json: llama3 rope: wanted low_freq_factor below high_freq_factor")
+    if kind == "yarn":
+        _check_yarn(settings)
+
+
+def _check_yarn(settings: Mapping[str, Any]) -> None:
+    wanted = {"beta_fast": YARN_BETA_FAST, "beta_slow": YARN_BETA_SLOW, "truncate": True}
+    for key, value in wanted.items():
+        if settings.get(key, value) != value:
+            raise UnsupportedError(
+                f"config.json: yarn rope with {key} {settings[key]}: llama.cpp computes only {key} {value}"
+            )
+    for key in _YARN_OPTIONS:
+        if key in settings:
+            number(settings, key)
+    if settings.get("has_log_multiplier") and settings.get("mscale") != settings.get("mscale_all_dim", 0):
+        raise UnsupportedError(
+            f"config.json: yarn rope with mscale {settings.get('mscale')} and mscale_all_dim "
+            f"{settings.get('mscale_all_dim')}: llama.cpp computes latent attention only where they are the same"
+        )
+
+
+def add_rope_keys(writer: GGUFWriter, settings: Mapping[str, Any]) -> None:
+    """Add the keys of theta and scaling to ``writer``; ``settings`` have passed ``check_rope``."""
+    writer.add_rope_freq_base(number(settings, "rope_theta"))
+    if "local_theta" in settings:
+        writer.add_rope_freq_base_swa(number(settings, "local_theta"))
+    kind = settings["rope_type"]
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(number(settings, "factor"))
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(int(number(settings, "original_max_position_embeddings")))
+    if kind == "yarn" and settings.get("has_log_multiplier"):
+        writer.add_rope_scaling_yarn_log_mul(YARN_LOG_UNIT * number(settings, "mscale_all_dim"))
+    elif kind == "yarn":
+        correction = yarn_attention_factor(settings) / yarn_magnitude(number(settings, "factor"))
+        if not math.isclose(correction, 1.0, rel_tol=1e-6):
+            writer.add_rope_scaling_attn_factors(correction)
+
+    if kind == "longrope":
+        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(int(number(settings, "original_max_position_embeddings")))
+        writer.add_rope_scaling_attn_factors(longrope_attention_factor(settings))
+
+
+def longrope_attention_factor(settings: Mapping[str, Any]) -> float:
+    """Return longrope's factor on cos and sin, ``sqrt(1 + ln(s) / ln(n))`` (arXiv 2402.13753; modeling_rope_utils).
+
+    ``n`` is the original context and ``s`` the extension over it, ``n_ctx_train / n``.
+    """
+    if "attention_factor" in settings:
+        return number(settings, "attention_factor")
+    original = number(settings, "original_max_position_embeddings")
+    factor = number(settings, "n_ctx_train") / original
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1.0 else 1.0
+
+
+def longrope_factors(settings: Mapping[str, Any], n_rotated: int) -> dict[str, Float32]:
+    """Return the divisors of the rope frequencies by tensor name, each ``(n_rotated // 2,)`` float32.
+
+    ``rope_factors_short`` holds up to the original context, ``rope_factors_long`` beyond it; llama.cpp chooses by the
+    size of the context that it is given, transformers by the length of the text.
+    """
+    found = {}
+    for name in ("long", "short"):
+        values = settings.get(f"{name}_factor")
+        if (
+            not isinstance(values, list)
+            or len(values) != n_rotated // 2
+            or not all(type(value) in (int, float) and value > 0 for value in values)
+        ):
+            raise ModelError(f"config.json: longrope {name}_factor: wanted {n_rotated // 2} positive numbers")
+        found[f"rope_factors_{name}"] = np.array(values, dtype=np.float32)
+    return found
+
+
+def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
+    """Return yarn's factor on cos and sin, ``0.1 mscale ln(factor) + 1`` (arXiv 2309.00071, eq. 22)."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+def yarn_attention_factor(settings: Mapping[str, Any]) -> float:
+    """Return the factor on cos and sin that transformers computes (modeling_rope_utils).
+
+    llama.cpp multiplies by ``yarn_magnitude(factor)`` on its own and by the key ``rope.scaling.attn_factor`` on top
+    (llama-context.cpp), so the key holds the quotient of the two.
+    """
+    factor = number(settings, "factor")
+    if "attention_factor" in settings:
+        return number(settings, "attention_factor")
+    if "mscale" in settings and "mscale_all_dim" in settings:
+        mscale, mscale_all_dim = number(settings, "mscale"), number(settings, "mscale_all_dim")
+        return yarn_magnitude(factor, mscale) / yarn_magnitude(factor, mscale_all_dim)
+    return yarn_magnitude(factor)
+
+
+def llama3_factors(settings: Mapping[str, Any], rope_dim: int) -> Float32:
+    """Return Llama 3.1's divisors of the rope frequencies, ``(rope_dim // 2,)`` float32: tensor ``rope_freqs``.
+
+    Wavelengths shorter than ``n_ctx / high_freq_factor`` stay, those longer than ``n_ctx / low_freq_factor`` are
+    stretched by ``factor``, those between are blended (transformers, ``_compute_llama3_parameters``).
+    """
+    one = np.float32(1)
+    factor, theta, low, high, n_ctx = (
+        np.float32(number(settings, key))
+        for key in ("factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    frequencies = one / theta ** (np.arange(0, rope_dim, 2, dtype=np.float32) / np.float32(rope_dim))
+    wavelengths = np.float32(2 * math.pi) / frequencies
+    smooth = np.clip((n_ctx / wavelengths - low) / (high - low), np.float32(0), one)
+    factors: Float32 = one / ((one - smooth) / factor + smooth)
+    return factors
+
+
+def number(settings: Mapping[str, Any], key: str) -> float:
+    """Return a number of the rope settings; raises ``ModelError`` when it is missing or no sensible number."""
+    value = settings.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_NUMBER <= value <= MAX_NUMBER:
+        raise ModelError(f"config.json: rope setting {key}: wanted a positive number that float32 holds, got {value!r}")
+    return float(value)

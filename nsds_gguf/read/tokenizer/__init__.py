@@ -1,0 +1,1 @@
+"""Tokenizer files become the tokenizer keys of a GGUF."""

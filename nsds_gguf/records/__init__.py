@@ -1,0 +1,48 @@
+"""The nouns that stages hand to one another: Model in, Scores and Plan along the way.
+
+All are frozen. ``Scores`` and ``Plan`` round-trip through JSON, so that every stage can run alone and be looked at.
+"""
+
+from .json_records import read_json
+from .model import (
+    ALIGNMENT_BYTES,
+    COPIED_TYPES,
+    UNQUANTIZED,
+    Float32,
+    Float64,
+    Hparams,
+    Model,
+    Progress,
+    Tensor,
+    kv,
+    no_progress,
+    role_and_layer,
+)
+from .plan import EFFORTS, PLAN_FORMAT, SELF, Plan, PlannedTensor, Target
+from .scores import SCORES_FORMAT, LayerScore, Scores, TensorCost
+
+__all__ = [
+    "ALIGNMENT_BYTES",
+    "COPIED_TYPES",
+    "EFFORTS",
+    "PLAN_FORMAT",
+    "SCORES_FORMAT",
+    "SELF",
+    "UNQUANTIZED",
+    "Float32",
+    "Float64",
+    "Hparams",
+    "LayerScore",
+    "Model",
+    "Plan",
+    "PlannedTensor",
+    "Progress",
+    "Scores",
+    "Target",
+    "Tensor",
+    "TensorCost",
+    "kv",
+    "no_progress",
+    "read_json",
+    "role_and_layer",
+]

@@ -1,0 +1,252 @@
+"""An opened model: its tensors, its numbers, and the GGUF keys that describe it.
+
+Tensors carry GGUF names and roles from the read edge inward; names of other formats stay there. Shapes are written in
+numpy order, slowest first: a matrix is ``(n_rows, n_cols)`` = ``(out_features, in_features)``, stacked experts are
+``(n_experts, n_rows, n_cols)``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from gguf import GGUFValueType
+from gguf.gguf_writer import GGUFValue
+from numpy.typing import NDArray
+
+from ..system.filestate import FileState
+
+Float32 = NDArray[np.float32]
+
+Float64 = NDArray[np.float64]
+
+# Progress of a long step: called with (done, total) in whatever unit the step counts.
+Progress = Callable[[int, int], None]
+
+
+def no_progress(done: int, total: int) -> None:
+    """Ignore progress: the default of every long step."""
+
+
+# ggml's constant block alignment of tensor data in a GGUF file (GGUF_DEFAULT_ALIGNMENT).
+ALIGNMENT_BYTES = 32
+
+# Types of tables and indices, not of weights: such tensors are copied as they are (ggml.h, enum ggml_type).
+COPIED_TYPES = ("I8", "I16", "I32", "I64", "F64")
+
+# Types that hold weights as they are: everything else counts as quantized.
+UNQUANTIZED = ("F32", "F16", "BF16", *COPIED_TYPES)
+
+_LAYER_NAME = re.compile(r"blk\.(\d+)\.(.+)")
+
+
+def role_and_layer(name: str) -> tuple[str, int | None]:
+    """Return the role of a GGUF tensor name and its layer; ``None`` for tensors outside the layers of a decoder.
+
+    ``blk.3.attn_q.weight`` is ``("attn_q", 3)``, ``blk.3.attn_q.bias`` is ``("attn_q.bias", 3)``, ``output.weight`` is
+    ``("output", None)``.
+    """
+    match = _LAYER_NAME.fullmatch(name)
+    role = (match[2] if match else name).removesuffix(".weight")
+    return role, int(match[1]) if match else None
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of the model under its GGUF name, readable in row slabs.
+
+    Attributes:
+        name: GGUF name, for example ``blk.3.attn_q.weight``.
+        role: the name without layer and ``.weight``: ``attn_q``, ``ffn_down``, ``token_embd``, ``output``,
+            ``attn_norm``; a bias keeps its suffix (``attn_q.bias``).
+        layer: 0-based layer number; ``None`` for tensors outside the layers.
+        shape: numpy order, slowest first.
+        dtype: how the source stores it: ``F32``, ``F16``, ``BF16``; from a GGUF also ``Q8_0``, one of
+            ``COPIED_TYPES`` or whatever the user allowed to be quantized once more.
+        source: its name in the checkpoint, for messages.
+        read_rows: ``read_rows(start, stop) -> (stop - start, n_cols) float32``, rows in GGUF order (for q and k
+            of the llama architecture the permuted order), leading dimensions flattened; a fresh array that
+            the caller may change. Raises ``ModelError`` when the file has shrunk since it was opened.
+        copy_rows: ``copy_rows(start, stop) -> (stop - start, row bytes) uint8``, the rows as they are stored; only
+            for tensors that are copied, not quantized.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    shape: tuple[int, ...]
+    dtype: str
+    source: str
+    read_rows: Callable[[int, int], Float32] = field(repr=False, compare=False)
+    copy_rows: Callable[[int, int], NDArray[np.uint8]] | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def n_cols(self) -> int:
+        """Length of a row (the contiguous dimension)."""
+        return self.shape[-1]
+
+    @property
+    def n_rows(self) -> int:
+        """Number of rows, leading dimensions flattened; 1 for a vector."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def is_matrix(self) -> bool:
+        """True for what may be quantized: two or more dimensions, a ``.weight``, not integers."""
+        return len(self.shape) >= 2 and self.name.endswith(".weight") and self.dtype not in COPIED_TYPES
+
+    def load(self) -> Float32:
+        """Return the whole tensor, ``shape`` float32."""
+        return self.read_rows(0, self.n_rows).reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class Hparams:
+    """The numbers of a decoder that the stages after reading need; 0 where the model does not say.
+
+    Of numbers that differ between layers the largest; a layer's own are in the shapes of its tensors.
+
+    Attributes:
+        n_layers: blocks.
+        n_embd: width of the residual stream.
+        n_ff: hidden units of a feed-forward block.
+        n_heads: query heads.
+        n_kv_heads: key/value heads.
+        head_dim: channels of a query or key head.
+        n_vocab: rows of the embedding.
+        n_ctx_train: tokens.
+        norm_eps: epsilon of the norms.
+        activation: ``silu``, ``gelu``, ``relu``, ``relu2`` (squared), ``swiglu_oai`` or ``unknown``.
+        qk_norm: whether queries and keys are normalised.
+        value_dim: channels of a value head; ``None`` where it is ``head_dim``.
+        norm: ``rms``, ``layer`` (subtracts the mean) or ``unknown``.
+        parallel_residual: attention and feed-forward block both read what the layer reads although each has its norm.
+        embedding_scale: factor on the embedding.
+        residual_scale: factor on what each block writes.
+        attention_scale: factor on the attention logits; ``None`` where it is ``1 / sqrt(head_dim)``.
+        n_experts: routed experts of a layer.
+        n_experts_used: of them, how many a token visits.
+        experts_scale: factor on the routed experts' sum.
+        expert_scores: what makes scores of the router's logits, over all experts: ``softmax`` or ``sigmoid``; those of
+            the experts visited are their weights. ``unknown`` where that is not how they are chosen and weighed.
+        experts_normed: whether the weights of the experts visited are divided by their sum.
+        rope: which channels of queries and keys pair up to be turned by their position: ``neighbours``, ``halves`` (of
+            the turned channels) or ``none``.
+        rope_dim: channels of a head that are turned.
+        rope_theta: base of the frequencies.
+        rope_factor: what positions are divided by (linear scaling).
+        attention_cap: logits of attention are ``cap * tanh(logits / cap)``; 0 for no cap.
+        logit_cap: likewise the logits of the output.
+        logit_scale: factor on the logits of the output.
+    """
+
+    n_layers: int
+    n_embd: int
+    n_ff: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    n_vocab: int
+    n_ctx_train: int
+    norm_eps: float
+    activation: str = "silu"
+    qk_norm: bool = False
+    value_dim: int | None = None
+    norm: Literal["rms", "layer", "unknown"] = "rms"
+    parallel_residual: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    n_experts: int = 0
+    n_experts_used: int = 0
+    experts_scale: float = 1.0
+    expert_scores: Literal["softmax", "sigmoid", "unknown"] = "softmax"
+    experts_normed: bool = True
+    rope: Literal["neighbours", "halves", "none"] = "halves"
+    rope_dim: int = 0
+    rope_theta: float = 10000.0
+    rope_factor: float = 1.0
+    attention_cap: float = 0.0
+    logit_cap: float = 0.0
+    logit_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened model: what it is, its tensors and the GGUF keys that describe it.
+
+    Attributes:
+        path: the folder or file it was opened from.
+        architecture: llama.cpp's name of the architecture (``llama``, ``qwen2``, ``qwen3``).
+        source_class: class named by the checkpoint, ``LlamaForCausalLM``.
+        hparams: the numbers.
+        tensors: in the order in which they are written.
+        metadata: every GGUF key except those that depend on the plan (``general.file_type``,
+            ``general.quantization_version``, ``nsds_gguf.*``).
+        notes: facts that the user must see (in the plan and on the screen), one sentence each.
+        model_id: hex SHA-256 over what the model is: the architecture's keys, and name, type, shape and first row of
+            every tensor.
+        files: the GGUF files it was opened from, in order; empty for a folder.
+        is_mended: whether llama.cpp takes not ``files`` but what is written of the model: tensors or keys were changed.
+        inputs: all files that weights are read from, as they were when it was opened.
+    """
+
+    path: Path
+    architecture: str
+    source_class: str
+    hparams: Hparams
+    tensors: tuple[Tensor, ...]
+    metadata: Mapping[str, GGUFValue]
+    notes: tuple[str, ...]
+    model_id: str
+    files: tuple[Path, ...] = ()
+    is_mended: bool = False
+    inputs: tuple[FileState, ...] = ()
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Tensor]:
+        """Tensors by GGUF name."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all tensors."""
+        return sum(tensor.n_weights for tensor in self.tensors)
+
+    @property
+    def name(self) -> str:
+        """``general.name``, or what the file or folder is called when there is none; printable letters only."""
+        entry = self.metadata.get("general.name")
+        name = self.path.stem if self.files else self.path.name
+        if entry is not None:
+            name = entry.value.decode(errors="replace") if isinstance(entry.value, bytes) else str(entry.value)
+        return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """Return the tensors of one layer by role."""
+        return {tensor.role: tensor for tensor in self.tensors if tensor.layer == index}
+
+    def unembedding(self) -> Tensor:
+        """Return the output projection, or the embedding it is tied to: ``(n_vocab, n_embd)``."""
+        return self.by_name.get("output.weight") or self.by_name["token_embd.weight"]
+
+    @property
+    def is_tied(self) -> bool:
+        """True when the embedding also serves as the output projection."""
+        return "output.weight" not in self.by_name
+
+
+def kv(value: Any, vtype: GGUFValueType, sub_type: GGUFValueType | None = None) -> GGUFValue:
+    """Return one typed GGUF metadata value."""
+    return GGUFValue(value=value, type=vtype, sub_type=sub_type)

@@ -1,0 +1,177 @@
+"""A budget, and the quantization type of every tensor that meets it.
+
+*bpw* always means bits in the file over weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from ..errors import RecordError
+from .json_records import built, checked, digest
+from .model import ALIGNMENT_BYTES, UNQUANTIZED
+
+PLAN_FORMAT = "nsds-gguf plan 1"
+
+# Name of the column importance that comes from text that the model writes itself.
+SELF = "self"
+
+# How weights are rounded: by ggml's own quantizers, or with feedback from column to column (``rounding``).
+EFFORTS = ("normal", "high")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The budget asked for: ``kind`` says whether ``value`` is bpw over all tensors or bytes of the whole file."""
+
+    kind: Literal["bpw", "size", "none"]
+    value: float
+
+    def __str__(self) -> str:
+        """Return the target as the user would write it."""
+        if self.kind == "none":
+            return "none"
+        return f"{self.value:g} bpw" if self.kind == "bpw" else f"{int(self.value)} bytes"
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One line of a plan.
+
+    ``n_bytes`` is without padding. ``error`` is the relative squared error at ``type`` (``None`` when it was not
+    measured), ``sensitivity`` the predicted divergence per unit of it including the layer factor, and ``reason``
+    why it got this type: ``optimum``, ``pinned``, ``fallback …``, ``kept F32: …``.
+    """
+
+    name: str
+    role: str
+    layer: int | None
+    shape: tuple[int, ...]
+    type: str
+    n_bytes: int
+    reason: str
+    error: float | None = None
+    error_stderr: float | None = None
+    n_rows_sampled: int | None = None
+    sensitivity: float | None = None
+
+    @property
+    def n_weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def padded_bytes(self) -> int:
+        """Bytes it takes in the file, padding to the alignment included."""
+        return -(-self.n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A quantization type for every tensor, and what it adds up to.
+
+    Attributes:
+        allocator: name of the allocator that made it.
+        target: the budget asked for.
+        types: the types that were allowed.
+        importance: name of the column importance handed to the quantizer (``sweep``, ``norm``, ``none``, ``self``,
+            or the name of an importance matrix).
+        tensors: one entry per tensor, in the order of the file.
+        header_bytes: bytes before the tensor data: header, metadata, tensor table and padding.
+        gap: proven relative optimality gap of the solver; ``None`` where nothing was solved.
+        notes: what the user must know: ceiling reached, fallbacks, attention window left out, sampling.
+        metric, model_id, model_name, scores_digest, versions: where it comes from.
+        effort: how weights are rounded, one of ``EFFORTS``.
+        score_weight: how much the layer score counted.
+    """
+
+    allocator: str
+    target: Target
+    types: tuple[str, ...]
+    importance: str
+    tensors: tuple[PlannedTensor, ...]
+    header_bytes: int
+    model_id: str
+    model_name: str
+    metric: str | None = None
+    gap: float | None = None
+    notes: tuple[str, ...] = ()
+    scores_digest: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    effort: str = "normal"
+    score_weight: float = 0.0
+
+    @property
+    def n_weights(self) -> int:
+        """Weights of all tensors."""
+        return sum(tensor.n_weights for tensor in self.tensors)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors without padding: what llama.cpp counts."""
+        return sum(tensor.n_bytes for tensor in self.tensors)
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return self.header_bytes + sum(tensor.padded_bytes for tensor in self.tensors)
+
+    @property
+    def bpw(self) -> float:
+        """Bits of all tensors over weights of all tensors (llama.cpp's definition)."""
+        return self.tensor_bytes * 8 / self.n_weights
+
+    @property
+    def quantized_bpw(self) -> float:
+        """Bits over weights of the quantized tensors alone; 0 when there are none."""
+        quantized = [tensor for tensor in self.tensors if tensor.type not in UNQUANTIZED]
+        n_weights = sum(tensor.n_weights for tensor in quantized)
+        return sum(tensor.n_bytes for tensor in quantized) * 8 / n_weights if n_weights else 0.0
+
+    @property
+    def file_bpw(self) -> float:
+        """Bits of the whole file over weights of all tensors."""
+        return self.file_bytes * 8 / self.n_weights
+
+    @property
+    def unused_bytes(self) -> int:
+        """Bytes of the budget that the plan leaves unused; 0 without a budget."""
+        if self.target.kind == "bpw":
+            return int(self.target.value * self.n_weights / 8) - self.tensor_bytes
+        return int(self.target.value) - self.file_bytes if self.target.kind == "size" else 0
+
+    @property
+    def predicted_divergence(self) -> float | None:
+        """Sum of sensitivity × error over the tensors, in units of the output tensor's; ``None`` if unmeasured."""
+        terms = [t.sensitivity * t.error for t in self.tensors if t.error is not None and t.sensitivity is not None]
+        return sum(terms) if terms else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain JSON values, sums included for readers that are not us."""
+        sums = {
+            "bpw": self.bpw,
+            "quantized_bpw": self.quantized_bpw,
+            "file_bpw": self.file_bpw,
+            "tensor_bytes": self.tensor_bytes,
+            "file_bytes": self.file_bytes,
+            "unused_bytes": self.unused_bytes,
+        }
+        return {"format": PLAN_FORMAT, **asdict(self), "sums": sums}
+
+    @classmethod
+    def from_json(cls, data: Any, source: str = "plan") -> Plan:
+        """Build the record from parsed JSON; raises ``RecordError`` naming ``source`` when it does not fit."""
+        values = checked(data, PLAN_FORMAT, source)
+        values.pop("sums", None)
+        plan: Plan = built(cls, values, source)
+        if plan.n_weights < 1 or any(min(tensor.shape, default=0) < 1 for tensor in plan.tensors):
+            raise RecordError(f"{source}: tensors: wanted some, with sizes from 1 up; write the plan again")
+        return plan
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 of the canonical JSON without the notes: one model, however it was saved, has one digest."""
+        return digest({key: value for key, value in self.to_json().items() if key != "notes"})

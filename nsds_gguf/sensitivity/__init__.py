@@ -1,0 +1,1 @@
+"""What noise in each tensor costs, in nats of divergence."""

@@ -1,0 +1,278 @@
+"""How quantization noise travels through the residual stream, from the weights alone.
+
+One forward sweep of second moments: no data, no forward pass, only products with squared matrices. It gives for every
+matrix a *sensitivity* (predicted divergence per unit of relative error) and the second moment of what each of its
+columns reads, the *importance* that ggml's quantizers take.
+
+The theory: divergence is about ``sum_t alpha_t e_t``, additive in small independent errors (HIGGS, arXiv 2411.17525),
+with ``alpha_t = E_t / R_l``: the energy of the write that tensor ``t`` takes part in over that of the stream after it.
+Second moments are per channel; channels are treated as uncorrelated, positions as independent draws.
+
+What differs between architectures: ``wiring`` says where the norms sit, ``views`` what the blocks are made of,
+``Hparams`` the scales. A stream that is read through layer norms alone never shows the mean of its channels: it is
+followed without. Left out: caps on logits, sinks, windows, rope; they bound or move attention, not what values carry.
+
+A block put together in a way not known here (recurrence, linear attention, ...) writes nothing in the sweep; its
+tensors get the typical sensitivity of their kind, and a note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..compute.layers import Layer, view_layer
+from ..compute.moments import ACTIVATIONS, Norm, Signal, row_moments
+from ..compute.norm_placement import (
+    BlockWiring,
+    has_plain_experts,
+    is_plain_stream,
+    read_wiring,
+    reads_as_attention,
+)
+from ..errors import ModelError, PlanError
+from ..llamacpp.rules import kept_reason
+from ..records import Float32, Float64, Model, Progress, Tensor, no_progress
+from .blocks import (
+    ATTENTION_SHRINK,
+    Write,
+    attention_write,
+    feed_forward_write,
+    has_known_gate,
+    has_known_qk_norms,
+)
+from .latent import latent_write, view_latent
+
+__all__ = ["ATTENTION_SHRINK", "IMPORTANCES", "STREAM_WEIGHT", "Propagation", "propagate"]
+
+IMPORTANCES = {
+    "sweep": "second moment of each column's input, on drawn tokens or swept through the model",
+    "norm": "squared gain of the norm in front of the matrix",
+    "none": "every column weighs the same",
+}
+
+# Divergence of relative noise in the stream, over that of the same noise in the output tensor: measured, not derived
+# (docs/log.md, 2026-11-23).
+STREAM_WEIGHT = 0.14
+
+FLOOR_OF_IMPORTANCE = 1e-4  # of the mean: a block of zero weights would make ggml divide by zero
+
+# Architectures whose gate on attention's output is no sigmoid, or that mix attention with a linear one.
+_OTHER_ATTENTION = ("laguna", "minimax-01")
+
+MAX_SHOWN_ROLES = 4  # in the note on tensors that the sweep does not reach
+
+
+@dataclass(frozen=True)
+class Propagation:
+    """Result of the sweep, by tensor name.
+
+    ``sensitivity`` is in units of the output tensor's, from ``fisher`` in nats; ``inputs`` holds ``(n_cols,)`` float64
+    second moments of what each matrix multiplies, ``(n_experts, n_cols)`` where stacked matrices multiply different
+    things; ``gains`` the squared gain of the norm in front of it where there is one; ``notes`` says what the sweep did
+    not reach, ``looked_up`` which share of a tied embedding's sensitivity is not the output's.
+    """
+
+    sensitivity: Mapping[str, float]
+    inputs: Mapping[str, Float64]
+    gains: Mapping[str, Float64]
+    notes: tuple[str, ...] = ()
+    looked_up: float = 0.0
+
+    def importance(self, kind: str) -> dict[str, Float32]:
+        """Return float32 weights of mean 1 by tensor name, shaped as ``inputs``; no entry where columns weigh alike.
+
+        Raises ``PlanError`` for a kind that is not one of ``IMPORTANCES``.
+        """
+        if kind not in IMPORTANCES:
+            raise PlanError(f"importance {kind!r} is not known; wanted one of {', '.join(IMPORTANCES)}")
+        moments = {"sweep": self.inputs, "norm": self.gains, "none": {}}[kind]
+        return {name: _normalized(moment) for name, moment in moments.items()}
+
+
+def propagate(model: Model, progress: Progress = no_progress) -> Propagation:
+    """Sweep second moments through the model.
+
+    Args:
+        model: any model; where the theory does not cover it, it degrades block by block.
+        progress: called with layers done and layers in all.
+
+    Returns:
+        Sensitivity of every matrix that may be quantized, and column moments of those that the theory covers.
+
+    Raises:
+        ModelError: the moments overflow or are not finite: the weights are damaged.
+
+    """
+    sweep = _Sweep(model)
+    n_layers = model.hparams.n_layers
+    progress(0, n_layers)
+    for index in range(n_layers):
+        sweep.layer(view_layer(model, index))
+        progress(index + 1, n_layers)
+    sweep.output()
+    missed = [t for t in model.tensors if t.name not in sweep.sensitivity and not kept_reason(t, model.architecture)]
+    typical = typical_sensitivities(model, sweep.sensitivity, missed)
+    return Propagation({**sweep.sensitivity, **typical}, sweep.inputs, sweep.gains, _notes(missed))
+
+
+class _Sweep:
+    """State of the sweep: ``stream`` holds the moments of the residual channels, ``(n_embd,)``.
+
+    It is ``None`` when there is no embedding to start from; then nothing is reached. The channels' means are followed
+    where the stream is read through layer norms, which is where models have biases.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.hparams = model.hparams
+        self.centred = model.hparams.norm == "layer"
+        self.sensitivity: dict[str, float] = {}
+        self.inputs: dict[str, Float64] = {}
+        self.gains: dict[str, Float64] = {}
+        self.stream = self.embed()
+
+    def embed(self) -> Signal | None:
+        """Return what enters the first layer."""
+        embedding = self.model.by_name.get("token_embd.weight")
+        if embedding is None or embedding.n_cols != self.hparams.n_embd:
+            return None
+        self.sensitivity[embedding.name] = STREAM_WEIGHT
+        scale = self.hparams.embedding_scale
+        stream = row_moments(embedding, self.centred).scaled(scale**2, scale)
+        for name in ("position_embd.weight", "token_types.weight"):
+            table = self.model.by_name.get(name)
+            if table is not None and table.n_cols == embedding.n_cols:
+                stream = stream.plus(row_moments(table, self.centred))
+        norm = None if self.output_norm_role() == "token_embd_norm" else self.norm("token_embd_norm")
+        return stream if norm is None else norm.apply(stream, self.hparams.norm_eps)
+
+    def norm(self, role: str) -> Norm | None:
+        """Return a norm outside the layers."""
+        gain = self.model.by_name.get(f"{role}.weight")
+        return None if gain is None else Norm(gain, self.model.by_name.get(f"{role}.bias"))
+
+    def output_norm_role(self) -> str:
+        """Return the role of the norm in front of the output; lfm2 files have it under another name."""
+        is_odd = self.model.architecture.startswith("lfm2") and "output_norm.weight" not in self.model.by_name
+        return "token_embd_norm" if is_odd else "output_norm"
+
+    def layer(self, view: Layer) -> None:
+        """Take the stream through one layer, as far as its wiring is known."""
+        if self.stream is None or not is_plain_stream(view.tensors):
+            return
+        wiring, entry = read_wiring(view.tensors, self.hparams), self.stream
+        writes = self.attention(view, wiring.attention, entry)
+        if wiring.parallel:
+            writes += self.feed_forward(view, wiring.feed_forward, entry)
+        else:
+            entry = self.commit(entry, writes, wiring.attention)
+            writes = self.feed_forward(view, wiring.feed_forward, entry)
+        stream = self.commit(entry, writes, wiring.feed_forward)
+        scale = view.tensors.get("layer_output_scale")
+        factor = 1.0 if scale is None else float(scale.load().ravel()[0])
+        self.stream = stream.scaled(factor**2, factor)
+
+    def attention(self, view: Layer, wiring: BlockWiring, stream: Signal) -> list[Write]:
+        """Return the write of plain or latent attention; nothing where the layer has none that is known."""
+        a, x = view.attention, self.read(wiring, stream)
+        self.record_readers([t.name for t in view.rest if reads_as_attention(t)], wiring, x)
+        latent = view_latent(view.tensors, self.hparams)
+        if latent is not None:
+            return [self.finished(latent_write(latent, view.tensors, x, self.hparams), wiring, x)]
+        known = a is not None and has_known_gate(a, view.tensors) and has_known_qk_norms(a, view.tensors)
+        if a is None or not known or self.model.architecture in _OTHER_ATTENTION:
+            return []
+        return [self.finished(attention_write(a, view.tensors, x, self.hparams), wiring, x)]
+
+    def feed_forward(self, view: Layer, wiring: BlockWiring, stream: Signal) -> list[Write]:
+        """Return the write of the feed-forward blocks; nothing where the layer has none that are known."""
+        if not view.feed_forward or self.hparams.activation not in ACTIVATIONS or not has_plain_experts(view.tensors):
+            return []
+        x = self.read(wiring, stream)
+        return [self.finished(feed_forward_write(view.feed_forward, view.tensors, x, self.hparams), wiring, x)]
+
+    def read(self, wiring: BlockWiring, stream: Signal) -> Signal:
+        """Return what a block reads of the stream."""
+        return stream if wiring.before is None else wiring.before.apply(stream, self.hparams.norm_eps)
+
+    def finished(self, write: Write, wiring: BlockWiring, x: Signal) -> Write:
+        """Return a block's write as it reaches the stream, normed and scaled; record what its matrices multiply."""
+        self.record_readers(write.readers, wiring, x)
+        self.inputs.update(write.inputs)
+        if not np.isfinite(write.signal.second).all():
+            raise ModelError(f"tensor {write.name}: its output has no finite second moment; the weights are damaged")
+        if wiring.behind is not None:
+            write = write.normed(wiring.behind, self.hparams.norm_eps)
+        return write.scaled(self.hparams.residual_scale**2, self.hparams.residual_scale)
+
+    def record_readers(self, names: Iterable[str], wiring: BlockWiring, x: Signal) -> None:
+        """Record what matrices behind a norm multiply, and its gain."""
+        for name in names:
+            self.inputs[name] = x.second
+            if wiring.before is not None:
+                self.gains[name] = wiring.before.gains(len(x.second)) ** 2
+
+    def commit(self, stream: Signal, writes: Sequence[Write], wiring: BlockWiring) -> Signal:
+        """Return the stream with writes added; their noise becomes sensitivity, relative to the stream with them."""
+        for write in writes:
+            stream = stream.plus(write.signal if self.centred else Signal(write.signal.second))
+        total = float(stream.second.sum())
+        for write in writes:
+            for name, noise in write.noise.items():
+                self.sensitivity[name] = STREAM_WEIGHT * float(noise.sum()) / total
+        return stream if wiring.on_stream is None else wiring.on_stream.apply(stream, self.hparams.norm_eps)
+
+    def output(self) -> None:
+        """Record the output tensor, or add its part to the embedding that doubles as it."""
+        if self.stream is None:
+            return
+        tensor, norm = self.model.unembedding(), self.norm(self.output_norm_role())
+        if norm is None and self.hparams.norm == "layer":
+            norm = Norm()
+        wiring = BlockWiring(norm)
+        self.record_readers([tensor.name], wiring, self.read(wiring, self.stream))
+        self.sensitivity[tensor.name] = 1.0 + (STREAM_WEIGHT if self.model.is_tied else 0.0)
+
+
+# --- what the sweep does not reach ----------------------------------------------------------------------------
+
+
+def typical_sensitivities(model: Model, known: Mapping[str, float], missed: Sequence[Tensor]) -> dict[str, float]:
+    """Return sensitivities of tensors that the sweep does not reach, by name.
+
+    The median of the known ones of the same kind: of feed-forward blocks, or of what mixes positions. Without any, and
+    outside the layers, the share of a block's write in a stream of blocks that all write alike: 1 / (2 n_layers).
+    """
+    alike = STREAM_WEIGHT / (2 * max(model.hparams.n_layers, 1))
+    by_kind: dict[str, list[float]] = {}
+    for tensor in model.tensors:
+        if tensor.name in known and tensor.layer is not None:
+            by_kind.setdefault(_kind(tensor), []).append(known[tensor.name])
+    medians = {kind: float(np.median(values)) for kind, values in by_kind.items()}
+    return {t.name: alike if t.layer is None else medians.get(_kind(t), alike) for t in missed}
+
+
+def _kind(tensor: Tensor) -> str:
+    return "feed-forward" if tensor.role.startswith(("ffn_", "channel_mix_")) else "mixing"
+
+
+def _notes(missed: Sequence[Tensor]) -> tuple[str, ...]:
+    if not missed:
+        return ()
+    roles = sorted({tensor.role for tensor in missed})
+    shown = ", ".join(roles[:MAX_SHOWN_ROLES]) + (", ..." if len(roles) > MAX_SHOWN_ROLES else "")
+    return (
+        f"{len(missed)} tensors ({shown}) belong to blocks that the moment sweep does not follow: "
+        "they get the median sensitivity of the others of their kind.",
+    )
+
+
+def _normalized(moment: Float64) -> Float32:
+    mean = float(moment.mean())
+    if mean <= 0:
+        return np.ones(moment.shape, dtype=np.float32)
+    weights: Float32 = np.maximum(moment / mean, FLOOR_OF_IMPORTANCE).astype(np.float32)
+    return weights

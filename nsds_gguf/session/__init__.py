@@ -1,0 +1,1 @@
+"""What one model yields in a run, each part computed once."""

@@ -1,0 +1,120 @@
+"""How long a conversion will take on this machine, from a trial of a fraction of a second.
+
+Two rates are measured: quantizing one weight with ggml, in each type, and multiplying matrices. The operation counts
+below are leading terms; the constants in front are set so that the estimate matches measured runs
+(tools/bench/bench.py).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..llamacpp import ggml
+from ..records import Model
+from ..sensitivity.fisher import N_POSITIONS, n_sequences_for
+
+_TRIAL_ROWS, _TRIAL_SIZE = 128, 512
+_EIGEN_OPERATIONS = 30.0  # per d^3: eigenvectors cost far more than their count, in terms of matrix products
+_PASS_OPERATIONS = 8  # per weight and token, of a pass there and back that computes the way there twice
+_FEEDBACK_FACTOR = 5  # over ggml's quantizers
+_MEASURED_SHARE = 1 / 8  # of the rows, in every type
+_DECODE_EFFICIENCY = 0.5  # of the matrix product's rate that a forward pass reaches
+_WRITE_EFFICIENCY = 0.3  # the same, when a few tokens are computed at a time
+
+
+def estimate_seconds(
+    model: Model,
+    *,
+    types: Sequence[str],
+    n_threads: int,
+    n_files: int,
+    scores: bool,
+    measures: bool,
+    n_tokens: int,
+    n_own_tokens: int = 0,
+    n_feedback_tokens: int = 0,
+) -> float:
+    """Return the seconds that scoring, measuring, writing and verification will take together.
+
+    Args:
+        model: the opened model.
+        types: types that will be used; their mean speed counts.
+        n_threads: threads that quantize.
+        n_files: files to write.
+        scores: whether layers are scored (by the cost of ``nsds``).
+        measures: whether tensors are measured in every type.
+        n_tokens: tokens that the perplexity check decodes, all files and references together.
+        n_own_tokens: tokens that the model writes itself.
+        n_feedback_tokens: tokens that second moments for feedback come from; 0 where there is none.
+
+    """
+    n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
+    per_weight = sum(_quantize_seconds(name) for name in types) / len(types) / n_threads
+    per_weight *= _FEEDBACK_FACTOR if n_feedback_tokens else 1
+    rate = _product_rate()
+    seconds = n_files * n_matrix * per_weight + 2 * n_tokens * n_matrix / (rate * _DECODE_EFFICIENCY)
+    if scores:
+        seconds += score_operations(model) / rate
+    if measures:
+        seconds += n_matrix * _MEASURED_SHARE * per_weight * len(types)
+        seconds += _PASS_OPERATIONS * n_sequences_for(model) * N_POSITIONS * n_matrix / rate
+    if n_feedback_tokens:
+        seconds += n_feedback_tokens * 2 * (n_matrix + sum(t.n_cols**2 for t in model.tensors if t.is_matrix)) / rate
+    return seconds + own_text_seconds(model, n_own_tokens, rate)
+
+
+def own_text_seconds(model: Model, n_tokens: int, rate: float | None = None) -> float:
+    """Return the seconds that the model needs to write tokens and to read them again.
+
+    ``rate``, in floating-point operations a second, is measured unless given.
+    """
+    if not n_tokens:
+        return 0.0
+    n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
+    return 2 * n_tokens * n_matrix / (rate or _product_rate()) * (1 / _WRITE_EFFICIENCY + 1 / _DECODE_EFFICIENCY)
+
+
+def duration(seconds: float) -> str:
+    """Return a rounded duration for people."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def score_operations(model: Model) -> float:
+    """Return the floating-point operations of scoring every layer and the unembedding by NSDS, roughly.
+
+    Feed-forward: the Gram matrix of every matrix, experts one by one, and its eigenvectors, on the smaller side.
+    Attention: two products of d x d a head, in tiles.
+    """
+    h = model.hparams
+    operations = h.n_embd**2 * h.n_vocab + _EIGEN_OPERATIONS * h.n_embd**3
+    for tensor in model.tensors:
+        if tensor.layer is not None and tensor.is_matrix and tensor.role.startswith("ffn_"):
+            *stacked, n_rows, n_cols = tensor.shape
+            small, large = sorted((n_rows, n_cols))
+            operations += math.prod(stacked) * (small**2 * large + _EIGEN_OPERATIONS * small**3)
+    attention = 2 * h.n_heads * (2 * h.n_embd**2 * h.head_dim)
+    return operations + h.n_layers * attention
+
+
+def _quantize_seconds(type_name: str) -> float:
+    """Return the seconds that one thread needs for one weight."""
+    rows = np.random.default_rng(0).standard_normal((_TRIAL_ROWS, 256), dtype=np.float32)
+    ggml.quantize(rows[:1], type_name)  # the first call sets up ggml's tables
+    start = time.perf_counter()
+    ggml.quantize(rows, type_name)
+    return (time.perf_counter() - start) / rows.size
+
+
+def _product_rate() -> float:
+    """Return floating-point operations a second of a float64 matrix product, numpy's threads included."""
+    a = np.random.default_rng(0).standard_normal((_TRIAL_SIZE, _TRIAL_SIZE))
+    a @ a
+    start = time.perf_counter()
+    a @ a
+    return 2 * _TRIAL_SIZE**3 / (time.perf_counter() - start)

@@ -1,0 +1,124 @@
+"""Where files go: their names, what may be replaced, and whether they can be written at all."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+
+from ..allocate import PlanOptions
+from ..errors import GgmlError, OutputError, VerifyError, told_of
+from ..llamacpp import gguf_header
+from ..records import Model, Plan
+
+# Letters that some file system refuses in a name, and how many of a name are kept: names may have 255 bytes.
+_NO_FILE_LETTERS = r'/\:*?"<>|'
+_NAME_LETTERS = 96
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the file goes: a file, an existing folder, or ``None`` for the working directory."""
+
+    path: Path | None = None
+    force: bool = False
+    keep_failed: bool = False
+
+
+def default_name(model: Model, job: PlanOptions | Plan) -> str:
+    """Return the file name by the GGUF naming convention, ``Name-Size-v1.0-NSDS_3_00BPW.gguf``."""
+
+    def field(key: str) -> str | None:
+        entry = model.metadata.get(f"general.{key}")
+        return _file_letters(entry.value) if entry is not None and isinstance(entry.value, str) else None
+
+    if job.allocator == "uniform":
+        encoding = job.types[0] if isinstance(job, Plan) else str(job.uniform)
+    else:
+        bpw = job.target.value if job.target.kind == "bpw" else job.target.value * 8 / model.n_weights
+        encoding = f"{job.allocator}_{bpw:.2f}BPW".replace(".", "_")
+    model_name, version = _file_letters(model.name), field("version") or "v1.0"
+    name = gguf.naming_convention(
+        model_name, field("basename"), field("finetune"), version, field("size_label"), encoding
+    )
+    return f"{name}.gguf"
+
+
+def _file_letters(text: str) -> str | None:
+    """Return text that any file's name may hold, ``None`` when nothing is left: a GGUF may say anything."""
+    safe = "".join(letter if letter.isprintable() and letter not in _NO_FILE_LETTERS else "-" for letter in text)
+    return safe.strip(" .-")[:_NAME_LETTERS] or None
+
+
+def check_output_folder(output: Output) -> None:
+    """Raise ``OutputError`` when the output cannot be where it is wanted, whatever it will be called."""
+    path = output.path
+    if path is not None:
+        _check_name(path)
+    folder = Path.cwd() if path is None else path if path.is_dir() else path.parent
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is a file; wanted a folder for the output")
+    if not folder.is_dir():
+        raise OutputError(f"{folder}: no such folder for the output; create it first")
+
+
+def output_paths(names: Sequence[str], output: Output) -> list[Path]:
+    """Return one path per file; raises ``OutputError`` when one exists or several would share a name."""
+    if output.path is not None and not output.path.is_dir():
+        if len(names) > 1:
+            raise OutputError(f"{output.path}: one file cannot hold {len(names)} targets; give a folder")
+        paths = [output.path]
+    else:
+        paths = [(output.path or Path.cwd()) / name for name in names]
+    if len(set(paths)) < len(paths):
+        raise OutputError(f"two targets would both be written to {paths[0].name}; drop one")
+    for path in paths:
+        _check_name(path)
+    for path in filter(Path.exists, paths):
+        if not _may_replace(path):
+            raise OutputError(f"{path}: exists and is no GGUF file, so it is not replaced; choose another name")
+        if not output.force:
+            raise OutputError(f"{path}: exists already; pass --force to replace it")
+    return paths
+
+
+def check_not_input(paths: Sequence[Path], model: Model) -> None:
+    """Raise ``OutputError`` when an output is a file that the model is read from, by whatever name or link."""
+    for path in filter(Path.exists, paths):
+        if any(path.samefile(file) for file in model.files):
+            raise OutputError(f"{path}: is the input, which is never replaced; choose another name")
+
+
+def _check_name(path: Path) -> None:
+    """Raise ``OutputError`` for a name that no file can have, or that leads to a missing file."""
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):  # what the folder is, its own check says
+        return
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from error
+    if stat.S_ISLNK(found.st_mode) and not path.exists():
+        raise OutputError(f"{path}: is a link to a file that is missing; remove the link or choose another name")
+
+
+def _may_replace(path: Path) -> bool:
+    """Return whether a path is a GGUF or an empty file: devices, weights and texts are not for ``--force``."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as stream:
+        return stream.read(len(gguf_header.MAGIC)) in (gguf_header.MAGIC, b"")
+
+
+@contextmanager
+def named(target: Path, temporary: Path, output: Output) -> Iterator[None]:
+    """Let a failed check speak of the file that the user asked for, and say what became of it."""
+    try:
+        with told_of(target, temporary):
+            yield
+    except (VerifyError, GgmlError) as error:
+        fate = f"kept as {target.name}.failed" if output.keep_failed else "removed; --keep would keep it"
+        raise type(error)(f"{error} ({fate})") from error

@@ -1,0 +1,121 @@
+"""What is measured: the models, our variants, the budgets, and what must hold. Tables only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nsds_gguf.records import SELF
+
+ROOT = Path(__file__).resolve().parents[2]
+
+IN_REPOSITORY = "examples"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the zoo.
+
+    Attributes:
+        name: what tables call it; also that of its folder of results.
+        folder: below ``examples`` of the repository, or else of the folder given by ``--zoo``; empty for a copy.
+        fitted: whether constants were chosen by looking at it.
+        copy_of: name of the model that this is an outlier copy of (``tools/quality/outlier_copy.py``), or empty.
+        seed: of that copy.
+        about: what the reader should know, in a few words.
+    """
+
+    name: str
+    folder: str = ""
+    fitted: bool = False
+    copy_of: str = ""
+    seed: int = 0
+    about: str = ""
+
+    @property
+    def group(self) -> str:
+        """One of ``GROUPS``."""
+        if self.copy_of:
+            return OUTLIER
+        return PLAIN_FITTED if self.fitted else PLAIN_HELD_OUT
+
+
+PLAIN_HELD_OUT, PLAIN_FITTED, OUTLIER = "plain, held out", "plain, fitted on", "outlier copies"
+GROUPS = (PLAIN_HELD_OUT, PLAIN_FITTED, OUTLIER)
+
+ZOO = (
+    Entry("books-4.6m", "books-4.6m", fitted=True, about="5.9 tokens seen per weight"),
+    Entry("books-11m", "books-11m", fitted=True, about="0.8 tokens seen per weight"),
+    Entry("normed", "zoo/normed", fitted=True, about="Qwen3: norms on queries and keys; 28 tokens seen per weight"),
+    Entry("full", "zoo/full", about="a key head a query head; 81 tokens seen per weight"),
+    Entry("deep", "zoo/deep", about="24 layers, feed-forward as wide as the model; 21 tokens seen per weight"),
+    Entry("wide", "zoo/wide", about="width 512; 25 tokens seen per weight"),
+    Entry("books-4.6m-outliers", copy_of="books-4.6m", seed=1, fitted=True, about="a copy with outlier channels"),
+    Entry("wide-outliers", copy_of="wide", seed=2, about="a copy with outlier channels"),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of ours: fields of ``PlanOptions`` that differ from the defaults.
+
+    ``importance`` ``IMATRIX_OF_TEXT`` stands for the importance matrix collected from in-domain text.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+IMATRIX_OF_TEXT = "imatrix of text"
+
+# What the command line does when it is not told otherwise, and what it does with models too large for that.
+OURS, NORMAL = "ours", "ours, effort normal"
+VARIANTS = (
+    Variant(OURS, {"effort": "high", "importance": SELF}),
+    Variant("ours, drawn tokens", {"effort": "high", "importance": "sweep"}),
+    Variant(NORMAL, {"effort": "normal", "importance": "sweep"}),
+    Variant("ours, effort normal, own text", {"effort": "normal", "importance": SELF}),
+    Variant("ours, effort normal, real imatrix", {"effort": "normal", "importance": IMATRIX_OF_TEXT}),
+    Variant("ours, effort normal, no importance", {"effort": "normal", "importance": "none"}),
+)
+
+STOCK, STOCK_IMATRIX, ORACLE, RANDOM, UNIFORM = "stock", "stock, real imatrix", "oracle", "random", "uniform"
+
+# Budgets: the bytes of llama.cpp's own mixes, in the classes of the goals.
+BUDGET_CLASSES = {
+    "2 and 3 bit": ("Q2_K", "Q3_K_S", "Q3_K_M"),
+    "4 bit": ("Q4_K_S", "Q4_K_M"),
+    "5 bit": ("Q5_K_M",),
+}
+BUDGETS = tuple(mix for mixes in BUDGET_CLASSES.values() for mix in mixes)
+
+# Types of which one for all is compared with ours at its bytes; at Q2_K's there is nothing to choose.
+UNIFORM_TYPES = ("Q3_K", "Q4_K", "Q5_K")
+
+N_RANDOM = 2  # seeds a budget
+
+# Goals: our divergence over that of another at most this, geometric mean over models and the budgets of a class.
+PLAIN_GOALS = {
+    STOCK: {"2 and 3 bit": 0.60, "4 bit": 0.80, "5 bit": 0.90},
+    STOCK_IMATRIX: {"2 and 3 bit": 0.65, "4 bit": 0.85, "5 bit": 0.95},
+    ORACLE: {"2 and 3 bit": 1.15, "4 bit": 1.15, "5 bit": 1.15},
+    RANDOM: {"2 and 3 bit": 0.50, "4 bit": 0.50, "5 bit": 0.50},
+}
+PLAIN_WORST = {STOCK: 1.0, STOCK_IMATRIX: 1.0, ORACLE: 1.35}
+OUTLIER_GOAL = 0.55  # of stock with a real importance matrix
+UNIFORM_GOAL = 1.0  # worst case, exclusive
+
+# The comparison of the paper: metrics (name, reading of SE) under its own allocator, mean bits of layers at 2 or 4.
+PAPER_METRICS = {
+    "nsds, ratio": ("nsds", "ratio"),
+    "nsds, product": ("nsds", "product"),
+    "zd": ("zd", "ratio"),
+    "mse": ("mse", "ratio"),
+    "ewq": ("ewq", "ratio"),
+    "kurtboost": ("kurtboost", "ratio"),
+}
+PAPER_BITS = (2.5, 3.0, 3.5)
+N_RANDOM_ORDERS = 3
+
+NSDS_WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0)

@@ -22,8 +22,7 @@ from nsds_gguf.errors import ModelError, NsdsError, OutputError
 from nsds_gguf.quantize import write
 from nsds_gguf.read import open_model
 from nsds_gguf.read.spans import read_span, row_runs
-from nsds_gguf.session import outputs
-from nsds_gguf.system import workfolder
+from nsds_gguf.system import atomic, workfolder
 from nsds_gguf.system.filestate import check_unchanged, file_states, unchanged
 from nsds_gguf.system.workfolder import LOCK, WorkFolder, remove_stale
 
@@ -219,7 +218,7 @@ def test_a_name_of_255_bytes(model, out):
 
 def test_small_files_are_whole_or_not_there(out, monkeypatch):
     path = out / "plan.json"
-    outputs.write_small(path, "old\n")
+    atomic.write_small(path, "old\n")
     path.chmod(0o640)
 
     def half(temporary, *_arguments, **_options):
@@ -227,14 +226,14 @@ def test_small_files_are_whole_or_not_there(out, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(outputs.Path, "write_text", half)
+        patch.setattr(atomic.Path, "write_text", half)
         with pytest.raises(OutputError, match=r"plan.json: cannot write: No space left on device$"):
-            outputs.write_small(path, "new\n")
+            atomic.write_small(path, "new\n")
     assert path.read_text() == "old\n" and names(out) == ["plan.json"]
     (out / "link.json").symlink_to("plan.json")
-    outputs.write_small(out / "link.json", "new\n")
+    atomic.write_small(out / "link.json", "new\n")
     assert path.read_text() == "new\n" and (out / "link.json").is_symlink() and path.stat().st_mode & 0o777 == 0o640
-    outputs.write_small(Path(os.devnull), "nowhere\n")
+    atomic.write_small(Path(os.devnull), "nowhere\n")
 
 
 # --- inputs that change ----------------------------------------------------------------------------------------------
@@ -324,7 +323,7 @@ def test_every_weight_file_is_watched(model):
 def test_a_signal_ends_the_program_within_a_second_even_inside_a_library(model, out, name):
     """Where the orderly way leads nowhere, the watch ends the process and removes the files."""
     code = (
-        "import sys, threading; from nsds_gguf import convert; from nsds_gguf.cli import main\n"
+        "import sys, threading; from nsds_gguf.session import session; from nsds_gguf.cli import main\n"
         "def stuck(*arguments, **options):\n"
         "    print('stuck', flush=True)\n"
         "    while True:\n"
@@ -332,7 +331,7 @@ def test_a_signal_ends_the_program_within_a_second_even_inside_a_library(model, 
         "            threading.Event().wait()\n"
         "        except KeyboardInterrupt:\n"
         "            pass\n"  # as if the signal had never arrived
-        "convert.write_gguf = stuck\n"
+        "session.write_gguf = stuck\n"
         "sys.exit(main())"
     )
     command = [sys.executable, "-c", code, "convert", model, *PLAIN, "--no-verify", "-o", out / "a.gguf"]

@@ -14,7 +14,6 @@ import threading
 from pathlib import Path
 
 import llama_cpp
-import nsds_gguf.perplexity as module
 import numpy as np
 import pytest
 from llama_perplexity_oracle import exact_scores, flat, rounded_scores, statistics
@@ -38,6 +37,7 @@ from tiny_gguf import (
     write_tiny_gguf,
 )
 
+import nsds_gguf.evaluate.perplexity as module
 from nsds_gguf import __version__
 from nsds_gguf.errors import GgmlError, TextError, VerifyError
 from nsds_gguf.evaluate import divergence

@@ -174,7 +174,7 @@ def test_one_original_serves_text_and_check(folder, tmp_path, monkeypatch):
     """The temporary GGUF is written once, before planning, and is gone afterwards; a plan can be carried out again."""
     source = write_tiny(folder / "wide", WIDE)
     written = []
-    real = convert.write_gguf
+    real = session.write_gguf
     monkeypatch.setattr(session, "write_gguf", lambda *a, **k: (written.append(a[3].name), real(*a, **k)))
     options = [PlanOptions(Target("bpw", bpw), importance=SELF) for bpw in (4, 6)]
     checked = VerifyOptions(against="original", n_chunks=1, n_ctx=64)

@@ -21,9 +21,7 @@ from zoo_specs import SPECS
 from nsds_gguf import read
 from nsds_gguf.llamacpp.gguf_header import read_gguf_header
 from nsds_gguf.quantize.write import write_gguf
-from nsds_gguf.session.session import (
-    reference_plan,
-)
+from nsds_gguf.session.session import reference_plan
 
 GOLDEN = Path(__file__).parent / "golden" / "converter.json"
 TRAINED = Path(__file__).parent.parent / "examples" / "books-4.6m"

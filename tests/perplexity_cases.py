@@ -14,7 +14,7 @@ from gguf import GGUFReader
 from numpy.typing import NDArray
 from tiny_gguf import tiny_text, write_tiny_gguf
 
-from nsds_gguf import convert
+from nsds_gguf import conversion as convert
 from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.evaluate.texts import VerifyOptions, evaluation_text
 from nsds_gguf.llamacpp.llama import open_context, open_model

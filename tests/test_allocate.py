@@ -11,7 +11,8 @@ import pytest
 from arrays import random_arrays
 from models import make_model
 
-from nsds_gguf import allocate, convert
+from nsds_gguf import allocate
+from nsds_gguf import conversion as convert
 from nsds_gguf.allocate import (
     FAST_MARGIN,
     PREFERENCES,

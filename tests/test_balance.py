@@ -15,25 +15,16 @@ from zoo import zoo_tokens
 from zoo_logits import model_logits
 from zoo_specs import SPECS, write_spec
 
-from nsds_gguf import convert
+from nsds_gguf import conversion as convert
 from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.evaluate.texts import (
-    ORIGINAL,
-    VerifyOptions,
-)
+from nsds_gguf.evaluate.texts import ORIGINAL, VerifyOptions
 from nsds_gguf.quantize.equalization import LEAST, OUTSTANDING, Balance, find_balance
 from nsds_gguf.read import open_model
 from nsds_gguf.records import SELF, Model, Target
 from nsds_gguf.session import session
-from nsds_gguf.session.outputs import (
-    Output,
-)
-from nsds_gguf.session.reporter import (
-    Silent,
-)
-from nsds_gguf.session.session import (
-    Work,
-)
+from nsds_gguf.session.outputs import Output
+from nsds_gguf.session.reporter import Silent
+from nsds_gguf.session.session import Work
 
 OPTIONS = PlanOptions(Target("bpw", 4.5))
 

@@ -11,10 +11,10 @@ import pytest
 from command import TINY, call, message
 from tiny_models import write_tiny
 
-from nsds_gguf import compare as module
+from nsds_gguf import comparison as module
 from nsds_gguf.allocate.candidates import candidates
 from nsds_gguf.allocate.random_types import random_types
-from nsds_gguf.compare import (
+from nsds_gguf.comparison import (
     OURS,
     PAPER,
     RANDOM,
@@ -29,10 +29,7 @@ from nsds_gguf.compare import (
 )
 from nsds_gguf.errors import PlanError, RecordError, TargetError
 from nsds_gguf.evaluate.perplexity import Perplexity, perplexity
-from nsds_gguf.evaluate.texts import (
-    VerifyOptions,
-    evaluation_text,
-)
+from nsds_gguf.evaluate.texts import VerifyOptions, evaluation_text
 from nsds_gguf.read import open_model
 from nsds_gguf.records import Target
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from nsds_gguf import convert
+from nsds_gguf import conversion as convert
 from nsds_gguf.allocate import Pin, PlanOptions
 from nsds_gguf.errors import PlanError, RecordError
 from nsds_gguf.evaluate.texts import VerifyOptions

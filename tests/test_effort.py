@@ -19,23 +19,20 @@ from tiny_archs import write_tiny_arch
 from tiny_gguf import tiny_weights, write_tiny_gguf
 from tiny_models import write_tiny
 
-from nsds_gguf import convert, read
+from nsds_gguf import conversion as convert
+from nsds_gguf import read
 from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.calibration import hessians
 from nsds_gguf.calibration.generated_text import own_text
 from nsds_gguf.compute.decoder import what_is_missing
 from nsds_gguf.errors import OutputError, PlanError
-from nsds_gguf.evaluate.texts import (
-    VerifyOptions,
-)
+from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.records import SELF, UNQUANTIZED, Plan, Target
 from nsds_gguf.sensitivity import sensitivities as sensitivity
 from nsds_gguf.sensitivity.fisher import draw_tokens, read_tokens
 from nsds_gguf.session import session
 from nsds_gguf.session.effort import AUTO, against_high, settled
-from nsds_gguf.session.outputs import (
-    Output,
-)
+from nsds_gguf.session.outputs import Output
 from nsds_gguf.session.reporter import Silent
 from nsds_gguf.system.resources import blas_threads
 

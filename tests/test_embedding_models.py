@@ -15,9 +15,7 @@ from tiny_models import Spec, write_tiny
 
 from nsds_gguf import read
 from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.convert import (
-    convert,
-)
+from nsds_gguf.conversion import convert
 from nsds_gguf.errors import ModelError, TextError, UnsupportedError, VerifyError
 from nsds_gguf.evaluate.embedding import (
     FLOOR,
@@ -29,19 +27,12 @@ from nsds_gguf.evaluate.embedding import (
     passages,
 )
 from nsds_gguf.evaluate.perplexity import perplexity
-from nsds_gguf.evaluate.texts import (
-    VerifyOptions,
-    check_vocabulary,
-)
+from nsds_gguf.evaluate.texts import VerifyOptions, check_vocabulary
 from nsds_gguf.llamacpp.llama import embed, open_model
 from nsds_gguf.records import Target, kv
 from nsds_gguf.session.effort import AUTO
-from nsds_gguf.session.outputs import (
-    Output,
-)
-from nsds_gguf.session.session import (
-    settled_options,
-)
+from nsds_gguf.session.outputs import Output
+from nsds_gguf.session.session import settled_options
 from nsds_gguf.system.workfolder import WorkFolder
 
 TEXT = tiny_text()

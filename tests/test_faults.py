@@ -16,7 +16,7 @@ import pytest
 from command import ENVIRONMENT, PLAIN, TINY, call, message
 from tiny_models import write_tiny
 
-from nsds_gguf import convert
+from nsds_gguf import conversion as convert
 from nsds_gguf.cli import _is_lack_of_memory, run, signals
 from nsds_gguf.errors import ModelError, NsdsError, OutputError
 from nsds_gguf.quantize import write

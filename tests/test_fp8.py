@@ -17,9 +17,7 @@ from nsds_gguf.errors import ModelError, UnsupportedError
 from nsds_gguf.read import open_model
 from nsds_gguf.read.checkpoint import open_checkpoint, read_checkpoint
 from nsds_gguf.read.stored import StoredTensor
-from nsds_gguf.session.session import (
-    reference_plan,
-)
+from nsds_gguf.session.session import reference_plan
 
 Entry = tuple[str, tuple[int, ...], bytes]  # dtype, shape, data
 

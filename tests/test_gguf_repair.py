@@ -14,14 +14,9 @@ from test_gguf_source import NO_CHECK, converted, tensor_bytes, uniform
 from tiny_archs import write_tiny_arch
 from tiny_gguf import N_EMBD, N_VOCAB, tiny_text, tiny_weights, write_tiny_gguf
 
-from nsds_gguf.convert import (
-    convert,
-)
+from nsds_gguf.conversion import convert
 from nsds_gguf.errors import ModelError, UnsupportedError, VerifyError, told_of
-from nsds_gguf.evaluate.texts import (
-    VerifyOptions,
-    check_vocabulary,
-)
+from nsds_gguf.evaluate.texts import VerifyOptions, check_vocabulary
 from nsds_gguf.llamacpp import llama
 from nsds_gguf.llamacpp.gguf_header import read_gguf_header
 from nsds_gguf.llamacpp.rules import needs_f32
@@ -29,15 +24,9 @@ from nsds_gguf.quantize.write import _HeaderWriter, write_outline
 from nsds_gguf.read.gguf_repair import OLLAMA_NAMES
 from nsds_gguf.read.gguf_source import open_gguf
 from nsds_gguf.records import kv
-from nsds_gguf.session.outputs import (
-    Output,
-)
-from nsds_gguf.session.reporter import (
-    Silent,
-)
-from nsds_gguf.session.session import (
-    Work,
-)
+from nsds_gguf.session.outputs import Output
+from nsds_gguf.session.reporter import Silent
+from nsds_gguf.session.session import Work
 from nsds_gguf.system.workfolder import WorkFolder
 
 TOKENS, SCORES, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type"

@@ -20,26 +20,16 @@ from tiny_models import Spec, write_tiny
 
 from nsds_gguf import read
 from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.convert import (
-    convert,
-    plan,
-    score_model,
-)
+from nsds_gguf.conversion import convert, plan, score_model
 from nsds_gguf.errors import ModelError, UnsupportedError
-from nsds_gguf.evaluate.texts import (
-    VerifyOptions,
-)
+from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.llamacpp.gguf_header import read_gguf_header
 from nsds_gguf.llamacpp.llama import logits
 from nsds_gguf.read.gguf_source import LEFT_OUT, open_gguf
 from nsds_gguf.records import COPIED_TYPES, Plan, Target, role_and_layer
-from nsds_gguf.session.outputs import (
-    Output,
-)
-from nsds_gguf.session.session import (
-    ScoreOptions,
-)
+from nsds_gguf.session.outputs import Output
+from nsds_gguf.session.session import ScoreOptions
 
 NO_CHECK = VerifyOptions(enabled=False)
 WIDE = {"n_embd": 256, "n_ff": 256}  # rows fit K-quants

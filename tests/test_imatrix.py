@@ -19,19 +19,15 @@ from llama_quantize import assert_same_bytes, llama_quantize, name_patterns, rea
 from models import make_model
 from tiny_archs import write_tiny_arch
 
-from nsds_gguf import convert
+from nsds_gguf import conversion as convert
 from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.calibration.activations import Moments
 from nsds_gguf.calibration.imatrix import Imatrix, read_imatrix, write_imatrix
 from nsds_gguf.errors import RecordError
-from nsds_gguf.evaluate.texts import (
-    VerifyOptions,
-)
+from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp import ggml, llama
 from nsds_gguf.records import Target
-from nsds_gguf.session.outputs import (
-    Output,
-)
+from nsds_gguf.session.outputs import Output
 from nsds_gguf.session.reporter import Silent
 from nsds_gguf.session.session import Work, open_model
 

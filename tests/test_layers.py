@@ -20,13 +20,13 @@ LAYERS = [
     ["read"],
     ["compute"],
     ["quantize"],
-    ["score", "sensitivity"],
+    ["metrics", "sensitivity"],
     ["calibration"],
     ["allocate"],
     ["evaluate"],
     ["session"],
-    ["convert"],
-    ["compare"],
+    ["conversion"],
+    ["comparison"],
     ["publish"],
     ["cli"],
     ["__main__"],
@@ -73,7 +73,7 @@ def test_every_module_has_a_layer():
 
 
 def test_stages_are_called_in_order():
-    text = (ROOT / "convert.py").read_text(encoding="utf-8")
+    text = (ROOT / "conversion.py").read_text(encoding="utf-8")
     body = ast.unparse(next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "convert"))
     order = [body.index(word) for word in ("open_model(", "work.plans(", "work.write(", "work.verify(")]
     assert order == sorted(order)

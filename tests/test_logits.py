@@ -17,18 +17,12 @@ from zoo import digest, packed, unpacked, zoo_config, zoo_shapes, zoo_tokens
 from zoo_logits import BITE, F32, GOLDEN, difference, model_logits, moves, recorded
 from zoo_specs import SPECS, write_spec
 
-from nsds_gguf.convert import (
-    convert,
-)
-from nsds_gguf.evaluate.texts import (
-    VerifyOptions,
-)
+from nsds_gguf.conversion import convert
+from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.read import open_model, supported_classes
 from nsds_gguf.read.architectures.families import FAMILIES
 from nsds_gguf.read.config import canonical
-from nsds_gguf.session.outputs import (
-    Output,
-)
+from nsds_gguf.session.outputs import Output
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from gguf import GGUFReader
 from tiny_models import write_tiny
 from zoo_specs import write_spec
 
-from nsds_gguf import convert, read
+from nsds_gguf import conversion as convert
+from nsds_gguf import read
 from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.allocate.presets import PRESETS, preset_bytes, preset_types
 from nsds_gguf.evaluate.texts import VerifyOptions

@@ -9,8 +9,8 @@ import pytest
 from models import make_model
 
 from nsds_gguf.errors import ModelError, PlanError
+from nsds_gguf.metrics import METRICS, SE_READINGS, baselines, loading, nsds, score_layers, stats
 from nsds_gguf.records import Hparams, Model, Scores
-from nsds_gguf.score import METRICS, SE_READINGS, baselines, loading, nsds, score_layers, stats
 
 TOLERANCE = 1e-4
 N_LAYERS = 5

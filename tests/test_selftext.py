@@ -16,24 +16,19 @@ from tiny_archs import write_tiny_arch
 from tiny_gguf import BOS, EOS, write_tiny_gguf
 from tiny_models import Spec, write_tiny
 
-from nsds_gguf import convert, read
+from nsds_gguf import conversion as convert
+from nsds_gguf import read
 from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.calibration.activations import Moments, collect
 from nsds_gguf.calibration.generated_text import OwnText, draw, own_text, write_tokens
 from nsds_gguf.errors import OutputError, VerifyError
-from nsds_gguf.evaluate.texts import (
-    VerifyOptions,
-)
+from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp.llama import open_context, open_model
 from nsds_gguf.records import SELF, Plan, Target, no_progress
 from nsds_gguf.session import session
-from nsds_gguf.session.outputs import (
-    Output,
-)
+from nsds_gguf.session.outputs import Output
 from nsds_gguf.session.reporter import Silent
-from nsds_gguf.session.session import (
-    ScoreOptions,
-)
+from nsds_gguf.session.session import ScoreOptions
 
 WIDE = Spec("LlamaForCausalLM", n_embd=256, n_ff=256)  # rows fit K-quants; no BOS is added
 UNCHECKED = VerifyOptions(enabled=False)

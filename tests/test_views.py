@@ -10,9 +10,9 @@ from variants import VARIANTS, fused, variant_arrays
 
 from nsds_gguf.compute.layers import view_layer
 from nsds_gguf.llamacpp.rules import kept_reason
+from nsds_gguf.metrics import METRICS, score_layers
 from nsds_gguf.read.hparams import read_hparams
 from nsds_gguf.records import Hparams, kv
-from nsds_gguf.score import METRICS, score_layers
 
 NUMBERS = {int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32, bool: GGUFValueType.BOOL}
 

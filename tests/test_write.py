@@ -34,9 +34,7 @@ from nsds_gguf.quantize import write
 from nsds_gguf.quantize.write import header_bytes, write_gguf
 from nsds_gguf.records import Hparams, Scores, Target, kv
 from nsds_gguf.sensitivity.sensitivities import sensitivities
-from nsds_gguf.session.session import (
-    tensor_types_file,
-)
+from nsds_gguf.session.session import tensor_types_file
 from nsds_gguf.system.atomic import unfinished
 
 HPARAMS = Hparams(1, 256, 512, 4, 2, 64, 300, 128, 1e-5)

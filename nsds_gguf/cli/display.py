@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from ..compare import KINDS, OURS, Comparison, Row, geometric_mean
+from ..comparison import KINDS, OURS, Comparison, Row, geometric_mean
 from ..evaluate.divergence import Divergence
 from ..evaluate.embedding import EmbeddingCheck
 from ..evaluate.perplexity import Perplexity

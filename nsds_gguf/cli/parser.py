@@ -11,13 +11,13 @@ from typing import Any, NoReturn
 
 from .. import __version__, allocate
 from ..allocate import DEFAULT_TYPES, Pin
-from ..compare import DEFAULT_STOCK, N_SEEDS
+from ..comparison import DEFAULT_STOCK, N_SEEDS
 from ..errors import NsdsError
 from ..evaluate.perplexity import DEFAULT_BATCH, MIN_CTX
 from ..llamacpp import ggml, llama
+from ..metrics import METRICS, SE_READINGS
 from ..publish.model_card import is_repo
 from ..records import EFFORTS, SELF
-from ..score import METRICS, SE_READINGS
 from ..sensitivity.moment_propagation import IMPORTANCES
 from ..session.effort import AUTO, AUTO_HIGH_WEIGHTS, PLAIN_IMPORTANCE
 from .options import DEFAULT_SCORING

@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.text import Text
 
-from .. import convert
-from ..compare import DEFAULT_STOCK, compare
+from .. import conversion as convert
+from ..comparison import DEFAULT_STOCK, compare
 from ..errors import PlanError
 from ..evaluate.inspect import inspect_gguf
 from ..evaluate.perplexity import Measurement, Perplexity, perplexity

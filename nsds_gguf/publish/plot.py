@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..compare import OURS, PAPER, RANDOM, RANDOM_FIXED, STOCK, UNIFORM, Comparison
+from ..comparison import OURS, PAPER, RANDOM, RANDOM_FIXED, STOCK, UNIFORM, Comparison
 from ..errors import PlanError
+from ..metrics.stats import robust_z, sigmoid
 from ..records import Float64, LayerScore, Scores
-from ..score.stats import robust_z, sigmoid
 from ..system.atomic import small_file
 
 FORMATS = (".png", ".svg", ".pdf")

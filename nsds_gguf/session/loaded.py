@@ -5,7 +5,8 @@ from __future__ import annotations
 import reprlib
 from dataclasses import replace
 
-from .. import allocate, score
+from .. import allocate
+from .. import metrics as score
 from ..allocate import Candidate, PlanOptions
 from ..errors import PlanError, RecordError
 from ..llamacpp import ggml

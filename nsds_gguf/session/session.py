@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import allocate, read, score
+from .. import allocate, read
+from .. import metrics as score
 from ..allocate import PlanOptions
 from ..calibration.generated_text import N_TOKENS, OwnText, own_text
 from ..calibration.hessians import N_DRAWN, disk_bytes, make_feedbacks
@@ -22,38 +23,22 @@ from ..errors import PlanError, RecordError, told_of
 from ..evaluate.embedding import EmbeddingCheck, check_close, compare_embeddings
 from ..evaluate.perplexity import Perplexity, check_comparable, check_sane, needed_bytes, perplexity
 from ..evaluate.structure import verify_structure
-from ..evaluate.texts import (
-    ORIGINAL,
-    QUANTIZED_INPUT,
-    VerifyOptions,
-    embeds,
-    outline_file,
-    predicts,
-)
+from ..evaluate.texts import ORIGINAL, QUANTIZED_INPUT, VerifyOptions, embeds, outline_file, predicts
 from ..llamacpp import ggml, llama
 from ..quantize.equalization import Balance, find_balance
 from ..quantize.rounding import Feedbacks
 from ..quantize.write import header_bytes, write_gguf
 from ..read.gguf_source import SOURCE_TYPES
 from ..read.hub import HubName, fetch
-from ..records import (
-    ALIGNMENT_BYTES,
-    SELF,
-    UNQUANTIZED,
-    Float32,
-    Model,
-    Plan,
-    Scores,
-    Target,
-)
+from ..records import ALIGNMENT_BYTES, SELF, UNQUANTIZED, Float32, Model, Plan, Scores, Target
 from ..sensitivity.fisher import Tokens, draw_tokens
 from ..sensitivity.moment_propagation import Propagation
 from ..sensitivity.sensitivities import sensitivities
-from ..session.effort import effort_note, settled
-from ..session.estimate import duration, estimate_seconds, own_text_seconds
 from ..system.filestate import check_unchanged, unchanged
 from ..system.resources import THREADED_WIDTH, blas_threads, check_disk, check_memory, lacks_memory
 from ..system.workfolder import WorkFolder
+from .effort import effort_note, settled
+from .estimate import duration, estimate_seconds, own_text_seconds
 from .reporter import Reporter, Silent
 
 # Working memory of scoring and writing, without the page cache: measured in tools/bench/bench.py.

@@ -20,10 +20,8 @@ import bench_write
 from rich.console import Console
 
 from nsds_gguf.cli.display import comparison_view
-from nsds_gguf.compare import DEFAULT_STOCK, compare
-from nsds_gguf.evaluate.texts import (
-    VerifyOptions,
-)
+from nsds_gguf.comparison import DEFAULT_STOCK, compare
+from nsds_gguf.evaluate.texts import VerifyOptions
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "books-4.6m"
 PARTS = ("score", "write", "quality")

@@ -25,9 +25,9 @@ import numpy as np
 from scipy import linalg
 
 from nsds_gguf.compute.layers import view_layer
+from nsds_gguf.metrics import SE_READINGS, score_layers
+from nsds_gguf.metrics.nsds import layer_components, output_projection
 from nsds_gguf.records import Float32, Hparams, Model, Tensor
-from nsds_gguf.score import SE_READINGS, score_layers
-from nsds_gguf.score.nsds import layer_components, output_projection
 
 TINYLLAMA = Hparams(
     n_layers=1,

@@ -34,7 +34,7 @@ import vl_convert
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 from report_plans import DENSE, EXPERTS, HOSTILE_NAME, made_up_perplexity, made_up_plan, made_up_scores
 
-from nsds_gguf import convert
+from nsds_gguf import conversion as convert
 from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.evaluate.inspect import inspect_gguf
 from nsds_gguf.publish.report import (

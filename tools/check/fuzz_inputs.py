@@ -40,12 +40,8 @@ import zoo_specs
 from chat_templates import FAMILIES, source
 from tiny_models import SPECS, safetensors_bytes, tiny_config, tiny_weights, write_tiny
 
-from nsds_gguf import (
-    allocate,
-    read,
-    records,
-)
-from nsds_gguf import convert as pipeline
+from nsds_gguf import allocate, read, records
+from nsds_gguf import conversion as pipeline
 from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.calibration import imatrix
 from nsds_gguf.errors import UnsupportedError

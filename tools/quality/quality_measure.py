@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nsds_gguf import convert
+from nsds_gguf import conversion as convert
 from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.calibration.activations import collect
 from nsds_gguf.calibration.imatrix import Imatrix, read_imatrix, write_imatrix
@@ -29,12 +29,8 @@ from nsds_gguf.evaluate.divergence import TOKEN_SCORE, TokenScores, score_rows
 from nsds_gguf.evaluate.inspect import inspect_gguf
 from nsds_gguf.llamacpp import ggml, llama
 from nsds_gguf.records import Float32, Plan, Target
-from nsds_gguf.session.reporter import (
-    Silent,
-)
-from nsds_gguf.session.session import (
-    Work,
-)
+from nsds_gguf.session.reporter import Silent
+from nsds_gguf.session.session import Work
 
 Int32 = NDArray[np.int32]
 

@@ -40,19 +40,13 @@ from quality_zoo import (
     Variant,
 )
 
-from nsds_gguf import score
+from nsds_gguf import metrics as score
 from nsds_gguf.allocate import Pin, PlanOptions
 from nsds_gguf.calibration.imatrix import Imatrix
-from nsds_gguf.compare import exact_bpw
+from nsds_gguf.comparison import exact_bpw
 from nsds_gguf.records import LayerScore, Plan, Scores, Target
-from nsds_gguf.session.reporter import (
-    Silent,
-)
-from nsds_gguf.session.session import (
-    ScoreOptions,
-    Work,
-    open_model,
-)
+from nsds_gguf.session.reporter import Silent
+from nsds_gguf.session.session import ScoreOptions, Work, open_model
 
 CALIBRATION_BYTES = 400_000
 CALIBRATION_PIECES = 8

@@ -15,18 +15,10 @@ from .allocate import PlanOptions
 from .calibration.imatrix import Imatrix
 from .evaluate.embedding import EmbeddingCheck
 from .evaluate.perplexity import Perplexity
-from .evaluate.texts import (
-    VerifyOptions,
-    check_vocabulary,
-    evaluation_text,
-)
+from .evaluate.texts import VerifyOptions, check_vocabulary, evaluation_text
 from .llamacpp import llama
 from .read.hub import HubName
-from .records import (
-    Plan,
-    Scores,
-    Target,
-)
+from .records import Plan, Scores, Target
 from .session.loaded import check_scores, checked_plan
 from .session.outputs import (
     Output,

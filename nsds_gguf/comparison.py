@@ -21,20 +21,11 @@ from .calibration.imatrix import Imatrix
 from .errors import OutputError, PlanError, RecordError, TargetError, VerifyError
 from .evaluate.inspect import inspect_gguf
 from .evaluate.perplexity import perplexity
-from .evaluate.texts import (
-    ORIGINAL,
-    VerifyOptions,
-    check_vocabulary,
-    embeds,
-    evaluation_text,
-)
+from .evaluate.texts import ORIGINAL, VerifyOptions, check_vocabulary, embeds, evaluation_text
 from .llamacpp import llama
 from .read.hub import HubName
 from .records import Plan, Scores, Target, read_json
-from .session.reporter import (
-    Reporter,
-    Silent,
-)
+from .session.reporter import Reporter, Silent
 from .session.session import (
     ScoreOptions,
     Work,

@@ -1,4 +1,4 @@
-"""Comparison at equal bytes: our plan, other allocations and llama.cpp's own mixes, all against the original.
+"""Comparison at equal bytes: our plan, other allocations and llama.cpp's presets, all against the original.
 
 Every file is made, measured and removed before the next one; what was measured is kept in ``comparison.json`` at once,
 so that a comparison that was interrupted goes on where it stopped.
@@ -15,50 +15,47 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .allocate import Pin, PlanOptions
+from . import allocate
+from .allocate.allocators import PAPER_TYPES
 from .allocate.presets import PRESETS
-from .calibration.imatrix import Imatrix
 from .errors import OutputError, PlanError, RecordError, TargetError, VerifyError
 from .evaluate.inspect import inspect_gguf
 from .evaluate.perplexity import perplexity
 from .evaluate.texts import ORIGINAL, VerifyOptions, check_vocabulary, embeds, evaluation_text
 from .llamacpp import llama
+from .quantize.write import header_bytes
 from .read.hub import HubName
-from .records import Plan, Scores, Target, read_json
-from .session.reporter import Reporter, Silent
-from .session.session import (
-    ScoreOptions,
-    Work,
-    check_targets,
-    open_model,
-    reference_plan,
-    settled_options,
-)
+from .records import Options, Plan, Recipe, Scores, Target, TensorType, read_json
+from .session.original import original_plan
+from .session.run import Run
+from .session.session import Session
+from .session.settle import settle
+from .session.source import Source, open_model
 from .system.atomic import unfinished, write_small
 from .system.filestate import unchanged
 from .system.resources import check_disk
 from .system.workfolder import WorkFolder
 
-COMPARISON_FORMAT = "nsds-gguf comparison 1"
+COMPARISON_FORMAT = "nsds-gguf comparison 2"
 
 # llama.cpp's mixes of the types that we use too, none of which needs an importance matrix; smallest first.
-STOCK_MIXES = tuple(PRESETS)
-DEFAULT_STOCK = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_M")
+PRESET_NAMES = tuple(PRESETS)
+DEFAULT_PRESETS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_M")
 
 N_SEEDS = 3  # random allocations a budget
 
 EQUAL_BYTES = 1e-3  # share of the bytes by which two files may differ and still be compared
 
-OURS, PAPER, UNIFORM, RANDOM, RANDOM_FIXED, STOCK = (
-    "nsds",
+OURS, PAPER, UNIFORM, RANDOM, RANDOM_FIXED, PRESET = (
+    "fisher",
     "paper",
     "uniform",
     "random",
     "random, output fixed",
-    "stock",
+    "preset",
 )
 
-KINDS = (OURS, STOCK, PAPER, UNIFORM, RANDOM_FIXED, RANDOM)  # in the order in which they are shown
+KINDS = (OURS, PRESET, PAPER, UNIFORM, RANDOM_FIXED, RANDOM)  # in the order in which they are shown
 
 RESULT = "comparison.json"
 _SCORES = "scores.json"
@@ -69,8 +66,8 @@ class Row:
     """One file that was measured.
 
     Attributes:
-        budget: what its bytes were to equal: ``3 bpw`` or the name of a stock mix.
-        kind: ``nsds``, ``paper``, ``uniform``, ``random``, ``random, output fixed`` or ``stock``.
+        budget: what its bytes were to equal: ``3 bpw`` or the name of a preset.
+        kind: ``fisher``, ``paper``, ``uniform``, ``random``, ``random, output fixed`` or ``preset``.
         detail: type of ``uniform``, seed of ``random``; else empty.
         tensor_bytes: of all tensors, without padding.
         bpw: bits over weights of all tensors.
@@ -79,7 +76,7 @@ class Row:
         same_top: share of positions at which both prefer the same token.
         original_ppl, original_ppl_error: of what it was compared with.
         n_scored_tokens: tokens behind these numbers.
-        predicted: divergence that the plan predicts, relative to the other plans; ``None`` for stock mixes.
+        predicted: divergence that the plan predicts, relative to the other plans; ``None`` for presets.
         key: digest of what was measured how; a row with the same key is not measured again.
     """
 
@@ -185,45 +182,61 @@ class _Job:
     budget: str
     kind: str
     detail: str
-    plan: Plan | None  # None: llama.cpp's own mix of the budget's name
+    plan: Plan | None  # None: llama.cpp's preset of the budget's name
+
+
+@dataclass(frozen=True)
+class _Aim:
+    """One budget: its name, its bytes, random allocations, and types that are fixed in some of these."""
+
+    budget: str
+    target: Target
+    n_seeds: int
+    fixed: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What files are compared at.
+
+    Attributes:
+        target_bpw: budgets in bits per weight.
+        presets: llama.cpp's presets, each also a budget: its own bytes; ``None`` for ``DEFAULT_PRESETS`` where there is
+            no other budget.
+        n_seeds: random allocations a budget.
+
+    """
+
+    target_bpw: tuple[float, ...] = ()
+    presets: tuple[str, ...] | None = None
+    n_seeds: int = N_SEEDS
+
+    @property
+    def chosen_presets(self) -> tuple[str, ...]:
+        """The presets, or the default ones."""
+        if self.presets is not None:
+            return self.presets
+        return () if self.target_bpw else DEFAULT_PRESETS
 
 
 def compare(
-    path: Path | HubName,
-    targets: Sequence[Target],
-    stock: Sequence[str],
+    source: str | Path | HubName | Source,
     folder: Path,
+    budgets: Budgets | None = None,
+    options: Options | None = None,
     *,
     verifying: VerifyOptions | None = None,
-    scoring: ScoreOptions | None = None,
-    n_seeds: int = N_SEEDS,
-    types: tuple[str, ...] | None = None,
-    importance: str = "sweep",
-    effort: str = "normal",
-    pre: str | None = None,
-    allow_requantize: bool = False,
-    imatrix: Imatrix | None = None,
-    n_threads: int | None = None,
-    report: Reporter | None = None,
+    run: Run | None = None,
 ) -> Comparison:
-    """Measure allocations at equal bytes.
+    """Measure allocations at equal bytes: ours, others, and llama.cpp's presets, all against the original.
 
     Args:
-        path: model folder, GGUF, or name on the Hub.
-        targets: budgets in bits per weight.
-        stock: names of llama.cpp's mixes, each also a budget: its own bytes.
+        source: as for ``convert``.
         folder: where results go and intermediate files lie; created when missing.
-        verifying: text, context and chunks; ``against`` is the original, always.
-        scoring: how layers are scored.
-        n_seeds: random allocations a budget.
-        types: types that our plan and the random ones may use; ``None`` for the default ones.
-        importance: column importance of all plans but the stock mixes, which have none.
-        effort: how weights of our plans are rounded.
-        pre: as for ``convert``, like those that follow.
-        allow_requantize: take quantized input.
-        imatrix: importance matrix for our plans; llama.cpp's mixes go without.
-        n_threads: threads for everything.
-        report: who is told.
+        budgets: the budgets, presets among them.
+        options: of all plans but the presets; without a budget.
+        verifying: text, context and chunks; the reference is the original, always.
+        run: threads, and who is told.
 
     Returns:
         The comparison; it is in ``comparison.json`` too.
@@ -232,48 +245,53 @@ def compare(
         NsdsError: anything that a user can act on; what was measured before is kept.
 
     """
-    check_stock(stock)
-    verifying = replace(verifying or VerifyOptions(), against=ORIGINAL, enabled=True)
-    report, scoring = report or Silent(), scoring or ScoreOptions()
+    budgets, options, run = budgets or Budgets(), options or Options(), run or Run()
+    check_presets(budgets.chosen_presets)
+    verifying = replace(verifying or VerifyOptions(), reference=ORIGINAL, enabled=True)
     text = evaluation_text(verifying)
-    model = open_model(path, pre, allow_requantize, report)
-    options = PlanOptions(Target("none", 0), importance=importance, effort=effort)
-    options = replace(options, types=types or options.types)
-    (options,), told = settled_options(model, [options], None)
-    check_targets(model, [replace(options, target=target) for target in targets], scoring.metric)
+    model = open_model(source, run)
+    settled = settle(replace(options, target_bpw=1.0), model, scores_layers=True)
+    recipe = settled.recipe
+    for value in budgets.target_bpw:
+        aimed = recipe.to(Target("bpw", value))
+        allocate.checked_candidates(model, aimed, header_bytes(model, aimed))
     if embeds(model):
-        raise VerifyError(f"{model.path}: is a model for embeddings, and files are compared by perplexity; convert it: "
-                          "each file is then checked by the cosine similarity of its embeddings")  # fmt: skip
+        raise VerifyError(
+            f"{model.path}: is an embedding model, and files are compared by perplexity; convert it: each file is then "
+            "checked by the cosine similarity of its embeddings"
+        )
     make_folder(folder)
     with ExitStack() as stack:
-        files = stack.enter_context(WorkFolder(folder, [RESULT], report.say))
+        files = stack.enter_context(WorkFolder(folder, [RESULT], run.report.say))
         stack.enter_context(unchanged(model.inputs))
         files.open()
         check_vocabulary(model, verifying, text, files)
-        work = Work(model, n_threads or llama.default_threads(), report, imatrix, told, files)
-        check_disk(folder, 2 * reference_plan(model).file_bytes, "the original and one file at a time")
-        bench = _Bench(work, folder, verifying, text)
-        reference = stack.enter_context(work.original())
-        scores = bench.scores(replace(options, target=Target("bpw", 1)), scoring)
-        for target in targets:
-            bench.run(_plans(bench, str(target), target, scores, options, n_seeds, {}), reference)
-        for name in stock:
-            with _stock_file(work, reference, name) as file:
+        session = Session(model, run, files, settled.imatrix)
+        check_disk(folder, 2 * original_plan(model).file_bytes, "the original and one file at a time")
+        bench = _Bench(session, folder, verifying, text)
+        reference = stack.enter_context(session.original())
+        scores = bench.scores(recipe)
+        aims = [_Aim(str(target), target, budgets.n_seeds) for target in
+                (Target("bpw", value) for value in budgets.target_bpw)]  # fmt: skip
+        for aim in aims:
+            bench.run(_plans(bench, aim, scores, recipe), reference)
+        for name in budgets.chosen_presets:
+            with _preset_file(session, reference, name) as file:
                 found = inspect_gguf(file)
                 fixed = {t.name: t.type for t in found.tensors if t.name in ("output.weight", "token_embd.weight")}
-                bench.measure(_Job(name, STOCK, "", None), file, reference)
+                bench.measure(_Job(name, PRESET, "", None), file, reference)
                 size = sum(tensor.n_bytes for tensor in found.tensors)
             target = Target("bpw", exact_bpw(size, model.n_weights))
-            bench.run(_plans(bench, name, target, scores, options, n_seeds, fixed), reference)
+            bench.run(_plans(bench, _Aim(name, target, budgets.n_seeds, fixed), scores, recipe), reference)
     return bench.result()
 
 
-def check_stock(names: Sequence[str]) -> None:
-    """Raise ``PlanError`` for a mix that is not one of ``STOCK_MIXES``."""
-    unknown = [name for name in names if name not in STOCK_MIXES]
+def check_presets(names: Sequence[str]) -> None:
+    """Raise ``PlanError`` for a mix that is not one of ``PRESET_NAMES``."""
+    unknown = [name for name in names if name not in PRESET_NAMES]
     if unknown:
-        raise PlanError(f"--stock {unknown[0]}: not a mix that needs no importance matrix; known: "
-                        f"{', '.join(STOCK_MIXES)}")  # fmt: skip
+        raise PlanError(f"--presets {unknown[0]}: not a preset that needs no importance matrix; known: "
+                        f"{', '.join(PRESET_NAMES)}")  # fmt: skip
 
 
 def make_folder(folder: Path) -> None:
@@ -293,63 +311,57 @@ def exact_bpw(tensor_bytes: int, n_weights: int) -> float:
 
 
 @contextmanager
-def _stock_file(work: Work, reference: Path, name: str) -> Iterator[Path]:
-    """Give llama.cpp's own mix of the original; removed on every exit."""
-    path = work.files.path / f"stock-{name}.gguf"
+def _preset_file(session: Session, reference: Path, name: str) -> Iterator[Path]:
+    """Give llama.cpp's preset of the original; removed on every exit."""
+    path = session.files.path / f"preset-{name}.gguf"
     try:
-        with work.report.stage(f"llama.cpp makes {name}"):
-            llama.quantize_stock(reference, path, name, work.n_threads)
+        with session.run.report.stage(f"llama.cpp makes {name}"):
+            llama.quantize_preset(reference, path, name, session.run.n_threads)
         yield path
     finally:
         path.unlink(missing_ok=True)
 
 
-def _plans(
-    bench: _Bench,
-    budget: str,
-    target: Target,
-    scores: Scores,
-    options: PlanOptions,
-    n_seeds: int,
-    fixed: Mapping[str, str],
-) -> list[_Job]:
+def _plans(bench: _Bench, aim: _Aim, scores: Scores, recipe: Recipe) -> list[_Job]:
     """Return the plans of one budget; what it cannot have is told to ``bench``."""
-    options = replace(options, target=target)
-    wanted: list[tuple[str, str, PlanOptions]] = [
-        (OURS, "", options),
-        (PAPER, "", replace(options, allocator="paper")),
-        *((RANDOM, f"seed {i}", replace(options, allocator="random", seed=i)) for i in range(n_seeds)),
+    paper = replace(recipe.to(aim.target), allocator="paper", types=PAPER_TYPES)
+    recipe = recipe.to(aim.target) if recipe.score_weight else replace(recipe, target=aim.target, metric=None, se=None)
+    randomly = replace(recipe, allocator="random")
+    wanted: list[tuple[str, str, Recipe]] = [
+        (OURS, "", recipe),
+        (PAPER, "", paper),
+        *((RANDOM, f"seed {i}", replace(randomly, seed=i)) for i in range(aim.n_seeds)),
     ]
-    if fixed:
-        present = {tensor.name for tensor in bench.work.model.tensors}
-        pins = tuple(Pin(_exactly(name), type_name) for name, type_name in fixed.items() if name in present)
-        fixing = replace(options, allocator="random", pins=pins)
-        wanted += [(RANDOM_FIXED, f"seed {i}", replace(fixing, seed=i)) for i in range(n_seeds)]
+    if aim.fixed:
+        present = {tensor.name for tensor in bench.session.model.tensors}
+        fixed = tuple(TensorType(_exactly(name), type_) for name, type_ in aim.fixed.items() if name in present)
+        fixing = replace(randomly, tensor_types=fixed)
+        wanted += [(RANDOM_FIXED, f"seed {i}", replace(fixing, seed=i)) for i in range(aim.n_seeds)]
     jobs = []
-    for kind, detail, option in wanted:
+    for kind, detail, each in wanted:
         try:
-            jobs.append(_Job(budget, kind, detail, bench.work.allocate(scores, option)))
+            jobs.append(_Job(aim.budget, kind, detail, bench.session.plan(each, scores)))
         except PlanError as error:
             if kind == OURS:
                 raise
-            bench.missing.append(f"{budget}: no allocation '{kind}': {error}")
-    uniform = _uniform_plan(bench, scores, options)
+            bench.missing.append(f"{aim.budget}: no allocation '{kind}': {error}")
+    uniform = _uniform_plan(bench, scores, recipe)
     if uniform is None:
-        bench.missing.append(f"{budget}: no single type is small enough")
+        bench.missing.append(f"{aim.budget}: no single type is small enough")
     else:
-        jobs.append(_Job(budget, UNIFORM, uniform.types[0], uniform))
-    return [*jobs, *_equals(bench, jobs, scores, options)]
+        jobs.append(_Job(aim.budget, UNIFORM, uniform.recipe.types[0], uniform))
+    return [*jobs, *_equals(bench, jobs, scores, recipe)]
 
 
-def _equals(bench: _Bench, jobs: Sequence[_Job], scores: Scores, options: PlanOptions) -> list[_Job]:
+def _equals(bench: _Bench, jobs: Sequence[_Job], scores: Scores, recipe: Recipe) -> list[_Job]:
     """Return plans of ours at the bytes of those that cannot use the budget: whole layers, or one type for all."""
     sizes = {job.kind: job.plan.tensor_bytes for job in jobs if job.plan is not None}
     found = []
     for kind in (PAPER, UNIFORM):
         if kind in sizes and sizes[kind] < sizes[OURS] * (1 - EQUAL_BYTES):
-            target = Target("bpw", exact_bpw(sizes[kind], bench.work.model.n_weights))
+            target = Target("bpw", exact_bpw(sizes[kind], bench.session.model.n_weights))
             try:
-                plan = bench.work.allocate(scores, replace(options, target=target))
+                plan = bench.session.plan(recipe.to(target), scores)
             except TargetError as error:
                 bench.missing.append(f"{jobs[0].budget}: no plan of ours {_at_bytes_of(kind)}: {error}")
                 continue
@@ -357,11 +369,11 @@ def _equals(bench: _Bench, jobs: Sequence[_Job], scores: Scores, options: PlanOp
     return found
 
 
-def _uniform_plan(bench: _Bench, scores: Scores, options: PlanOptions) -> Plan | None:
+def _uniform_plan(bench: _Bench, scores: Scores, recipe: Recipe) -> Plan | None:
     """Return the plan of the largest single type within the budget."""
-    for type_name in reversed(options.types):
+    for type_name in reversed(recipe.types):
         try:
-            return bench.work.allocate(scores, replace(options, allocator="uniform", uniform=type_name))
+            return bench.session.plan(replace(recipe, allocator="uniform", types=(type_name,)), scores)
         except PlanError:
             continue
     return None
@@ -374,28 +386,23 @@ def _exactly(name: str) -> str:
 class _Bench:
     """Measures files one after the other and keeps what it found on disk."""
 
-    def __init__(self, work: Work, folder: Path, verifying: VerifyOptions, text: str) -> None:
-        self.work, self.folder, self.verifying, self.text = work, folder, verifying, text
+    def __init__(self, session: Session, folder: Path, verifying: VerifyOptions, text: str) -> None:
+        self.session, self.folder, self.verifying, self.text = session, folder, verifying, text
         self.missing: list[str] = []
         self.rows: list[Row] = []
         self.known = self._known()
         if self.known:
-            work.report.say(f"{folder / RESULT}: {len(self.known)} files were measured before")
+            session.run.report.say(f"{folder / RESULT}: {len(self.known)} files were measured before")
 
-    def scores(self, options: PlanOptions, scoring: ScoreOptions) -> Scores:
+    def scores(self, recipe: Recipe) -> Scores:
         """Return the scores, from an earlier run when they are this model's and were made alike."""
         path = self.folder / _SCORES
         if path.is_file():
             kept = Scores.from_json(read_json(path), str(path))
-            alike = (kept.model_id, kept.metric, kept.importance, kept.effort) == (
-                self.work.model.model_id,
-                scoring.metric,
-                options.importance,
-                options.effort,
-            )
-            if alike and _covers(kept, options.types):
+            alike = kept.model_id == self.session.model.model_id and kept.recipe == recipe.to(None)
+            if alike and _covers(kept, recipe.types):
                 return kept
-        scores = self.work.score([options], scoring)
+        scores = self.session.score(recipe)
         write_small(path, json.dumps(scores.to_json()))
         return scores
 
@@ -404,10 +411,10 @@ class _Bench:
         for job in jobs:
             if job.plan is None:
                 continue
-            path = self.work.files.path / "measured.gguf"
+            path = self.session.files.path / "measured.gguf"
             try:
                 if self._key(job) not in self.known:
-                    self.work.write(job.plan, path, f"write {job.budget} {job.kind} {job.detail}".rstrip())
+                    self.session.write(job.plan, path, f"write {job.budget} {job.kind} {job.detail}".rstrip())
                 self.measure(job, path, reference)
             finally:
                 path.unlink(missing_ok=True)
@@ -427,14 +434,14 @@ class _Bench:
         return self._comparison(self.rows)
 
     def _measured(self, job: _Job, file: Path, reference: Path, key: str) -> Row:
-        with self.work.report.stage(f"measure {job.budget} {job.kind} {job.detail}".rstrip()) as progress:
+        with self.session.report.stage(f"measure {job.budget} {job.kind} {job.detail}".rstrip()) as progress:
             found = perplexity(
                 file,
                 self.text,
                 n_ctx=self.verifying.n_ctx,
                 n_chunks=self.verifying.n_chunks,
-                n_threads=self.work.n_threads,
-                against=reference,
+                n_threads=self.session.n_threads,
+                reference=reference,
                 progress=progress,
             )
         if found.divergence is None:
@@ -445,7 +452,7 @@ class _Bench:
             kind=job.kind,
             detail=job.detail,
             tensor_bytes=n_bytes,
-            bpw=n_bytes * 8 / self.work.model.n_weights,
+            bpw=n_bytes * 8 / self.session.model.n_weights,
             ppl=found.ppl,
             ppl_error=found.ppl_error,
             kld=found.divergence.kld_mean,
@@ -459,7 +466,7 @@ class _Bench:
         )
 
     def _key(self, job: _Job) -> str:
-        what = job.plan.digest if job.plan else f"stock {job.budget} {self.work.model.model_id}"
+        what = job.plan.digest if job.plan else f"preset {job.budget} {self.session.model.model_id}"
         how = f"{self.verifying.n_ctx} {self.verifying.n_chunks} {llama.llama_build()}"
         return hashlib.sha256(f"{what}\n{how}\n{self.text}".encode()).hexdigest()
 
@@ -478,7 +485,7 @@ class _Bench:
         return {row.key: row for row in rows}
 
     def _comparison(self, rows: Sequence[Row]) -> Comparison:
-        model = self.work.model
+        model = self.session.model
         return Comparison(
             model_name=model.name,
             model_id=model.model_id,
@@ -493,7 +500,7 @@ class _Bench:
         keys = {row.key for row in self.rows}
         rows = [*self.rows, *(row for key, row in self.known.items() if key not in keys)]
         text = json.dumps(self._comparison(rows).to_json(), indent=1)
-        with unfinished(self.folder / RESULT, self.work.files) as temporary:
+        with unfinished(self.folder / RESULT, self.session.files) as temporary:
             temporary.write_text(text, encoding="utf-8")
 
 

@@ -1,7 +1,4 @@
-"""The pipeline: read -> score -> allocate -> write -> verify, in one straight line.
-
-Nothing here prints: what happens is told to a ``Reporter``, what came out is returned.
-"""
+"""The steps of a conversion: open, settle, check, plan, write, verify. Nothing here prints: results are returned."""
 
 from __future__ import annotations
 
@@ -10,16 +7,15 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import allocate
-from .allocate import PlanOptions
-from .calibration.imatrix import Imatrix
 from .evaluate.embedding import EmbeddingCheck
 from .evaluate.perplexity import Perplexity
 from .evaluate.texts import VerifyOptions, check_vocabulary, evaluation_text
-from .llamacpp import llama
+from . import allocate
+from .quantize.write import header_bytes
 from .read.hub import HubName
-from .records import Plan, Scores, Target
+from .records import Model, Options, Plan, Scores
 from .session.loaded import check_scores, checked_plan
+from .session.original import reference_name, with_original_at_hand
 from .session.outputs import (
     Output,
     check_not_input,
@@ -28,19 +24,12 @@ from .session.outputs import (
     named,
     output_paths,
 )
-from .session.reporter import Reporter, Silent
-from .session.session import (
-    ScoreOptions,
-    Work,
-    against_name,
-    check_targets,
-    lacks_room_for_original,
-    largest_file_bytes,
-    open_model,
-    reference_file,
-    settled_options,
-    with_original_at_hand,
-)
+from .session.reference import reference_file
+from .session.room import check_room, lacks_room_for_original, largest_file_bytes, tell_time
+from .session.run import Run
+from .session.session import Session
+from .session.settle import Settled, settle
+from .session.source import Source, open_model
 from .system.atomic import unfinished
 from .system.filestate import check_unchanged, unchanged
 from .system.workfolder import WorkFolder
@@ -48,12 +37,18 @@ from .system.workfolder import WorkFolder
 
 @dataclass(frozen=True)
 class Converted:
-    """A finished file, its plan, what the check found (``None`` when it was skipped), and the scores behind the plan.
+    """A finished file.
 
-    The check is ``embedding`` for a model that embeds texts and ``perplexity`` for all others. ``scores`` is ``None``
-    when the plan was given or needed none; ``source`` is the folder or file that was read, of a model of the Hub that
-    in its cache. ``against`` says what the file was compared with: ``ORIGINAL``, ``QUANTIZED_INPUT``, a path, or
-    ``None``; ``notes`` what to know of the check.
+    Attributes:
+        path: where it is.
+        plan: the types of its tensors.
+        perplexity: what the check found; ``None`` when it was skipped, or the model embeds text.
+        scores: those behind the plan; ``None`` when the plan was given or needed none.
+        source: the folder or file that was read, of a model of the Hub that in its cache.
+        reference: what it was compared with: ``ORIGINAL``, ``QUANTIZED_INPUT``, a path, or ``None``.
+        notes: what to know of the check.
+        embedding: what the check of a model that embeds text found.
+
     """
 
     path: Path
@@ -61,7 +56,7 @@ class Converted:
     perplexity: Perplexity | None
     scores: Scores | None = None
     source: Path | None = None
-    against: str | None = None
+    reference: str | None = None
     notes: tuple[str, ...] = ()
     embedding: EmbeddingCheck | None = None
 
@@ -74,128 +69,140 @@ class Planned:
     scores: Scores | None = None
 
 
+@dataclass(frozen=True)
+class _Job:
+    """One file to make: its recipe, settled, and its plan where that was given."""
+
+    settled: Settled
+    plan: Plan | None = None
+
+    def largest_bytes(self, model: Model) -> int:
+        return self.plan.file_bytes if self.plan is not None else largest_file_bytes(model, self.settled.recipe)
+
+    def generates_text(self, session: Session) -> bool:
+        recipe = self.settled.recipe
+        types = recipe.types if self.plan is None else [tensor.type for tensor in self.plan.tensors]
+        return session.generates_text(recipe, set(types))
+
+
 def convert(
-    path: Path | HubName,
-    options: Sequence[PlanOptions],
+    source: str | Path | HubName | Source,
+    options: Options | Sequence[Options],
     *,
-    scoring: ScoreOptions | None = None,
+    output: Output | str | Path | None = None,
     verifying: VerifyOptions | None = None,
-    output: Output | None = None,
-    given: Scores | Plan | None = None,
-    pre: str | None = None,
-    allow_requantize: bool = False,
-    imatrix: Imatrix | None = None,
-    n_threads: int | None = None,
-    report: Reporter | None = None,
+    loaded: Scores | Plan | None = None,
+    run: Run | None = None,
 ) -> list[Converted]:
     """Convert a model to one GGUF per budget; scoring and measuring are done once.
 
     Args:
-        path: Hugging Face model folder or GGUF file.
-        options: one entry per budget; effort and importance may be left open (``effort.AUTO``).
-        scoring: how layers are scored; ignored when scores or a plan are given.
+        source: Hugging Face model folder, GGUF file, ``ORG/MODEL`` on the Hub, or a ``Source``.
+        options: what is asked for, one entry per budget.
+        output: where files go; ``None`` for the working directory.
         verifying: how finished files are checked.
-        output: where files go.
-        given: scores or a plan from an earlier run, in place of making them.
-        pre: name of the pre-tokenizer, overriding the one recognised.
-        allow_requantize: take a GGUF whose weights are quantized already to less than Q8_0.
-        imatrix: importance matrix of llama.cpp, for options, scores or a plan whose ``importance`` is its name.
-        n_threads: threads for everything; ``None`` for one a core.
-        report: who is told.
+        loaded: scores or a plan from an earlier run, in place of making them.
+        run: threads, and who is told.
 
     Returns:
         One entry per budget, in order.
 
     Raises:
-        NsdsError: anything that a user can act on; no output and no temporary file is left then, and a target out of
-            reach is refused before any weight is read.
+        NsdsError: anything that a user can act on; no output is left then, and a target out of reach is refused before
+            any weight is read.
 
     """
-    scoring, verifying, output = scoring or ScoreOptions(), verifying or VerifyOptions(), output or Output()
-    report, n_threads = report or Silent(), n_threads or llama.default_threads()
-    told: tuple[str, ...] = ()
+    run, verifying = run or Run(), verifying or VerifyOptions()
+    output = output if isinstance(output, Output) else Output(None if output is None else Path(output))
     text = evaluation_text(verifying) if verifying.enabled else ""
     check_output_folder(output)
-    model = open_model(path, pre, allow_requantize, report)
-    if isinstance(given, Plan):
-        given = checked_plan(model, given)
-    else:
-        check_scores(model, given)
-        options, told = settled_options(model, options, given)
-        check_targets(model, options, given.metric if given else scoring.metric)
-    jobs = [given] if isinstance(given, Plan) else options
-    paths = output_paths([default_name(model, job) for job in jobs], output)
+    model = open_model(source, run)
+    jobs = _jobs(model, options, loaded)
+    paths = output_paths([default_name(model, job.settled.recipe) for job in jobs], output)
     check_not_input(paths, model)
     results = []
     with ExitStack() as stack:
-        files = stack.enter_context(WorkFolder(paths[0].parent, [path.name for path in paths], report.say))
+        files = stack.enter_context(WorkFolder(paths[0].parent, [path.name for path in paths], run.report.say))
         stack.enter_context(unchanged(model.inputs))
         files.open()
         check_vocabulary(model, verifying, text, files)
-        work = Work(model, n_threads, report, imatrix, told, files)
-        writes_text = any(work.needs_text(job) for job in jobs)
-        work.check_resources([largest_file_bytes(model, job) for job in jobs], verifying, writes_text)
-        comparing = with_original_at_hand(model, verifying, writes_text)
-        work.tell_time(given, options, len(paths), comparing, writes_text)
-        if writes_text:  # before planning, which needs it too
-            stack.enter_context(work.original())
-        plans = [given] if isinstance(given, Plan) else work.plans(options, scoring, given)
-        reference = stack.enter_context(reference_file(work, comparing))
+        session = Session(model, run, files, jobs[0].settled.imatrix)
+        generates = any(job.generates_text(session) for job in jobs)
+        check_room(model, run, files.folder, [job.largest_bytes(model) for job in jobs], verifying, generates)
+        comparing = with_original_at_hand(model, verifying, generates)
+        tell_time(model, run, [job.plan or job.settled.recipe for job in jobs], comparing, generates)
+        if generates:  # before planning, which needs it too
+            stack.enter_context(session.original())
+        plans = _plans(session, jobs, loaded)
+        reference = stack.enter_context(reference_file(session, comparing))
         for target, plan in zip(paths, plans, strict=True):
             with unfinished(target, files, output.keep_failed) as temporary, named(target, temporary, output):
-                work.write(plan, temporary)
+                session.write(plan, temporary)
                 notes = () if comparing is verifying else lacks_room_for_original(model, plan, verifying.n_ctx)
-                found = work.verify(plan, temporary, verifying, text, None if notes else reference)
+                found = session.verify(plan, temporary, verifying, text, None if notes else reference)
                 check_unchanged(model.inputs)
             ppl, embedding = (None, found) if isinstance(found, EmbeddingCheck) else (found, None)
-            against = against_name(model, comparing) if ppl is not None and ppl.divergence is not None else None
-            results.append(Converted(target, plan, ppl, work.scores, model.path, against, notes, embedding))
+            compared = reference_name(model, comparing) if ppl is not None and ppl.divergence is not None else None
+            results.append(Converted(target, plan, ppl, session.scores, model.path, compared, notes, embedding))
     return results
 
 
 def plan(
-    path: Path | HubName,
-    options: Sequence[PlanOptions],
+    source: str | Path | HubName | Source,
+    options: Options | Sequence[Options],
     *,
-    scoring: ScoreOptions | None = None,
-    given: Scores | Plan | None = None,
-    pre: str | None = None,
-    allow_requantize: bool = False,
-    imatrix: Imatrix | None = None,
-    n_threads: int | None = None,
-    report: Reporter | None = None,
+    loaded: Scores | Plan | None = None,
+    run: Run | None = None,
 ) -> Planned:
     """Return the plans that ``convert`` would carry out; arguments and errors are the same."""
-    scoring, report = scoring or ScoreOptions(), report or Silent()
-    model = open_model(path, pre, allow_requantize, report)
-    if isinstance(given, Plan):
-        return Planned([checked_plan(model, given)])
-    check_scores(model, given)
-    options, told = settled_options(model, options, given)
-    check_targets(model, options, given.metric if given else scoring.metric)
-    with WorkFolder(Path(), say=report.say) as files, unchanged(model.inputs):
-        work = Work(model, n_threads or llama.default_threads(), report, imatrix, told, files)
-        return Planned(work.plans(options, scoring, given), work.scores)
+    run = run or Run()
+    model = open_model(source, run)
+    jobs = _jobs(model, options, loaded)
+    with WorkFolder(Path(), say=run.report.say) as files, unchanged(model.inputs):
+        session = Session(model, run, files, jobs[0].settled.imatrix)
+        return Planned(_plans(session, jobs, loaded), session.scores)
 
 
-def score_model(
-    path: Path | HubName,
-    scoring: ScoreOptions,
+def score(
+    source: str | Path | HubName | Source,
+    options: Options | None = None,
     *,
-    types: tuple[str, ...] = allocate.DEFAULT_TYPES,
-    importance: str = "sweep",
-    effort: str = "normal",
-    pre: str | None = None,
-    allow_requantize: bool = False,
-    imatrix: Imatrix | None = None,
-    n_threads: int | None = None,
-    report: Reporter | None = None,
+    measures: bool = True,
+    run: Run | None = None,
 ) -> Scores:
-    """Return layer scores and, with ``scoring.measure``, what every type costs every tensor."""
-    report = report or Silent()
-    model = open_model(path, pre, allow_requantize, report)
-    asked = PlanOptions(Target("none", 0), types=types, importance=importance, effort=effort)
-    options, told = settled_options(model, [asked], None) if scoring.measure else ([asked], ())
-    with WorkFolder(Path(), say=report.say) as files, unchanged(model.inputs):
-        work = Work(model, n_threads or llama.default_threads(), report, imatrix, told, files)
-        return work.score(options, scoring)
+    """Return layer scores and, unless ``measures`` is false, what every type costs every tensor.
+
+    Args:
+        source: as for ``convert``.
+        options: how to score: ``metric``, ``se``, and for the measurement ``types``, ``rounding``, ``calibration``.
+        measures: whether tensors are measured too.
+        run: threads, and who is told.
+
+    Raises:
+        NsdsError: anything that a user can act on.
+
+    """
+    run = run or Run()
+    model = open_model(source, run)
+    settled = settle(options or Options(), model, scores_layers=True)
+    with WorkFolder(Path(), say=run.report.say) as files, unchanged(model.inputs):
+        return Session(model, run, files, settled.imatrix).score(settled.recipe, measures)
+
+
+def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | Plan | None) -> list[_Job]:
+    """Return what to make; impossible targets and fixed types are refused here, before any weight is read."""
+    if isinstance(loaded, Plan):
+        checked = checked_plan(model, loaded)
+        return [_Job(Settled(checked.recipe), checked)]
+    check_scores(model, loaded)
+    asked = [options] if isinstance(options, Options) else list(options)
+    jobs = [_Job(settle(each, model, loaded)) for each in asked]
+    for job in jobs:
+        recipe = job.settled.recipe
+        allocate.checked_candidates(model, recipe, header_bytes(model, recipe))
+    return jobs
+
+
+def _plans(session: Session, jobs: Sequence[_Job], loaded: Scores | Plan | None) -> list[Plan]:
+    given = [job.plan for job in jobs if job.plan is not None]
+    return given or session.plans([job.settled for job in jobs], loaded if isinstance(loaded, Scores) else None)

@@ -36,7 +36,7 @@ class Case:
     n_text_bytes: int
     n_batch: int = 2048
     n_chunks: int | None = None
-    against: str | None = None
+    reference: str | None = None
 
 
 # A byte of the tiny text is a token, three bytes of the demo's make one. Every text ends inside a chunk. 16 chunks of
@@ -54,13 +54,13 @@ CASES = (
     Case("tiny-bos-F32", 100, 2700),
     Case("tiny-bos-F32", 128, 2700, n_batch=48),
     Case("tiny-bos-F32", 128, 2700, n_batch=300, n_chunks=5),
-    Case("tiny-bos-Q8_0", 128, 2700, against="tiny-bos-F32"),
-    Case("tiny-bos-Q8_0", 512, 2700, against="tiny-bos-F32"),
-    Case("tiny-bos-Q4_0", 128, 2700, against="tiny-bos-F32"),
-    Case("tiny-bos-Q4_0", 2048, 4500, against="tiny-bos-F32"),
-    Case("tiny-plain-Q4_0", 128, 2700, n_batch=48, against="tiny-plain-F32"),
-    Case("demo-bos-Q4_K", 128, 2000, against="demo-bos-BF16"),
-    Case("demo-plain-Q4_K", 512, 4000, against="demo-plain-BF16"),
+    Case("tiny-bos-Q8_0", 128, 2700, reference="tiny-bos-F32"),
+    Case("tiny-bos-Q8_0", 512, 2700, reference="tiny-bos-F32"),
+    Case("tiny-bos-Q4_0", 128, 2700, reference="tiny-bos-F32"),
+    Case("tiny-bos-Q4_0", 2048, 4500, reference="tiny-bos-F32"),
+    Case("tiny-plain-Q4_0", 128, 2700, n_batch=48, reference="tiny-plain-F32"),
+    Case("demo-bos-Q4_K", 128, 2000, reference="demo-bos-BF16"),
+    Case("demo-plain-Q4_K", 512, 4000, reference="demo-plain-BF16"),
 )  # fmt: skip
 
 

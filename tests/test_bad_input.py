@@ -309,9 +309,9 @@ CASES = {
     ),
     "reference with another vocabulary": Case(
         7,
-        "--against other.gguf: wanted a vocabulary of 286, got 260; compare with a GGUF of Model",
+        "--reference other.gguf: wanted a vocabulary of 286, got 260; compare with a GGUF of Model",
         lambda model: write_tiny_gguf(model / "../other.gguf"),
-        (*CONVERT, "--against", "other.gguf"),
+        (*CONVERT, "--reference", "other.gguf"),
     ),
     "a model that computes NaN": Case(
         7,
@@ -388,7 +388,7 @@ def test_failed_file_is_kept_when_asked(tmp_path):
     assert (tmp_path / "out.gguf.failed").read_bytes().startswith(b"GGUF")
 
 
-@pytest.mark.parametrize(("number", "extra"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--against", "original"))])
+@pytest.mark.parametrize(("number", "extra"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--reference", "original"))])
 def test_a_stopped_conversion_leaves_nothing(tmp_path, number, extra):
     write_tiny(tmp_path / "model", TINY)
     (tmp_path / "long.txt").write_text("What you eat today walks and talks tomorrow. " * 20_000)
@@ -447,7 +447,7 @@ def test_disk_space_is_asked_first(model, refused, monkeypatch):
     assert refused(5, "convert", "model", *PLAIN, *QUICK) == (
         f"{Path.cwd()}: the output takes 0.00 GiB, the disk has 0.00 GiB free: make room or choose another folder"
     )
-    assert "the output with the reference takes" in refused(5, "convert", model, *PLAIN, "--against", "original")
+    assert "the output with the reference takes" in refused(5, "convert", model, *PLAIN, "--reference", "original")
 
 
 def test_memory_is_asked_first(model, refused, monkeypatch):
@@ -536,17 +536,17 @@ def test_text_and_reference_are_checked_before_the_work(model, refused):
     assert refused(6, *CONVERT, "--text", "short.txt").startswith(
         "short.txt: text too short: wanted at least 64 tokens"
     )
-    assert refused(3, *CONVERT, "--against", "none.gguf") == "none.gguf: no such file; wanted a GGUF file"
-    assert refused(3, *CONVERT, "--against", "model/config.json").startswith("model/config.json: not a readable GGUF")
+    assert refused(3, *CONVERT, "--reference", "none.gguf") == "none.gguf: no such file; wanted a GGUF file"
+    assert refused(3, *CONVERT, "--reference", "model/config.json").startswith("model/config.json: not a readable GGUF")
     write_tiny_gguf(Path("other.gguf"))
     os.truncate("other.gguf", 20_000)
-    assert refused(3, *CONVERT, "--against", "other.gguf").startswith("other.gguf: ")
+    assert refused(3, *CONVERT, "--reference", "other.gguf").startswith("other.gguf: ")
 
 
 def test_perplexity_against_another_vocabulary(model, refused):
     write_tiny_gguf(Path("tiny.gguf"))
     assert call(*CONVERT).code == 0
-    line = refused(7, "perplexity", "out.gguf", "--against", "tiny.gguf", *QUICK)
+    line = refused(7, "perplexity", "out.gguf", "--reference", "tiny.gguf", *QUICK)
     assert line == (
         "tiny.gguf: cannot be the reference of out.gguf: wanted a vocabulary of 286, got 260; compare files of one "
         "model"

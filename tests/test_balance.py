@@ -134,7 +134,7 @@ def test_the_same_bytes_hold_more(how: dict[str, str], tmp_path: Path, monkeypat
     monkeypatch.setattr(session, "N_TOKENS", 2048)
     source = write_tiny(tmp_path / "source", replace(TINY, dtype="F32"))
     outlier_copy(source, tmp_path / "copy", seed=1)
-    checked = VerifyOptions(n_ctx=64, n_chunks=4, against=ORIGINAL)
+    checked = VerifyOptions(n_ctx=64, n_chunks=4, reference=ORIGINAL)
     options = replace(OPTIONS, types=("Q4_K", "Q5_K", "Q6_K"), target=Target("bpw", 5.5), **how)
 
     def made(name: str, given: object = None) -> convert.Converted:

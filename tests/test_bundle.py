@@ -107,7 +107,7 @@ def test_convert_makes_a_whole_bundle(folder):
 
 
 def test_the_card_says_what_was_measured(folder):
-    bundled("convert", "model", *PLAIN, *QUICK, "--against", "original", "--bundle", "out", "--json", "out.json")
+    bundled("convert", "model", *PLAIN, *QUICK, "--reference", "original", "--bundle", "out", "--json", "out.json")
     head, body = front_matter(folder / "out")
     assert head == {
         "base_model": "Some-Org/Some-Base",

@@ -114,7 +114,7 @@ def test_json_of_every_verb_is_all_of_standard_output(folder):
     assert made["plan"] == plan and made["perplexity"]["n_chunks"] == 2
 
     path = made["path"]
-    measured = json.loads(call("perplexity", path, *QUICK, "--against", path, "--json", "-").out)
+    measured = json.loads(call("perplexity", path, *QUICK, "--reference", path, "--json", "-").out)
     assert {"ppl", "ppl_error", "divergence"} <= measured.keys()
     assert measured["ppl"] == pytest.approx(made["perplexity"]["ppl"], rel=1e-6)
     assert measured["divergence"]["kld_mean"] == pytest.approx(0, abs=1e-6)
@@ -143,7 +143,7 @@ def test_quiet_says_nothing_and_still_writes_json(folder, arguments):
 
 
 def test_pipes_get_neither_colours_nor_bars(folder):
-    outcome = run(*CONVERT, "--against", "original", cwd=folder)
+    outcome = run(*CONVERT, "--reference", "original", cwd=folder)
     assert outcome.code == 0 and outcome.err == ""
     assert "\x1b" not in outcome.out and "\r" not in outcome.out
     assert "│ Q8_0 │" in outcome.out and "\nKL divergence from the original: 0.0" in outcome.out
@@ -159,7 +159,7 @@ def test_verbose_tells_stages_and_tensors(folder):
 
 def test_terminal_gets_bars_and_notes(folder):
     master, slave = os.openpty()
-    with start(*CONVERT, "--against", "original", cwd=folder, stderr=slave) as process:
+    with start(*CONVERT, "--reference", "original", cwd=folder, stderr=slave) as process:
         os.close(slave)
         seen = b""
         while select.select([master], [], [], 60)[0]:
@@ -392,9 +392,9 @@ CONTRADICTIONS = {
                             ("--allocator", "paper"), ("--pin", ".*=Q4_K"))
     },
     "verification off and on": (
-        (*PLAIN, "--no-verify", "--against", "original"),
+        (*PLAIN, "--no-verify", "--reference", "original"),
         4,
-        "--no-verify skips the check that --against is for; drop one",
+        "--no-verify skips the check that --reference is for; drop one",
     ),
     "quiet and verbose": ((*PLAIN, "-q", "-v"), 2, "argument -v/--verbose: not allowed with argument -q/--quiet; see "
                                                    "nsds-gguf convert --help"),

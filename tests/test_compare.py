@@ -128,7 +128,7 @@ def test_the_numbers_are_those_of_the_files(model: Path, tmp_path: Path) -> None
     assert call("convert", model, "--uniform", "Q4_K", "-o", tmp_path / "q4.gguf", *arguments).code == 0
     assert call("convert", model, "--uniform", "F16", "-o", tmp_path / "f16.gguf", *arguments).code == 0
     text = evaluation_text(QUICK)
-    by_hand = perplexity(tmp_path / "q4.gguf", text, n_ctx=32, n_chunks=2, n_threads=1, against=tmp_path / "f16.gguf")
+    by_hand = perplexity(tmp_path / "q4.gguf", text, n_ctx=32, n_chunks=2, n_threads=1, reference=tmp_path / "f16.gguf")
     assert by_hand.divergence is not None
     assert (uniform.ppl, uniform.kld) == pytest.approx((by_hand.ppl, by_hand.divergence.kld_mean), rel=1e-4)
 

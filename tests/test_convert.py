@@ -63,7 +63,7 @@ def test_one_run_makes_several_files_and_checks_them(tmp_path, scores, reference
             stages.append(name)
             return super().stage(name)
 
-    verifying = dataclasses.replace(FEW, against=str(reference))
+    verifying = dataclasses.replace(FEW, reference=str(reference))
     results = convert.convert(
         DEMO, [bpw(2.8), bpw(4.5)], verifying=verifying, output=Output(tmp_path), report=Listener()
     )
@@ -150,7 +150,7 @@ def test_default_plan_beats_whole_layers_at_the_same_bytes(tmp_path, scores, ref
 
     def divergence(options):
         path = tmp_path / "model.gguf"
-        verifying = dataclasses.replace(FEW, n_chunks=8, against=str(reference))
+        verifying = dataclasses.replace(FEW, n_chunks=8, reference=str(reference))
         output = Output(path, force=True)
         (result,) = convert.convert(DEMO, [options], given=scores, output=output, verifying=verifying)
         return result.plan.bpw, result.perplexity.divergence.kld_mean

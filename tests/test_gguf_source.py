@@ -520,7 +520,7 @@ def test_other_architectures_decode_after_quantization(architecture, tmp_path):
     source = write_tiny_arch(tmp_path / "a.gguf", architecture)
     text = tmp_path / "a.txt"
     text.write_text(tiny_text(), encoding="utf-8")
-    check = VerifyOptions(text, n_ctx=64, n_chunks=2, against="original")
+    check = VerifyOptions(text, n_ctx=64, n_chunks=2, reference="original")
     options = [PlanOptions(Target("bpw", bpw)) for bpw in (5, 7)]
     low, high = convert(source, options, verifying=check, output=Output(tmp_path), n_threads=1)
     assert 0 < high.perplexity.divergence.kld_mean < low.perplexity.divergence.kld_mean < 1
@@ -558,7 +558,7 @@ def test_the_input_is_its_own_reference(split, tmp_path):
     text.write_text(tiny_text(), encoding="utf-8")
     source = parts[1] if split else whole
     arguments = (*QUICK, "--text", text, "--json", tmp_path / "a.json")
-    made = call("convert", source, *PLAIN, *arguments, "--against", "original", "-o", tmp_path / "b.gguf", "-v")
+    made = call("convert", source, *PLAIN, *arguments, "--reference", "original", "-o", tmp_path / "b.gguf", "-v")
     assert made.code == 0 and "temporary" not in made.err
     (result,) = json.loads((tmp_path / "a.json").read_text())
     assert call("perplexity", whole, *arguments).code == 0

@@ -122,8 +122,8 @@ def test_stock_with_an_importance_matrix(tmp_path: Path) -> None:
         for name, data in tensors.items()
         if data.ndim >= 2 and name != "token_embd.weight"
     }
-    llama.quantize_stock(source, tmp_path / "plain.gguf", "Q2_K", 1)
-    llama.quantize_stock(source, tmp_path / "q2_k.gguf", "Q2_K", 1, weights)
+    llama.quantize_preset(source, tmp_path / "plain.gguf", "Q2_K", 1)
+    llama.quantize_preset(source, tmp_path / "q2_k.gguf", "Q2_K", 1, weights)
     plain = read_tensors(tmp_path / "plain.gguf")
     n_changed = 0
     for name, found in read_tensors(tmp_path / "q2_k.gguf").items():

@@ -74,8 +74,8 @@ def tiny(folder):
 
 # Four thousand tokens take the demo model seconds: of these the tests run one, the check tool all.
 LONG = [case for case in CASES if case.model.startswith("demo") and case.n_ctx == 2048][1:]
-ALONE = [case for case in CASES if case.against is None and case not in LONG]
-PAIRS = [case for case in CASES if case.against is not None]
+ALONE = [case for case in CASES if case.reference is None and case not in LONG]
+PAIRS = [case for case in CASES if case.reference is not None]
 
 # Other processors compute with other kernels; the check tool compares one build with itself to the last digit.
 ELSEWHERE = {"rel": 1e-3, "abs": 1e-5}
@@ -107,7 +107,7 @@ def run(folder, case, **options):
         n_ctx=case.n_ctx,
         n_batch=case.n_batch,
         n_chunks=case.n_chunks,
-        against=case_file(folder, case.against) if case.against else None,
+        reference=case_file(folder, case.reference) if case.reference else None,
         **options,
     )
 
@@ -139,7 +139,7 @@ def test_statistics_are_those_of_llama_perplexity(folder, case):
     """Its figures are those of 16-bit log-probabilities, ours those of the same logits without that rounding."""
     got = flat(run(folder, case).to_json())
     logits, targets = scored_logits(case_file(folder, case.model), case_text(case), case)
-    base, _ = scored_logits(case_file(folder, case.against), case_text(case), case)
+    base, _ = scored_logits(case_file(folder, case.reference), case_text(case), case)
     wanted, n = golden(case)[0], len(targets)
     assert len(wanted) == 43 and got["n_scored_tokens"] == n
     rounded = statistics(rounded_scores(logits, base, targets))
@@ -308,7 +308,7 @@ def test_json_has_no_reference_without_one(tiny):
 
 
 def test_a_model_does_not_diverge_from_itself(tiny):
-    result = perplexity(tiny, TEXT, n_ctx=128, n_chunks=2, against=tiny)
+    result = perplexity(tiny, TEXT, n_ctx=128, n_chunks=2, reference=tiny)
     found = result.divergence
     assert (found.kld_mean, found.kld_percentiles["100"], found.same_top, found.ppl_ratio) == (0, 0, 1, 1)
     assert found.log_ppl_correlation == pytest.approx(1) and found.reference_ppl == result.ppl
@@ -316,7 +316,7 @@ def test_a_model_does_not_diverge_from_itself(tiny):
 
 def test_threads_do_not_change_the_numbers(tiny, folder):
     def run(n_threads):
-        return perplexity(tiny, TEXT, n_ctx=128, n_chunks=2, n_threads=n_threads, against=folder / "tiny-bos-Q4_0.gguf")
+        return perplexity(tiny, TEXT, n_ctx=128, n_chunks=2, n_threads=n_threads, reference=folder / "tiny-bos-Q4_0.gguf")
 
     one, two = run(1), run(2)
     assert (two.ppl, two.divergence.kld_mean) == pytest.approx((one.ppl, one.divergence.kld_mean), rel=1e-9)
@@ -337,7 +337,7 @@ def test_one_newline_at_the_end_does_not_count(tiny):
 
 
 def test_nothing_is_printed(tiny, folder, capfd):
-    perplexity(tiny, TEXT, n_ctx=128, n_chunks=1, against=folder / "tiny-bos-Q8_0.gguf")
+    perplexity(tiny, TEXT, n_ctx=128, n_chunks=1, reference=folder / "tiny-bos-Q8_0.gguf")
     assert capfd.readouterr() == ("", "")
 
 
@@ -405,7 +405,7 @@ def test_nan_and_infinity_name_file_and_chunk(tiny, tmp_path, value):
         perplexity(bad, TEXT, n_ctx=128)
     assert str(caught.value) == message
     with pytest.raises(VerifyError) as caught:
-        perplexity(tiny, TEXT, n_ctx=128, against=bad)
+        perplexity(tiny, TEXT, n_ctx=128, reference=bad)
     assert str(caught.value) == message
 
 
@@ -452,7 +452,7 @@ def test_reference_of_another_vocabulary_size(tiny, tmp_path):
         weights[name] = np.concatenate([weights[name], weights[name][-1:]])
     other = write_tiny_gguf(tmp_path / "other.gguf", weights=weights, vocabulary=[*tiny_vocabulary(), "more"])
     with pytest.raises(VerifyError) as caught:
-        perplexity(tiny, TEXT, against=other)
+        perplexity(tiny, TEXT, reference=other)
     assert str(caught.value) == (
         f"{other}: cannot be the reference of {tiny}: wanted a vocabulary of 260, got 261; compare files of one model"
     )
@@ -464,7 +464,7 @@ def test_reference_of_another_tokenizer(tiny, folder, tmp_path):
     swapped = write_tiny_gguf(tmp_path / "swapped.gguf", vocabulary=tokens)
     for other in (swapped, folder / "tiny-plain-F32.gguf"):
         with pytest.raises(VerifyError, match="it tokenizes the text to other ids") as caught:
-            perplexity(tiny, TEXT, against=other)
+            perplexity(tiny, TEXT, reference=other)
         assert str(caught.value).startswith(f"{other}: cannot be the reference of {tiny}: ")
 
 
@@ -519,7 +519,7 @@ def test_all_is_freed(tiny, folder, live, error):
             raise error
 
     def run():
-        perplexity(tiny, TEXT, n_ctx=128, against=folder / "tiny-bos-Q4_0.gguf", progress=progress)
+        perplexity(tiny, TEXT, n_ctx=128, reference=folder / "tiny-bos-Q4_0.gguf", progress=progress)
 
     if error is None:
         run()
@@ -531,7 +531,7 @@ def test_all_is_freed(tiny, folder, live, error):
 
 def test_models_are_freed_when_a_text_is_too_short(tiny, live):
     with pytest.raises(TextError):
-        perplexity(tiny, "", against=tiny)
+        perplexity(tiny, "", reference=tiny)
     assert live == {"model": 0, "context": 0}
 
 

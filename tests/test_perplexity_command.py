@@ -49,10 +49,10 @@ def here(tmp_path, monkeypatch, files):
 def test_the_original_folder_is_as_good_as_its_gguf(here):
     before = listing(here)
     found = [
-        json.loads(call("perplexity", "demo-bos-Q4_K.gguf", *SHORT, "--against", reference, "--json", "-").out)
+        json.loads(call("perplexity", "demo-bos-Q4_K.gguf", *SHORT, "--reference", reference, "--json", "-").out)
         for reference in (DEMO, "demo-bos-BF16.gguf")
     ]
-    assert [run.pop("against") for run in found] == [str(DEMO), "demo-bos-BF16.gguf"]
+    assert [run.pop("reference") for run in found] == [str(DEMO), "demo-bos-BF16.gguf"]
     assert found[0] == found[1]
     assert found[0]["file"] == "demo-bos-Q4_K.gguf" and 0.001 < found[0]["divergence"]["kld_mean"] < 0.1
     assert listing(here) == before
@@ -60,7 +60,7 @@ def test_the_original_folder_is_as_good_as_its_gguf(here):
 
 def test_another_vocabulary_is_refused_before_the_original_is_written(here, monkeypatch):
     monkeypatch.setattr(session, "write_gguf", None)
-    outcome = call("perplexity", "tiny-bos-F32.gguf", *SHORT, "--against", DEMO)
+    outcome = call("perplexity", "tiny-bos-F32.gguf", *SHORT, "--reference", DEMO)
     assert message(outcome, 7) == (
         f"{DEMO}: cannot be the reference of tiny-bos-F32.gguf: wanted a vocabulary of 260, got 2048; compare files of "
         "one model"
@@ -69,13 +69,13 @@ def test_another_vocabulary_is_refused_before_the_original_is_written(here, monk
 
 def test_folder_that_is_no_model(here):
     (here / "empty").mkdir()
-    assert message(call("perplexity", "demo-bos-Q4_K.gguf", *SHORT, "--against", "empty"), 3).startswith("empty: ")
+    assert message(call("perplexity", "demo-bos-Q4_K.gguf", *SHORT, "--reference", "empty"), 3).startswith("empty: ")
 
 
 def test_no_room_for_the_original(here, monkeypatch):
     usage = resources.shutil.disk_usage(here)
     monkeypatch.setattr(resources.shutil, "disk_usage", lambda _: usage._replace(free=2**20))
-    line = message(call("perplexity", "demo-bos-Q4_K.gguf", *SHORT, "--against", DEMO), 5)
+    line = message(call("perplexity", "demo-bos-Q4_K.gguf", *SHORT, "--reference", DEMO), 5)
     assert line == (
         f"{here}: the reference takes 0.01 GiB, the disk has 0.00 GiB free: make room or choose another folder"
     )
@@ -83,7 +83,7 @@ def test_no_room_for_the_original(here, monkeypatch):
 
 def test_no_memory_for_the_comparison(here, monkeypatch):
     monkeypatch.setattr(resources, "available_memory_bytes", lambda: 2**20)
-    assert message(call("perplexity", "demo-bos-Q4_K.gguf", *SHORT, "--against", DEMO), 5).startswith(
+    assert message(call("perplexity", "demo-bos-Q4_K.gguf", *SHORT, "--reference", DEMO), 5).startswith(
         "a comparison with the original takes "
     )
 
@@ -93,7 +93,7 @@ def test_folder_that_cannot_be_written(here, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(workfolder.Path, "mkdir", refuse)
-    line = message(call("perplexity", "demo-bos-Q4_K.gguf", *SHORT, "--against", DEMO), 5)
+    line = message(call("perplexity", "demo-bos-Q4_K.gguf", *SHORT, "--reference", DEMO), 5)
     assert line.endswith("cannot be written: Permission denied; choose another name or folder")
 
 
@@ -111,7 +111,7 @@ def test_memory_for_logits_is_that_of_one_batch(files, monkeypatch, n_ctx, n_bat
     needed = []
     monkeypatch.setattr("nsds_gguf.evaluate.perplexity.check_memory", lambda n_bytes, *_: needed.append(n_bytes))
     perplexity(file, tiny_text(), n_ctx=n_ctx, n_batch=n_batch, n_chunks=1, n_threads=1)
-    perplexity(file, tiny_text(), n_ctx=n_ctx, n_batch=n_batch, n_chunks=1, n_threads=1, against=file)
+    perplexity(file, tiny_text(), n_ctx=n_ctx, n_batch=n_batch, n_chunks=1, n_threads=1, reference=file)
     logits_bytes = n_rows * N_VOCAB * 4
     assert needed[1] == 2 * needed[0] and needed[0] - logits_bytes == n_weights_bytes
 
@@ -150,7 +150,7 @@ def test_split_files_are_read_as_one(here):
     assert first.name == "split-00001-of-00003.gguf" and len(others) == 2
     (here / "tiny.txt").write_text(tiny_text())
     options = ("--text", "tiny.txt", *SHORT, "--json", "-")
-    found = json.loads(call("perplexity", first.name, "--against", whole.name, *options).out)
+    found = json.loads(call("perplexity", first.name, "--reference", whole.name, *options).out)
     assert found["divergence"]["kld_percentiles"]["100"] < 1e-9 and found["divergence"]["same_top"] == 1
     assert found["ppl"] == pytest.approx(json.loads(call("perplexity", whole.name, *options).out)["ppl"], rel=1e-6)
 
@@ -162,7 +162,7 @@ def test_split_files_are_read_as_one(here):
 def test_an_interrupted_run_shows_what_it_found(here, number):
     before = listing(here)
     process = start(
-        "perplexity", "demo-bos-Q4_K.gguf", "--against", DEMO, "--threads", "1", "--ctx", "64", "--batch", "64",
+        "perplexity", "demo-bos-Q4_K.gguf", "--reference", DEMO, "--threads", "1", "--ctx", "64", "--batch", "64",
         "--json", "out.json", "-v", cwd=here, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     for line in process.stderr:
@@ -204,7 +204,7 @@ def rendered(*views, width=80):
 def test_tables_fit_80_columns(files):
     found = perplexity(
         files / "demo-bos-Q4_K.gguf", evaluation_text(VerifyOptions()), n_ctx=128, n_chunks=3,
-        n_threads=1, against=files / "demo-bos-BF16.gguf",
+        n_threads=1, reference=files / "demo-bos-BF16.gguf",
     )  # fmt: skip
     d = found.divergence
     text = rendered(display.perplexity_view(found, "demo-Q4_K.gguf", "books"), display.divergence_details(d))
@@ -220,7 +220,7 @@ def test_tables_fit_80_columns(files):
 @pytest.mark.parametrize(("ratio", "words"), [(1.0234, "2.34 % ± 0.50 % higher"), (0.99, "1.00 % ± 0.50 % lower")])
 def test_a_sentence_says_what_it_means(files, ratio, words):
     file = files / "tiny-bos-F32.gguf"
-    found = perplexity(file, tiny_text(), n_ctx=128, n_chunks=2, n_threads=1, against=file)
+    found = perplexity(file, tiny_text(), n_ctx=128, n_chunks=2, n_threads=1, reference=file)
     changed = dataclasses.replace(
         found.divergence, same_top=0.912, ppl_ratio=ratio, ppl_ratio_error=0.005, kld_mean=0.0125, kld_error=0.00025
     )

@@ -44,7 +44,7 @@ def originals(tmp_path_factory):
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", MODELS)
 def test_types_and_bytes_are_those_of_llama_quantize(originals, tmp_path, name, preset):
-    llama.quantize_stock(originals / f"{name}.gguf", tmp_path / "q.gguf", preset, 1)
+    llama.quantize_preset(originals / f"{name}.gguf", tmp_path / "q.gguf", preset, 1)
     tensors = GGUFReader(tmp_path / "q.gguf").tensors
     model = read.open_model(originals / name)
     found = {tensor: kind.replace("IQ4_NL", "Q4_0") for tensor, kind in preset_types(model, preset).items()}

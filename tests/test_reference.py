@@ -40,8 +40,8 @@ def converted(*arguments, code=0):
 def test_a_gguf_is_compared_with_itself():
     found, screen = converted("tiny.gguf", "--uniform", "Q4_0")
     divergence = found["perplexity"]["divergence"]
-    assert found["against"] == "original" and found["notes"] == []
-    asked = call("perplexity", "out.gguf", *QUICK, "--against", "tiny.gguf", "--json", "-")
+    assert found["reference"] == "original" and found["notes"] == []
+    asked = call("perplexity", "out.gguf", *QUICK, "--reference", "tiny.gguf", "--json", "-")
     assert divergence == json.loads(asked.out)["divergence"] and 0.001 < divergence["kld_mean"] < 1
     mean, error = (f"{divergence[name]:.6f}" for name in ("kld_mean", "kld_error"))
     same = f"same top token {100 * divergence['same_top']:.1f} %"
@@ -52,7 +52,7 @@ def test_a_gguf_is_compared_with_itself():
 def test_a_folder_is_compared_with_the_original_that_wrote_the_text(here):
     before = listing(here)
     found, screen = converted("model", "--target-bpw", "4", "--importance", "self")
-    assert found["against"] == "original" and 0 < found["perplexity"]["divergence"]["kld_mean"] < 1
+    assert found["reference"] == "original" and 0 < found["perplexity"]["divergence"]["kld_mean"] < 1
     assert "KL divergence from the original: " in screen
     assert set(listing(here)) - set(before) == {"out.gguf", "out.json"}
 
@@ -60,19 +60,19 @@ def test_a_folder_is_compared_with_the_original_that_wrote_the_text(here):
 def test_the_original_of_a_folder_is_not_written_for_this_alone(monkeypatch):
     monkeypatch.setattr(session, "reference_plan", None)
     found, screen = converted("model", "--uniform", "Q8_0")
-    assert found["against"] is None and "divergence" not in found["perplexity"] and "KL divergence" not in screen
+    assert found["reference"] is None and "divergence" not in found["perplexity"] and "KL divergence" not in screen
 
 
 def test_a_quantized_input_is_named_for_what_it_is():
     assert call("convert", "tiny.gguf", "--uniform", "Q5_0", "--no-verify", "-o", "q5.gguf").code == 0
     found, screen = converted("q5.gguf", "--uniform", "Q4_0", "--allow-requantize", "--report", "out.html")
-    assert found["against"] == "quantized input" and "KL divergence from the quantized input: 0." in screen
-    assert '"against":"the quantized input"' in Path("out.html").read_text()
+    assert found["reference"] == "quantized input" and "KL divergence from the quantized input: 0." in screen
+    assert '"reference":"the quantized input"' in Path("out.html").read_text()
 
 
 def test_q8_0_counts_as_the_original():
     assert call("convert", "tiny.gguf", "--uniform", "Q8_0", "--no-verify", "-o", "q8.gguf").code == 0
-    assert converted("q8.gguf", "--uniform", "Q4_0")[0]["against"] == "original"
+    assert converted("q8.gguf", "--uniform", "Q4_0")[0]["reference"] == "original"
 
 
 def test_without_memory_for_both_the_check_goes_on_without_the_original(monkeypatch):
@@ -80,7 +80,7 @@ def test_without_memory_for_both_the_check_goes_on_without_the_original(monkeypa
     n_vocab, both = 260, []
     monkeypatch.setattr(session, "lacks_memory", lambda n_bytes: both.append(n_bytes) or "3 GiB of memory, 2 are there")
     found, screen = converted("tiny.gguf", "--uniform", "Q4_0")
-    assert found["against"] is None and "divergence" not in found["perplexity"]
+    assert found["reference"] is None and "divergence" not in found["perplexity"]
     note = "The KL divergence from the original is not measured: it takes 3 GiB of memory, 2 are there."
     assert found["notes"] == [note] and f"\nnote: {note}\n" in screen
     files = Path("tiny.gguf").stat().st_size + Path("out.gguf").stat().st_size
@@ -90,8 +90,8 @@ def test_without_memory_for_both_the_check_goes_on_without_the_original(monkeypa
 
 def test_asked_for_it_is_no_longer_given_up(monkeypatch):
     monkeypatch.setattr(session, "lacks_memory", lambda _: "3 GiB of memory, 2 are there")
-    assert converted("tiny.gguf", "--uniform", "Q4_0", "--against", "original")[0]["against"] == "original"
-    assert converted("tiny.gguf", "--uniform", "Q4_0", "--against", "tiny.gguf")[0]["against"] == "tiny.gguf"
+    assert converted("tiny.gguf", "--uniform", "Q4_0", "--reference", "original")[0]["reference"] == "original"
+    assert converted("tiny.gguf", "--uniform", "Q4_0", "--reference", "tiny.gguf")[0]["reference"] == "tiny.gguf"
 
 
 def test_the_time_told_counts_both(monkeypatch):

@@ -100,7 +100,7 @@ def test_page_holds_sums_scores_and_measurement(html, plan):
     assert (data["file_bytes"], data["bpw"], data["quantized_bpw"]) == (plan.file_bytes, plan.bpw, plan.quantized_bpw)
     assert data["layers"] == list(scores.to_json()["layers"]) and data["metric"] == "nsds"
     assert data["perplexity"] == made_up_perplexity().to_json()
-    assert (data["text"], data["against"], data["target"]) == ("a text", "original", "3.5 bpw")
+    assert (data["text"], data["reference"], data["target"]) == ("a text", "original", "3.5 bpw")
     assert data["kernels"]["Q3_K"] == "slow" and data["kernels"]["Q4_K"] == "fast" and "IQ1_S" not in data["kernels"]
     assert data["notes"] == list(plan.notes) and dict(data["facts"])["plan SHA-256"] == plan.digest
 
@@ -250,12 +250,12 @@ def test_report_of_a_plan_and_of_a_gguf(folder, plan):
 def test_convert_writes_a_report_of_what_it_made(folder):
     write_tiny(folder / "model", TINY)
     done = call(
-        "convert", "model", *PLAIN, *QUICK, "--against", "original", "-o", ".", "--report", ".", "--json", "made.json"
+        "convert", "model", *PLAIN, *QUICK, "--reference", "original", "-o", ".", "--report", ".", "--json", "made.json"
     )
     assert done.code == 0, done.err
     (made,) = json.loads(Path("made.json").read_text())
     data = Page(Path(made["path"]).with_suffix(".html").read_text(encoding="utf-8")).data
-    assert data["perplexity"] == made["perplexity"] and data["against"] == "original"
+    assert data["perplexity"] == made["perplexity"] and data["reference"] == "original"
     assert data["tensors"]["type"] == [tensor["type"] for tensor in made["plan"]["tensors"]]
     assert data["file_bytes"] == Path(made["path"]).stat().st_size
     assert data["given"].startswith("nsds-gguf convert model --uniform Q8_0")

@@ -172,7 +172,7 @@ def test_one_original_serves_text_and_check(folder, tmp_path, monkeypatch):
     real = session.write_gguf
     monkeypatch.setattr(session, "write_gguf", lambda *a, **k: (written.append(a[3].name), real(*a, **k)))
     options = [PlanOptions(Target("bpw", bpw), importance=SELF) for bpw in (4, 6)]
-    checked = VerifyOptions(against="original", n_chunks=1, n_ctx=64)
+    checked = VerifyOptions(reference="original", n_chunks=1, n_ctx=64)
     done = convert.convert(source, options, verifying=checked, output=Output(tmp_path), n_threads=1)
     assert len(written) == 3
     assert sorted(tmp_path.iterdir()) == sorted(item.path for item in done)

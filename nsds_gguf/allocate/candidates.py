@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ..errors import PlanError, TargetError
 from ..llamacpp import ggml
 from ..llamacpp.rules import kept_reason, needs_f32
-from ..records import ALIGNMENT_BYTES, COPIED_TYPES, Model, Target, Tensor
+from ..records import ALIGNMENT_BYTES, COPIED_TYPES, Model, Target, Tensor, TensorKind, TensorType
 
 # What takes the place of a K-quant where rows are not multiples of 256: the narrow type nearest above it, and
 # IQ4_NL rather than llama.cpp's Q4_0, for the same bytes with a better codebook (tensor_type_fallback).
@@ -24,26 +24,19 @@ FALLBACKS = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1",
 LAST_RESORT = "F16"  # rows that no block divides, as llama.cpp does
 
 
-KEPT = "kept"  # begins the reason of what is never quantized
-
-
 @dataclass(frozen=True)
 class Candidate:
-    """One tensor and the types open to it, cheapest first; ``reason`` says why the choice is narrow, if it is."""
+    """One tensor and the types open to it, cheapest first; ``kind`` and ``reason`` say why the choice is narrow."""
 
     tensor: Tensor
     types: tuple[str, ...]
+    kind: TensorKind = "chosen"
     reason: str = ""
 
     @property
     def is_open(self) -> bool:
         """True when there is something to choose."""
         return len(self.types) > 1
-
-    @property
-    def is_kept(self) -> bool:
-        """True for what is never quantized."""
-        return self.reason.startswith(KEPT)
 
     def n_bytes(self, type_name: str) -> int:
         """Bytes of the tensor in a type, without padding."""
@@ -55,24 +48,22 @@ class Candidate:
         return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES if padded else n_bytes
 
 
-@dataclass(frozen=True)
-class Pin:
-    """A tensor-name pattern (full match) and the type that it fixes."""
+def parse_tensor_type(text: str) -> TensorType:
+    """Parse ``REGEX=TYPE``; raises ``PlanError`` for anything else."""
+    pattern, separator, name = text.rpartition("=")
+    if not separator or not pattern:
+        raise PlanError(f"--tensor-type {text!r}: wanted REGEX=TYPE, for example 'blk\\.0\\..*=Q6_K'")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise PlanError(f"--tensor-type {text!r}: not a regular expression: {error}") from error
+    return TensorType(pattern, check_type(name, f"--tensor-type {text!r}"))
 
-    pattern: str
-    type: str
 
-    @classmethod
-    def parse(cls, text: str) -> Pin:
-        """Parse ``REGEX=TYPE``; raises ``PlanError`` for anything else."""
-        pattern, separator, name = text.rpartition("=")
-        if not separator or not pattern:
-            raise PlanError(f"pin {text!r}: wanted REGEX=TYPE, for example 'blk\\.0\\..*=Q6_K'")
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise PlanError(f"pin {text!r}: not a regular expression: {error}") from error
-        return cls(pattern, check_type(name, f"pin {text!r}"))
+def fitting_type(wanted: str, candidate: Candidate) -> str:
+    """Return the type, or what takes its place where the rows do not fit it."""
+    n_cols = candidate.tensor.n_cols
+    return next((name for name in (wanted, FALLBACKS.get(wanted, wanted)) if ggml.fits(name, n_cols)), LAST_RESORT)
 
 
 def check_type(name: str, where: str) -> str:
@@ -82,38 +73,37 @@ def check_type(name: str, where: str) -> str:
     return name.upper()
 
 
-def candidates(model: Model, types: Sequence[str], pins: Sequence[Pin] = ()) -> list[Candidate]:
-    """Return the open types of every tensor of the model, in file order; of several pins that match, the first counts.
+def candidates(model: Model, types: Sequence[str], fixed: Sequence[TensorType] = ()) -> list[Candidate]:
+    """Return the open types of every tensor of the model, in file order; of fixed types that match, the first counts.
 
     Raises:
-        PlanError: a pin matches nothing that may be quantized, or fixes a type that the tensor's rows cannot have.
+        PlanError: a fixed type matches nothing that may be quantized, or does not fit the tensor's rows.
 
     """
-    for pin in pins:
-        matched = [tensor for tensor in model.tensors if re.fullmatch(pin.pattern, tensor.name)]
+    for one in fixed:
+        matched = [tensor for tensor in model.tensors if re.fullmatch(one.pattern, tensor.name)]
         if all(kept_reason(tensor, model.architecture) for tensor in matched):
             stays = _kept_type(model, matched[0]) if matched else ""
             why = f"only {matched[0].name} and its like, which stay {stays}" if matched else "no tensor"
-            raise PlanError(f"pin '{pin.pattern}={pin.type}' matches {why} (the whole name must match)")
-    return [_candidate(model, tensor, types, pins) for tensor in model.tensors]
+            raise PlanError(f"--tensor-type '{one}' matches {why} (the whole name must match)")
+    return [_candidate(model, tensor, types, fixed) for tensor in model.tensors]
 
 
-def _candidate(model: Model, tensor: Tensor, types: Sequence[str], pins: Sequence[Pin]) -> Candidate:
+def _candidate(model: Model, tensor: Tensor, types: Sequence[str], fixed: Sequence[TensorType]) -> Candidate:
     if tensor.dtype in COPIED_TYPES:
-        return Candidate(tensor, (tensor.dtype,), f"{KEPT} {tensor.dtype}: no weights")
+        return Candidate(tensor, (tensor.dtype,), "unquantized", "no weights")
     kept = kept_reason(tensor, model.architecture)
     if kept:
-        name = _kept_type(model, tensor)
-        return Candidate(tensor, (name,), f"{KEPT} {name}: {kept}")
-    pin = next((pin for pin in pins if re.fullmatch(pin.pattern, tensor.name)), None)
-    if pin is None:
+        return Candidate(tensor, (_kept_type(model, tensor),), "unquantized", kept)
+    one = next((one for one in fixed if re.fullmatch(one.pattern, tensor.name)), None)
+    if one is None:
         return _open_candidate(tensor, types)
-    if not ggml.fits(pin.type, tensor.n_cols):
+    if not ggml.fits(one.type, tensor.n_cols):
         raise PlanError(
-            f"pin '{pin.pattern}={pin.type}': {tensor.name} has rows of {tensor.n_cols}, "
-            f"no multiple of {ggml.block(pin.type)[0]}"
+            f"--tensor-type '{one}': {tensor.name} has rows of {tensor.n_cols} weights, which are not a multiple of "
+            f"{ggml.block(one.type)[0]}"
         )
-    return Candidate(tensor, (pin.type,), "pinned")
+    return Candidate(tensor, (one.type,), "fixed", "fixed by --tensor-type")
 
 
 def _kept_type(model: Model, tensor: Tensor) -> str:
@@ -127,21 +117,23 @@ def _kept_type(model: Model, tensor: Tensor) -> str:
 
 def _open_candidate(tensor: Tensor, types: Sequence[str]) -> Candidate:
     fitting = [name for name in types if ggml.fits(name, tensor.n_cols)]
-    reason = ""
-    if len(fitting) < len(types):
-        fitting += [name for name in ggml.NARROW_TYPES if ggml.fits(name, tensor.n_cols) and name not in fitting]
-        reason = f"fallback: row {tensor.n_cols} is no multiple of 256"
+    if len(fitting) == len(types):
+        return Candidate(tensor, _by_size(fitting))
+    fitting += [name for name in ggml.NARROW_TYPES if ggml.fits(name, tensor.n_cols) and name not in fitting]
     if not fitting:
-        return Candidate(tensor, (LAST_RESORT,), f"fallback: row {tensor.n_cols} is no multiple of 32")
-    fitting.sort(key=lambda name: (ggml.bits_per_weight(name), ggml.TYPES.index(name)))
-    return Candidate(tensor, tuple(fitting), reason)
+        return Candidate(tensor, (LAST_RESORT,), "fallback", f"rows of {tensor.n_cols} are not a multiple of 32")
+    return Candidate(tensor, _by_size(fitting), "fallback", f"rows of {tensor.n_cols} are not a multiple of 256")
 
 
-def budget_bytes(target: Target, n_weights: int, header_bytes: int) -> int | None:
+def _by_size(types: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted(types, key=lambda name: (ggml.bits_per_weight(name), ggml.TYPES.index(name))))
+
+
+def budget_bytes(target: Target | None, n_weights: int, header_bytes: int) -> int | None:
     """Return the bytes that tensors may take together; ``None`` without a budget."""
-    if target.kind == "bpw":
-        return math.floor(target.value * n_weights / 8)
-    return int(target.value) - header_bytes if target.kind == "size" else None
+    if target is None:
+        return None
+    return math.floor(target.value * n_weights / 8) if target.kind == "bpw" else int(target.value) - header_bytes
 
 
 def check_target(found: Sequence[Candidate], target: Target, header_bytes: int) -> None:
@@ -187,12 +179,12 @@ def _floor_causes(found: Sequence[Candidate], floor: int) -> str:
 
 def _cause(candidate: Candidate) -> str:
     cheapest = candidate.types[0]
-    if candidate.reason == "pinned":
-        return "pins"
-    if candidate.reason.startswith("fallback"):
-        return f"rows that are no multiple of 256 at {cheapest}, {ggml.bits_per_weight(cheapest):g} bpw"
-    if candidate.reason:
-        return f"vectors kept {cheapest}"
+    if candidate.kind == "fixed":
+        return "--tensor-type"
+    if candidate.kind == "fallback":
+        return f"rows that are not a multiple of 256 at {cheapest}, {ggml.bits_per_weight(cheapest):g} bpw"
+    if candidate.kind == "unquantized":
+        return f"tensors that stay {cheapest}"
     if candidate.tensor.layer is None:
         return f"{candidate.tensor.name} at {cheapest}"
     return f"layers at {cheapest}"

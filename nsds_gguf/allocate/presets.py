@@ -63,7 +63,7 @@ def preset_types(model: Model, preset: str) -> Mapping[str, str]:
     types: dict[str, str] = {}
     for candidate in found:
         name = candidate.tensor.name
-        if candidate.is_kept:
+        if candidate.kind == "unquantized":
             types[name] = candidate.types[0]
             continue
         if _is_output(model, name):

@@ -6,76 +6,51 @@ import argparse
 import os
 import shlex
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 
-from ..allocate import PlanOptions
-from ..calibration.imatrix import Imatrix, read_imatrix
 from ..errors import OutputError, PlanError
 from ..evaluate.texts import VerifyOptions
 from ..llamacpp.gguf_header import is_gguf
 from ..publish.bundle import check_ollama
 from ..publish.plot import check_plot
 from ..publish.report import check_report
-from ..read.hub import HubName, parse_name
-from ..records import Plan, Scores, Target, read_json
-from ..session.effort import AUTO
+from ..read.hub import parse_name
+from ..records import AUTO, Options, Plan, Scores, read_json
 from ..session.outputs import Output
-from ..session.session import ScoreOptions
-
-DEFAULT_SCORING = ScoreOptions()
-
-
-def given_imatrix(arguments: argparse.Namespace) -> Imatrix | None:
-    """Return the importance matrix that the user brings; raises ``PlanError`` where it is not the only importance."""
-    if arguments.imatrix is None:
-        return None
-    if arguments.importance is not None:
-        raise PlanError(f"--imatrix and --importance {arguments.importance} contradict each other; drop one")
-    return read_imatrix(arguments.imatrix)
+from ..session.run import Run
+from ..session.settle import DEFAULT_ALLOCATOR
+from ..session.source import Source
+from .screen import Screen
 
 
-def importance_name(arguments: argparse.Namespace, imatrix: Imatrix | None) -> str:
-    """Return the name of the column importance that is asked for, or that it is left open."""
-    if imatrix is not None:
-        return imatrix.name
-    return str(arguments.importance or AUTO)
+def options_of(arguments: argparse.Namespace) -> list[Options]:
+    """Return what is asked for, one entry per budget; what is not named has the defaults of ``Options``."""
+    named = {
+        name: value
+        for name in (field.name for field in fields(Options))
+        if (value := getattr(arguments, name, None)) is not None
+    }
+    budgets = named.pop("target_bpw", None)
+    asked = Options(**{**named, "tensor_types": tuple(named.get("tensor_types", ()))})
+    return [replace(asked, target_bpw=value) for value in budgets] if budgets else [asked]
 
 
-def plan_options(arguments: argparse.Namespace, imatrix: Imatrix | None = None) -> list[PlanOptions]:
-    """Return one entry per target; raises ``PlanError`` for contradicting flags."""
-    if arguments.uniform is not None and arguments.allocator not in (None, "uniform"):
-        raise PlanError(f"--uniform and --allocator {arguments.allocator} contradict each other; drop one")
-    if arguments.target_bpw and arguments.target_size is not None:
-        raise PlanError("--target-bpw and --target-size are two budgets; give one")
-    targets = [Target("bpw", value) for value in arguments.target_bpw or ()]
-    if arguments.target_size is not None:
-        targets = [Target("size", arguments.target_size)]
-    return [
-        PlanOptions(
-            target=target,
-            allocator="uniform" if arguments.uniform else arguments.allocator or "nsds",
-            types=arguments.types,
-            uniform=arguments.uniform,
-            pins=tuple(arguments.pin),
-            importance=importance_name(arguments, imatrix),
-            prefer=arguments.prefer,
-            effort=arguments.effort,
-            score_weight=arguments.score_weight,
-        )
-        for target in targets or [Target("none", 0)]
-    ]
+def run_of(arguments: argparse.Namespace, screen: Screen) -> Run:
+    """Return how the run goes about its work."""
+    return Run(arguments.threads, screen) if arguments.threads else Run(report=screen)
 
 
 def is_open(arguments: argparse.Namespace) -> bool:
     """Return whether a conversion or a plan is asked for without anything that says how large it is to be."""
     has_budget = bool(arguments.target_bpw) or arguments.target_size is not None
     has_types = arguments.plan is not None or arguments.uniform is not None
-    return not has_budget and not has_types and arguments.allocator in (None, "nsds")
+    return not has_budget and not has_types and arguments.allocator in (None, AUTO, DEFAULT_ALLOCATOR)
 
 
 def check_sizes_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what wants one plan where there is no budget to make it for."""
-    wants_plan = {"--tensor-types": arguments.tensor_types, "--why": arguments.why, "--report": arguments.report}
+    wants_plan = {"--tensor-type-file": arguments.tensor_type_file, "--why": arguments.why, "--report": arguments.report}
     for option, value in wants_plan.items():
         if value:
             raise PlanError(f"{option} needs a plan, and a plan a budget: pass --target-bpw or --target-size")
@@ -89,29 +64,23 @@ def next_command(words: Sequence[str], bpw: float) -> str:
     return shlex.join(["nsds-gguf", "convert", *kept, "--target-bpw", f"{bpw:g}"])
 
 
-def model_source(arguments: argparse.Namespace) -> Path | HubName:
+def source_of(arguments: argparse.Namespace) -> Source:
     """Return the model's path or its name on the Hub; raises ``PlanError`` for a revision of a path."""
     name = parse_name(arguments.model, arguments.revision)
     if name is None and arguments.revision:
-        raise PlanError(f"--revision {arguments.revision} is of a model of the Hub; {arguments.model} is a local path")
-    return name or Path(arguments.model)
-
-
-def scoring_options(arguments: argparse.Namespace) -> ScoreOptions:
-    """Return how layers are scored."""
-    metric, se = arguments.metric or DEFAULT_SCORING.metric, arguments.se or DEFAULT_SCORING.se
-    return ScoreOptions(metric, se, not getattr(arguments, "layers_only", False))
+        raise PlanError(f"--revision {arguments.revision} is for models on the Hub; {arguments.model} is a local path")
+    return Source(name or Path(arguments.model), arguments.pre_tokenizer, arguments.allow_requantize)
 
 
 def verify_options(arguments: argparse.Namespace) -> VerifyOptions:
     """Return how the finished file is checked; raises ``PlanError`` for contradicting flags."""
-    if arguments.no_verify and arguments.against is not None:
-        raise PlanError("--no-verify skips the check that --against is for; drop one")
+    if arguments.no_verify and arguments.reference is not None:
+        raise PlanError("--no-verify skips the check that --reference belongs to; drop one")
     return VerifyOptions(
         text=arguments.text,
-        n_ctx=arguments.ctx,
+        n_ctx=arguments.ctx_size,
         n_chunks=arguments.chunks or None,
-        against=arguments.against,
+        reference=arguments.reference,
         enabled=not arguments.no_verify,
     )
 
@@ -121,7 +90,7 @@ def output_options(arguments: argparse.Namespace) -> Output:
     name: str | None = arguments.output
     if name is not None and name.endswith(("/", os.sep)) and not Path(name).is_dir():
         raise OutputError(f"{name}: no such folder for the output; create it first")
-    return Output(None if name is None else Path(name), arguments.force, arguments.keep)
+    return Output(None if name is None else Path(name), arguments.force, arguments.keep_failed)
 
 
 def check_bundle_arguments(arguments: argparse.Namespace) -> None:
@@ -152,19 +121,22 @@ def public_word(word: str) -> str:
     return f"{option}{equals}{shown}"
 
 
-def given_record(arguments: argparse.Namespace) -> Scores | Plan | None:
+def loaded_record(arguments: argparse.Namespace) -> Scores | Plan | None:
     """Return the scores or the plan that the user brings; raises ``PlanError`` for both at once."""
     if arguments.scores is not None and arguments.plan is not None:
         raise PlanError("--scores and --plan contradict each other: a plan needs no scores")
     if arguments.plan is not None:
-        if arguments.target_bpw or arguments.target_size or arguments.uniform or arguments.allocator or arguments.pin:
-            raise PlanError("--plan fixes every type; drop the target, --allocator, --uniform and --pin, or plan again")
+        deciding = ("target_bpw", "target_size", "uniform", "allocator", "tensor_types")
+        if any(getattr(arguments, name) for name in deciding):
+            raise PlanError(
+                "--plan fixes every type; drop the target, --allocator, --uniform and --tensor-type, or plan again"
+            )
         return Plan.from_json(read_json(arguments.plan), str(arguments.plan))
     if arguments.scores is not None:
         scores = Scores.from_json(read_json(arguments.scores), str(arguments.scores))
-        for flag, held in (("metric", scores.metric), ("se", scores.settings.get("se"))):
+        for flag, held in (("metric", scores.recipe.metric), ("se", scores.recipe.se)):
             asked = getattr(arguments, flag)
-            if asked not in (None, held):
+            if asked not in (None, AUTO, held):
                 raise PlanError(f"{arguments.scores}: made with --{flag} {held}, --{flag} {asked} asked; score again")
         return scores
     return None
@@ -172,7 +144,7 @@ def given_record(arguments: argparse.Namespace) -> Scores | Plan | None:
 
 def check_destinations(arguments: argparse.Namespace) -> None:
     """Refuse small outputs that cannot be what or where they are wanted, before the work that fills them."""
-    for flag in ("json", "plot", "tensor_types", "report"):
+    for flag in ("json", "plot", "tensor_type_file", "report"):
         wanted = getattr(arguments, flag, None)
         if wanted is None or wanted == "-":
             continue

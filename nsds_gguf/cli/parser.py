@@ -5,22 +5,30 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .. import __version__, allocate
-from ..allocate import DEFAULT_TYPES, Pin
-from ..comparison import DEFAULT_STOCK, N_SEEDS
+from .. import __version__
+from ..allocate import ALLOCATORS, PREFERENCES, parse_tensor_type
+from ..calibration import CALIBRATIONS
+from ..comparison import DEFAULT_PRESETS, N_SEEDS
+from ..compute import BACKENDS
 from ..errors import NsdsError
 from ..evaluate.perplexity import DEFAULT_BATCH, MIN_CTX
 from ..llamacpp import ggml, llama
 from ..metrics import METRICS, SE_READINGS
 from ..publish.model_card import is_repo
-from ..records import EFFORTS, SELF
-from ..sensitivity.moment_propagation import IMPORTANCES
-from ..session.effort import AUTO, AUTO_HIGH_WEIGHTS, PLAIN_IMPORTANCE
-from .options import DEFAULT_SCORING
+from ..quantize import ROUNDINGS
+from ..records import AUTO, Options
+from ..session.settle import (
+    DEFAULT_ALLOCATOR,
+    DEFAULT_METRIC,
+    DEFAULT_SE,
+    GENERATED,
+    GPTQ_WEIGHTS,
+    RANDOM,
+)
 from .screen import Screen
 from .verbs import (
     run_bundle,
@@ -32,6 +40,8 @@ from .verbs import (
     run_report,
     run_score,
 )
+
+DEFAULTS = Options()
 
 USAGE_EXIT = 2
 
@@ -171,15 +181,16 @@ def _add_convert(verbs: Any) -> None:
     _add_requantize(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="output file or existing folder")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
-    parser.add_argument("--keep", action="store_true", help="keep a file that failed verification as FILE.failed")
+    parser.add_argument("--keep-failed", action="store_true", help="keep a file that failed verification as FILE.failed")
     parser.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
     _add_page(parser)
     _add_budget(parser)
+    _add_rounding(parser)
     _add_scoring(parser)
     _add_records(parser)
     group = parser.add_argument_group("verification")
     _add_text(group, chunks=8)
-    group.add_argument("--against", metavar="REF",
+    group.add_argument("--reference", metavar="REF",
                        help="measure the KL divergence from: 'original' (a GGUF input itself; of a folder, a temporary "
                        "GGUF of its precision) or a GGUF file (default: the original where it is a GGUF anyway: with "
                        "GGUF input, or when the model generates text)")  # fmt: skip
@@ -190,7 +201,7 @@ def _add_convert(verbs: Any) -> None:
                        "plan, scores and SHA-256 sums")  # fmt: skip
     _add_bundle_options(group)
     _add_general(parser)
-    parser.set_defaults(tensor_types=None, why=[])
+    parser.set_defaults(tensor_type_file=None, why=[])
 
 
 def _add_plan(verbs: Any) -> None:
@@ -201,12 +212,13 @@ def _add_plan(verbs: Any) -> None:
     )  # fmt: skip
     _add_model(parser)
     _add_requantize(parser)
-    parser.add_argument("--tensor-types", metavar="FILE", type=Path,
+    parser.add_argument("--tensor-type-file", metavar="FILE", type=Path,
                         help="write the plan for llama-quantize --tensor-type-file")  # fmt: skip
     parser.add_argument("--why", metavar="TENSOR", action="append", default=[],
                         help="say why a tensor has its type, and what one more or less would do")  # fmt: skip
     _add_page(parser)
     _add_budget(parser)
+    _add_rounding(parser)
     _add_scoring(parser)
     _add_records(parser)
     _add_general(parser)
@@ -220,44 +232,46 @@ def _add_score(verbs: Any) -> None:
     parser.add_argument("--layers-only", action="store_true", help="skip the tensor measurements that plans need")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a picture, .png or .svg")
     _add_types(parser)
+    _add_rounding(parser)
     _add_scoring(parser)
     _add_general(parser)
 
 
 def _add_perplexity(verbs: Any) -> None:
     parser = _add_verb(verbs, "perplexity", run_perplexity, "measure perplexity as llama-perplexity does",
-                       "nsds-gguf perplexity model-Q3.gguf --text wiki.test.raw --against model-F16.gguf")  # fmt: skip
+                       "nsds-gguf perplexity model-Q3.gguf --text wiki.test.raw --reference model-F16.gguf")  # fmt: skip
     parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file")
     _add_text(parser, chunks=0)
     parser.add_argument("--batch", metavar="N", type=_integer_from(1), default=DEFAULT_BATCH,
-                        help="tokens decoded at once (%(default)s unless told)")  # fmt: skip
-    parser.add_argument("--against", metavar="REF", type=Path,
+                        help="tokens decoded at once (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--reference", metavar="REF", type=Path,
                         help="what to measure the divergence from: a GGUF file, or the model folder, of which a "
                         "temporary GGUF is made in the working directory")  # fmt: skip
-    _add_pre(parser)
+    _add_pre_tokenizer(parser)
     _add_general(parser)
 
 
 def _add_compare(verbs: Any) -> None:
     parser = _add_verb(
-        verbs, "compare", run_compare, "measure our plan beside other allocations and llama.cpp's own mixes",
-        "nsds-gguf compare model/ --stock Q2_K,Q3_K_M --text wiki.test.raw -o comparison --plot pareto.png",
+        verbs, "compare", run_compare, "measure our plan beside other allocations and llama.cpp's presets",
+        "nsds-gguf compare model/ --presets Q2_K,Q3_K_M --text wiki.test.raw -o comparison --plot pareto.png",
         "measure, at equal bytes and against the original, our plan, the paper's, one type for all, random types, and "
-        "llama.cpp's own mixes; an interrupted comparison goes on where it stopped",
+        "llama.cpp's presets; an interrupted comparison goes on where it stopped",
     )  # fmt: skip
     _add_model(parser)
     _add_requantize(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("comparison"),
-                        help="folder for comparison.json and temporary files (%(default)s unless told)")  # fmt: skip
+                        help="folder for comparison.json and temporary files (default: %(default)s)")  # fmt: skip
     parser.add_argument("--target-bpw", metavar="X[,X]", type=_argument(parse_bpw_list, "numbers in (0, 32]"),
                         help="budgets in bits per weight")  # fmt: skip
-    parser.add_argument("--stock", metavar="LIST", type=lambda text: tuple(text.upper().split(",")),
-                        help="llama.cpp's mixes, each a budget of its own bytes "
-                        f"({','.join(DEFAULT_STOCK)} unless there are budgets)")  # fmt: skip
+    parser.add_argument("--presets", metavar="LIST", type=lambda text: tuple(text.upper().split(",")),
+                        help="llama.cpp presets to compare with, each also a budget: its own bytes "
+                        f"(default: {','.join(DEFAULT_PRESETS)}, without --target-bpw)")  # fmt: skip
     parser.add_argument("--seeds", metavar="N", type=_integer_from(0), default=N_SEEDS,
-                        help="random allocations a budget (%(default)s unless told)")  # fmt: skip
+                        help="random allocations a budget (default: %(default)s)")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", type=Path, help="draw divergence against bytes, .png or .svg")
     _add_types(parser)
+    _add_rounding(parser)
     _add_scoring(parser)
     _add_text(parser.add_argument_group("measurement"), chunks=0)
     _add_general(parser)
@@ -317,63 +331,68 @@ def _add_requantize(parser: argparse.ArgumentParser) -> None:
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder, GGUF file, or ORG/MODEL on the Hub")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a model on the Hub")
+    _add_pre_tokenizer(parser)
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("budget")
     group.add_argument("--target-bpw", metavar="X[,X]", type=_argument(parse_bpw_list, "numbers in (0, 32]"),
-                       help="bits of all tensors over weights of all tensors; several make several files")  # fmt: skip
+                       help="bits per weight over all tensors; several budgets make several files")  # fmt: skip
     group.add_argument("--target-size", metavar="N", type=_argument(parse_size, "bytes, or with M, G, MiB or GiB"),
                        help="bytes of the whole file, for example 700M or 1.5GiB")  # fmt: skip
-    group.add_argument("--allocator", choices=sorted(allocate.ALLOCATORS), help="how bits are spent (nsds unless told)")
+    group.add_argument("--allocator", choices=tuple(ALLOCATORS),
+                       help=f"what chooses the types: {_choices(ALLOCATORS)} (default: {DEFAULT_ALLOCATOR})")  # fmt: skip
     group.add_argument("--uniform", metavar="TYPE", type=_argument(parse_type, "one of " + ", ".join(ggml.TYPES)),
                        help="one type for all matrices, also F32, F16, BF16, Q8_0")  # fmt: skip
-    group.add_argument("--prefer", choices=allocate.PREFERENCES, default="quality",
-                       help="between types of the same quality: nothing else, or what ggml is fast with on CPUs"
-                       " (%(default)s unless told)")  # fmt: skip
-    group.add_argument(
-        "--score-weight",
-        metavar="G",
-        type=float,
-        default=allocate.SCORE_WEIGHT,
-        help="multiply sensitivities of a layer by exp(G (score - mean score)) (%(default)g unless told)",
-    )
-    group.add_argument("--pin", metavar="REGEX=TYPE", action="append", default=[],
-                       type=_argument(Pin.parse, "REGEX=TYPE"),
+    group.add_argument("--prefer", choices=tuple(PREFERENCES),
+                       help="what decides between types of about the same quality: "
+                       + "; ".join(f"{name}: {meaning}" for name, meaning in PREFERENCES.items())
+                       + f" (default: {DEFAULTS.prefer})")  # fmt: skip
+    group.add_argument("--tensor-type", metavar="REGEX=TYPE", action="append", dest="tensor_types",
+                       type=_argument(parse_tensor_type, "REGEX=TYPE"),
                        help="fix the type of tensors whose whole name matches; repeatable")  # fmt: skip
     _add_types(group)
 
 
 def _add_types(group: Any) -> None:
     group.add_argument("--types", metavar="LIST", type=_argument(parse_types, "some of " + ",".join(ggml.TYPES)),
-                       default=",".join(DEFAULT_TYPES),
-                       help="types to choose from (%(default)s unless told)")  # fmt: skip
-    group.add_argument("--importance", choices=(*IMPORTANCES, SELF),
-                       help="column importance for the quantizers; self: from text that the model writes first"
-                       f" ({SELF} with high effort, {PLAIN_IMPORTANCE} with normal unless told)")  # fmt: skip
-    group.add_argument(
-        "--effort",
-        choices=(AUTO, *EFFORTS),
-        default=AUTO,
-        help="high: the model writes a text and weights are rounded with feedback from column to"
-        " column; much less divergence in several times the time; auto: high for models of up to"
-        f" {AUTO_HIGH_WEIGHTS / 1e9:g} B weights unless importance or another allocator is named"
-        " (%(default)s unless told)",
-    )
+                       help=f"types to choose from (default: {','.join(DEFAULTS.types)})")  # fmt: skip
+
+
+def _add_rounding(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rounding and calibration")
+    group.add_argument("--rounding", choices=(AUTO, *ROUNDINGS),
+                       help=f"{_choices(ROUNDINGS)}; {AUTO}: gptq for models of up to {GPTQ_WEIGHTS / 1e9:g} B "
+                       f"parameters that generate text, else rtn (default: {DEFAULTS.rounding})")  # fmt: skip
+    group.add_argument("--calibration", choices=(AUTO, *CALIBRATIONS),
+                       help=f"where column weights and Hessians come from: {_choices(CALIBRATIONS)} "
+                       f"(default: {GENERATED} with gptq, {RANDOM} with rtn)")  # fmt: skip
     group.add_argument("--imatrix", metavar="FILE", type=Path,
-                       help="column importance from an importance matrix of llama.cpp, as GGUF or .dat")  # fmt: skip
+                       help="column weights from an importance matrix of llama.cpp, as GGUF or .dat")  # fmt: skip
+    group.add_argument("--device", choices=tuple(BACKENDS),
+                       help=f"what computes the passes: {_choices(BACKENDS)} (default: {DEFAULTS.device})")  # fmt: skip
+    group.add_argument("--seed", metavar="N", type=_integer_from(0),
+                       help=f"seed of random tokens and random types (default: {DEFAULTS.seed})")  # fmt: skip
 
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("scoring")
-    group.add_argument("--metric", choices=tuple(METRICS), help=f"layer score ({DEFAULT_SCORING.metric} unless told)")
+    group = parser.add_argument_group("layer scores")
+    group.add_argument("--score-weight", metavar="G", type=float,
+                       help="multiply the sensitivities of a layer by exp(G (score - mean score)) "
+                       f"(default: {DEFAULTS.score_weight:g}: layers are not scored)")  # fmt: skip
+    group.add_argument("--metric", choices=tuple(METRICS), help=f"layer score (default: {DEFAULT_METRIC})")
     group.add_argument("--se", choices=tuple(SE_READINGS),
-                       help=f"reading of structural expressiveness ({DEFAULT_SCORING.se} unless told)")  # fmt: skip
-    _add_pre(group)
+                       help=f"how nsds reads structural expressiveness (default: {DEFAULT_SE})")  # fmt: skip
 
 
-def _add_pre(group: Any) -> None:
-    group.add_argument("--pre", metavar="NAME", help="llama.cpp's pre-tokenizer, in place of the one recognised")
+def _choices(registry: Mapping[str, Any]) -> str:
+    """Return the entries of a registry with their descriptions, for a help text."""
+    return "; ".join(f"{name}: {entry.description}" for name, entry in registry.items()).replace("%", "%%")
+
+
+def _add_pre_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--pre-tokenizer", metavar="NAME",
+                        help="llama.cpp's pre-tokenizer, in place of the one that is recognised")  # fmt: skip
 
 
 def _add_records(parser: argparse.ArgumentParser) -> None:
@@ -383,18 +402,18 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_text(group: Any, chunks: int) -> None:
-    group.add_argument("--text", metavar="FILE", type=Path, help="evaluation text (a chapter of Dickens unless told)")
-    group.add_argument("--ctx", metavar="N", type=_integer_from(MIN_CTX), default=512,
-                       help="tokens of a chunk (%(default)s unless told)")  # fmt: skip
+    group.add_argument("--text", metavar="FILE", type=Path, help="evaluation text (default: a chapter of Dickens)")
+    group.add_argument("--ctx-size", metavar="N", type=_integer_from(MIN_CTX), default=512,
+                       help="tokens of a chunk (default: %(default)s)")  # fmt: skip
     group.add_argument("--chunks", metavar="N", type=_integer_from(0), default=chunks,
-                       help="chunks to take, 0 for all (%(default)s unless told)")  # fmt: skip
+                       help="chunks to take, 0 for all (default: %(default)s)")  # fmt: skip
 
 
 def _add_general(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("general")
     group.add_argument("--json", metavar="FILE", help="write the result as JSON, - for standard output")
     group.add_argument("--threads", metavar="N", type=_integer_from(1),
-                       help="threads to use (one a core unless told)")  # fmt: skip
+                       help="threads to use (default: one per core)")  # fmt: skip
     loudness = group.add_mutually_exclusive_group()
     loudness.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     loudness.add_argument("-v", "--verbose", action="store_true", help="show every tensor, stage times and logs")

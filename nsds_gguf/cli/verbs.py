@@ -8,38 +8,40 @@ from typing import Any
 
 from rich.text import Text
 
-from .. import conversion as convert
-from ..comparison import DEFAULT_STOCK, compare
+from ..comparison import Budgets, compare
+from ..conversion import Converted, convert, score
+from ..conversion import plan as make_plans
 from ..errors import PlanError
 from ..evaluate.inspect import inspect_gguf
 from ..evaluate.perplexity import Measurement, Perplexity, perplexity
 from ..evaluate.texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions, evaluation_text, spoken
 from ..llamacpp.gguf_header import is_gguf
-from ..publish.bundle import Bundle, Source, bundle_folder, make_bundle, ollama_create
+from ..publish import bundle as bundles
+from ..publish.bundle import Bundle, bundle_folder, make_bundle, ollama_create
 from ..publish.explain import why
 from ..publish.first_words import DEFAULT_PROMPT, sample
 from ..publish.plot import plot_comparison, plot_scores
 from ..publish.report import Check, Report, file_report, plan_report, write_report
-from ..records import Plan, Scores, Target, read_json
+from ..publish.tensor_type_file import tensor_type_file
+from ..records import Plan, Scores, read_json
 from ..session.outputs import Output
-from ..session.session import reference_of, tensor_types_file
+from ..session.reference import reference_of
 from ..session.sizes import possible_sizes
+from ..session.source import Source
 from . import display
 from .inspect_view import inspection_view
 from .options import (
     check_bundle_arguments,
     check_sizes_arguments,
-    given_imatrix,
-    given_record,
-    importance_name,
     is_open,
-    model_source,
+    loaded_record,
     next_command,
+    options_of,
     output_options,
-    plan_options,
     public_command,
     public_word,
-    scoring_options,
+    run_of,
+    source_of,
     verify_options,
 )
 from .screen import Screen, write_json, write_text
@@ -57,7 +59,7 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
         write_json(arguments.json, [_converted_json(arguments, screen, result) for result in results])
     else:
         with bundle_folder(arguments.bundle, arguments.force, screen) as folder:
-            results = _convert(arguments, screen, Output(folder, arguments.force, arguments.keep))
+            results = _convert(arguments, screen, Output(folder, arguments.force, arguments.keep_failed))
             bundles = [_bundle_converted(arguments, screen, folder, result) for result in results]
         write_json(arguments.json, [
             {**_converted_json(arguments, screen, result), "bundle": bundle.to_json()}
@@ -65,45 +67,39 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
         ])  # fmt: skip
 
 
-def _convert(arguments: argparse.Namespace, screen: Screen, output: Output) -> list[convert.Converted]:
+def _convert(arguments: argparse.Namespace, screen: Screen, output: Output) -> list[Converted]:
     """Convert and show what came out."""
-    imatrix = given_imatrix(arguments)
-    results = convert.convert(
-        model_source(arguments),
-        [] if arguments.plan else plan_options(arguments, imatrix),
-        scoring=scoring_options(arguments),
+    results = convert(
+        source_of(arguments),
+        options_of(arguments),
         verifying=verify_options(arguments),
         output=output,
-        given=given_record(arguments),
-        pre=arguments.pre,
-        allow_requantize=arguments.allow_requantize,
-        imatrix=imatrix,
-        n_threads=arguments.threads,
-        report=screen,
+        loaded=loaded_record(arguments),
+        run=run_of(arguments, screen),
     )
     for result in results:
         screen.show(display.plan_view(result.plan))
         if screen.verbose:
             screen.show(display.plan_details(result.plan))
         if result.perplexity is not None:
-            screen.show(display.perplexity_view(result.perplexity, result.path.name, result.against, result.notes))
+            screen.show(display.perplexity_view(result.perplexity, result.path.name, result.reference, result.notes))
         if result.embedding is not None:
-            screen.show(display.embedding_view(result.embedding, result.path.name, result.against))
+            screen.show(display.embedding_view(result.embedding, result.path.name, result.reference))
         screen.show(Text.assemble((str(result.path), "bold"), f": {result.path.stat().st_size / 2**20:.2f} MiB"))
         if arguments.report is not None:
             _write_report(arguments, screen, result.path.stem, _converted_report(arguments, result))
     return results
 
 
-def _converted_report(arguments: argparse.Namespace, result: convert.Converted) -> Report:
+def _converted_report(arguments: argparse.Namespace, result: Converted) -> Report:
     text = SHIPPED_TEXT if arguments.text is None else arguments.text.name
-    against = result.against
-    if against is not None and against != ORIGINAL:  # which the page itself words
-        against = spoken(against)
+    reference = result.reference
+    if reference is not None and reference != ORIGINAL:  # which the page itself words
+        reference = spoken(reference)
     return plan_report(
         result.plan,
         scores=result.scores,
-        check=Check(result.perplexity, text, against, result.notes) if result.perplexity else None,
+        check=Check(result.perplexity, text, reference, result.notes) if result.perplexity else None,
         architecture=inspect_gguf(result.path).architecture,
         model=public_word(str(arguments.model)),
         given=public_command(arguments.given),
@@ -117,12 +113,12 @@ def _write_report(arguments: argparse.Namespace, screen: Screen, name: str, repo
     screen.show(Text(f"report: {path}"))
 
 
-def _converted_json(arguments: argparse.Namespace, screen: Screen, result: convert.Converted) -> dict[str, Any]:
+def _converted_json(arguments: argparse.Namespace, screen: Screen, result: Converted) -> dict[str, Any]:
     found: dict[str, Any] = {
         "path": str(result.path),
         "plan": result.plan.to_json(),
         "perplexity": result.perplexity.to_json() if result.perplexity else None,
-        "against": result.against,
+        "reference": result.reference,
         "notes": result.notes,
     }
     if result.embedding is not None:
@@ -133,8 +129,8 @@ def _converted_json(arguments: argparse.Namespace, screen: Screen, result: conve
     return found
 
 
-def _bundle_converted(arguments: argparse.Namespace, screen: Screen, folder: Path, result: convert.Converted) -> Bundle:
-    source = Source(
+def _bundle_converted(arguments: argparse.Namespace, screen: Screen, folder: Path, result: Converted) -> Bundle:
+    source = bundles.Source(
         path=result.source,
         base_model=arguments.base_model,
         plan=result.plan,
@@ -143,12 +139,12 @@ def _bundle_converted(arguments: argparse.Namespace, screen: Screen, folder: Pat
         embedding=result.embedding,
         text=SHIPPED_TEXT if arguments.text is None else arguments.text.name,
         command=public_command(arguments.given),
-        against=result.against,
+        reference=result.reference,
     )
     return _bundle(arguments, screen, result.path, folder, source)
 
 
-def _bundle(arguments: argparse.Namespace, screen: Screen, file: Path, folder: Path, source: Source) -> Bundle:
+def _bundle(arguments: argparse.Namespace, screen: Screen, file: Path, folder: Path, source: bundles.Source) -> Bundle:
     """Make a bundle, show what it holds, and hand it to Ollama where that is wanted."""
     bundle = make_bundle(file, folder, source, screen)
     screen.show(display.bundle_view(bundle))
@@ -174,7 +170,7 @@ def run_bundle(arguments: argparse.Namespace, screen: Screen) -> None:
     scores = None if arguments.scores is None else Scores.from_json(read_json(arguments.scores), str(arguments.scores))
     inspect_gguf(arguments.file)
     with bundle_folder(arguments.bundle, arguments.force, screen) as folder:
-        source = Source(arguments.file, arguments.base_model, plan, scores)
+        source = bundles.Source(arguments.file, arguments.base_model, plan, scores)
         bundle = _bundle(arguments, screen, arguments.file, folder, source)
     found: dict[str, Any] = {"bundle": bundle.to_json()}
     if arguments.chat is not None:
@@ -187,20 +183,11 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
     if is_open(arguments):
         run_sizes(arguments, screen)
         return
-    imatrix = given_imatrix(arguments)
-    options = plan_options(arguments, imatrix)
-    if arguments.tensor_types is not None and len(options) > 1:
-        raise PlanError(f"--tensor-types holds one plan, got {len(options)} targets; give one")
-    planned = convert.plan(
-        model_source(arguments),
-        options,
-        scoring=scoring_options(arguments),
-        given=given_record(arguments),
-        pre=arguments.pre,
-        allow_requantize=arguments.allow_requantize,
-        imatrix=imatrix,
-        n_threads=arguments.threads,
-        report=screen,
+    options = options_of(arguments)
+    if arguments.tensor_type_file is not None and len(options) > 1:
+        raise PlanError(f"--tensor-type-file holds one plan, got {len(options)} targets; give one")
+    planned = make_plans(
+        source_of(arguments), options, loaded=loaded_record(arguments), run=run_of(arguments, screen)
     )
     plans = planned.plans
     for plan in plans:
@@ -220,18 +207,13 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
 def run_sizes(arguments: argparse.Namespace, screen: Screen) -> None:
     """Show what sizes a model could have, and the command that makes one of them; nothing is written."""
     check_sizes_arguments(arguments)
-    imatrix, given = given_imatrix(arguments), given_record(arguments)
-    (options,) = plan_options(arguments, imatrix)
+    loaded = loaded_record(arguments)
+    (options,) = options_of(arguments)
     found = possible_sizes(
-        model_source(arguments),
+        source_of(arguments),
         options,
-        scoring=scoring_options(arguments),
-        given=given if isinstance(given, Scores) else None,
-        pre=arguments.pre,
-        allow_requantize=arguments.allow_requantize,
-        imatrix=imatrix,
-        n_threads=arguments.threads,
-        report=screen,
+        loaded=loaded if isinstance(loaded, Scores) else None,
+        run=run_of(arguments, screen),
     )
     screen.show(display.sizes_view(found, next_command(arguments.given, found.proposed.target_bpw)))
     write_json(arguments.json, found.to_json())
@@ -254,18 +236,9 @@ def run_report(arguments: argparse.Namespace, screen: Screen) -> None:
 
 def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
     """Score layers and measure tensors."""
-    imatrix = given_imatrix(arguments)
-    scores = convert.score_model(
-        model_source(arguments),
-        scoring_options(arguments),
-        types=arguments.types,
-        importance=importance_name(arguments, imatrix),
-        effort=arguments.effort,
-        pre=arguments.pre,
-        allow_requantize=arguments.allow_requantize,
-        imatrix=imatrix,
-        n_threads=arguments.threads,
-        report=screen,
+    (options,) = options_of(arguments)
+    scores = score(
+        source_of(arguments), options, measures=not arguments.layers_only, run=run_of(arguments, screen)
     )
     screen.show(display.scores_view(scores))
     if arguments.plot is not None:
@@ -275,11 +248,11 @@ def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_perplexity(arguments: argparse.Namespace, screen: Screen) -> None:
-    """Measure perplexity, and with ``--against`` the divergence; an interrupted run shows what it found."""
+    """Measure perplexity, and with ``--reference`` the divergence; an interrupted run shows what it found."""
     text = evaluation_text(VerifyOptions(arguments.text, arguments.ctx))
     _check_trained_context(arguments, screen)
-    if arguments.against is not None and not arguments.against.is_dir():
-        inspect_gguf(arguments.against)
+    if arguments.reference is not None and not arguments.reference.is_dir():
+        inspect_gguf(arguments.reference)
     runs: list[Measurement] = []
     try:
         found = _measure_perplexity(arguments, screen, text, runs)
@@ -293,9 +266,9 @@ def run_perplexity(arguments: argparse.Namespace, screen: Screen) -> None:
 def _check_trained_context(arguments: argparse.Namespace, screen: Screen) -> None:
     metadata = inspect_gguf(arguments.file).metadata
     n_ctx_train = metadata.get(f"{metadata.get('general.architecture')}.context_length")
-    if isinstance(n_ctx_train, int) and arguments.ctx > n_ctx_train:
+    if isinstance(n_ctx_train, int) and arguments.ctx_size > n_ctx_train:
         screen.warn(
-            f"{arguments.file}: trained for {n_ctx_train} tokens, --ctx {arguments.ctx} asked: beyond the first "
+            f"{arguments.file}: trained for {n_ctx_train} tokens, --ctx-size {arguments.ctx_size} asked: beyond the first "
             f"{n_ctx_train} of a chunk the numbers say little about the file"
         )
 
@@ -312,54 +285,46 @@ def _measure_perplexity(
 
     with (
         reference_of(
-            arguments.against, arguments.file, text, arguments.ctx,
-            pre=arguments.pre, n_threads=arguments.threads, report=screen,
+            arguments.reference and Source(arguments.reference, arguments.pre_tokenizer),
+            arguments.file,
+            text,
+            arguments.ctx_size,
+            run_of(arguments, screen),
         ) as reference,
         screen.stage("perplexity") as progress,
     ):  # fmt: skip
         return perplexity(
             arguments.file,
             text,
-            n_ctx=arguments.ctx,
+            n_ctx=arguments.ctx_size,
             n_chunks=arguments.chunks or None,
             n_threads=arguments.threads,
             n_batch=arguments.batch,
-            against=reference,
+            reference=reference,
             progress=progress,
             on_chunk=on_chunk,
         )
 
 
 def _show_perplexity(arguments: argparse.Namespace, screen: Screen, found: Perplexity) -> None:
-    reference = arguments.against
+    reference = arguments.reference
     screen.show(display.perplexity_view(found, arguments.file.name, reference and reference.name))
     if found.divergence is not None:
         screen.show(display.divergence_details(found.divergence))
-    compared = {"against": str(reference)} if reference else {}
+    compared = {"reference": str(reference)} if reference else {}
     write_json(arguments.json, {"file": str(arguments.file), **compared, **found.to_json()})
 
 
 def run_compare(arguments: argparse.Namespace, screen: Screen) -> None:
     """Measure our plan, other allocations and llama.cpp's mixes at equal bytes."""
-    imatrix, stock = given_imatrix(arguments), arguments.stock
-    if stock is None:
-        stock = () if arguments.target_bpw else DEFAULT_STOCK
+    (options,) = options_of(argparse.Namespace(**{**vars(arguments), "target_bpw": None}))
     found = compare(
-        model_source(arguments),
-        [Target("bpw", value) for value in arguments.target_bpw or ()],
-        stock,
+        source_of(arguments),
         arguments.output,
-        verifying=VerifyOptions(arguments.text, arguments.ctx, arguments.chunks or None),
-        scoring=scoring_options(arguments),
-        n_seeds=arguments.seeds,
-        types=arguments.types,
-        importance=importance_name(arguments, imatrix),
-        effort=arguments.effort,
-        pre=arguments.pre,
-        allow_requantize=arguments.allow_requantize,
-        imatrix=imatrix,
-        n_threads=arguments.threads,
-        report=screen,
+        Budgets(tuple(arguments.target_bpw or ()), arguments.presets, arguments.seeds),
+        options,
+        verifying=VerifyOptions(arguments.text, arguments.ctx_size, arguments.chunks or None),
+        run=run_of(arguments, screen),
     )
     screen.show(display.comparison_view(found))
     if arguments.plot is not None:

@@ -175,7 +175,7 @@ def perplexity(
     n_chunks: int | None = None,
     n_threads: int | None = None,
     n_batch: int = DEFAULT_BATCH,
-    against: Path | None = None,
+    reference: Path | None = None,
     progress: Progress = no_progress,
     on_chunk: OnChunk | None = None,
 ) -> Perplexity:
@@ -191,7 +191,7 @@ def perplexity(
         n_chunks: chunks to take at most; ``None`` for all.
         n_threads: CPU threads; ``None`` for one a physical core.
         n_batch: tokens to decode at once: several chunks where they fit, parts of one where it does not.
-        against: the reference, a GGUF of the same vocabulary.
+        reference: the reference, a GGUF of the same vocabulary.
         progress: called with (chunks done, chunks in all).
         on_chunk: called after each chunk with the run so far, which stays of use when the run is interrupted.
 
@@ -208,7 +208,7 @@ def perplexity(
     n_seq = max(1, n_batch // n_ctx)
     n_batch = min(n_batch, n_seq * n_ctx)
     with ExitStack() as stack:
-        models = [stack.enter_context(open_model(path)) for path in (file, against) if path is not None]
+        models = [stack.enter_context(open_model(path)) for path in (file, reference) if path is not None]
         tokens = _tokenize(models, text, n_ctx)
         chunks = _cut(tokens, n_ctx, n_chunks, models[0].bos)
         _check_memory(models, n_ctx, n_batch)

@@ -86,7 +86,7 @@ def _plain(value: object) -> object:
 
 def _check_target(path: Path, plan: Plan, tensor_bytes: int, file_bytes: int) -> None:
     """Check the budget on the finished file; bytes, not rounded bpw."""
-    target = plan.target
+    target = plan.recipe.target
     used = tensor_bytes if target.kind == "bpw" else file_bytes
     allowed = math.floor(target.value * plan.n_weights / 8) if target.kind == "bpw" else int(target.value)
     if target.kind != "none" and used > allowed:

@@ -18,7 +18,7 @@ from .inspect import inspect_gguf
 
 SHIPPED_TEXT = "old_curiosity_shop.txt"
 
-ORIGINAL = "original"  # --against: a temporary GGUF of the source's own precision
+ORIGINAL = "original"  # --reference: a temporary GGUF of the source's own precision
 QUANTIZED_INPUT = "quantized input"  # what takes the original's place where the input is quantized already
 
 # Architectures that decode only what their encoder has read (llama.cpp, llama_model_has_encoder).
@@ -31,20 +31,20 @@ _EXTRA_TOKENS = 3  # that a tokenizer may add to a text: BOS, EOS and a space be
 class VerifyOptions:
     """How to check a finished file, by perplexity or by its embeddings, on a text: ``None`` for the one that ships.
 
-    ``n_chunks`` ``None`` takes the whole text. ``against`` is ``original``, the path of a GGUF, or ``None``: the
+    ``n_chunks`` ``None`` takes the whole text. ``reference`` is ``original``, the path of a GGUF, or ``None``: the
     original where a conversion has it as a GGUF anyway and memory allows, else nothing.
     """
 
     text: Path | None = None
     n_ctx: int = 512
     n_chunks: int | None = 8
-    against: str | None = None
+    reference: str | None = None
     enabled: bool = True
 
 
-def spoken(against: str) -> str:
+def spoken(reference: str) -> str:
     """Return what a file was compared with as a sentence names it: ``the original``, or a file by its name."""
-    return f"the {against}" if against in (ORIGINAL, QUANTIZED_INPUT) else Path(against).name
+    return f"the {reference}" if reference in (ORIGINAL, QUANTIZED_INPUT) else Path(reference).name
 
 
 def evaluation_text(verifying: VerifyOptions) -> str:
@@ -106,14 +106,14 @@ def check_vocabulary(model: Model, verifying: VerifyOptions, text: str, files: W
 
 
 def _check_reference(model: Model, verifying: VerifyOptions, n_vocab: int) -> None:
-    if verifying.against in (None, ORIGINAL):
+    if verifying.reference in (None, ORIGINAL):
         return
-    against = Path(str(verifying.against))
-    inspect_gguf(against)
-    with llama.open_model(against, vocab_only=True) as reference:
+    path = Path(str(verifying.reference))
+    inspect_gguf(path)
+    with llama.open_model(path, vocab_only=True) as reference:
         if reference.n_vocab != n_vocab:
             raise VerifyError(
-                f"--against {against}: wanted a vocabulary of {n_vocab}, got {reference.n_vocab}; "
+                f"--reference {path}: wanted a vocabulary of {n_vocab}, got {reference.n_vocab}; "
                 f"compare with a GGUF of {model.name}"
             )
 

@@ -27,7 +27,7 @@ from .process import LlamaProcess, end_process, llama_process
 
 __all__ = [
     "N_PHYSICAL_BATCH", "Int32", "LlamaContext", "LlamaModel", "Observer", "check_loads", "complete", "default_threads",
-    "embed", "end_process", "llama_build", "logits", "open_context", "open_model", "quantize_stock",
+    "embed", "end_process", "llama_build", "logits", "open_context", "open_model", "quantize_preset",
 ]  # fmt: skip
 
 # llama_tokenize counts bytes and tokens in int32.
@@ -40,7 +40,7 @@ def llama_build() -> str:
     return build
 
 
-def quantize_stock(
+def quantize_preset(
     source: Path, target: Path, mix: str, n_threads: int, importance: Mapping[str, Float32] | None = None
 ) -> None:
     """Let llama.cpp quantize a GGUF by its own rules.

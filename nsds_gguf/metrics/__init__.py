@@ -14,11 +14,11 @@ import scipy
 
 from .. import __version__
 from ..errors import PlanError
-from ..records import LayerScore, Model, Progress, Scores, no_progress
+from ..records import LayerScore, Model, Progress, no_progress
 from .baselines import Metric, baseline, boost_jumps, ewq, mean_kurtosis, mse, zd
 from .nsds import SE_READINGS, rest_notes, score_nsds
 
-__all__ = ["METRICS", "SE_READINGS", "Metric", "score_layers"]
+__all__ = ["METRICS", "SE_READINGS", "LayerScore", "Metric", "score_layers", "versions"]
 
 METRICS: dict[str, Metric] = {
     "nsds": score_nsds,
@@ -32,8 +32,10 @@ METRICS: dict[str, Metric] = {
 STORED_DIGITS = 7
 
 
-def score_layers(model: Model, metric: str = "nsds", se: str = "product", progress: Progress = no_progress) -> Scores:
-    """Score every layer of a model; the result has no costs and values of 7 significant digits.
+def score_layers(
+    model: Model, metric: str = "nsds", se: str | None = "product", progress: Progress = no_progress
+) -> tuple[tuple[LayerScore, ...], tuple[str, ...]]:
+    """Return a score for every layer, values of 7 significant digits, and what the metric cannot see, as notes.
 
     Args:
         model: read one matrix at a time.
@@ -44,19 +46,18 @@ def score_layers(model: Model, metric: str = "nsds", se: str = "product", progre
     Raises:
         PlanError: the metric or the reading is not known.
         ModelError: a tensor holds NaN or infinite weights.
+
     """
     _check_name("metric", metric, METRICS)
-    _check_name("SE reading", se, SE_READINGS)
-    layers = METRICS[metric](model, se, progress)
-    return Scores(
-        metric=metric,
-        layers=tuple(_rounded(layer) for layer in layers),
-        model_id=model.model_id,
-        model_name=model.name,
-        settings={"se": se} if metric == "nsds" else {},
-        notes=rest_notes(model) if metric == "nsds" else (),
-        versions={"nsds-gguf": __version__, "numpy": np.__version__, "scipy": scipy.__version__},
-    )
+    reading = se or next(iter(SE_READINGS))
+    _check_name("SE reading", reading, SE_READINGS)
+    layers = METRICS[metric](model, reading, progress)
+    return tuple(_rounded(layer) for layer in layers), rest_notes(model) if metric == "nsds" else ()
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes scores."""
+    return {"nsds-gguf": __version__, "numpy": np.__version__, "scipy": scipy.__version__}
 
 
 def _check_name(kind: str, name: str, known: Mapping[str, object]) -> None:

@@ -59,7 +59,7 @@ class Source:
         embedding: what was measured in its place of a model that embeds texts.
         text: name of the text.
         command: the command that made it.
-        against: what the perplexity was compared with, as ``Converted.against``.
+        reference: what the perplexity was compared with, as ``Converted.reference``.
 
     """
 
@@ -71,7 +71,7 @@ class Source:
     embedding: EmbeddingCheck | None = None
     text: str = ""
     command: str = ""
-    against: str | None = None
+    reference: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
     if not origin.repos or origin.is_parent:
         notes.append("The repository of the original is not known: --base-model ORG/NAME tells the model card.")
     facts = Facts(inspection, metadata, origin, chat is not None, source.plan, source.perplexity, source.text,
-                  source.command, source.against, source.embedding)  # fmt: skip
+                  source.command, source.reference, source.embedding)  # fmt: skip
     texts = {
         MODELFILE: modelfile_text,
         CARD: model_card(facts),

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..allocate import ALLOCATORS
 from ..errors import PlanError, RecordError
 from ..llamacpp import ggml
 from ..records import UNQUANTIZED, Plan, PlannedTensor, Scores, TensorCost
@@ -33,12 +34,11 @@ class Step:
 
 def in_a_word(plan: Plan, tensor: PlannedTensor) -> str:
     """Return why a tensor of the plan has its type, in a few words."""
-    if tensor.reason.startswith("kept"):
-        return tensor.reason.removeprefix("kept F32: ") + ", stays as it is"
-    if tensor.reason.startswith("fallback"):
-        where = tensor.reason.removeprefix("fallback: ")
-        return f"{where}: {tensor.type} at {ggml.bits_per_weight(tensor.type):g} bpw"
-    if tensor.reason != "optimum" or tensor.sensitivity is None:
+    if tensor.kind == "unquantized":
+        return f"{tensor.reason}: not quantized"
+    if tensor.kind == "fallback":
+        return f"{tensor.reason}: {tensor.type} at {ggml.bits_per_weight(tensor.type):g} bpw"
+    if not _is_optimum(plan, tensor) or tensor.sensitivity is None:
         return tensor.reason
     if tensor.role in ("output", "token_embd") and tensor.sensitivity >= max(t.sensitivity or 0 for t in plan.tensors):
         return "error reaches the logits directly"
@@ -96,7 +96,7 @@ def why(plan: Plan, scores: Scores | None, name: str) -> str:
         f"Its relative error there is {tensor.error:.3g}, its sensitivity {tensor.sensitivity:.3g}: "
         f"{part} of the predicted divergence."
     )
-    if tensor.reason == "optimum":
+    if _is_optimum(plan, tensor):
         down, up = steps(tensor, costs[name])
         price = exchange_rate(plan, costs)
         sentences += [_step_sentence(step, total, price) for step in (down, up) if step is not None]
@@ -123,7 +123,7 @@ def exchange_rate(plan: Plan, costs: Mapping[str, TensorCost]) -> float:
     """Return the divergence that the plan's last byte saves: of all next steps up, the largest gain per byte."""
     found = []
     for tensor in plan.tensors:
-        if tensor.reason == "optimum" and tensor.name in costs:
+        if _is_optimum(plan, tensor) and tensor.name in costs:
             _, up = steps(tensor, costs[tensor.name])
             if up is not None and up.n_bytes > 0:
                 found.append(max(-up.divergence, 0.0) / up.n_bytes)
@@ -137,6 +137,11 @@ def _step_sentence(step: Step, total: float, price: float) -> str:
         return f"{step.type} would save {-step.n_bytes:,} bytes and add {share} to the divergence{times}."
     verb = "take away" if step.divergence <= 0 else "add"
     return f"{step.type} would cost {step.n_bytes:,} bytes and {verb} {share}{times}."
+
+
+def _is_optimum(plan: Plan, tensor: PlannedTensor) -> bool:
+    """Return whether the type is the best choice by predicted divergence."""
+    return tensor.kind == "chosen" and ALLOCATORS[plan.recipe.allocator].needs_costs
 
 
 def _percent(share: float) -> str:

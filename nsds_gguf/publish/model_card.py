@@ -64,7 +64,7 @@ class Facts:
         perplexity: what was measured.
         text: the text on which.
         command: the command that made it; empty where it is not known.
-        against: what the perplexity was compared with.
+        reference: what the perplexity was compared with.
         embedding: what was measured in place of perplexity.
 
     """
@@ -77,7 +77,7 @@ class Facts:
     perplexity: Perplexity | None = None
     text: str = ""
     command: str = ""
-    against: str | None = None
+    reference: str | None = None
     embedding: EmbeddingCheck | None = None
 
     @property
@@ -187,12 +187,12 @@ def _measured(facts: Facts) -> list[tuple[str, str]]:
     return [
         *rows,
         (
-            f"perplexity of {spoken(facts.against or 'reference')}",
+            f"perplexity of {spoken(facts.reference or 'reference')}",
             f"{compared.reference_ppl:.4f} ± {compared.reference_ppl_error:.4f}",
         ),
         ("ratio of the two", f"{compared.ppl_ratio:.4f} ± {compared.ppl_ratio_error:.4f}"),
         (
-            f"mean KL divergence from {spoken(facts.against or 'reference')}, nats per token",
+            f"mean KL divergence from {spoken(facts.reference or 'reference')}, nats per token",
             f"{compared.kld_mean:.6f} ± {compared.kld_error:.6f}",
         ),
         ("same top token", f"{100 * compared.same_top:.2f} % ± {100 * compared.same_top_error:.2f} %"),

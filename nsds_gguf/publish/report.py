@@ -47,7 +47,7 @@ class Check:
 
     found: Perplexity
     text: str
-    against: str | None = None
+    reference: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -110,7 +110,7 @@ class Report:
             "layers": [asdict(layer) for layer in self.layers],
             "perplexity": check.found.to_json() if check else None,
             "text": check.text if check else None,
-            "against": check.against if check else None,
+            "reference": check.reference if check else None,
             "notes": self.notes,
             "facts": self.facts,
             "given": self.given,

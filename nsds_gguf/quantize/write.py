@@ -38,7 +38,7 @@ from ..records import (
     Plan,
     PlannedTensor,
     Progress,
-    Target,
+    Recipe,
     Tensor,
     kv,
     no_progress,
@@ -74,13 +74,10 @@ _LARGEST_F16 = 65504.0  # scales are float16: only weights above can overflow a 
 _NO_DIGEST = "0" * 64  # as long as a real one: the header's size is known before the plan is
 
 
-def header_bytes(
-    model: Model, *, allocator: str, target: Target, importance: str, metric: str | None, effort: str = "normal"
-) -> int:
-    """Return the bytes before the tensor data; they depend on the plan's settings, not on its types."""
-    settings = _settings(allocator, target, importance, effort, metric)
+def header_bytes(model: Model, recipe: Recipe) -> int:
+    """Return the bytes before the tensor data; they depend on the recipe, not on the types that are chosen."""
     types = {tensor.name: "F32" for tensor in model.tensors}
-    return len(_header(model, _keys(settings, "F32", _NO_DIGEST, _NO_DIGEST), types))
+    return len(_header(model, _keys(recipe, "F32", _NO_DIGEST, _NO_DIGEST), types))
 
 
 def write_outline(model: Model, path: Path) -> None:
@@ -138,8 +135,8 @@ def write_gguf(
 
     """
     types = {tensor.name: tensor.type for tensor in plan.tensors}
-    settings = _settings(plan.allocator, plan.target, plan.importance, plan.effort, plan.metric)
-    header = _header(model, _keys(settings, _main_type(plan), plan.scores_digest or _NO_DIGEST, plan.digest), types)
+    keys = _keys(plan.recipe, _main_type(plan), plan.scores_digest or _NO_DIGEST, plan.digest)
+    header = _header(model, keys, types)
     if len(header) != plan.header_bytes:
         raise OutputError(f"{path}: header takes {len(header)} bytes, the plan says {plan.header_bytes}: plan again")
     try:
@@ -160,19 +157,19 @@ def _main_type(plan: Plan) -> str:
     return max(n_bytes, key=lambda name: (n_bytes[name], -ggml.TYPES.index(name)))
 
 
-def _settings(allocator: str, target: Target, importance: str, effort: str, metric: str | None) -> dict[str, str]:
-    return {
+def _keys(recipe: Recipe, main_type: str, scores_digest: str, plan_digest: str) -> dict[str, GGUFValue]:
+    """Return the keys that depend on the plan; ``nsds_gguf.recipe`` holds the recipe whole, as JSON."""
+    ours = {
         "version": __version__,
-        "metric": metric or "none",
-        "allocator": allocator,
-        "importance": importance,
-        "effort": effort,
-        "target": str(target),
+        "allocator": recipe.allocator,
+        "metric": recipe.metric or "none",
+        "rounding": recipe.rounding,
+        "calibration": recipe.calibration,
+        "target": str(recipe.target or "none"),
+        "recipe": recipe.to_json(),
+        "scores_sha256": scores_digest,
+        "plan_sha256": plan_digest,
     }
-
-
-def _keys(settings: Mapping[str, str], main_type: str, scores_digest: str, plan_digest: str) -> dict[str, GGUFValue]:
-    ours = {**settings, "scores_sha256": scores_digest, "plan_sha256": plan_digest}
     return {
         "general.file_type": kv(int(FILE_TYPES[main_type]), GGUFValueType.UINT32),
         "general.quantization_version": kv(QUANTIZATION_VERSION, GGUFValueType.UINT32),
@@ -291,7 +288,7 @@ def _quantized_slab(
     if largest > _LARGEST_F16 and not np.isfinite(ggml.dequantize(data, planned.type, tensor.n_cols)).all():
         raise ModelError(
             f"tensor {tensor.source}: weights up to {largest:g} overflow {planned.type}: "
-            f"give it a type that holds them, --pin '{re.escape(tensor.name)}=F32'"
+            f"give it a type that holds them, --tensor-type '{re.escape(tensor.name)}=F32'"
         )
     return data
 

@@ -18,16 +18,15 @@ from .model import (
     no_progress,
     role_and_layer,
 )
-from .plan import EFFORTS, PLAN_FORMAT, SELF, Plan, PlannedTensor, Target
+from .plan import PLAN_FORMAT, Plan, PlannedTensor, TensorKind
+from .recipe import AUTO, K_TYPES, Options, Recipe, Target, TensorType
 from .scores import SCORES_FORMAT, LayerScore, Scores, TensorCost
 
 __all__ = [
     "ALIGNMENT_BYTES",
     "COPIED_TYPES",
-    "EFFORTS",
     "PLAN_FORMAT",
     "SCORES_FORMAT",
-    "SELF",
     "UNQUANTIZED",
     "Float32",
     "Float64",
@@ -38,9 +37,15 @@ __all__ = [
     "PlannedTensor",
     "Progress",
     "Scores",
+    "AUTO",
+    "K_TYPES",
+    "Options",
+    "Recipe",
     "Target",
+    "TensorType",
     "Tensor",
     "TensorCost",
+    "TensorKind",
     "kv",
     "no_progress",
     "read_json",

@@ -33,6 +33,8 @@ def checked(data: Any, wanted: str, source: str) -> dict[str, Any]:
     """Return a parsed record without its format; raises ``RecordError`` for another format."""
     found = data.get("format") if isinstance(data, dict) else None
     if found != wanted:
+        if isinstance(found, str) and found.rpartition(" ")[0] == wanted.rpartition(" ")[0]:
+            raise RecordError(f"{source}: was written by another version of nsds-gguf ({found}); make it again")
         raise RecordError(f"{source}: wanted a file of format {wanted!r}, got {found!r}")
     return {key: value for key, value in data.items() if key != "format"}
 

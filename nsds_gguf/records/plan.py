@@ -11,30 +11,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ..errors import RecordError
+from .recipe import Recipe
 from .json_records import built, checked, digest
 from .model import ALIGNMENT_BYTES, UNQUANTIZED
 
-PLAN_FORMAT = "nsds-gguf plan 1"
-
-# Name of the column importance that comes from text that the model writes itself.
-SELF = "self"
-
-# How weights are rounded: by ggml's own quantizers, or with feedback from column to column (``rounding``).
-EFFORTS = ("normal", "high")
+PLAN_FORMAT = "nsds-gguf plan 2"
 
 
-@dataclass(frozen=True)
-class Target:
-    """The budget asked for: ``kind`` says whether ``value`` is bpw over all tensors or bytes of the whole file."""
-
-    kind: Literal["bpw", "size", "none"]
-    value: float
-
-    def __str__(self) -> str:
-        """Return the target as the user would write it."""
-        if self.kind == "none":
-            return "none"
-        return f"{self.value:g} bpw" if self.kind == "bpw" else f"{int(self.value)} bytes"
+# How a tensor came to its type: the allocator chose it; ``--tensor-type`` fixed it; the types asked for do not fit its
+# rows; or llama.cpp does not quantize it.
+TensorKind = Literal["chosen", "fixed", "fallback", "unquantized"]
 
 
 @dataclass(frozen=True)
@@ -42,8 +28,8 @@ class PlannedTensor:
     """One line of a plan.
 
     ``n_bytes`` is without padding. ``error`` is the relative squared error at ``type`` (``None`` when it was not
-    measured), ``sensitivity`` the predicted divergence per unit of it including the layer factor, and ``reason``
-    why it got this type: ``optimum``, ``pinned``, ``fallback …``, ``kept F32: …``.
+    measured), ``sensitivity`` the predicted divergence per unit of it, the layer factor included; ``reason`` says in a
+    few words why the tensor has this type.
     """
 
     name: str
@@ -52,6 +38,7 @@ class PlannedTensor:
     shape: tuple[int, ...]
     type: str
     n_bytes: int
+    kind: TensorKind
     reason: str
     error: float | None = None
     error_stderr: float | None = None
@@ -74,35 +61,24 @@ class Plan:
     """A quantization type for every tensor, and what it adds up to.
 
     Attributes:
-        allocator: name of the allocator that made it.
-        target: the budget asked for.
-        types: the types that were allowed.
-        importance: name of the column importance handed to the quantizer (``sweep``, ``norm``, ``none``, ``self``,
-            or the name of an importance matrix).
+        recipe: what it was made for.
         tensors: one entry per tensor, in the order of the file.
         header_bytes: bytes before the tensor data: header, metadata, tensor table and padding.
+        model_id, model_name: the model that it is of.
         gap: proven relative optimality gap of the solver; ``None`` where nothing was solved.
         notes: what the user must know: ceiling reached, fallbacks, attention window left out, sampling.
-        metric, model_id, model_name, scores_digest, versions: where it comes from.
-        effort: how weights are rounded, one of ``EFFORTS``.
-        score_weight: how much the layer score counted.
+        scores_digest, versions: where it comes from.
     """
 
-    allocator: str
-    target: Target
-    types: tuple[str, ...]
-    importance: str
+    recipe: Recipe
     tensors: tuple[PlannedTensor, ...]
     header_bytes: int
     model_id: str
     model_name: str
-    metric: str | None = None
     gap: float | None = None
     notes: tuple[str, ...] = ()
     scores_digest: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
-    effort: str = "normal"
-    score_weight: float = 0.0
 
     @property
     def n_weights(self) -> int:
@@ -139,9 +115,12 @@ class Plan:
     @property
     def unused_bytes(self) -> int:
         """Bytes of the budget that the plan leaves unused; 0 without a budget."""
-        if self.target.kind == "bpw":
-            return int(self.target.value * self.n_weights / 8) - self.tensor_bytes
-        return int(self.target.value) - self.file_bytes if self.target.kind == "size" else 0
+        target = self.recipe.target
+        if target is None:
+            return 0
+        if target.kind == "bpw":
+            return int(target.value * self.n_weights / 8) - self.tensor_bytes
+        return int(target.value) - self.file_bytes
 
     @property
     def predicted_divergence(self) -> float | None:

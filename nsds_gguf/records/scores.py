@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from .recipe import Recipe
 from .json_records import built, checked, digest
 
-SCORES_FORMAT = "nsds-gguf scores 1"
+SCORES_FORMAT = "nsds-gguf scores 2"
 
 
 @dataclass(frozen=True)
@@ -54,18 +55,20 @@ class TensorCost:
 class Scores:
     """Result of scoring, small enough to keep: one score a layer and, when measured, one cost a tensor.
 
-    ``importance`` and ``effort`` name the column importance and the rounding under which ``costs`` was measured;
-    ``importance`` is empty, as they are, when only layers were scored. ``settings`` records what else shaped the
-    numbers (``se`` reading), ``notes`` what the method cannot see of the model, one sentence each.
+    Attributes:
+        recipe: how it was measured; its target is ``None``, its metric where no layer was scored.
+        layers: scores of the layers, in order; empty where no layer was scored.
+        model_id, model_name: the model that they are of.
+        costs: of the tensors; empty where none was measured.
+        notes: what the method cannot see of the model, one sentence each.
+        versions: of what computed them.
+
     """
 
-    metric: str
+    recipe: Recipe
     layers: tuple[LayerScore, ...]
     model_id: str
     model_name: str
-    settings: Mapping[str, str] = field(default_factory=dict)
-    importance: str | None = None
-    effort: str = "normal"
     costs: tuple[TensorCost, ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,45 +27,46 @@ _DECODE_EFFICIENCY = 0.5  # of the matrix product's rate that a forward pass rea
 _WRITE_EFFICIENCY = 0.3  # the same, when a few tokens are computed at a time
 
 
-def estimate_seconds(
-    model: Model,
-    *,
-    types: Sequence[str],
-    n_threads: int,
-    n_files: int,
-    scores: bool,
-    measures: bool,
-    n_tokens: int,
-    n_own_tokens: int = 0,
-    n_feedback_tokens: int = 0,
-) -> float:
-    """Return the seconds that scoring, measuring, writing and verification will take together.
+@dataclass(frozen=True)
+class Work:
+    """What a conversion consists of.
 
-    Args:
-        model: the opened model.
+    Attributes:
         types: types that will be used; their mean speed counts.
-        n_threads: threads that quantize.
         n_files: files to write.
         scores: whether layers are scored (by the cost of ``nsds``).
         measures: whether tensors are measured in every type.
         n_tokens: tokens that the perplexity check decodes, all files and references together.
-        n_own_tokens: tokens that the model writes itself.
-        n_feedback_tokens: tokens that second moments for feedback come from; 0 where there is none.
+        n_generated_tokens: tokens of calibration text that the model generates.
+        n_hessian_tokens: tokens that Hessians come from; 0 where there are none.
 
     """
+
+    types: Sequence[str]
+    n_files: int
+    scores: bool
+    measures: bool
+    n_tokens: int = 0
+    n_generated_tokens: int = 0
+    n_hessian_tokens: int = 0
+
+
+def estimate_seconds(model: Model, work: Work, n_threads: int) -> float:
+    """Return the seconds that scoring, measuring, writing and verification will take together."""
     n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
-    per_weight = sum(_quantize_seconds(name) for name in types) / len(types) / n_threads
-    per_weight *= _FEEDBACK_FACTOR if n_feedback_tokens else 1
+    per_weight = sum(_quantize_seconds(name) for name in work.types) / len(work.types) / n_threads
+    per_weight *= _FEEDBACK_FACTOR if work.n_hessian_tokens else 1
     rate = _product_rate()
-    seconds = n_files * n_matrix * per_weight + 2 * n_tokens * n_matrix / (rate * _DECODE_EFFICIENCY)
-    if scores:
+    seconds = work.n_files * n_matrix * per_weight + 2 * work.n_tokens * n_matrix / (rate * _DECODE_EFFICIENCY)
+    if work.scores:
         seconds += score_operations(model) / rate
-    if measures:
-        seconds += n_matrix * _MEASURED_SHARE * per_weight * len(types)
+    if work.measures:
+        seconds += n_matrix * _MEASURED_SHARE * per_weight * len(work.types)
         seconds += _PASS_OPERATIONS * n_sequences_for(model) * N_POSITIONS * n_matrix / rate
-    if n_feedback_tokens:
-        seconds += n_feedback_tokens * 2 * (n_matrix + sum(t.n_cols**2 for t in model.tensors if t.is_matrix)) / rate
-    return seconds + own_text_seconds(model, n_own_tokens, rate)
+    if work.n_hessian_tokens:
+        n_products = n_matrix + sum(t.n_cols**2 for t in model.tensors if t.is_matrix)
+        seconds += work.n_hessian_tokens * 2 * n_products / rate
+    return seconds + own_text_seconds(model, work.n_generated_tokens, rate)
 
 
 def own_text_seconds(model: Model, n_tokens: int, rate: float | None = None) -> float:

@@ -6,11 +6,11 @@ import reprlib
 from dataclasses import replace
 
 from .. import allocate
-from .. import metrics as score
-from ..allocate import Candidate, PlanOptions
+from ..allocate import Candidate
 from ..errors import PlanError, RecordError
 from ..llamacpp import ggml
 from ..quantize.write import header_bytes
+from .settle import check_possible
 from ..records import Model, Plan, PlannedTensor, Scores, Tensor, TensorCost
 
 _SHARES = ("nsds", "zd")  # metrics that give numbers from 0 to 1
@@ -20,33 +20,20 @@ _ABSURD = 1e30  # no score, sensitivity or relative error is near it; their prod
 def checked_plan(model: Model, plan: Plan) -> Plan:
     """Return a plan read from a file, made consistent with the model: types count, bytes are computed again.
 
-    Raises ``RecordError`` when it is another model's or a type does not fit its tensor, ``PlanError`` when it was made
-    with options that are not known or edited types exceed its target.
+    Raises ``RecordError`` when it is another model's or a type does not fit its tensor, ``PlanError`` when its recipe
+    is not known or edited types exceed its target.
     """
     if plan.model_id != model.model_id:
         raise RecordError(f"the plan is of another model ({plan.model_name}); plan {model.name} again")
     if [_identity(tensor) for tensor in plan.tensors] != [_identity(tensor) for tensor in model.tensors]:
         raise RecordError("the plan does not list the model's tensors in their order and shapes; plan again")
-    if plan.metric not in (None, *score.METRICS):
-        raise RecordError(f"the plan's metric {plan.metric!r} is not known; plan again")
-    uniform = next(iter(plan.types), None)
-    options = PlanOptions(
-        plan.target, plan.allocator, plan.types, uniform, importance=plan.importance, effort=plan.effort
-    )
-    allocate.check_options(options)
-    found = allocate.candidates(model, options.allowed_types)
+    allocate.check_recipe(plan.recipe)
+    check_possible(model, plan.recipe)
+    found = allocate.candidates(model, plan.recipe.types)
     tensors = tuple(_resized(planned, candidate) for planned, candidate in zip(plan.tensors, found, strict=True))
-    n_header = header_bytes(
-        model,
-        allocator=plan.allocator,
-        target=plan.target,
-        importance=plan.importance,
-        effort=plan.effort,
-        metric=plan.metric,
-    )
-    checked = replace(plan, tensors=tensors, header_bytes=n_header)
+    checked = replace(plan, tensors=tensors, header_bytes=header_bytes(model, plan.recipe))
     if checked.unused_bytes < 0:
-        raise PlanError(f"the plan exceeds its target {plan.target} by {-checked.unused_bytes} bytes")
+        raise PlanError(f"the plan exceeds its target {plan.recipe.target} by {-checked.unused_bytes} bytes")
     return checked
 
 
@@ -55,9 +42,11 @@ def _identity(tensor: PlannedTensor | Tensor) -> tuple[object, ...]:
 
 
 def _resized(planned: PlannedTensor, candidate: Candidate) -> PlannedTensor:
-    if candidate.reason.startswith("kept"):
+    if candidate.kind == "unquantized":
         if planned.type.upper() != candidate.types[0]:
-            raise RecordError(f"plan: {planned.name} cannot be {planned.type}: it is {candidate.reason}")
+            raise RecordError(
+                f"plan: {planned.name} cannot be {planned.type}: it stays {candidate.types[0]} ({candidate.reason})"
+            )
         return replace(planned, type=candidate.types[0], n_bytes=candidate.n_bytes(candidate.types[0]))
     type_name = allocate.check_type(planned.type, planned.name)
     if not ggml.fits(type_name, planned.shape[-1]):
@@ -71,14 +60,15 @@ def check_scores(model: Model, scores: Scores | None) -> None:
         return
     if scores.model_id != model.model_id:
         raise RecordError(f"the scores are of another model ({scores.model_name}); score {model.name} again")
-    if [layer.layer for layer in scores.layers] != list(range(model.hparams.n_layers)):
+    check_possible(model, scores.recipe)
+    metric = scores.recipe.metric
+    wanted = list(range(model.hparams.n_layers)) if metric is not None else []
+    if [layer.layer for layer in scores.layers] != wanted:
         raise RecordError(f"the scores do not list layers 0 to {model.hparams.n_layers - 1} in order; score again")
-    if scores.metric not in score.METRICS:
-        raise RecordError(f"the scores' metric {scores.metric!r} is not known; score again")
-    low, high = (0.0, 1.0) if scores.metric in _SHARES else (-_ABSURD, _ABSURD)
+    low, high = (0.0, 1.0) if metric in _SHARES else (-_ABSURD, _ABSURD)
     for layer in scores.layers:
         if not low <= layer.score <= high:
-            raise RecordError(f"the score of layer {layer.layer} is beyond what {scores.metric} gives; score again")
+            raise RecordError(f"the score of layer {layer.layer} is beyond what {metric} gives; score again")
         if not all(part is None or 0 <= part <= 1 for part in (layer.p_nv, layer.p_se)):
             raise RecordError(f"the parts of the score of layer {layer.layer} are damaged; score again")
     for cost in scores.costs:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import gguf
 
-from ..allocate import PlanOptions
+from ..allocate import decided_by
 from ..errors import GgmlError, OutputError, VerifyError, told_of
 from ..llamacpp import gguf_header
-from ..records import Model, Plan
+from ..records import Model, Recipe
 
 # Letters that some file system refuses in a name, and how many of a name are kept: names may have 255 bytes.
 _NO_FILE_LETTERS = r'/\:*?"<>|'
@@ -29,18 +29,20 @@ class Output:
     keep_failed: bool = False
 
 
-def default_name(model: Model, job: PlanOptions | Plan) -> str:
-    """Return the file name by the GGUF naming convention, ``Name-Size-v1.0-NSDS_3_00BPW.gguf``."""
+def default_name(model: Model, recipe: Recipe) -> str:
+    """Return the file name by the GGUF naming convention, ``Name-Size-v1.0-FISHER_3_00BPW.gguf``.
+
+    What stands in place of a type says what decided the types, as ``allocate.decided_by``.
+    """
 
     def field(key: str) -> str | None:
         entry = model.metadata.get(f"general.{key}")
         return _file_letters(entry.value) if entry is not None and isinstance(entry.value, str) else None
 
-    if job.allocator == "uniform":
-        encoding = job.types[0] if isinstance(job, Plan) else str(job.uniform)
-    else:
-        bpw = job.target.value if job.target.kind == "bpw" else job.target.value * 8 / model.n_weights
-        encoding = f"{job.allocator}_{bpw:.2f}BPW".replace(".", "_")
+    encoding, target = "_".join(decided_by(recipe)), recipe.target
+    if target is not None and recipe.allocator != "uniform":
+        bpw = target.value if target.kind == "bpw" else target.value * 8 / model.n_weights
+        encoding = f"{encoding}_{bpw:.2f}BPW".replace(".", "_")
     model_name, version = _file_letters(model.name), field("version") or "v1.0"
     name = gguf.naming_convention(
         model_name, field("basename"), field("finetune"), version, field("size_label"), encoding
@@ -120,5 +122,5 @@ def named(target: Path, temporary: Path, output: Output) -> Iterator[None]:
         with told_of(target, temporary):
             yield
     except (VerifyError, GgmlError) as error:
-        fate = f"kept as {target.name}.failed" if output.keep_failed else "removed; --keep would keep it"
+        fate = f"kept as {target.name}.failed" if output.keep_failed else "removed; pass --keep-failed to keep it"
         raise type(error)(f"{error} ({fate})") from error

@@ -1,119 +1,93 @@
-"""The stages on one model, each told to the reporter; what several need is computed once."""
+"""A session: what one model yields in a run, each part computed once, when it is first needed."""
 
 from __future__ import annotations
 
-import re
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from .. import allocate, read
-from .. import metrics as score
-from ..allocate import PlanOptions
+from .. import allocate, metrics
+from ..allocate import ALLOCATORS
 from ..calibration.generated_text import N_TOKENS, OwnText, own_text
 from ..calibration.hessians import N_DRAWN, disk_bytes, make_feedbacks
 from ..calibration.hessians import note as feedback_note
 from ..calibration.imatrix import IMATRIX, Imatrix
 from ..compute.decoder import what_is_missing
-from ..errors import PlanError, RecordError, told_of
+from ..errors import RecordError, told_of
 from ..evaluate.embedding import EmbeddingCheck, check_close, compare_embeddings
-from ..evaluate.perplexity import Perplexity, check_comparable, check_sane, needed_bytes, perplexity
+from ..evaluate.perplexity import Perplexity, check_sane, perplexity
 from ..evaluate.structure import verify_structure
-from ..evaluate.texts import ORIGINAL, QUANTIZED_INPUT, VerifyOptions, embeds, outline_file, predicts
-from ..llamacpp import ggml, llama
+from ..evaluate.texts import VerifyOptions, embeds
+from ..llamacpp import ggml
 from ..quantize.equalization import Balance, find_balance
 from ..quantize.rounding import Feedbacks
 from ..quantize.write import header_bytes, write_gguf
-from ..read.gguf_source import SOURCE_TYPES
-from ..read.hub import HubName, fetch
-from ..records import ALIGNMENT_BYTES, SELF, UNQUANTIZED, Float32, Model, Plan, Scores, Target
+from ..records import Float32, Model, Plan, Recipe, Scores
 from ..sensitivity.fisher import Tokens, draw_tokens
 from ..sensitivity.moment_propagation import Propagation
 from ..sensitivity.sensitivities import sensitivities
-from ..system.filestate import check_unchanged, unchanged
-from ..system.resources import THREADED_WIDTH, blas_threads, check_disk, check_memory, lacks_memory
+from ..system.filestate import check_unchanged
+from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
 from ..system.workfolder import WorkFolder
-from .effort import effort_note, settled
-from .estimate import duration, estimate_seconds, own_text_seconds
-from .reporter import Reporter, Silent
-
-# Working memory of scoring and writing, without the page cache: measured in tools/bench/bench.py.
-_BASE_MEMORY_BYTES = 400 << 20
-_THREAD_MEMORY_BYTES = 48 << 20
+from .estimate import duration, own_text_seconds
+from .original import is_own_original, original_plan
+from .run import Run
+from .settle import GENERATED, Settled, rounds_by_hessians, weighs_columns
 
 FISHER_SEQUENCES = 8  # of the model's own text that sensitivities are found on
 DRAWN_LENGTH = 512  # tokens of a drawn sequence
 
 
-@dataclass(frozen=True)
-class ScoreOptions:
-    """How to score: layer ``metric``, reading of SE, and whether tensor costs are measured too."""
-
-    metric: str = "nsds"
-    se: str = "product"
-    measure: bool = True
-
-
-class Work:
+class Session:
     """The stages on one model, each told to the reporter.
 
-    Sensitivities, the model's own text and factors for feedback are made once, when first needed. ``scores`` are those
-    that the last plans were made from.
+    Attributes:
+        model: the opened model.
+        run: threads, and who is told.
+        files: the folder for large temporary files.
+        scores: those that the last plans were made from.
+
     """
 
-    def __init__(
-        self,
-        model: Model,
-        n_threads: int,
-        report: Reporter,
-        imatrix: Imatrix | None = None,
-        notes: tuple[str, ...] = (),
-        files: WorkFolder | None = None,
-    ) -> None:
-        """Take the model, the threads, who is told, an importance matrix of the model, and notes for every plan.
-
-        ``files`` is where large temporary files go: without one, to the working directory for as long as this lives.
-        """
-        self.model, self.n_threads, self.report, self.notes = model, n_threads, report, notes
-        self.imatrix, self._columns = imatrix, imatrix.weights(model) if imatrix is not None else {}
+    def __init__(self, model: Model, run: Run, files: WorkFolder, imatrix: Imatrix | None = None) -> None:
+        """Take a model, how to work, where temporary files go, and an importance matrix that recipes name."""
+        self.model, self.run, self.files, self.imatrix = model, run, files, imatrix
         self.scores: Scores | None = None
-        self.files = files or WorkFolder(Path(), say=report.say)
-        if files is None:
-            weakref.finalize(self, self.files.close)
+        self._imatrix_columns = imatrix.weights(model) if imatrix is not None else {}
         self._propagations: dict[bool, Propagation] = {}
         self._balances: dict[bool, Balance] = {}
         self._feedbacks: dict[tuple[bool, bool], Feedbacks] = {}
         self._own_text: OwnText | None = None
         self._original: Path | None = None
 
+    # --- calibration ----------------------------------------------------------------------------------------------
+
     def propagation(self, own: bool = False) -> Propagation:
         """Return sensitivities and column moments, on drawn tokens or on the model's own text."""
         if own not in self._propagations:
             tokens = self.own_text().tokens[:FISHER_SEQUENCES].astype(np.int64) if own else None
-            with self.report.stage("find sensitivities") as progress, blas_threads(1):
+            with self.run.report.stage("find sensitivities") as progress, blas_threads(1):
                 folder = self.files.path if self.files.is_open else None
-                self._propagations[own] = sensitivities(self.model, self.n_threads, progress, tokens, folder)
+                self._propagations[own] = sensitivities(self.model, self.run.n_threads, progress, tokens, folder)
         return self._propagations[own]
 
-    def balance(self, job: PlanOptions | Plan) -> Balance:
-        """Return how outlier channels are evened out for a job: for ``nsds``, where the pass over tokens sees them."""
-        if job.allocator != "nsds" or what_is_missing(self.model):
+    def balance(self, recipe: Recipe) -> Balance:
+        """Return how outlier channels are equalized: where costs count and the pass over tokens sees them."""
+        if not ALLOCATORS[recipe.allocator].needs_costs or what_is_missing(self.model):
             return Balance()
-        own = job.importance == SELF
+        own = recipe.calibration == GENERATED
         if own not in self._balances:
             self._balances[own] = find_balance(self.model, self.propagation(own).inputs)
         return self._balances[own]
 
-    def feedbacks(self, job: PlanOptions | Plan) -> Feedbacks | None:
-        """Return the factors for rounding with feedback where the job asks for it."""
-        if not _rounds_with_feedback(job):
+    def feedbacks(self, recipe: Recipe) -> Feedbacks | None:
+        """Return the Hessian factors where the recipe rounds with them."""
+        if not rounds_by_hessians(recipe):
             return None
-        check_effort(self.model, job)
-        own, balance = job.importance == SELF, self.balance(job)
+        own, balance = recipe.calibration == GENERATED, self.balance(recipe)
         key = own, bool(balance)
         if key not in self._feedbacks:
             model, looked_up = balance.applied(self.model), self.propagation(own).looked_up
@@ -124,62 +98,42 @@ class Work:
                 source = draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
             folder = self.files.path / f"feedback-{len(self._feedbacks)}"
             folder.mkdir(exist_ok=True)
-            check_disk(folder, disk_bytes(model), "rounding with feedback")
-            with self.report.stage("factor second moments") as progress, blas_threads(1), self.readable(own):
-                self._feedbacks[key] = make_feedbacks(model, source, looked_up, folder, self.n_threads, progress)
+            check_disk(folder, disk_bytes(model), "the Hessian factors")
+            with self.run.report.stage("factor Hessians") as progress, blas_threads(1), self._readable(own):
+                self._feedbacks[key] = make_feedbacks(model, source, looked_up, folder, self.run.n_threads, progress)
         return self._feedbacks[key]
 
-    def readable(self, own: bool) -> AbstractContextManager[object]:
+    def _readable(self, own: bool) -> AbstractContextManager[object]:
         """Give the file that the model's own text is read with again, where it is."""
         return self.original() if own else nullcontext()
 
-    def score(self, options: Sequence[PlanOptions], scoring: ScoreOptions) -> Scores:
-        """Score layers and, if an allocator needs it, measure tensors."""
-        n_threads = self.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
-        with self.report.stage(f"score layers ({scoring.metric})") as progress, blas_threads(n_threads):
-            scores = score.score_layers(self.model, scoring.metric, scoring.se, progress)
-        wanted = next((option for option in options if option.allocator == "nsds"), None)
-        return self.measure(scores, wanted) if scoring.measure and wanted is not None else scores
+    def own_text(self) -> OwnText:
+        """Return what the model writes itself, with the moments of its matrices' inputs."""
+        if self._own_text is None:
+            seconds = own_text_seconds(self.model, N_TOKENS)
+            self.run.report.say(f"Generating {N_TOKENS:,} tokens of calibration text: about {duration(seconds)}.")
+            with (
+                self.original() as path,
+                self.run.report.stage("generate text") as progress,
+                blas_threads(self.run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1),
+            ):
+                self._own_text = own_text(path, n_tokens=N_TOKENS, n_threads=self.run.n_threads, progress=progress)
+        return self._own_text
 
-    def plans(self, options: Sequence[PlanOptions], scoring: ScoreOptions, given: Scores | None) -> list[Plan]:
-        """Score once, unless scores are given, and allocate for every budget; the scores are kept."""
-        needs_scores = any(option.allocator != "uniform" for option in options)
-        self.scores = given or (self.score(options, scoring) if needs_scores else None)
-        return [self.allocate(self.scores, option) for option in options]
+    def columns(self, recipe: Recipe, types: set[str]) -> Mapping[str, Float32]:
+        """Return the column weights that the quantizers take for these types, if they take any."""
+        if not weighs_columns(recipe, types):
+            return {}
+        return self.balance(recipe).weights(self._columns(recipe.calibration))
 
-    def measure(self, scores: Scores, options: PlanOptions) -> Scores:
-        """Return the scores with the costs of the tensors added."""
-        propagation, balance = self.propagation(options.importance == SELF), self.balance(options)
-        found = allocate.candidates(balance.applied(self.model), options.types, options.pins)
-        importance, feedbacks = balance.weights(self.columns(options.importance)), self.feedbacks(options)
-        with self.report.stage("measure tensors") as progress, blas_threads(1):
-            costs = allocate.measure(found, propagation, importance, self.n_threads, progress, feedbacks)
-        versions = {**scores.versions, "ggml": ggml.version()}
-        notes = (*scores.notes, *propagation.notes)
-        notes += (balance.note,) if balance else ()
-        if feedbacks is not None:
-            notes += (feedback_note(self.model, feedbacks),)
-        if options.importance == SELF:
-            notes += (self.own_text().note(self.model),)
-        return replace(
-            scores, importance=options.importance, effort=options.effort, costs=costs, notes=notes, versions=versions
-        )
-
-    def allocate(self, scores: Scores | None, options: PlanOptions) -> Plan:
-        """Choose the types."""
-        n_header = _header_bytes(self.model, options, scores.metric if scores else None)
-        with self.report.stage(f"allocate for {options.target}"):
-            plan = allocate.make_plan(self.model, scores, options, n_header)
-        plan = replace(plan, notes=(*plan.notes, *self.notes))
-        if self.imatrix is not None and options.importance == self.imatrix.name:
-            return replace(plan, notes=(*plan.notes, self.imatrix.note(self.model)))
-        feedbacks = None if scores is not None and scores.effort == "high" else self.feedbacks(plan)
-        if feedbacks is not None:
-            plan = replace(plan, notes=(*plan.notes, feedback_note(self.model, feedbacks)))
-        told = scores is not None and scores.importance == SELF
-        if self.needs_text(plan) and not told:
-            return replace(plan, notes=(*plan.notes, self.own_text().note(self.model)))
-        return plan
+    def _columns(self, calibration: str) -> dict[str, Float32]:
+        if calibration == GENERATED:
+            return self.own_text().weights(self.model, self.propagation(own=True).importance("random"))
+        if not calibration.startswith(IMATRIX):
+            return self.propagation().importance(calibration)
+        if self.imatrix is None or self.imatrix.name != calibration:
+            raise RecordError(f"made with the importance matrix {calibration}: pass that file with --imatrix")
+        return {**self.propagation().importance("random"), **self._imatrix_columns}
 
     @contextmanager
     def original(self) -> Iterator[Path]:
@@ -192,16 +146,16 @@ class Work:
             with told_of(self.model.path, self._original):
                 yield self._original
             return
-        if self.model.files and not self.model.is_mended:
+        if is_own_original(self.model):
             yield self.model.files[0]
             return
-        plan = reference_plan(self.model)
+        plan = original_plan(self.model)
         path = self.files.path / "original.gguf"
         check_disk(self.files.folder, plan.file_bytes, "the original")
         size = f"{plan.file_bytes / 2**20:.0f} MiB"
-        self.report.say(f"Writing the original as a temporary {plan.types[0]} GGUF of {size}: {path}")
+        self.run.report.say(f"Writing the original as a temporary {plan.recipe.types[0]} GGUF of {size}: {path}")
         try:
-            self.write(plan, path, "write reference")
+            self.write(plan, path, "write original")
             self._original = path
             with told_of(self.model.path, path):
                 yield path
@@ -209,312 +163,119 @@ class Work:
             self._original = None
             path.unlink(missing_ok=True)
 
-    def own_text(self) -> OwnText:
-        """Return what the model writes itself, with the moments of its matrices' inputs."""
-        if self._own_text is None:
-            seconds = own_text_seconds(self.model, N_TOKENS)
-            self.report.say(f"Generating {N_TOKENS:,} tokens of calibration text: about {duration(seconds)}.")
-            with (
-                self.original() as path,
-                self.report.stage("generate text") as progress,
-                blas_threads(self.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1),
-            ):
-                self._own_text = own_text(path, n_tokens=N_TOKENS, n_threads=self.n_threads, progress=progress)
-        return self._own_text
+    # --- scores and plans -----------------------------------------------------------------------------------------
 
-    def needs_text(self, job: PlanOptions | Plan) -> bool:
-        """Return whether a plan, or one that is made so, takes its column importance from the model's own text."""
-        return job.importance == SELF and _weighs_columns(job)
-
-    def importance(self, plan: Plan) -> Mapping[str, Float32]:
-        """Return the column weights that the plan's quantizers take, if they take any."""
-        if plan.importance == "none" or not _weighs_columns(plan):
-            return {}
-        return self.balance(plan).weights(self.columns(plan.importance))
-
-    def columns(self, kind: str) -> dict[str, Float32]:
-        """Return column weights of a kind; raises ``RecordError`` for an importance matrix that was not given."""
-        if kind == SELF:
-            return self.own_text().weights(self.model, self.propagation(own=True).importance("sweep"))
-        if not kind.startswith(IMATRIX):
-            return self.propagation().importance(kind)
-        if self.imatrix is None or self.imatrix.name != kind:
-            raise RecordError(f"made with the importance matrix {kind}: pass that file with --imatrix")
-        return {**self.propagation().importance("sweep"), **self._columns}
-
-    def check_resources(self, sizes: Sequence[int], verifying: VerifyOptions, writes_text: bool = False) -> None:
-        """Check disk and memory for files of these bytes before the heavy work."""
-        needs_original = verifying.against == ORIGINAL or (verifying.against is None and embeds(self.model))
-        against_original = verifying.enabled and needs_original
-        original = original_bytes(self.model) if against_original or writes_text else 0
-        reference = original if against_original else 0
-        written = 0 if self.model.files and not self.model.is_mended else original
-        check_disk(self.files.folder, sum(sizes) + written, "the output" + (" with the reference" if written else ""))
-        working = _BASE_MEMORY_BYTES + self.n_threads * _THREAD_MEMORY_BYTES
-        check_memory(working, "converting", "close other programs or lower --threads")
-        if writes_text:
-            check_memory(original + working, "a text by the model itself", "choose another --importance")
-        if verifying.enabled:
-            remedy = "pass --no-verify" + (" or leave out --against" if reference else "")
-            check_memory(max(sizes, default=0) + reference + _BASE_MEMORY_BYTES, "verification", remedy)
-
-    def tell_time(
-        self,
-        given: Scores | Plan | None,
-        options: Sequence[PlanOptions],
-        n_files: int,
-        verifying: VerifyOptions,
-        writes_text: bool = False,
-    ) -> None:
-        """Tell how long the whole conversion will take, from a short trial on this machine."""
-        n_tokens = verifying.n_ctx * (verifying.n_chunks or 0) * n_files * (2 if verifying.against else 1)
-        efforts = {given.effort} if isinstance(given, Plan) else {option.effort for option in options}
-        seconds = estimate_seconds(
-            self.model,
-            types=_quantized_types(given) if isinstance(given, Plan) else options[0].allowed_types,
-            n_threads=self.n_threads,
-            n_files=n_files,
-            scores=given is None and any(option.allocator != "uniform" for option in options),
-            measures=given is None and any(option.allocator == "nsds" for option in options),
-            n_tokens=n_tokens if verifying.enabled else 0,
-            n_own_tokens=N_TOKENS if writes_text else 0,
-            n_feedback_tokens=0 if efforts == {"normal"} else N_DRAWN,
+    def score(self, recipe: Recipe, measures: bool = True) -> Scores:
+        """Score layers where the recipe has a metric, and measure tensors."""
+        layers: tuple[metrics.LayerScore, ...] = ()
+        notes: tuple[str, ...] = ()
+        if recipe.metric is not None:
+            n_threads = self.run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
+            with self.run.report.stage(f"score layers ({recipe.metric})") as progress, blas_threads(n_threads):
+                layers, notes = metrics.score_layers(self.model, recipe.metric, recipe.se, progress)
+        scores = Scores(
+            recipe=replace(recipe, target=None),
+            layers=layers,
+            model_id=self.model.model_id,
+            model_name=self.model.name,
+            notes=notes,
+            versions=metrics.versions(),
         )
-        size = f"{self.model.n_weights / 1e6:.1f} M weights"
-        self.report.say(f"{self.model.name}, {size}: about {duration(seconds)} with {self.n_threads} threads.")
+        return self.measure(scores, recipe) if measures else scores
+
+    def measure(self, scores: Scores, recipe: Recipe) -> Scores:
+        """Return the scores with the costs of the tensors added."""
+        own = recipe.calibration == GENERATED
+        propagation, balance = self.propagation(own), self.balance(recipe)
+        found = allocate.candidates(balance.applied(self.model), recipe.types, recipe.tensor_types)
+        columns = balance.weights(self._columns(recipe.calibration)) if recipe.calibration != "none" else {}
+        feedbacks = self.feedbacks(recipe)
+        with self.run.report.stage("measure tensors") as progress, blas_threads(1):
+            costs = allocate.measure(found, propagation, columns, self.run.n_threads, progress, feedbacks)
+        notes = [*scores.notes, *propagation.notes]
+        if balance:
+            notes.append(balance.note)
+        if feedbacks is not None:
+            notes.append(feedback_note(self.model, feedbacks))
+        if own:
+            notes.append(self.own_text().note(self.model))
+        versions = {**scores.versions, "ggml": ggml.version()}
+        return replace(scores, costs=costs, notes=tuple(notes), versions=versions)
+
+    def plans(self, settled: Sequence[Settled], scores: Scores | None) -> list[Plan]:
+        """Score once, unless scores are given, and allocate for every budget; the scores are kept."""
+        recipe = settled[0].recipe
+        allocator = ALLOCATORS[recipe.allocator]
+        if scores is None and (allocator.needs_costs or allocator.needs_layers):
+            scores = self.score(recipe, measures=allocator.needs_costs)
+        self.scores = scores
+        return [self.plan(each.recipe, scores, each.notes) for each in settled]
+
+    def plan(self, recipe: Recipe, scores: Scores | None, notes: Sequence[str] = ()) -> Plan:
+        """Choose the types; ``notes`` are added to the plan's."""
+        with self.run.report.stage(f"allocate for {recipe.target or 'no budget'}"):
+            plan = allocate.make_plan(self.model, scores, recipe, header_bytes(self.model, recipe))
+        return replace(plan, notes=(*plan.notes, *notes, *self._calibration_notes(plan, scores)))
+
+    def _calibration_notes(self, plan: Plan, scores: Scores | None) -> list[str]:
+        """Return what the user must know of column weights and Hessians, as far as the scores' notes do not say it."""
+        recipe = plan.recipe
+        if self.imatrix is not None and recipe.calibration == self.imatrix.name:
+            return [self.imatrix.note(self.model)]
+        if scores is not None and scores.costs:
+            return []
+        notes = []
+        feedbacks = self.feedbacks(recipe)
+        if feedbacks is not None:
+            notes.append(feedback_note(self.model, feedbacks))
+        if self.generates_text(recipe, {tensor.type for tensor in plan.tensors}):
+            notes.append(self.own_text().note(self.model))
+        return notes
+
+    def generates_text(self, recipe: Recipe, types: set[str]) -> bool:
+        """Return whether the model must generate calibration text for these types."""
+        return recipe.calibration == GENERATED and weighs_columns(recipe, types)
+
+    # --- the file -------------------------------------------------------------------------------------------------
 
     def write(self, plan: Plan, path: Path, name: str = "quantize and write") -> None:
         """Write the file."""
-        importance, feedbacks = self.importance(plan), self.feedbacks(plan)
-        model = self.balance(plan).applied(self.model)
-        with self.report.stage(name) as progress, blas_threads(1):
-            write_gguf(model, plan, importance, path, n_threads=self.n_threads, progress=progress, feedbacks=feedbacks)
+        columns = self.columns(plan.recipe, {tensor.type for tensor in plan.tensors})
+        feedbacks = self.feedbacks(plan.recipe)
+        model = self.balance(plan.recipe).applied(self.model)
+        with self.run.report.stage(name) as progress, blas_threads(1):
+            write_gguf(
+                model, plan, columns, path, n_threads=self.run.n_threads, progress=progress, feedbacks=feedbacks
+            )
         check_unchanged(model.inputs)
 
     def verify(
         self, plan: Plan, path: Path, options: VerifyOptions, text: str, reference: Path | None
     ) -> Perplexity | EmbeddingCheck | None:
         """Check the file against its plan and, unless switched off, by perplexity or by its embeddings."""
-        with self.report.stage("verify structure"):
+        with self.run.report.stage("verify structure"):
             verify_structure(path, self.model, plan)
         if not options.enabled:
             return None
         if embeds(self.model) and reference is not None:
             return self._verify_embeddings(path, options, text, reference)
-        with self.report.stage("verify perplexity") as progress:
+        with self.run.report.stage("verify perplexity") as progress:
             found = perplexity(
                 path,
                 text,
                 n_ctx=options.n_ctx,
                 n_chunks=options.n_chunks,
-                n_threads=self.n_threads,
-                against=reference,
+                n_threads=self.run.n_threads,
+                reference=reference,
                 progress=progress,
             )
         check_sane(path, found)
         return found
 
     def _verify_embeddings(self, path: Path, options: VerifyOptions, text: str, reference: Path) -> EmbeddingCheck:
-        with self.report.stage("verify embeddings") as progress:
+        with self.run.report.stage("verify embeddings") as progress:
             found = compare_embeddings(
-                path, reference, text, n_ctx=options.n_ctx, n_threads=self.n_threads, progress=progress
+                path, reference, text, n_ctx=options.n_ctx, n_threads=self.run.n_threads, progress=progress
             )
         check_close(path, found)
         return found
-
-
-def open_model(path: Path | HubName, pre: str | None, allow_requantize: bool, report: Reporter) -> Model:
-    """Read the model's headers and tell its notes."""
-    if isinstance(path, HubName):
-        with report.stage(f"download {path}") as progress:
-            path = fetch(path, progress)
-    with report.stage("read headers"):
-        model = read.open_model(path, pre, allow_requantize)
-    for note in model.notes:
-        report.say(note)
-    return model
-
-
-def tensor_types_file(plan: Plan) -> str:
-    """Return the plan as lines for ``llama-quantize --tensor-type-file``.
-
-    llama-quantize searches for a pattern anywhere in the name and takes the first hit, so patterns are anchored. Its
-    base type must be a quantized one (it ignores the file otherwise) that needs no importance matrix: not Q2_K_S.
-    """
-    matrices = [tensor for tensor in plan.tensors if len(tensor.shape) > 1 and tensor.type in ggml.TYPES]
-    return "".join(f"^{re.escape(tensor.name)}$={tensor.type.lower()}\n" for tensor in matrices)
-
-
-def largest_file_bytes(model: Model, job: PlanOptions | Plan) -> int:
-    """Return what the file takes at most: the plan's bytes, or the budget where the types can use it all."""
-    if isinstance(job, Plan):
-        return job.file_bytes
-    n_header = _header_bytes(model, job, None)
-    found = allocate.open_candidates(model, job, n_header)
-    ceiling = n_header + sum(candidate.cost(candidate.types[-1], padded=True) for candidate in found)
-    if job.target.kind == "size":
-        return min(ceiling, int(job.target.value))
-    if job.target.kind == "bpw":
-        padding = ALIGNMENT_BYTES * len(found)
-        return min(ceiling, n_header + int(job.target.value * model.n_weights / 8) + padding)
-    return ceiling
-
-
-def check_targets(model: Model, options: Sequence[PlanOptions], metric: str) -> None:
-    """Refuse impossible targets, pins and efforts before any weight is read."""
-    for option in options:
-        allocate.open_candidates(model, option, _header_bytes(model, option, metric))
-        check_effort(model, option)
-
-
-def settled_options(
-    model: Model, options: Sequence[PlanOptions], given: Scores | None
-) -> tuple[list[PlanOptions], tuple[str, ...]]:
-    """Return options without ``AUTO`` in effort and importance, and what the user must know of that."""
-    notes = {effort_note(model, option) for option in options} - {""} if given is None else set[str]()
-    return [settled(model, option, given) for option in options], tuple(sorted(notes))
-
-
-def check_effort(model: Model, job: PlanOptions | Plan) -> None:
-    """Raise ``PlanError`` when a job asks for feedback with drawn tokens of a model that the pass cannot follow."""
-    missing = what_is_missing(model) if _rounds_with_feedback(job) and job.importance != SELF else ""
-    if missing:
-        raise PlanError(
-            f"--effort high cannot follow {missing} of {model.name} on its own; pass --importance self, which "
-            "llama.cpp computes"
-        )
-
-
-def reference_plan(model: Model) -> Plan:
-    """Return the plan of a file at the precision of the source: the type that all matrices share, if any, else F32."""
-    dtypes = {tensor.dtype for tensor in model.tensors if tensor.is_matrix}
-    uniform = dtypes.pop() if len(dtypes) == 1 and dtypes <= set(ggml.TYPES) else "F32"
-    options = PlanOptions(Target("none", 0), "uniform", uniform=uniform, importance="none")
-    return allocate.make_plan(model, None, options, _header_bytes(model, options, None))
-
-
-def original_bytes(model: Model) -> int:
-    """Return the bytes of the file, or files, that ``--against original`` compares with."""
-    if model.is_mended:
-        return reference_plan(model).file_bytes
-    return sum(state.n_bytes for state in model.inputs) if model.files else reference_plan(model).file_bytes
-
-
-def with_original_at_hand(model: Model, options: VerifyOptions, writes_text: bool) -> VerifyOptions:
-    """Return options that compare with the original where it is a GGUF anyway and nothing else was asked for."""
-    is_at_hand = (bool(model.files) and not model.is_mended) or writes_text
-    if options.enabled and options.against is None and is_at_hand and predicts(model):
-        return replace(options, against=ORIGINAL)
-    return options
-
-
-def lacks_room_for_original(model: Model, plan: Plan, n_ctx: int) -> tuple[str, ...]:
-    """Return a note when the original does not fit in memory beside a finished file."""
-    files = (plan.file_bytes, original_bytes(model))
-    lacking = lacks_memory(_BASE_MEMORY_BYTES + needed_bytes(files, model.hparams.n_vocab, n_ctx))
-    return (f"The KL divergence from the original is not measured: it takes {lacking}.",) if lacking else ()
-
-
-def against_name(model: Model, options: VerifyOptions) -> str | None:
-    """Return what a file was compared with: ``ORIGINAL``, ``QUANTIZED_INPUT`` or the user's path."""
-    is_quantized = any(tensor.is_matrix and tensor.dtype not in SOURCE_TYPES for tensor in model.tensors)
-    return QUANTIZED_INPUT if options.against == ORIGINAL and model.files and is_quantized else options.against
-
-
-@contextmanager
-def reference_file(work: Work, options: VerifyOptions) -> Iterator[Path | None]:
-    """Give the GGUF to compare with: a file of the user's, the original, or none; embeddings have one always."""
-    if not options.enabled or (options.against is None and not embeds(work.model)):
-        yield None
-    elif options.against not in (None, ORIGINAL):
-        yield Path(str(options.against))
-    else:
-        with work.original() as path:
-            yield path
-
-
-def _types_of(job: PlanOptions | Plan) -> Sequence[str]:
-    return [tensor.type for tensor in job.tensors] if isinstance(job, Plan) else job.allowed_types
-
-
-def _rounds_with_feedback(job: PlanOptions | Plan) -> bool:
-    return job.effort == "high" and not set(_types_of(job)) <= set(UNQUANTIZED)
-
-
-def _weighs_columns(job: PlanOptions | Plan) -> bool:
-    """Return whether any type is rounded to with regard to what columns weigh: ggml's Q8_0 takes the nearest levels."""
-    unweighed = {*UNQUANTIZED, "Q8_0"} if job.effort == "normal" else set(UNQUANTIZED)
-    return not set(_types_of(job)) <= unweighed
-
-
-def _quantized_types(plan: Plan) -> list[str]:
-    """Return the types that ggml makes of weights in a plan; some tensors may be copied instead."""
-    return sorted({tensor.type for tensor in plan.tensors} & set(ggml.TYPES)) or ["F32"]
-
-
-@contextmanager
-def reference_of(
-    against: Path | None,
-    file: Path,
-    text: str,
-    n_ctx: int,
-    *,
-    pre: str | None = None,
-    n_threads: int | None = None,
-    report: Reporter | None = None,
-) -> Iterator[Path | None]:
-    """Give the GGUF to compare a finished file with: ``against`` itself, or of a model folder its original.
-
-    The original is a temporary GGUF in the working directory, removed on every exit. The vocabulary, the disk and
-    the memory are checked before it is written.
-
-    Args:
-        against: a GGUF, a Hugging Face model folder, or ``None`` for no comparison.
-        file: the finished file.
-        text: what both will read.
-        n_ctx: tokens of a chunk of it.
-        pre: name of the pre-tokenizer of a folder, overriding the one recognised.
-        n_threads: threads to write with; ``None`` for one a core.
-        report: who is told.
-
-    Yields:
-        The reference.
-
-    Raises:
-        NsdsError: the folder holds no model that can be read, another vocabulary, or one too large for this machine.
-
-    """
-    if against is None or not against.is_dir():
-        yield against
-        return
-    report = report or Silent()
-    model = open_model(against, pre, False, report)
-    with WorkFolder(Path.cwd(), say=report.say) as files, unchanged(model.inputs):
-        work = Work(model, n_threads or llama.default_threads(), report, files=files)
-        _check_comparable(work, file, text, n_ctx)
-        n_bytes = original_bytes(model)
-        check_disk(files.folder, n_bytes, "the reference")
-        working = _BASE_MEMORY_BYTES + work.n_threads * _THREAD_MEMORY_BYTES
-        check_memory(n_bytes + file.stat().st_size + working, "a comparison with the original",
-                     "close other programs or compare with a smaller GGUF")  # fmt: skip
-        with work.original() as reference:
-            yield reference
-
-
-def _check_comparable(work: Work, file: Path, text: str, n_ctx: int) -> None:
-    """Check a model as the reference of a file by its vocabulary alone; errors name the model's own path."""
-    with outline_file(work.model, work.files) as path:
-        check_comparable(file, path, text, n_ctx)
-
-
-def _header_bytes(model: Model, option: PlanOptions, metric: str | None) -> int:
-    if option.allocator == "uniform":
-        metric = None
-    return header_bytes(
-        model,
-        allocator=option.allocator,
-        target=option.target,
-        importance=option.importance,
-        metric=metric,
-        effort=option.effort,
-    )

@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from .. import allocate
-from ..allocate import PlanOptions
 from ..allocate.presets import PRESETS, preset_bytes
-from ..calibration.imatrix import Imatrix
 from ..compute.decoder import what_is_missing
-from ..llamacpp import llama
 from ..quantize.write import header_bytes
 from ..read.hub import HubName
-from ..records import Model, Plan, Scores, Target
-from .effort import AUTO, PLAIN_IMPORTANCE, settled
-from .estimate import duration, estimate_seconds
+from ..records import AUTO, Model, Options, Plan, Recipe, Scores, Target
+from ..system.workfolder import WorkFolder
+from .estimate import Work, duration, estimate_seconds
 from .loaded import check_scores
-from .reporter import Reporter, Silent
-from .session import ScoreOptions, Work, check_targets, open_model, original_bytes
+from .original import original_bytes
+from .run import Run
+from .session import Session
+from .settle import RANDOM, settle
+from .source import Source, open_model
 
-SIZES_FORMAT = "nsds-gguf sizes 1"
+SIZES_FORMAT = "nsds-gguf sizes 2"
 
 # Budgets in bits per weight: up to each of these in steps of so much.
 _STEPS = ((4.0, 0.25), (8.0, 0.5), (32.0, 1.0))
@@ -31,8 +31,8 @@ _APART = 0.1  # bits per weight between the smallest or largest size and the nex
 GOOD_DIVERGENCE = 0.05  # nats per token; the smallest budget below it is the one that is proposed
 _USUAL_BPW = 4.5
 
-_PREDICTED_FOR_NORMAL = (
-    "Predicted for round-to-nearest. convert rounds this model by GPTQ (--effort high), which divided the measured "
+_PREDICTED_FOR_RTN = (
+    "Predicted for round-to-nearest. convert rounds this model by GPTQ (--rounding gptq), which divided the measured "
     "divergence by 1.4 to 1.8 on average over the models of docs/quality.md."
 )
 _RELATIVE = "The divergence is relative to that of the smallest size: for this architecture it is not known in nats."
@@ -69,7 +69,7 @@ class Sizes:
         model_name, model_id: of the model.
         original_bytes: of the model at its own precision as a GGUF.
         in_nats: whether ``predicted`` is in nats per token; otherwise it is relative to the first size.
-        effort, importance: how the weights are rounded for which divergence is predicted.
+        rounding, calibration: how the weights are rounded for which divergence is predicted.
         sizes: the rows.
         notes: what to know of the numbers, one sentence each.
     """
@@ -78,8 +78,8 @@ class Sizes:
     model_id: str
     original_bytes: int
     in_nats: bool
-    effort: str
-    importance: str
+    rounding: str
+    calibration: str
     sizes: tuple[Size, ...]
     notes: tuple[str, ...]
 
@@ -95,68 +95,62 @@ class Sizes:
 
 
 def possible_sizes(
-    path: Path | HubName,
-    options: PlanOptions,
-    *,
-    scoring: ScoreOptions | None = None,
-    given: Scores | None = None,
-    pre: str | None = None,
-    allow_requantize: bool = False,
-    imatrix: Imatrix | None = None,
-    n_threads: int | None = None,
-    report: Reporter | None = None,
+    source: str | Path | HubName | Source, options: Options, *, loaded: Scores | None = None, run: Run | None = None
 ) -> Sizes:
-    """Return what sizes a model could have; arguments and errors are those of ``convert.plan``.
+    """Return what sizes a model could have.
+
+    Where rounding and calibration are left open, the divergence of round-to-nearest is predicted, which takes seconds.
 
     Args:
-        path: Hugging Face model folder or GGUF file.
-        options: of the allocator ``nsds``; the target does not count. Where effort and importance are left open,
-            divergence is predicted for normal effort, which needs no text.
-        scoring: how layers are scored, where ``options.score_weight`` makes that count.
-        given: scores from an earlier run, in place of measuring.
-        pre: name of the pre-tokenizer, overriding the one recognised.
-        allow_requantize: take a GGUF that is quantized already.
-        imatrix: importance matrix, for options whose ``importance`` is its name.
-        n_threads: threads for everything; ``None`` for one a core.
-        report: who is told.
+        source: as for ``convert``.
+        options: without a budget.
+        loaded: scores from an earlier run, in place of measuring.
+        run: threads, and who is told.
+
+    Raises:
+        NsdsError: anything that a user can act on.
 
     """
-    scoring, report, n_threads = scoring or ScoreOptions(), report or Silent(), n_threads or llama.default_threads()
-    model = open_model(path, pre, allow_requantize, report)
-    check_scores(model, given)
-    usual = settled(model, options, given)
-    if given is None and (options.effort, options.importance) == (AUTO, AUTO):
-        options = replace(options, effort="normal", importance=PLAIN_IMPORTANCE)
-    options = settled(model, options, given)
-    budgets = possible_budgets(model, options)
-    check_targets(model, [replace(options, target=target) for target in budgets[:1]], scoring.metric)
-    work = Work(model, n_threads, report, imatrix)
-    if given is None:
-        _tell_time(work, options)
-    scores = given or _measured(work, options, scoring)
-    with report.stage("try budgets") as progress:
+    run = run or Run()
+    model = open_model(source, run)
+    check_scores(model, loaded)
+    anyone = replace(options, target_bpw=32.0)
+    usual = settle(anyone, model, loaded).recipe
+    if loaded is None and (options.rounding, options.calibration, options.imatrix) == (AUTO, AUTO, None):
+        anyone = replace(anyone, rounding="rtn", calibration=RANDOM)
+    settled = settle(anyone, model, loaded)
+    recipe = settled.recipe
+    budgets = possible_budgets(model, recipe)
+    with WorkFolder(Path(), say=run.report.say) as files:
+        session = Session(model, run, files, settled.imatrix)
+        scores = loaded
+        if scores is None:
+            _tell_time(model, run, recipe)
+            scores = session.score(recipe)
+    with run.report.stage("try budgets") as progress:
         plans = []
         for target in budgets:
-            plans.append(_plan(model, scores, replace(options, target=target)))
+            aimed = recipe.to(target)
+            plans.append(allocate.make_plan(model, scores, aimed, header_bytes(model, aimed)))
             progress(len(plans), len(budgets))
     in_nats = not what_is_missing(model)
     notes = (*model.notes, *scores.notes, *(() if in_nats else (_RELATIVE,)))
-    notes += (_PREDICTED_FOR_NORMAL,) if options.effort == "normal" and usual.effort == "high" else ()
+    notes += (_PREDICTED_FOR_RTN,) if (recipe.rounding, usual.rounding) == ("rtn", "gptq") else ()
     return Sizes(
         model_name=model.name,
         model_id=model.model_id,
         original_bytes=original_bytes(model),
         in_nats=in_nats,
-        effort=options.effort,
-        importance=options.importance,
+        rounding=recipe.rounding,
+        calibration=recipe.calibration,
         sizes=_rows(model, plans, in_nats),
         notes=notes,
     )
 
 
-def possible_budgets(model: Model, options: PlanOptions) -> list[Target]:
+def possible_budgets(model: Model, recipe: Recipe) -> list[Target]:
     """Return the smallest budget that a model can meet, round ones above it, and the largest that its types can use."""
-    found = allocate.candidates(model, options.allowed_types, options.pins)
+    found = allocate.candidates(model, recipe.types, recipe.tensor_types)
     floor, ceiling = (
         allocate.nearest_bpw(sum(candidate.n_bytes(candidate.types[i]) for candidate in found), model.n_weights)
         for i in (0, -1)
@@ -170,39 +164,12 @@ def possible_budgets(model: Model, options: PlanOptions) -> list[Target]:
     return [Target("bpw", value) for value in dict.fromkeys([floor, *inner, ceiling])]
 
 
-def _measured(work: Work, options: PlanOptions, scoring: ScoreOptions) -> Scores:
-    """Return the costs of tensors, without the scores of layers unless they count."""
-    if options.score_weight:
-        return work.score([options], scoring)
-    bare = Scores(scoring.metric, (), work.model.model_id, work.model.name)
-    return work.measure(bare, options)
-
-
-def _plan(model: Model, scores: Scores, options: PlanOptions) -> Plan:
-    n_header = header_bytes(
-        model,
-        allocator=options.allocator,
-        target=options.target,
-        importance=options.importance,
-        metric=scores.metric,
-        effort=options.effort,
-    )
-    return allocate.make_plan(model, scores, options, n_header)
-
-
-def _tell_time(work: Work, options: PlanOptions) -> None:
-    seconds = estimate_seconds(
-        work.model,
-        types=options.allowed_types,
-        n_threads=work.n_threads,
-        n_files=0,
-        scores=bool(options.score_weight),
-        measures=True,
-        n_tokens=0,
-    )
-    size = f"{work.model.n_weights / 1e6:.1f} M weights"
-    work.report.say(
-        f"{work.model.name}, {size}: measuring takes about {duration(seconds)} with {work.n_threads} threads."
+def _tell_time(model: Model, run: Run, recipe: Recipe) -> None:
+    work = Work(types=recipe.types, n_files=0, scores=recipe.metric is not None, measures=True)
+    seconds = estimate_seconds(model, work, run.n_threads)
+    run.report.say(
+        f"{model.name}, {model.n_weights / 1e6:.1f} M parameters: measuring takes about {duration(seconds)} with "
+        f"{run.n_threads} threads."
     )
 
 
@@ -221,7 +188,7 @@ def _row(plan: Plan, presets: dict[str, int], unit: float) -> Size:
     for tensor in plan.tensors:
         n_weights[tensor.type] += tensor.n_weights
     return Size(
-        target_bpw=plan.target.value,
+        target_bpw=plan.recipe.target.value if plan.recipe.target else plan.bpw,
         bpw=plan.bpw,
         file_bytes=plan.file_bytes,
         predicted=(plan.predicted_divergence or 0.0) / unit,

@@ -1,7 +1,7 @@
 """Compare our perplexity and KL divergence with llama-perplexity's, and record its numbers for the tests.
 
     python tools/check/check_perplexity.py --llama-perplexity PATH [--record]
-    python tools/check/check_perplexity.py --llama-perplexity PATH --gguf FILE --text FILE [--against FILE] [--ctx N,N]
+    python tools/check/check_perplexity.py --llama-perplexity PATH --gguf FILE --text FILE [--reference FILE] [--ctx N,N]
 
 The first form runs every setting of ``tests/perplexity_cases.py``: the tiny models and the demo model, with BOS and
 without, at 128, 512 and 2048 tokens, in full and reduced precision, over texts that end inside a chunk; ``--record``
@@ -114,7 +114,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--llama-perplexity", type=Path, required=True, metavar="PATH")
     parser.add_argument("--record", action="store_true", help=f"write {GOLDEN.relative_to(ROOT)}")
     parser.add_argument("--gguf", type=Path, help="a file of your own")
-    parser.add_argument("--against", type=Path, help="its reference")
+    parser.add_argument("--reference", type=Path, help="its reference")
     parser.add_argument("--text", type=Path, help="the text for it")
     parser.add_argument("--ctx", default="512", help="context lengths in tokens, separated by commas")
     parser.add_argument("--batch", type=int, default=2048, help="tokens decoded at once")
@@ -130,7 +130,7 @@ def _arguments() -> argparse.Namespace:
 def _check_cases(args: argparse.Namespace, folder: Path) -> int:
     recorded, n_wrong = [], 0
     for case in CASES:
-        for model in filter(None, (case.model, case.against)):
+        for model in filter(None, (case.model, case.reference)):
             case_file(folder, model)
         printed, running, n_off = _check(args.llama_perplexity, folder, case_text(case), case)
         n_wrong += n_off
@@ -143,10 +143,10 @@ def _check_cases(args: argparse.Namespace, folder: Path) -> int:
 
 
 def _check_own(args: argparse.Namespace, folder: Path) -> int:
-    for name, file in (("own", args.gguf), ("reference", args.against)):
+    for name, file in (("own", args.gguf), ("reference", args.reference)):
         if file:
             (folder / f"{name}.gguf").symlink_to(file.resolve())
-    against = "reference" if args.against else None
+    against = "reference" if args.reference else None
     text = args.text.read_bytes().decode()
     cases = [Case("own", int(n_ctx), 0, args.batch, args.chunks, against) for n_ctx in args.ctx.split(",")]
     return sum(_check(args.llama_perplexity, folder, text, case)[2] for case in cases)
@@ -162,14 +162,14 @@ def _check(tool: Path, folder: Path, text: str, case: Case) -> tuple[dict[str, P
         n_ctx=case.n_ctx,
         n_batch=case.n_batch,
         n_chunks=case.n_chunks,
-        against=folder / f"{case.against}.gguf" if case.against else None,
+        reference=folder / f"{case.reference}.gguf" if case.reference else None,
         on_chunk=lambda run: running.append(run.ppl),
     )
     ours = flat(result.to_json())
     options = ["--ctx-size", str(case.n_ctx), "--batch-size", str(case.n_batch), "--no-repack"]
     options += ["--file", str(_text_file(folder, text))]
     options += ["--chunks", str(case.n_chunks)] if case.n_chunks else []
-    if case.against is None:
+    if case.reference is None:
         output = _run(tool, folder / f"{case.model}.gguf", options, "Final estimate")
         printed = _numbers(_ALONE, output)
         chunks = [float(value) for value in re.findall(r"\[\d+\]([\d.]+),", output)]
@@ -185,11 +185,11 @@ def _check_pair(
     """Compare a divergence with both forms of the oracle, and the stored log-probabilities with its codes."""
     stored = folder / "base.kld"
     options = [*options, "--kl-divergence-base", str(stored)]
-    alone = _numbers(_ALONE, _run(tool, folder / f"{case.against}.gguf", options, "Final estimate"))
+    alone = _numbers(_ALONE, _run(tool, folder / f"{case.reference}.gguf", options, "Final estimate"))
     n_wrong = _compare({f"reference_{name}": number for name, number in alone.items()}, ours, PERPLEXITY_TOLERANCE, 0)
     printed = _numbers(_PAIR, _run(tool, folder / f"{case.model}.gguf", [*options, "--kl-divergence"], "Same top p:"))
     logits, targets = scored_logits(folder / f"{case.model}.gguf", text, case)
-    base, _ = scored_logits(folder / f"{case.against}.gguf", text, case)
+    base, _ = scored_logits(folder / f"{case.reference}.gguf", text, case)
     n_wrong += _compare_codes(stored, base)
     n_wrong += _compare(printed, statistics(rounded_scores(logits, base, targets)), FLOAT32_TOLERANCE, DIGITS_TOLERANCE)
     exact = statistics(exact_scores(logits, base, targets))

@@ -114,7 +114,7 @@ def _reports(folder: Path) -> list[tuple[str, Report]]:
         check = Check(made_up_perplexity(), "wiki.test.raw", "original") if scored else None
         return plan_report(plan, scores=made_up_scores(plan) if scored else None, check=check)
 
-    verifying = VerifyOptions(against=ORIGINAL)
+    verifying = VerifyOptions(reference=ORIGINAL)
     options = [PlanOptions(Target("bpw", 3.0), "nsds")]
     output = Output(folder / "demo.gguf")
     (demo,) = convert.convert(ROOT / "examples" / "books-4.6m", options, verifying=verifying, output=output)

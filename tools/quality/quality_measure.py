@@ -247,7 +247,7 @@ class Bench:
             path = self.folder / f".stock-{mix}-{os.getpid()}.gguf"
             try:
                 columns = None if imatrix is None else imatrix.columns
-                llama.quantize_stock(self.reference, path, mix, self.work.n_threads, columns)
+                llama.quantize_preset(self.reference, path, mix, self.work.n_threads, columns)
                 yield path
             finally:
                 path.unlink(missing_ok=True)

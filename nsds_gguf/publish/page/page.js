@@ -125,7 +125,7 @@ function fillVerification() {
     $("verification-text").textContent = "Not known here: this report was made without a measurement of perplexity.";
     return;
   }
-  const against = data.against === "original" ? "the original" : data.against;
+  const against = data.reference === "original" ? "the original" : data.reference;
   $("verification-text").textContent =
     `Measured on ${data.text} with llama.cpp, in the way of llama-perplexity${against ? `, against ${against}` : ""}. ` +
     "Errors are standard errors of the mean over the scored tokens." +

@@ -1,10 +1,12 @@
-"""Who is told what happens; the command line draws it."""
+"""How a run goes about its work, and who is told: nothing here changes the bytes of an output."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from ..llamacpp import llama
 from ..records import Progress, no_progress
 
 
@@ -29,3 +31,17 @@ class Silent:
 
     def say(self, text: str) -> None:
         """Ignore the fact."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run goes about its work.
+
+    Attributes:
+        n_threads: CPU threads for everything.
+        report: who is told.
+
+    """
+
+    n_threads: int = field(default_factory=llama.default_threads)
+    report: Reporter = field(default_factory=Silent)

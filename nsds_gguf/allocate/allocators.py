@@ -1,0 +1,240 @@
+"""The allocators: who chooses the types, and by what.
+
+* ``fisher``: the exact knapsack over Fisher sensitivity x measured error; with a score weight, layer scores (NSDS)
+  multiply the sensitivities of a layer's tensors.
+* ``paper``: whole layers by their score, the most sensitive ones at 4 bits, the rest at 2 (arXiv 2603.17354).
+* ``random``: random types within the budget, the baseline that knows nothing.
+* ``uniform``: one type for every matrix; also the plain converter to F32, F16, BF16 and Q8_0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..errors import PlanError, RecordError
+from ..llamacpp import ggml
+from ..records import Recipe, Scores, TensorCost
+from .candidates import Candidate, fitting_type
+from .knapsack import Choices, solve
+from .random_types import random_types
+
+# What decides between types that cost about the same: nothing else, or ggml's speed on a CPU.
+PREFERENCES = {"quality": "nothing else", "fast": "speed: types for which ggml has fast CPU kernels"}
+
+# A slow type is taken all the same where the fast ones give this share more divergence: about what a prediction may be
+# off by. On the plans measured it costs at most 4.3 % in all (docs/log.md, 2026-11-25).
+FAST_MARGIN = 0.2
+
+PAPER_TYPES = ("Q2_K", "Q4_K")  # the paper's 2 and 4 bits
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an allocator gets.
+
+    Attributes:
+        candidates: the types open to each tensor, in file order.
+        budget: bytes allowed; ``None`` without a budget.
+        padded: whether padding counts against the budget.
+        scores: layer scores and tensor costs, where they are known.
+        recipe: what was asked for.
+
+    """
+
+    candidates: tuple[Candidate, ...]
+    budget: int | None
+    padded: bool
+    scores: Scores | None
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an allocator returns: a type per tensor, the proven gap where something was solved, notes."""
+
+    types: tuple[str, ...]
+    gap: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Allocator:
+    """An entry of ``ALLOCATORS``.
+
+    Attributes:
+        choose: chooses the types.
+        description: one line for ``--help``.
+        reason: why a tensor has the type that was chosen, in a word.
+        needs_costs: whether it reads Fisher sensitivities and measured errors; layer scores then multiply the
+            sensitivities where the recipe gives them a weight.
+        needs_layers: whether it reads layer scores in any case.
+        needs_target: whether it needs a budget.
+        types: the types that it chooses from, whatever the recipe lists; ``None`` for those of the recipe.
+
+    """
+
+    choose: Callable[[Problem], Choice]
+    description: str
+    reason: str
+    needs_costs: bool = False
+    needs_layers: bool = False
+    needs_target: bool = True
+    types: tuple[str, ...] | None = None
+
+    def uses_layers(self, score_weight: float) -> bool:
+        """Return whether layer scores have a part in the choice."""
+        return self.needs_layers or (self.needs_costs and score_weight != 0)
+
+
+def allocate_fisher(problem: Problem) -> Choice:
+    """Minimise predicted divergence within the budget, exactly; without a budget, take the largest types."""
+    costs = _checked_costs(problem)
+    factors = layer_factors(problem.scores, problem.recipe.score_weight)
+    prefers_fast = problem.recipe.prefer == "fast"
+    items = [_choices(candidate, costs, factors, problem.padded, prefers_fast) for candidate in problem.candidates]
+    budget = sum(max(item.bytes) for item in items) if problem.budget is None else problem.budget
+    solution = solve(items, budget)
+    types = tuple(c.types[j] for c, j in zip(problem.candidates, solution.chosen, strict=True))
+    return Choice(types, solution.gap)
+
+
+def _choices(
+    candidate: Candidate,
+    costs: Mapping[str, TensorCost],
+    factors: Mapping[int | None, float],
+    padded: bool,
+    prefers_fast: bool,
+) -> Choices:
+    sizes = tuple(candidate.cost(name, padded) for name in candidate.types)
+    if not candidate.is_open:
+        return Choices(sizes, (0.0,))
+    cost = costs[candidate.tensor.name]
+    weight = cost.sensitivity * factors.get(candidate.tensor.layer, 1.0)
+    margins = [1 + FAST_MARGIN if prefers_fast and name not in ggml.FAST_TYPES else 1.0 for name in candidate.types]
+    divergences = (weight * cost.errors[name] for name in candidate.types)
+    return Choices(sizes, tuple(d * margin for d, margin in zip(divergences, margins, strict=True)))
+
+
+def allocate_paper(problem: Problem) -> Choice:
+    """Give the most sensitive layers 4 bits and the rest 2, as many as the budget holds.
+
+    Embedding and output, which the paper leaves out, get 4 bits too, or 2 when the budget is too small for that.
+    """
+    if problem.scores is None or not problem.scores.layers:
+        raise PlanError("allocator paper needs layer scores")
+    order = [layer.layer for layer in sorted(problem.scores.layers, key=lambda layer: (-layer.score, layer.layer))]
+    notes: tuple[str, ...] = ()
+    for outside_at in (1, 0):
+        for n_high in range(len(order), -1, -1):
+            high = set(order[:n_high])
+            types = tuple(_paper_type(c, high, bool(outside_at)) for c in problem.candidates)
+            if _fits(problem, types):
+                return Choice(types, None, (*notes, f"{n_high} of {len(order)} layers are at 4 bits."))
+        notes = ("Embedding and output are at 2 bits: at 4 bits they alone leave too little.",)
+    raise PlanError(f"allocator paper cannot meet {problem.recipe.target}: all layers at 2 bits are larger")
+
+
+def _paper_type(candidate: Candidate, high: set[int], outside_high: bool) -> str:
+    if not candidate.is_open:
+        return candidate.types[0]
+    layer = candidate.tensor.layer
+    is_high = outside_high if layer is None else layer in high
+    return fitting_type(PAPER_TYPES[is_high], candidate)
+
+
+def allocate_uniform(problem: Problem) -> Choice:
+    """Give every matrix one type, fixed types and fallbacks apart; raises ``PlanError`` when that misses the target."""
+    wanted = problem.recipe.types[0]
+    types = tuple(fitting_type(wanted, c) if c.is_open else c.types[0] for c in problem.candidates)
+    if not _fits(problem, types):
+        raise PlanError(
+            f"--uniform {wanted} takes {_used(problem, types)} bytes of tensors, the target {problem.recipe.target} "
+            f"allows {max(problem.budget or 0, 0)}; raise or drop the target, or choose a smaller type"
+        )
+    return Choice(types)
+
+
+def allocate_random(problem: Problem) -> Choice:
+    """Give every matrix a random type within the budget: the baseline that any knowledge has to beat."""
+    seed = problem.recipe.seed
+    types = random_types(problem.candidates, problem.budget, problem.padded, seed)
+    return Choice(types, None, (f"The types are random, seed {seed}.",))
+
+
+ALLOCATORS: dict[str, Allocator] = {
+    "fisher": Allocator(
+        allocate_fisher,
+        "least predicted divergence: Fisher sensitivity times measured error, solved exactly",
+        reason="optimum",
+        needs_costs=True,
+    ),
+    "paper": Allocator(
+        allocate_paper,
+        "whole layers at 4 or 2 bits by their NSDS score, as in the paper",
+        reason="paper",
+        needs_layers=True,
+        types=PAPER_TYPES,
+    ),
+    "random": Allocator(allocate_random, "random types, the baseline", reason="random"),
+    "uniform": Allocator(allocate_uniform, "one type for every matrix", reason="uniform", needs_target=False),
+}
+
+
+def decided_by(recipe: Recipe) -> tuple[str, ...]:
+    """Return what decided the types of a plan: ``fisher``, ``nsds`` (or another layer metric), ``random``, a type."""
+    allocator = ALLOCATORS[recipe.allocator]
+    if recipe.allocator == "uniform":
+        return (recipe.types[0],)
+    own = () if allocator.needs_layers else (recipe.allocator,)
+    uses_layers = recipe.metric is not None and allocator.uses_layers(recipe.score_weight)
+    return (*own, str(recipe.metric)) if uses_layers else own
+
+
+def layer_factors(scores: Scores | None, weight: float) -> dict[int | None, float]:
+    """Return the factor of each layer on its tensors' sensitivity, ``exp(weight (S - mean S))``.
+
+    Scores of metrics that are not in [0, 1] are first mapped onto it, smallest to 0 and largest to 1.
+    """
+    if scores is None or not scores.layers or not weight:
+        return {}
+    values = [layer.score for layer in scores.layers]
+    if scores.recipe.metric != "nsds":
+        low, span = min(values), max(values) - min(values)
+        values = [(value - low) / span if span > 0 else 0.0 for value in values]
+    mean = sum(values) / len(values)
+    return {layer.layer: math.exp(weight * (value - mean)) for layer, value in zip(scores.layers, values, strict=True)}
+
+
+def _used(problem: Problem, types: tuple[str, ...]) -> int:
+    return sum(c.cost(name, problem.padded) for c, name in zip(problem.candidates, types, strict=True))
+
+
+def _fits(problem: Problem, types: tuple[str, ...]) -> bool:
+    return problem.budget is None or _used(problem, types) <= problem.budget
+
+
+def _checked_costs(problem: Problem) -> dict[str, TensorCost]:
+    """Return the costs by tensor name; raises ``RecordError`` when they do not cover the problem."""
+    scores, recipe = problem.scores, problem.recipe
+    if scores is None or not scores.costs:
+        raise RecordError("the scores hold no tensor costs; score again without --layers-only")
+    for name in ("calibration", "rounding"):
+        measured, asked = getattr(scores.recipe, name), getattr(recipe, name)
+        if measured != asked:
+            remedy = "that file with --imatrix" if measured.startswith("imatrix:") else f"--{name} {measured}"
+            raise RecordError(
+                f"the scores were measured with {name} {measured}, the plan asks for {asked}; score again or pass "
+                f"{remedy}"
+            )
+    if recipe.score_weight and not scores.layers:
+        raise RecordError("the scores hold no layer scores, which --score-weight multiplies; score again with it")
+    costs = {cost.name: cost for cost in scores.costs}
+    for candidate in problem.candidates:
+        name = candidate.tensor.name
+        known = costs[name].errors if name in costs else {}
+        lacking = [type_name for type_name in candidate.types if type_name not in known]
+        if candidate.is_open and lacking:
+            raise RecordError(f"the scores hold no error of {name} at {', '.join(lacking)}; score again with --types")
+    return costs

@@ -1,0 +1,65 @@
+"""The original as a GGUF: of a model folder a temporary one, written when it is needed, of a GGUF that itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from .. import allocate
+from ..errors import told_of
+from ..evaluate.texts import ORIGINAL, QUANTIZED_INPUT, VerifyOptions, predicts
+from ..llamacpp import ggml
+from ..quantize.write import header_bytes
+from ..read.gguf_source import SOURCE_TYPES
+from ..records import Model, Plan, Recipe
+
+PLAIN = Recipe(
+    target=None,
+    allocator="uniform",
+    types=("F32",),
+    tensor_types=(),
+    rounding="rtn",
+    calibration="none",
+    metric=None,
+    se=None,
+    score_weight=0.0,
+    prefer="quality",
+    seed=0,
+    device="cpu",
+)
+
+
+def original_plan(model: Model) -> Plan:
+    """Return the plan of a file at the precision of the source: the type that all matrices share, if any, else F32."""
+    dtypes = {tensor.dtype for tensor in model.tensors if tensor.is_matrix}
+    uniform = dtypes.pop() if len(dtypes) == 1 and dtypes <= set(ggml.TYPES) else "F32"
+    recipe = replace(PLAIN, types=(uniform,))
+    return allocate.make_plan(model, None, recipe, header_bytes(model, recipe))
+
+
+def is_own_original(model: Model) -> bool:
+    """Return whether the input is a GGUF that llama.cpp takes as it is."""
+    return bool(model.files) and not model.is_mended
+
+
+def original_bytes(model: Model) -> int:
+    """Return the bytes of the file, or files, that the original is as a GGUF."""
+    if is_own_original(model):
+        return sum(state.n_bytes for state in model.inputs)
+    return original_plan(model).file_bytes
+
+
+def with_original_at_hand(model: Model, options: VerifyOptions, is_written: bool) -> VerifyOptions:
+    """Return options that compare with the original where it is a GGUF anyway and nothing else was asked for."""
+    is_at_hand = is_own_original(model) or is_written
+    if options.enabled and options.reference is None and is_at_hand and predicts(model):
+        return replace(options, reference=ORIGINAL)
+    return options
+
+
+def reference_name(model: Model, options: VerifyOptions) -> str | None:
+    """Return what a file was compared with: ``ORIGINAL``, ``QUANTIZED_INPUT`` or the user's path."""
+    is_quantized = any(tensor.is_matrix and tensor.dtype not in SOURCE_TYPES for tensor in model.tensors)
+    return QUANTIZED_INPUT if options.reference == ORIGINAL and model.files and is_quantized else options.reference

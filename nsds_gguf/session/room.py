@@ -1,0 +1,109 @@
+"""Whether a run fits this machine, and how long it will take: asked before the heavy work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import allocate
+from ..allocate import ALLOCATORS
+from ..calibration.generated_text import N_TOKENS
+from ..calibration.hessians import N_DRAWN
+from ..evaluate.perplexity import needed_bytes
+from ..evaluate.texts import ORIGINAL, VerifyOptions, embeds
+from ..llamacpp import ggml
+from ..quantize.write import header_bytes
+from ..records import ALIGNMENT_BYTES, Model, Plan, Recipe
+from ..system.resources import check_disk, check_memory, lacks_memory
+from .estimate import Work, duration, estimate_seconds
+from .original import is_own_original, original_bytes
+from .run import Run
+from .settle import rounds_by_hessians
+
+# Working memory of scoring and writing, without the page cache: measured in tools/bench/bench.py.
+BASE_MEMORY_BYTES = 400 << 20
+THREAD_MEMORY_BYTES = 48 << 20
+
+
+def working_bytes(run: Run) -> int:
+    """Return the memory that a run works in, without models that llama.cpp loads."""
+    return BASE_MEMORY_BYTES + run.n_threads * THREAD_MEMORY_BYTES
+
+
+def largest_file_bytes(model: Model, recipe: Recipe) -> int:
+    """Return what the file of a recipe takes at most: the budget, or less where the types cannot use it all."""
+    n_header = header_bytes(model, recipe)
+    found = allocate.checked_candidates(model, recipe, n_header)
+    ceiling = n_header + sum(candidate.cost(candidate.types[-1], padded=True) for candidate in found)
+    if recipe.target is None:
+        return ceiling
+    if recipe.target.kind == "size":
+        return min(ceiling, int(recipe.target.value))
+    padding = ALIGNMENT_BYTES * len(found)
+    return min(ceiling, n_header + int(recipe.target.value * model.n_weights / 8) + padding)
+
+
+def check_room(
+    model: Model, run: Run, folder: Path, sizes: Sequence[int], verifying: VerifyOptions, generates: bool
+) -> None:
+    """Raise ``OutputError`` when disk or memory are too small for a conversion.
+
+    Args:
+        model: what is converted.
+        run: with how many threads.
+        folder: where the files go.
+        sizes: bytes of each file at most.
+        verifying: how they are checked.
+        generates: whether the model generates calibration text.
+
+    """
+    needs_original = verifying.reference == ORIGINAL or (verifying.reference is None and embeds(model))
+    compares = verifying.enabled and needs_original
+    original = original_bytes(model) if compares or generates else 0
+    reference = original if compares else 0
+    written = 0 if is_own_original(model) else original
+    check_disk(folder, sum(sizes) + written, "the output" + (" with the original" if written else ""))
+    working = working_bytes(run)
+    check_memory(working, "converting", "close other programs or lower --threads")
+    if generates:
+        check_memory(original + working, "generating calibration text", "choose another --calibration")
+    if verifying.enabled:
+        remedy = "pass --no-verify" + (" or leave out --reference" if reference else "")
+        check_memory(max(sizes, default=0) + reference + BASE_MEMORY_BYTES, "verification", remedy)
+
+
+def lacks_room_for_original(model: Model, plan: Plan, n_ctx: int) -> tuple[str, ...]:
+    """Return a note when the original does not fit in memory beside a finished file."""
+    files = (plan.file_bytes, original_bytes(model))
+    lacking = lacks_memory(BASE_MEMORY_BYTES + needed_bytes(files, model.hparams.n_vocab, n_ctx))
+    return (f"The KL divergence from the original is not measured: it takes {lacking}.",) if lacking else ()
+
+
+def tell_time(model: Model, run: Run, jobs: Sequence[Recipe | Plan], verifying: VerifyOptions, generates: bool) -> None:
+    """Tell how long a conversion will take, from a short trial on this machine."""
+    n_tokens = verifying.n_ctx * (verifying.n_chunks or 0) * len(jobs) * (2 if verifying.reference else 1)
+    job = jobs[0]
+    recipe = job.recipe if isinstance(job, Plan) else job
+    allocator = ALLOCATORS[recipe.allocator]
+    seconds = estimate_seconds(
+        model,
+        Work(
+            types=_quantized_types(job) if isinstance(job, Plan) else recipe.types,
+            n_files=len(jobs),
+            scores=not isinstance(job, Plan) and recipe.metric is not None,
+            measures=not isinstance(job, Plan) and allocator.needs_costs,
+            n_tokens=n_tokens if verifying.enabled else 0,
+            n_generated_tokens=N_TOKENS if generates else 0,
+            n_hessian_tokens=N_DRAWN if rounds_by_hessians(recipe) else 0,
+        ),
+        run.n_threads,
+    )
+    run.report.say(
+        f"{model.name}, {model.n_weights / 1e6:.1f} M parameters: about {duration(seconds)} with {run.n_threads} "
+        "threads."
+    )
+
+
+def _quantized_types(plan: Plan) -> tuple[str, ...]:
+    """Return the types that ggml makes of weights in a plan; some tensors may be copied instead."""
+    return tuple(sorted({tensor.type for tensor in plan.tensors} & set(ggml.TYPES))) or ("F32",)

@@ -1,0 +1,204 @@
+"""Options become a recipe: the one place where a choice that is left open is made, and where defaults are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..allocate import ALLOCATORS, check_recipe, check_type
+from ..calibration import CALIBRATIONS
+from ..calibration.imatrix import IMATRIX, Imatrix, read_imatrix
+from ..compute import BACKENDS
+from ..compute.decoder import what_is_missing
+from ..errors import PlanError
+from ..evaluate.texts import embeds, predicts
+from ..metrics import METRICS, SE_READINGS
+from ..quantize import ROUNDINGS
+from ..records import AUTO, UNQUANTIZED, Model, Options, Recipe, Scores
+
+# Models with more weights are rounded by GPTQ only on request: beyond, it takes hours on a laptop (docs/log.md,
+# 2026-11-26).
+GPTQ_WEIGHTS = 2 * 10**9
+
+DEFAULT_ALLOCATOR, DEFAULT_METRIC, DEFAULT_SE = "fisher", "nsds", "product"
+GENERATED, RANDOM = "generated", "random"  # calibrations: text that the model writes, random tokens
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A recipe, the importance matrix that it names, and what the user must know of choices that were left open."""
+
+    recipe: Recipe
+    imatrix: Imatrix | None = None
+    notes: tuple[str, ...] = ()
+
+
+def settle(options: Options, model: Model, scores: Scores | None = None, *, scores_layers: bool = False) -> Settled:
+    """Return the recipe of some options for a model.
+
+    Args:
+        options: what was asked for.
+        model: the opened model.
+        scores: scores of an earlier run: an open rounding and calibration are those that they were measured with, an
+            open metric is theirs.
+        scores_layers: whether layers are scored for their own sake, as by ``score``.
+
+    Raises:
+        PlanError: options contradict one another, are not known, or cannot be had for this model.
+        RecordError: the importance matrix cannot be read.
+
+    """
+    _check_contradictions(options)
+    imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
+    allocator = _allocator(options)
+    types = ALLOCATORS[allocator].types or options.types
+    types = (options.uniform.upper(),) if options.uniform is not None else types
+    metric, se = _metric(options, allocator, scores, scores_layers)
+    rounding, calibration, note = _rounding(options, model, allocator, scores)
+    recipe = Recipe(
+        target=options.target,
+        allocator=allocator,
+        types=types,
+        tensor_types=options.tensor_types,
+        rounding=rounding,
+        calibration=imatrix.name if imatrix is not None else calibration,
+        metric=metric,
+        se=se,
+        score_weight=options.score_weight,
+        prefer=options.prefer,
+        seed=options.seed,
+        device=_known("device", options.device, BACKENDS),
+    )
+    check_possible(model, recipe)
+    return Settled(recipe, imatrix, (note,) if note else ())
+
+
+def check_possible(model: Model, recipe: Recipe) -> None:
+    """Raise ``PlanError`` for a recipe that is not known or that cannot be carried out for the model."""
+    rounding = ROUNDINGS[_known("rounding", recipe.rounding, ROUNDINGS)]
+    from_file = recipe.calibration.startswith(IMATRIX)
+    if not from_file:
+        _known("calibration", recipe.calibration, CALIBRATIONS)
+    _known("device", recipe.device, BACKENDS)
+    if recipe.metric is not None:
+        _known("metric", recipe.metric, METRICS)
+    if recipe.se is not None:
+        _known("SE reading", recipe.se, SE_READINGS)
+    if rounding.needs_hessians and (from_file or not CALIBRATIONS[recipe.calibration].has_hessians):
+        having = [name for name, calibration in CALIBRATIONS.items() if calibration.has_hessians]
+        raise PlanError(
+            f"--rounding {recipe.rounding} needs Hessians, which --calibration {recipe.calibration.partition(':')[0]} "
+            f"does not have; pass --calibration {' or '.join(having)}"
+        )
+    missing = what_is_missing(model) if rounds_by_hessians(recipe) and recipe.calibration == RANDOM else ""
+    if missing:
+        raise PlanError(
+            f"--rounding {recipe.rounding} on random tokens cannot follow {missing} of {model.name}; pass "
+            f"--calibration {GENERATED}, which llama.cpp computes"
+        )
+
+
+def rounds_by_hessians(recipe: Recipe) -> bool:
+    """Return whether any type is rounded to with Hessians."""
+    return ROUNDINGS[recipe.rounding].needs_hessians and not set(recipe.types) <= set(UNQUANTIZED)
+
+
+def weighs_columns(recipe: Recipe, types: set[str]) -> bool:
+    """Return whether any of the types is rounded to with column weights: ggml's Q8_0 takes the nearest levels."""
+    unweighed = set(UNQUANTIZED) if ROUNDINGS[recipe.rounding].needs_hessians else {*UNQUANTIZED, "Q8_0"}
+    return recipe.calibration != "none" and not types <= unweighed
+
+
+def _check_contradictions(options: Options) -> None:
+    if options.target_bpw is not None and options.target_size is not None:
+        raise PlanError("--target-bpw and --target-size are two budgets; give one")
+    if options.uniform is not None:
+        check_type(options.uniform, "--uniform")
+        if options.allocator not in (AUTO, "uniform"):
+            raise PlanError(f"--uniform and --allocator {options.allocator} contradict each other; drop one")
+    elif options.allocator == "uniform":
+        raise PlanError("allocator uniform needs a type: --uniform TYPE")
+    if options.imatrix is not None and options.calibration != AUTO:
+        raise PlanError(f"--imatrix and --calibration {options.calibration} contradict each other; drop one")
+
+
+def _allocator(options: Options) -> str:
+    if options.uniform is not None:
+        return "uniform"
+    name = DEFAULT_ALLOCATOR if options.allocator == AUTO else options.allocator
+    return _known("allocator", name, ALLOCATORS)
+
+
+def _metric(
+    options: Options, allocator: str, scores: Scores | None, scores_layers: bool
+) -> tuple[str | None, str | None]:
+    """Return the layer metric and the reading of SE, ``None`` where nothing uses them.
+
+    A metric that is named and would decide nothing is refused.
+    """
+    if not scores_layers and not ALLOCATORS[allocator].uses_layers(options.score_weight):
+        for option, value in (("--metric", options.metric), ("--se", options.se)):
+            if value != AUTO and scores is None:
+                raise PlanError(
+                    f"{option} {value} decides nothing with allocator {allocator} and --score-weight "
+                    f"{options.score_weight:g}; drop it, give --score-weight, or choose --allocator paper"
+                )
+        return None, None
+    found = scores.recipe if scores is not None else None
+    metric = _open(options.metric, (found.metric if found else None) or DEFAULT_METRIC)
+    _known("metric", metric, METRICS)
+    if metric != "nsds":
+        if options.se != AUTO:
+            raise PlanError(f"--se {options.se} is a reading of nsds, the metric is {metric}; drop one")
+        return metric, None
+    return metric, _known("SE reading", _open(options.se, (found.se if found else None) or DEFAULT_SE), SE_READINGS)
+
+
+def _rounding(options: Options, model: Model, allocator: str, scores: Scores | None) -> tuple[str, str, str]:
+    """Return rounding and calibration, and a note where an open rounding is round-to-nearest for want of better."""
+    if ALLOCATORS[allocator].needs_costs and scores is not None and scores.costs:
+        return _open(options.rounding, scores.recipe.rounding), _open(options.calibration, scores.recipe.calibration), ""
+    obstacle = _against_gptq(options, model, allocator) if options.rounding == AUTO else ""
+    rounding = _open(options.rounding, "rtn" if obstacle else "gptq")
+    needs_hessians = ROUNDINGS[_known("rounding", rounding, ROUNDINGS)].needs_hessians
+    calibration = _open(options.calibration, GENERATED if needs_hessians and not embeds(model) else RANDOM)
+    is_own_choice = not ALLOCATORS[allocator].needs_costs or options.calibration not in (AUTO, GENERATED)
+    return rounding, calibration, "" if is_own_choice or options.imatrix is not None else _rtn_note(obstacle)
+
+
+def _rtn_note(obstacle: str) -> str:
+    if not obstacle:
+        return ""
+    return (
+        f"Weights are rounded to nearest (--rounding rtn), because {obstacle}; --rounding gptq loses less in the same "
+        "bytes."
+    )
+
+
+def _against_gptq(options: Options, model: Model, allocator: str) -> str:
+    """Return why GPTQ is not chosen where rounding is left open, or nothing."""
+    if not ALLOCATORS[allocator].needs_costs:
+        return f"the allocator is {allocator}"
+    if options.imatrix is not None:
+        return "columns are weighed by an importance matrix"
+    if options.calibration not in (AUTO, GENERATED):
+        return f"the calibration is {options.calibration}"
+    if set(options.types) <= set(UNQUANTIZED):
+        return "nothing is rounded"
+    if embeds(model):
+        return "the model embeds text and generates none"
+    if not predicts(model) or "tokenizer.ggml.model" not in model.metadata:
+        return "the model does not generate text"
+    if model.n_weights > GPTQ_WEIGHTS:
+        return f"the model has {model.n_weights / 1e9:.1f} B parameters"
+    return ""
+
+
+def _open(value: str, default: str) -> str:
+    return default if value == AUTO else value
+
+
+def _known(kind: str, name: str, known: Mapping[str, object]) -> str:
+    if name not in known:
+        raise PlanError(f"{kind} {name!r} is not known; wanted one of {', '.join(known)}")
+    return name

@@ -2,7 +2,7 @@
 
 Allocators are functions in ``ALLOCATORS``; each gets a ``Problem`` and returns one type per tensor.
 
-* ``nsds``: the exact knapsack over sensitivity x measured error (``sensitivity``, ``measurement``, ``knapsack``),
+* ``nsds``: the exact knapsack over sensitivity x measured error (``sensitivity``, ``quantize.measure``, ``knapsack``),
   if asked with the layer score as a factor on the tensors of its layer.
 * ``paper``: whole layers, the most sensitive fraction at 4 bit, the rest at 2 (arXiv 2603.17354).
 * ``random``: types drawn at random within the budget: what knowing nothing is worth.
@@ -31,7 +31,6 @@ from ..records import (
 )
 from ..sensitivity.moment_propagation import IMPORTANCES
 from .candidates import (
-    FALLBACKS,
     LAST_RESORT,
     Candidate,
     Pin,
@@ -39,10 +38,10 @@ from .candidates import (
     candidates,
     check_target,
     check_type,
+    measurable,
     nearest_bpw,
 )
 from .knapsack import Choices, solve
-from .measurement import measure
 from .random_types import random_types
 
 __all__ = [
@@ -58,7 +57,7 @@ __all__ = [
     "check_type",
     "fitting_type",
     "make_plan",
-    "measure",
+    "measurable",
     "nearest_bpw",
     "open_candidates",
 ]  # fmt: skip
@@ -159,7 +158,7 @@ def _choices(
         return Choices(sizes, (0.0,))
     cost = costs[candidate.tensor.name]
     weight = cost.sensitivity * factors.get(candidate.tensor.layer, 1.0)
-    margins = [1 + FAST_MARGIN if prefers_fast and name not in ggml.FAST_TYPES else 1.0 for name in candidate.types]
+    margins = [1 + FAST_MARGIN if prefers_fast and not ggml.TYPES[name].is_fast else 1.0 for name in candidate.types]
     divergences = (weight * cost.errors[name] for name in candidate.types)
     return Choices(sizes, tuple(d * margin for d, margin in zip(divergences, margins, strict=True)))
 
@@ -207,8 +206,8 @@ def allocate_uniform(problem: Problem) -> Choice:
 
 def fitting_type(wanted: str, candidate: Candidate) -> str:
     """Return the type, or what takes its place when the rows do not fit it."""
-    n_cols = candidate.tensor.n_cols
-    return next((name for name in (wanted, FALLBACKS.get(wanted, wanted)) if ggml.fits(name, n_cols)), LAST_RESORT)
+    n_cols, choices = candidate.tensor.n_cols, (wanted, ggml.TYPES[wanted].fallback or wanted)
+    return next((name for name in choices if ggml.fits(name, n_cols)), LAST_RESORT)
 
 
 def allocate_random(problem: Problem) -> Choice:
@@ -380,7 +379,7 @@ def _speed_note(plan: Plan, options: PlanOptions) -> tuple[str, ...]:
     """Return which tensors are of types without fast kernels, to who prefers fast ones."""
     if options.prefer != "fast":
         return ()
-    slow = [t for t in plan.tensors if t.type not in (*ggml.FAST_TYPES, *UNQUANTIZED)]
+    slow = [t for t in plan.tensors if t.type not in UNQUANTIZED and not ggml.TYPES[t.type].is_fast]
     if not slow:
         return ("Every quantized tensor is of a type that ggml has fast CPU kernels for.",)
     share = sum(t.n_weights for t in slow) / plan.n_weights

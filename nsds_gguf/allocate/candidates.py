@@ -17,10 +17,6 @@ from ..llamacpp import ggml
 from ..llamacpp.rules import kept_reason, needs_f32
 from ..records import ALIGNMENT_BYTES, COPIED_TYPES, Model, Target, Tensor
 
-# What takes the place of a K-quant where rows are not multiples of 256: the narrow type nearest above it, and
-# IQ4_NL rather than llama.cpp's Q4_0, for the same bytes with a better codebook (tensor_type_fallback).
-FALLBACKS = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-
 LAST_RESORT = "F16"  # rows that no block divides, as llama.cpp does
 
 
@@ -98,6 +94,11 @@ def candidates(model: Model, types: Sequence[str], pins: Sequence[Pin] = ()) -> 
     return [_candidate(model, tensor, types, pins) for tensor in model.tensors]
 
 
+def measurable(found: Sequence[Candidate]) -> list[tuple[Tensor, tuple[str, ...]]]:
+    """Return the matrices that may be quantized, each with the types to measure; those with one type are among them."""
+    return [(each.tensor, each.types) for each in found if not each.is_kept and each.types != ("F32",)]
+
+
 def _candidate(model: Model, tensor: Tensor, types: Sequence[str], pins: Sequence[Pin]) -> Candidate:
     if tensor.dtype in COPIED_TYPES:
         return Candidate(tensor, (tensor.dtype,), f"{KEPT} {tensor.dtype}: no weights")
@@ -133,8 +134,8 @@ def _open_candidate(tensor: Tensor, types: Sequence[str]) -> Candidate:
         reason = f"fallback: row {tensor.n_cols} is no multiple of 256"
     if not fitting:
         return Candidate(tensor, (LAST_RESORT,), f"fallback: row {tensor.n_cols} is no multiple of 32")
-    fitting.sort(key=lambda name: (ggml.bits_per_weight(name), ggml.TYPES.index(name)))
-    return Candidate(tensor, tuple(fitting), reason)
+    in_order = sorted((name for name in ggml.TYPES if name in fitting), key=ggml.bits_per_weight)
+    return Candidate(tensor, tuple(in_order), reason)
 
 
 def budget_bytes(target: Target, n_weights: int, header_bytes: int) -> int | None:

@@ -17,6 +17,11 @@ AUTO_HIGH_WEIGHTS = 2 * 10**9
 PLAIN_IMPORTANCE = "sweep"
 
 
+def rounding_of(effort: str) -> str:
+    """Return the name of the rounding that an effort stands for."""
+    return {"normal": "rtn", "high": "gptq"}[effort]
+
+
 def settled(model: Model, options: PlanOptions, given: Scores | None = None) -> PlanOptions:
     """Return options without ``AUTO``: as given scores were measured; else high effort unless something is against it.
 

@@ -9,7 +9,7 @@ from .. import allocate, score
 from ..allocate import Candidate, PlanOptions
 from ..errors import PlanError, RecordError
 from ..llamacpp import ggml
-from ..quantize.write import header_bytes
+from ..quantize.header import header_bytes
 from ..records import Model, Plan, PlannedTensor, Scores, Tensor, TensorCost
 
 _SHARES = ("nsds", "zd")  # metrics that give numbers from 0 to 1

@@ -31,9 +31,12 @@ from ..evaluate.texts import (
     predicts,
 )
 from ..llamacpp import ggml, llama
-from ..quantize.equalization import Balance, find_balance
-from ..quantize.rounding import Feedbacks
-from ..quantize.write import header_bytes, write_gguf
+from ..quantize import ROUNDINGS, TensorQuantizers
+from ..quantize.equalization import Equalization, find_equalization
+from ..quantize.header import header_bytes
+from ..quantize.hessian_factors import FactorStore
+from ..quantize.measure import measure
+from ..quantize.write import write_gguf
 from ..read.gguf_source import SOURCE_TYPES
 from ..read.hub import HubName, fetch
 from ..records import (
@@ -49,7 +52,7 @@ from ..records import (
 from ..sensitivity.fisher import Tokens, draw_tokens
 from ..sensitivity.moment_propagation import Propagation
 from ..sensitivity.sensitivities import sensitivities
-from ..session.effort import effort_note, settled
+from ..session.effort import effort_note, rounding_of, settled
 from ..session.estimate import duration, estimate_seconds, own_text_seconds
 from ..system.filestate import check_unchanged, unchanged
 from ..system.resources import THREADED_WIDTH, blas_threads, check_disk, check_memory, lacks_memory
@@ -76,7 +79,7 @@ class ScoreOptions:
 class Work:
     """The stages on one model, each told to the reporter.
 
-    Sensitivities, the model's own text and factors for feedback are made once, when first needed. ``scores`` are those
+    Sensitivities, the model's own text and Hessian factors are made once, when first needed. ``scores`` are those
     that the last plans were made from.
     """
 
@@ -100,8 +103,8 @@ class Work:
         if files is None:
             weakref.finalize(self, self.files.close)
         self._propagations: dict[bool, Propagation] = {}
-        self._balances: dict[bool, Balance] = {}
-        self._feedbacks: dict[tuple[bool, bool], Feedbacks] = {}
+        self._balances: dict[bool, Equalization] = {}
+        self._feedbacks: dict[tuple[bool, bool], FactorStore] = {}
         self._own_text: OwnText | None = None
         self._original: Path | None = None
 
@@ -114,18 +117,18 @@ class Work:
                 self._propagations[own] = sensitivities(self.model, self.n_threads, progress, tokens, folder)
         return self._propagations[own]
 
-    def balance(self, job: PlanOptions | Plan) -> Balance:
-        """Return how outlier channels are evened out for a job: for ``nsds``, where the pass over tokens sees them."""
+    def balance(self, job: PlanOptions | Plan) -> Equalization:
+        """Return how outlier channels are equalized for a job: for ``nsds``, where the pass over tokens sees them."""
         if job.allocator != "nsds" or what_is_missing(self.model):
-            return Balance()
+            return Equalization()
         own = job.importance == SELF
         if own not in self._balances:
-            self._balances[own] = find_balance(self.model, self.propagation(own).inputs)
+            self._balances[own] = find_equalization(self.model, self.propagation(own).inputs)
         return self._balances[own]
 
-    def feedbacks(self, job: PlanOptions | Plan) -> Feedbacks | None:
-        """Return the factors for rounding with feedback where the job asks for it."""
-        if not _rounds_with_feedback(job):
+    def feedbacks(self, job: PlanOptions | Plan) -> FactorStore | None:
+        """Return the Hessian factors where the job's rounding needs them."""
+        if not _needs_hessians(job):
             return None
         check_effort(self.model, job)
         own, balance = job.importance == SELF, self.balance(job)
@@ -137,9 +140,9 @@ class Work:
                 source = replace(self.own_text(), balance=balance)
             else:
                 source = draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
-            folder = self.files.path / f"feedback-{len(self._feedbacks)}"
+            folder = self.files.path / f"hessians-{len(self._feedbacks)}"
             folder.mkdir(exist_ok=True)
-            check_disk(folder, disk_bytes(model), "rounding with feedback")
+            check_disk(folder, disk_bytes(model), "GPTQ rounding")
             with self.report.stage("factor second moments") as progress, blas_threads(1), self.readable(own):
                 self._feedbacks[key] = make_feedbacks(model, source, looked_up, folder, self.n_threads, progress)
         return self._feedbacks[key]
@@ -167,8 +170,10 @@ class Work:
         propagation, balance = self.propagation(options.importance == SELF), self.balance(options)
         found = allocate.candidates(balance.applied(self.model), options.types, options.pins)
         importance, feedbacks = balance.weights(self.columns(options.importance)), self.feedbacks(options)
+        quantizers = TensorQuantizers(rounding_of(options.effort), importance, feedbacks)
+        tensors = allocate.measurable(found)
         with self.report.stage("measure tensors") as progress, blas_threads(1):
-            costs = allocate.measure(found, propagation, importance, self.n_threads, progress, feedbacks)
+            costs = measure(tensors, quantizers, propagation.sensitivity, self.n_threads, progress)
         versions = {**scores.versions, "ggml": ggml.version()}
         notes = (*scores.notes, *propagation.notes)
         notes += (balance.note,) if balance else ()
@@ -188,7 +193,8 @@ class Work:
         plan = replace(plan, notes=(*plan.notes, *self.notes))
         if self.imatrix is not None and options.importance == self.imatrix.name:
             return replace(plan, notes=(*plan.notes, self.imatrix.note(self.model)))
-        feedbacks = None if scores is not None and scores.effort == "high" else self.feedbacks(plan)
+        is_noted = scores is not None and ROUNDINGS[rounding_of(scores.effort)].needs_hessians
+        feedbacks = None if is_noted else self.feedbacks(plan)
         if feedbacks is not None:
             plan = replace(plan, notes=(*plan.notes, feedback_note(self.model, feedbacks)))
         told = scores is not None and scores.importance == SELF
@@ -300,10 +306,10 @@ class Work:
 
     def write(self, plan: Plan, path: Path, name: str = "quantize and write") -> None:
         """Write the file."""
-        importance, feedbacks = self.importance(plan), self.feedbacks(plan)
+        quantizers = TensorQuantizers(rounding_of(plan.effort), self.importance(plan), self.feedbacks(plan))
         model = self.balance(plan).applied(self.model)
         with self.report.stage(name) as progress, blas_threads(1):
-            write_gguf(model, plan, importance, path, n_threads=self.n_threads, progress=progress, feedbacks=feedbacks)
+            write_gguf(model, plan, quantizers, path, n_threads=self.n_threads, progress=progress)
         check_unchanged(model.inputs)
 
     def verify(
@@ -391,8 +397,8 @@ def settled_options(
 
 
 def check_effort(model: Model, job: PlanOptions | Plan) -> None:
-    """Raise ``PlanError`` when a job asks for feedback with drawn tokens of a model that the pass cannot follow."""
-    missing = what_is_missing(model) if _rounds_with_feedback(job) and job.importance != SELF else ""
+    """Raise ``PlanError`` when a job asks for GPTQ with drawn tokens of a model that the pass cannot follow."""
+    missing = what_is_missing(model) if _needs_hessians(job) and job.importance != SELF else ""
     if missing:
         raise PlanError(
             f"--effort high cannot follow {missing} of {model.name} on its own; pass --importance self, which "
@@ -452,14 +458,14 @@ def _types_of(job: PlanOptions | Plan) -> Sequence[str]:
     return [tensor.type for tensor in job.tensors] if isinstance(job, Plan) else job.allowed_types
 
 
-def _rounds_with_feedback(job: PlanOptions | Plan) -> bool:
-    return job.effort == "high" and not set(_types_of(job)) <= set(UNQUANTIZED)
+def _needs_hessians(job: PlanOptions | Plan) -> bool:
+    return ROUNDINGS[rounding_of(job.effort)].needs_hessians and not set(_types_of(job)) <= set(UNQUANTIZED)
 
 
 def _weighs_columns(job: PlanOptions | Plan) -> bool:
-    """Return whether any type is rounded to with regard to what columns weigh: ggml's Q8_0 takes the nearest levels."""
-    unweighed = {*UNQUANTIZED, "Q8_0"} if job.effort == "normal" else set(UNQUANTIZED)
-    return not set(_types_of(job)) <= unweighed
+    """Return whether any type is rounded to with regard to what columns weigh."""
+    weighing = {name for name, row in ggml.TYPES.items() if row.weighs_columns}
+    return _needs_hessians(job) or not weighing.isdisjoint(_types_of(job))
 
 
 def _quantized_types(plan: Plan) -> list[str]:

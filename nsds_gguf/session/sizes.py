@@ -13,7 +13,7 @@ from ..allocate.presets import PRESETS, preset_bytes
 from ..calibration.imatrix import Imatrix
 from ..compute.decoder import what_is_missing
 from ..llamacpp import llama
-from ..quantize.write import header_bytes
+from ..quantize.header import header_bytes
 from ..read.hub import HubName
 from ..records import Model, Plan, Scores, Target
 from .effort import AUTO, PLAIN_IMPORTANCE, settled

@@ -23,7 +23,7 @@ from .evaluate.inspect import inspect_gguf
 from .evaluate.perplexity import perplexity
 from .evaluate.texts import ORIGINAL, VerifyOptions, check_vocabulary, embeds, evaluation_text
 from .llamacpp import llama
-from .quantize.write import header_bytes
+from .quantize.header import header_bytes
 from .read.hub import HubName
 from .records import Options, Plan, Recipe, Scores, Target, TensorType, read_json
 from .session.original import original_plan

@@ -11,7 +11,7 @@ from .evaluate.embedding import EmbeddingCheck
 from .evaluate.perplexity import Perplexity
 from .evaluate.texts import VerifyOptions, check_vocabulary, evaluation_text
 from . import allocate
-from .quantize.write import header_bytes
+from .quantize.header import header_bytes
 from .read.hub import HubName
 from .records import Model, Options, Plan, Scores
 from .session.loaded import check_scores, checked_plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tiny_gguf import tiny_vocabulary
 
 from nsds_gguf.llamacpp import ggml
-from nsds_gguf.quantize.write import header_bytes
+from nsds_gguf.quantize.header import header_bytes
 from nsds_gguf.records import Hparams, Model, Plan, PlannedTensor, Target
 
 NO_TARGET = Target("none", 0)
@@ -86,7 +86,7 @@ def uniform_plan(model: Model, type_name: str) -> Plan:
     return plan_of(model, {tensor.name: type_name for tensor in model.tensors if tensor.is_matrix})
 
 
-def cycled_types(model: Model, type_names: tuple[str, ...] = ggml.TYPES) -> dict[str, str]:
+def cycled_types(model: Model, type_names: Sequence[str] = tuple(ggml.TYPES)) -> dict[str, str]:
     """Return the types dealt out in turn to the matrices of a model."""
     matrices = [tensor.name for tensor in model.tensors if tensor.is_matrix]
     return {name: type_names[i % len(type_names)] for i, name in enumerate(matrices)}

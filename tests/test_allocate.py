@@ -19,14 +19,16 @@ from nsds_gguf.allocate import (
     PlanOptions,
     check_options,
     make_plan,
-    measurement,
+    measurable,
 )
-from nsds_gguf.allocate.candidates import Candidate, Pin, candidates, check_target
-from nsds_gguf.allocate.measurement import measure, ratio_estimate, sample_rows
+from nsds_gguf.allocate.candidates import Pin, candidates, check_target
 from nsds_gguf.errors import ModelError, PlanError, RecordError, TargetError
 from nsds_gguf.llamacpp import ggml
+from nsds_gguf.quantize import TensorQuantizers
+from nsds_gguf.quantize import measure as measuring
+from nsds_gguf.quantize.measure import measure, ratio_estimate, sample_rows
 from nsds_gguf.records import UNQUANTIZED, LayerScore, Plan, Scores, Target
-from nsds_gguf.sensitivity.moment_propagation import Propagation, propagate
+from nsds_gguf.sensitivity.moment_propagation import propagate
 from nsds_gguf.session.session import ScoreOptions
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
@@ -47,12 +49,17 @@ def scores(model):
 
 
 def scored(model, types=allocate.DEFAULT_TYPES, importance="sweep"):
-    found = candidates(model, types)
     propagation = propagate(model)
-    costs = measure(found, propagation, propagation.importance(importance), n_threads=2)
+    costs = measured(model, types, propagation.importance(importance), propagation.sensitivity)
     values = np.linspace(0.2, 0.9, model.hparams.n_layers)
     layers = tuple(LayerScore(i, float(v)) for i, v in enumerate(values))
     return Scores("nsds", layers, model.model_id, "tiny", importance=importance, costs=costs)
+
+
+def measured(model, types, weights, sensitivity, n_threads=2):
+    """Return the costs of a model's tensors, by ggml's rounding with column weights."""
+    tensors = measurable(candidates(model, types))
+    return measure(tensors, TensorQuantizers("rtn", weights), sensitivity, n_threads)
 
 
 def bpw(value, **options):
@@ -176,7 +183,7 @@ class TestMeasure:
     def test_whole_tensors_equal_gguf_pys_dequantization(self, model):
         propagation = propagate(model)
         importance = propagation.importance("sweep")
-        costs = {c.name: c for c in measure(candidates(model, ("Q3_K", "Q6_K")), propagation, importance, 2)}
+        costs = {c.name: c for c in measured(model, ("Q3_K", "Q6_K"), importance, propagation.sensitivity)}
         for name in ("blk.0.attn_q.weight", "blk.2.ffn_down.weight", "token_embd.weight"):
             tensor, weights = model.by_name[name], importance.get(name, np.ones(1, "f4")).astype(np.float64)
             x = tensor.load().astype(np.float64)
@@ -190,23 +197,23 @@ class TestMeasure:
     @pytest.mark.parametrize("limit", [1 << 30, 1], ids=["whole", "sampled"])
     def test_experts_are_measured_with_weights_of_their_own(self, monkeypatch, limit):
         """Slabs of rows have one expert's weights each, whether they are a sample or not."""
-        monkeypatch.setattr(measurement, "WHOLE_BELOW_WEIGHTS", limit)
-        monkeypatch.setattr(measurement, "_SLAB_WEIGHTS", 5 * 256)
+        monkeypatch.setattr(measuring, "WHOLE_BELOW_WEIGHTS", limit)
+        monkeypatch.setattr(measuring, "_SLAB_WEIGHTS", 5 * 256)
         rng = np.random.default_rng(4)
         stack = (rng.standard_normal((3, 50, 256)) * np.array([1, 3, 0.1])[:, None, None]).astype("f4")
         weights = np.exp(rng.standard_normal((3, 256))).astype("f4")
         name = "blk.0.ffn_down_exps.weight"
         _, hparams = random_arrays(seed=0)
         tensor = make_model({name: stack}, hparams).tensors[0]
-        (cost,) = measure([Candidate(tensor, ("Q4_K",))], Propagation({}, {}, {}), {name: weights}, 1)
+        (cost,) = measure([(tensor, ("Q4_K",))], TensorQuantizers("rtn", {name: weights}), {}, 1)
         rows = sample_rows(tensor)
         assert (len(rows) == 150) == (limit > 1) and len(rows) >= 64
-        error = energy = 0.0
+        error = squared_norm = 0.0
         for row in rows:
             x, w = stack.reshape(-1, 256)[row : row + 1], weights[row // 50]
             delta = gguf.quants.dequantize(ggml.quantize(x, "Q4_K", w), gguf.GGMLQuantizationType.Q4_K) - x
-            error, energy = error + (w * delta**2).sum(), energy + (w * x**2).sum()
-        assert cost.errors["Q4_K"] == pytest.approx(error / energy, rel=1e-5)
+            error, squared_norm = error + (w * delta**2).sum(), squared_norm + (w * x**2).sum()
+        assert cost.errors["Q4_K"] == pytest.approx(error / squared_norm, rel=1e-5)
 
     def test_sample_of_rows_is_fixed_and_stratified(self):
         model = make_model(*random_arrays(seed=5, **{**ALIGNED, "n_vocab": 4096}))
@@ -216,11 +223,10 @@ class TestMeasure:
 
     def test_sampled_error_agrees_with_the_whole_within_its_standard_error(self, monkeypatch):
         model = make_model(*random_arrays(seed=6, **{**ALIGNED, "n_vocab": 4096}))
-        found = [c for c in candidates(model, ("Q2_K", "Q4_K")) if c.tensor.name == "output.weight"]
-        propagation = propagate(model)
-        (sampled,) = measure(found, propagation, {}, 1)
-        monkeypatch.setattr("nsds_gguf.allocate.measurement.WHOLE_BELOW_WEIGHTS", 1 << 30)
-        (whole,) = measure(found, propagation, {}, 1)
+        output = [(model.by_name["output.weight"], ("Q2_K", "Q4_K"))]
+        (sampled,) = measure(output, TensorQuantizers(), {}, 1)
+        monkeypatch.setattr("nsds_gguf.quantize.measure.WHOLE_BELOW_WEIGHTS", 1 << 30)
+        (whole,) = measure(output, TensorQuantizers(), {}, 1)
         assert whole.n_rows_sampled == 4096 > sampled.n_rows_sampled
         for name in ("Q2_K", "Q4_K"):
             assert 0 < sampled.stderr[name] < 0.05 * whole.errors[name]
@@ -238,12 +244,12 @@ class TestMeasure:
         arrays["blk.1.attn_v.weight"][5, 7] = np.nan
         broken = make_model(arrays, hparams)
         with pytest.raises(ModelError, match=r"attn_v\.weight: NaN or infinite weights in 1 rows"):
-            measure(candidates(broken, ("Q4_K",)), propagate(model), {}, 2)
+            measured(broken, ("Q4_K",), {}, {})
 
     def test_threads_do_not_change_anything(self, model):
-        propagation = propagate(model)
-        found, importance = candidates(model, ("Q2_K", "Q5_K")), propagation.importance("sweep")
-        assert measure(found, propagation, importance, 1) == measure(found, propagation, importance, 3)
+        found, types = propagate(model), ("Q2_K", "Q5_K")
+        one, several = (measured(model, types, found.importance("sweep"), found.sensitivity, n) for n in (1, 3))
+        assert one == several
 
 
 class TestPlans:
@@ -440,4 +446,4 @@ class TestPreferFast:
 
 def slow_weights(plan):
     """Return the weights of every tensor of a slow type."""
-    return [t.n_weights for t in plan.tensors if t.type not in (*ggml.FAST_TYPES, *UNQUANTIZED)]
+    return [t.n_weights for t in plan.tensors if t.type not in UNQUANTIZED and not ggml.TYPES[t.type].is_fast]

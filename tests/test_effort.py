@@ -196,7 +196,7 @@ def test_nothing_is_left_however_it_ends(models, monkeypatch, end):
     seen = []
 
     def stopped(*_arguments, **_options):
-        seen.extend(Path().glob(".nsds-gguf-*/feedback-0/*.npz"))
+        seen.extend(Path().glob(".nsds-gguf-*/hessians-0/*.npz"))
         if end == "failure":
             raise OutputError("the disk is full")
         os.kill(os.getpid(), signal.SIGINT if end == "Ctrl-C" else signal.SIGTERM)
@@ -235,7 +235,7 @@ def test_several_readings_give_the_factors_of_one(models, monkeypatch):
         one, several = made
         assert set(one.names) == set(several.names) == set(hessians.multiplied(model))
         for name in one.names:
-            for part in ("coefficients", "variances", "importance"):
+            for part in ("upper", "variances", "diagonal"):
                 np.testing.assert_array_equal(getattr(one.of(name), part), getattr(several.of(name), part))
     assert counts == [2, 2, 1, 1, 2, 2]  # layers read, four sequences at a time
 

@@ -22,6 +22,15 @@ BITS = {
     "Q4_0": 4.5, "IQ4_NL": 4.5, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5,
 }  # fmt: skip
 
+# Numbers of enum llama_ftype in llama.h.
+FILE_TYPES = {
+    "F32": 0, "F16": 1, "BF16": 32,
+    "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18,
+    "Q4_0": 2, "IQ4_NL": 25, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7,
+}  # fmt: skip
+
+WEIGH_COLUMNS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "IQ4_NL", "Q5_0", "Q5_1")
+
 # Where gguf-py has a quantizer of its own; it rounds as ggml's reference does.
 NUMPY_QUANTIZERS = ("F32", "F16", "BF16", "Q4_0", "Q5_0", "Q5_1", "Q8_0")
 
@@ -34,7 +43,20 @@ def random_rows(n_rows: int = 5, n_cols: int = 512, seed: int = 0) -> np.ndarray
 
 
 def test_the_types_are_those_counted_here():
-    assert set(ggml.TYPES) == set(BITS)
+    assert list(ggml.TYPES) == list(BITS)
+    assert {name: int(row.file_type) for name, row in ggml.TYPES.items()} == FILE_TYPES
+    assert tuple(name for name, row in ggml.TYPES.items() if row.weighs_columns) == WEIGH_COLUMNS
+    assert {name for name, row in ggml.TYPES.items() if not row.is_fast} == {
+        "F32", "F16", "BF16", "Q3_K", "Q5_0", "Q5_1"
+    }  # fmt: skip
+    assert (ggml.FLOAT_TYPES, ggml.K_TYPES) == (tuple(BITS)[:3], tuple(BITS)[3:8])
+    assert ggml.NARROW_TYPES == tuple(BITS)[8:]
+
+
+@pytest.mark.parametrize("name", ggml.K_TYPES)
+def test_a_fallback_has_narrow_blocks_and_no_fewer_bits(name):
+    fallback = ggml.TYPES[name].fallback
+    assert fallback in ggml.NARROW_TYPES and ggml.bits_per_weight(fallback) >= ggml.bits_per_weight(name)
 
 
 @pytest.mark.parametrize("name", ggml.TYPES)
@@ -80,7 +102,7 @@ def test_error_shrinks_with_the_bits(name):
     assert error <= 4.0 ** (1 - payload_bits)
 
 
-@pytest.mark.parametrize("name", [*ggml.K_TYPES, "Q4_0", "IQ4_NL", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("name", WEIGH_COLUMNS)
 def test_importance_moves_error_away_from_important_columns(name):
     rows = random_rows(n_rows=64)
     importance = np.full(512, 0.01, np.float32)

@@ -20,7 +20,7 @@ from nsds_gguf.evaluate.texts import VerifyOptions, check_vocabulary
 from nsds_gguf.llamacpp import llama
 from nsds_gguf.llamacpp.gguf_header import read_gguf_header
 from nsds_gguf.llamacpp.rules import needs_f32
-from nsds_gguf.quantize.write import _HeaderWriter, write_outline
+from nsds_gguf.quantize.header import _HeaderWriter, write_outline
 from nsds_gguf.read.gguf_repair import OLLAMA_NAMES
 from nsds_gguf.read.gguf_source import open_gguf
 from nsds_gguf.records import kv

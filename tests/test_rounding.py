@@ -1,4 +1,4 @@
-"""Rounding with feedback: the codec against ggml, feedback against a naive loop and ggml's own error."""
+"""GPTQ rounding: the codec against ggml, rounding against a naive loop and ggml's own error."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 from nsds_gguf.errors import GgmlError, ModelError
 from nsds_gguf.llamacpp import ggml
-from nsds_gguf.quantize import formats
-from nsds_gguf.quantize import gptq as feedback
+from nsds_gguf.quantize import formats, gptq
 from nsds_gguf.quantize.formats import FORMATS
-from nsds_gguf.quantize.rounding import COVERED_TYPES, make_feedback, quantize
+from nsds_gguf.quantize.gptq import GptqQuantizer
+from nsds_gguf.quantize.hessian_factors import factor_hessian
 from nsds_gguf.system.resources import blas_threads
 
 
@@ -21,6 +21,13 @@ from nsds_gguf.system.resources import blas_threads
 def one_blas_thread():
     with blas_threads(1):
         yield
+
+
+COVERED_TYPES = tuple(FORMATS)
+
+
+def quantize(rows, type_name, factors, first_row=0, n_descents=1):
+    return GptqQuantizer(factors, n_descents).quantize(rows, type_name, first_row)
 
 
 def random_rows(n_rows=20, n_cols=512, seed=0):
@@ -91,7 +98,7 @@ def best_targets(row, rounded, hessian):
 
 
 @pytest.mark.parametrize("name", ["Q5_1", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K"])
-def test_feedback_rounds_what_a_naive_loop_finds_best(name, monkeypatch):
+def test_gptq_rounds_what_a_naive_loop_finds_best(name, monkeypatch):
     """Column after column by the definition, given what was rounded before; blocks too see the best targets."""
     format = FORMATS[name]
     n_cols = 2 * format.block
@@ -103,9 +110,9 @@ def test_feedback_rounds_what_a_naive_loop_finds_best(name, monkeypatch):
         seen[len(seen) * format.block] = targets
         return ggml.quantize(targets, type_name, variances)
 
-    monkeypatch.setattr(feedback, "ggml", SimpleNamespace(quantize=quantize))
-    factors = make_feedback(hessian, shrinkage=0, damping=0)
-    found = feedback.round_with_feedback(rows, name, factors, n_descents=0)
+    monkeypatch.setattr(gptq, "ggml", SimpleNamespace(quantize=quantize))
+    factors = factor_hessian(hessian, shrinkage=0, damping=0)
+    found = gptq.round_rows(rows, name, factors, n_descents=0)
     rounded = format.dequantize(found).astype(np.float64)
     assert list(seen) == [0, format.block]
     for r, row in enumerate(rows.astype(np.float64)):
@@ -123,7 +130,7 @@ def test_feedback_rounds_what_a_naive_loop_finds_best(name, monkeypatch):
 @pytest.mark.parametrize("name", COVERED_TYPES)
 def test_row_errors_are_the_quadratic_form(name):
     hessian, errors = random_hessian(), random_rows(seed=3)
-    factors = make_feedback(hessian, damping=0.01, shrinkage=0.25)
+    factors = factor_hessian(hessian, damping=0.01, shrinkage=0.25)
     damped = 0.75 * hessian.astype(np.float64)
     np.fill_diagonal(damped, hessian.diagonal() + 0.01 * hessian.diagonal().mean())
     np.testing.assert_allclose(factors.row_errors(errors), np.einsum("ri,ij,rj->r", errors, damped, errors), rtol=1e-4)
@@ -131,11 +138,11 @@ def test_row_errors_are_the_quadratic_form(name):
 
 @pytest.mark.parametrize("rank", [None, 40])
 @pytest.mark.parametrize("name", COVERED_TYPES)
-def test_feedback_is_better_than_ggml_in_every_row(name, rank):
+def test_gptq_is_better_than_ggml_in_every_row(name, rank):
     rows, hessian = random_rows(), random_hessian(rank=rank)
-    factors = make_feedback(hessian, shrinkage=0, damping=0.01)
+    factors = factor_hessian(hessian, shrinkage=0, damping=0.01)
     damped = hessian + np.eye(512) * 0.01 * hessian.diagonal().mean()
-    plain = weighted_errors(ggml.quantize(rows, name, factors.importance), rows, name, damped)
+    plain = weighted_errors(ggml.quantize(rows, name, factors.diagonal), rows, name, damped)
     ours = weighted_errors(quantize(rows, name, factors), rows, name, damped)
     assert (ours <= plain * 1.0001).all()
     assert ours.sum() < 0.8 * plain.sum()
@@ -144,7 +151,7 @@ def test_feedback_is_better_than_ggml_in_every_row(name, rank):
 @pytest.mark.parametrize("name", COVERED_TYPES)
 def test_descent_lowers_the_error_in_sum(name):
     rows, hessian = random_rows(), random_hessian()
-    factors = make_feedback(hessian)
+    factors = factor_hessian(hessian)
     without, once = (
         factors.row_errors(rows - ggml.dequantize(quantize(rows, name, factors, n_descents=n), name, 512))
         for n in (0, 1)
@@ -154,7 +161,7 @@ def test_descent_lowers_the_error_in_sum(name):
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q6_K", "IQ4_NL"])
 def test_bytes_do_not_depend_on_slabs_or_threads(name):
-    rows, factors = random_rows(700), make_feedback(random_hessian())
+    rows, factors = random_rows(700), factor_hessian(random_hessian())
     whole = quantize(rows, name, factors)
     cuts = [0, 1, 130, 386, 387, 700]
 
@@ -172,7 +179,7 @@ def test_dead_columns(name):
     rows, hessian = random_rows(), random_hessian()
     dead = np.arange(512) % 3 == 0
     hessian[dead] = hessian[:, dead] = 0
-    found = ggml.dequantize(quantize(rows, name, make_feedback(hessian)), name, 512)
+    found = ggml.dequantize(quantize(rows, name, factor_hessian(hessian)), name, 512)
     assert np.isfinite(found).all()
     plain = ggml.quantize(rows, name, hessian.diagonal() + 1e-3 * hessian.diagonal().mean())
     errors = rows.astype(np.float64) - found
@@ -188,7 +195,7 @@ def test_rows_of_zeros_and_huge_weights(name):
     rows[2] *= 1e10  # no float16 scale reaches it: infinite, as ggml's own, which the writer refuses
     rows[3] *= 1e-30
     rows[4] = 1
-    found = ggml.dequantize(quantize(rows, name, make_feedback(random_hessian())), name, 512)
+    found = ggml.dequantize(quantize(rows, name, factor_hessian(random_hessian())), name, 512)
     assert np.isfinite(found[[0, 1, 3, 4, 5]]).all()
     assert not np.isfinite(found[2]).all()
     assert (found[0] == 0).all()
@@ -196,18 +203,18 @@ def test_rows_of_zeros_and_huge_weights(name):
 
 def test_refusals():
     rows, hessian = random_rows(2), random_hessian()
-    with pytest.raises(GgmlError, match=r"^cannot round to F16; wanted one of Q2_K, Q3_K"):
-        quantize(rows, "F16", make_feedback(hessian))
+    with pytest.raises(GgmlError, match=r"^cannot quantize to Q9; wanted one of F32, F16"):
+        quantize(rows, "Q9", factor_hessian(hessian))
     with pytest.raises(GgmlError, match=r"^Q4_K needs rows of a multiple of 256 weights, got 160$"):
-        quantize(rows[:, :160], "Q4_K", make_feedback(hessian[:160, :160]))
-    with pytest.raises(GgmlError, match=r"^feedback: wanted 256 columns, got 512$"):
-        quantize(rows[:, :256], "Q4_K", make_feedback(hessian))
+        quantize(rows[:, :160], "Q4_K", factor_hessian(hessian[:160, :160]))
+    with pytest.raises(GgmlError, match=r"^Hessian factors: wanted 256 columns, got 512$"):
+        quantize(rows[:, :256], "Q4_K", factor_hessian(hessian))
     with pytest.raises(ModelError, match=r"^Hessian: wanted finite numbers and a positive diagonal, got a diagonal of"):
-        make_feedback(np.zeros((4, 4)))
+        factor_hessian(np.zeros((4, 4)))
     with pytest.raises(ModelError, match=r"^Hessian: wanted finite numbers"):
-        make_feedback(np.full((4, 4), np.nan))
+        factor_hessian(np.full((4, 4), np.nan))
     with pytest.raises(ModelError, match=r"^Hessian: not positive definite with shrinkage 0 and damping 0: "):
-        make_feedback(np.array([[1.0, 2.0], [2.0, 1.0]]), shrinkage=0, damping=0)
+        factor_hessian(np.array([[1.0, 2.0], [2.0, 1.0]]), shrinkage=0, damping=0)
 
 
 def test_joining():

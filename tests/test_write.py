@@ -30,8 +30,9 @@ from nsds_gguf import __version__
 from nsds_gguf.errors import ModelError, OutputError
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.llamacpp.llama import logits
-from nsds_gguf.quantize import write
-from nsds_gguf.quantize.write import header_bytes, write_gguf
+from nsds_gguf.quantize import TensorQuantizers, header, write
+from nsds_gguf.quantize.header import header_bytes
+from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.records import Hparams, Scores, Target, kv
 from nsds_gguf.sensitivity.sensitivities import sensitivities
 from nsds_gguf.session.session import tensor_types_file
@@ -76,7 +77,7 @@ def small_decoder(**changes):
 
 
 def written(model, plan, path, importance=None, n_threads=2):
-    write_gguf(model, plan, importance or {}, path, n_threads=n_threads)
+    write_gguf(model, plan, TensorQuantizers("rtn", importance or {}), path, n_threads=n_threads)
     return path
 
 
@@ -226,10 +227,6 @@ def test_file_type_is_that_of_most_bytes(embedding, output, number, tmp_path):
     assert reader.fields["general.file_type"].contents() == number
 
 
-def test_every_type_has_a_file_type():
-    assert set(write.FILE_TYPES) == set(ggml.TYPES)
-
-
 def test_the_header_is_as_long_as_foreseen(tmp_path):
     """The header's length is asked for before there is a plan, and is where the first tensor begins."""
     model = small_decoder()
@@ -248,7 +245,7 @@ def test_keys_are_packed_as_gguf_packs_them(tmp_path):
     arrays["test.texts"] = kv(["", "a\0b", "Grüße", "😀"], GGUFValueType.ARRAY, GGUFValueType.STRING)
     scalars = {"test.text": kv("Grüße", GGUFValueType.STRING), "test.yes": kv(True, GGUFValueType.BOOL)}
     model = replace(small_decoder(), metadata={**arrays, **scalars})
-    ours = write._header(replace(model, tensors=()), {}, {})
+    ours = header._header(replace(model, tensors=()), {}, {})
     writer = GGUFWriter(tmp_path / "theirs.gguf", model.architecture)
     writer.kv_data[0] = dict(model.metadata)
     writer.write_header_to_file()
@@ -297,7 +294,8 @@ def test_progress_counts_every_weight(tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_SLAB_WEIGHTS", 1 << 12)
     model, calls = small_decoder(), []
     plan = uniform_plan(model, "Q8_0")
-    write_gguf(model, plan, {}, tmp_path / "model.gguf", n_threads=2, progress=lambda *call: calls.append(call))
+    path = tmp_path / "model.gguf"
+    write_gguf(model, plan, TensorQuantizers(), path, n_threads=2, progress=lambda *call: calls.append(call))
     done = [n for n, _ in calls]
     assert done == sorted(set(done))
     assert calls[-1] == (model.n_weights, model.n_weights)
@@ -323,7 +321,8 @@ def test_a_bounded_number_of_slabs_is_in_flight(tmp_path, monkeypatch):
 
     tensor = replace(make_tensor("blk.0.attn_q.weight", np.ones((500, 256), np.float32)), read_rows=read_rows)
     model = replace(writable_model({}, HPARAMS), tensors=(tensor,))
-    write_gguf(model, uniform_plan(model, "Q4_K"), {}, tmp_path / "model.gguf", n_threads=3, progress=progress)
+    plan, path = uniform_plan(model, "Q4_K"), tmp_path / "model.gguf"
+    write_gguf(model, plan, TensorQuantizers(), path, n_threads=3, progress=progress)
     assert read_weights == 500 * 256
     assert max(ahead) <= 3 * 2 * 256
 

@@ -16,7 +16,9 @@ from zoo import EXACT, ZooSpec, zoo_tokens
 from nsds_gguf.allocate import PlanOptions, make_plan
 from nsds_gguf.errors import VerifyError
 from nsds_gguf.llamacpp.llama import logits
-from nsds_gguf.quantize.write import header_bytes, write_gguf
+from nsds_gguf.quantize import TensorQuantizers
+from nsds_gguf.quantize.header import header_bytes
+from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.records import Float32, Model, Target
 
 GOLDEN = Path(__file__).parent / "golden" / "logits.npz"
@@ -54,7 +56,7 @@ def difference(rows: Float32, wanted: Float32, largest: float | None = None) -> 
 def model_logits(model: Model, path: Path, tokens: list[int]) -> Float32:
     """Write a model as F32 GGUF to ``path`` and return llama.cpp's logits."""
     n_header = header_bytes(model, allocator="uniform", target=F32.target, importance="none", metric=None)
-    write_gguf(model, make_plan(model, None, F32, n_header), {}, path, n_threads=1)
+    write_gguf(model, make_plan(model, None, F32, n_header), TensorQuantizers(), path, n_threads=1)
     return logits(path, tokens, n_threads=1)
 
 

@@ -4,7 +4,7 @@ A new allocator is a function ``(Problem) -> Choice`` and one entry in ``ALLOCAT
 """
 
 from .allocators import ALLOCATORS, PREFERENCES, Allocator, Choice, Problem, decided_by, layer_factors
-from .candidates import Candidate, candidates, check_type, fitting_type, nearest_bpw, parse_tensor_type
+from .candidates import Candidate, candidates, check_type, fitting_type, measurable, nearest_bpw, parse_tensor_type
 from .planning import check_recipe, checked_candidates, make_plan
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "fitting_type",
     "layer_factors",
     "make_plan",
+    "measurable",
     "nearest_bpw",
     "parse_tensor_type",
 ]

@@ -112,7 +112,7 @@ def _choices(
         return Choices(sizes, (0.0,))
     cost = costs[candidate.tensor.name]
     weight = cost.sensitivity * factors.get(candidate.tensor.layer, 1.0)
-    margins = [1 + FAST_MARGIN if prefers_fast and name not in ggml.FAST_TYPES else 1.0 for name in candidate.types]
+    margins = [1 + FAST_MARGIN if prefers_fast and not ggml.TYPES[name].is_fast else 1.0 for name in candidate.types]
     divergences = (weight * cost.errors[name] for name in candidate.types)
     return Choices(sizes, tuple(d * margin for d, margin in zip(divergences, margins, strict=True)))
 

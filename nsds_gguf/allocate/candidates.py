@@ -17,10 +17,6 @@ from ..llamacpp import ggml
 from ..llamacpp.rules import kept_reason, needs_f32
 from ..records import ALIGNMENT_BYTES, COPIED_TYPES, Model, Target, Tensor, TensorKind, TensorType
 
-# What takes the place of a K-quant where rows are not multiples of 256: the narrow type nearest above it, and
-# IQ4_NL rather than llama.cpp's Q4_0, for the same bytes with a better codebook (tensor_type_fallback).
-FALLBACKS = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-
 LAST_RESORT = "F16"  # rows that no block divides, as llama.cpp does
 
 
@@ -63,7 +59,7 @@ def parse_tensor_type(text: str) -> TensorType:
 def fitting_type(wanted: str, candidate: Candidate) -> str:
     """Return the type, or what takes its place where the rows do not fit it."""
     n_cols = candidate.tensor.n_cols
-    return next((name for name in (wanted, FALLBACKS.get(wanted, wanted)) if ggml.fits(name, n_cols)), LAST_RESORT)
+    return next((name for name in (wanted, ggml.TYPES[wanted].fallback or wanted) if ggml.fits(name, n_cols)), LAST_RESORT)
 
 
 def check_type(name: str, where: str) -> str:
@@ -87,6 +83,11 @@ def candidates(model: Model, types: Sequence[str], fixed: Sequence[TensorType] =
             why = f"only {matched[0].name} and its like, which stay {stays}" if matched else "no tensor"
             raise PlanError(f"--tensor-type '{one}' matches {why} (the whole name must match)")
     return [_candidate(model, tensor, types, fixed) for tensor in model.tensors]
+
+
+def measurable(found: Sequence[Candidate]) -> list[tuple[Tensor, tuple[str, ...]]]:
+    """Return the matrices that may be quantized, each with the types to measure; those with one type are among them."""
+    return [(each.tensor, each.types) for each in found if each.kind != "unquantized" and each.types != ("F32",)]
 
 
 def _candidate(model: Model, tensor: Tensor, types: Sequence[str], fixed: Sequence[TensorType]) -> Candidate:
@@ -126,7 +127,7 @@ def _open_candidate(tensor: Tensor, types: Sequence[str]) -> Candidate:
 
 
 def _by_size(types: Sequence[str]) -> tuple[str, ...]:
-    return tuple(sorted(types, key=lambda name: (ggml.bits_per_weight(name), ggml.TYPES.index(name))))
+    return tuple(sorted((name for name in ggml.TYPES if name in types), key=ggml.bits_per_weight))
 
 
 def budget_bytes(target: Target | None, n_weights: int, header_bytes: int) -> int | None:

@@ -117,7 +117,7 @@ def _speed_notes(plan: Plan) -> tuple[str, ...]:
     """Return which tensors have types without fast kernels, for who prefers fast ones."""
     if plan.recipe.prefer != "fast":
         return ()
-    slow = [t for t in plan.tensors if t.type not in (*ggml.FAST_TYPES, *UNQUANTIZED)]
+    slow = [t for t in plan.tensors if t.type not in UNQUANTIZED and not ggml.TYPES[t.type].is_fast]
     if not slow:
         return ("Every quantized tensor has a type with fast CPU kernels in ggml.",)
     share = sum(t.n_weights for t in slow) / plan.n_weights

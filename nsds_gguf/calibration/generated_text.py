@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import VerifyError
 from ..llamacpp.llama import Int32, LlamaContext, LlamaModel, open_context, open_model
-from ..quantize.equalization import Balance
+from ..quantize.equalization import Equalization
 from ..records import Float32, Model, Progress, no_progress
 from .activations import Moments, collect
 
@@ -47,7 +47,7 @@ class OwnText:
     tokens: Int32
     seed: int
     moments: Mapping[str, Moments]
-    balance: Balance = field(default_factory=Balance)
+    balance: Equalization = field(default_factory=Equalization)
 
     def full_moments(
         self, names: Collection[str], max_bytes: int, n_threads: int | None = None

@@ -1,4 +1,4 @@
-"""Second moments of what matrices multiply, ``E[x x^T]``, for rounding with feedback: from tokens drawn or written.
+"""Second moments of what matrices multiply, ``E[x x^T]``, for GPTQ: from tokens drawn or written.
 
 As many are gathered in one reading of the tokens as fit in memory; their factors go to disk.
 """
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..compute.layers import view_layer
 from ..llamacpp.rules import kept_reason
-from ..quantize.rounding import Feedbacks
+from ..quantize.hessian_factors import FactorStore
 from ..records import Float32, Model, Progress, no_progress
 from ..sensitivity.fisher import Tokens, mixed_roles, read_tokens
 from ..system.resources import available_memory_bytes
@@ -36,7 +36,7 @@ def make_feedbacks(
     folder: Path,
     n_threads: int,
     progress: Progress = no_progress,
-) -> Feedbacks:
+) -> FactorStore:
     """Factor the Hessian of every plain matrix that is multiplied.
 
     Stacked experts have none, nor has an embedding whose rows are only looked up.
@@ -53,7 +53,7 @@ def make_feedbacks(
         ModelError: a Hessian cannot be factored.
 
     """
-    feedbacks = Feedbacks(folder)
+    feedbacks = FactorStore(folder)
     shrinkage = SHRINKAGE_OWN if isinstance(source, OwnText) else SHRINKAGE_DRAWN
     total = len(multiplied(model))
     progress(0, total)
@@ -75,8 +75,8 @@ def multiplied(model: Model) -> list[str]:
     return [t.name for t in quantized if len(t.shape) == 2 and (t.layer is not None or t.name == output)]
 
 
-def note(model: Model, feedbacks: Feedbacks) -> str:
-    """Return what the user must know: how many matrices are rounded with feedback, and which are not."""
+def note(model: Model, feedbacks: FactorStore) -> str:
+    """Return what the user must know: how many matrices are rounded by GPTQ, and which are not."""
     matrices = [t for t in model.tensors if t.is_matrix and not kept_reason(t, model.architecture)]
     lacking = [tensor.name for tensor in matrices if tensor.name not in feedbacks.names]
     n_weights = sum(tensor.n_weights for tensor in matrices)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import TextError, VerifyError, told_of
 from ..llamacpp import llama
-from ..quantize.write import write_outline
+from ..quantize.header import write_outline
 from ..records import Model
 from ..system.workfolder import WorkFolder
 from .embedding import POOLINGS

@@ -14,26 +14,67 @@ import functools
 import importlib.util
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 from numpy.typing import NDArray
 
 from ..errors import GgmlError
 from ..records import Float32
 
-# Types this program writes. Bits per weight follow from gguf's GGML_QUANT_SIZES (block of weights, block bytes).
-FLOAT_TYPES = ("F32", "F16", "BF16")
-K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
-NARROW_TYPES = ("Q4_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0")  # blocks of 32, for rows that K-quants cannot cut
-TYPES = (*FLOAT_TYPES, *K_TYPES, *NARROW_TYPES)
 
-# Types for which ggml-cpu has kernels on rows that it interleaves when it loads them, on some processor at least
-# (ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type); Q3_K, Q5_0 and Q5_1 have none on any.
-FAST_TYPES = ("Q2_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "IQ4_NL", "Q8_0")
+@dataclass(frozen=True)
+class QuantType:
+    """A type that this program writes.
+
+    Attributes:
+        name: ggml's name, in capitals.
+        file_type: ``general.file_type`` of a file in which most bytes are of this type.
+        is_fast: whether ggml-cpu has kernels for rows that it interleaves when it loads them, on some processor at
+            least (ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type).
+        weighs_columns: whether ggml's quantizer minimizes an error with column weights; the others round to nearest.
+        fallback: what takes its place where rows are not whole blocks; empty where only F16 does.
+
+    """
+
+    name: str
+    file_type: LlamaFileType
+    is_fast: bool = False
+    weighs_columns: bool = True
+    fallback: str = ""
+
+
+# In the order of menus and of ties between equal sizes. Bits per weight follow from gguf's GGML_QUANT_SIZES (block of
+# weights, block bytes). A type whose name is in ``quantize.formats.FORMATS`` can be rounded by GPTQ too.
+#
+# The fallback of a K-quant is the type with blocks of 32 nearest above it, and IQ4_NL rather than llama.cpp's Q4_0, for
+# the same bytes with a better codebook (tensor_type_fallback).
+TYPES: Mapping[str, QuantType] = {row.name: row for row in (
+    QuantType("F32", LlamaFileType.ALL_F32, weighs_columns=False),
+    QuantType("F16", LlamaFileType.MOSTLY_F16, weighs_columns=False),
+    QuantType("BF16", LlamaFileType.MOSTLY_BF16, weighs_columns=False),
+    QuantType("Q2_K", LlamaFileType.MOSTLY_Q2_K, is_fast=True, fallback="IQ4_NL"),
+    QuantType("Q3_K", LlamaFileType.MOSTLY_Q3_K_M, fallback="IQ4_NL"),
+    QuantType("Q4_K", LlamaFileType.MOSTLY_Q4_K_M, is_fast=True, fallback="Q5_0"),
+    QuantType("Q5_K", LlamaFileType.MOSTLY_Q5_K_M, is_fast=True, fallback="Q5_1"),
+    QuantType("Q6_K", LlamaFileType.MOSTLY_Q6_K, is_fast=True, fallback="Q8_0"),
+    QuantType("Q4_0", LlamaFileType.MOSTLY_Q4_0, is_fast=True),
+    QuantType("IQ4_NL", LlamaFileType.MOSTLY_IQ4_NL, is_fast=True),
+    QuantType("Q5_0", LlamaFileType.MOSTLY_Q5_0),
+    QuantType("Q5_1", LlamaFileType.MOSTLY_Q5_1),
+    QuantType("Q8_0", LlamaFileType.MOSTLY_Q8_0, is_fast=True, weighs_columns=False),
+)}  # fmt: skip
+
+
+def _of_block(n_weights: int) -> tuple[str, ...]:
+    return tuple(name for name in TYPES if GGML_QUANT_SIZES[GGMLQuantizationType[name]][0] == n_weights)
+
+
+FLOAT_TYPES, NARROW_TYPES, K_TYPES = _of_block(1), _of_block(32), _of_block(256)
 
 # Further types that ggml dequantizes, which files that are quantized already may hold; gguf may be too old for some.
 READ_TYPES = (*TYPES, *(

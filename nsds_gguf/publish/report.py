@@ -204,7 +204,7 @@ def command(plan: Plan, scores: Scores | None, model: str) -> str:
 def _kernels(types: set[str]) -> dict[str, str]:
     """Return whether ggml has fast CPU kernels for quantized types; those that we do not write are left out."""
     ours = sorted(types & set(ggml.TYPES) - set(UNQUANTIZED))
-    return {name: "fast" if name in ggml.FAST_TYPES else "slow" for name in ours}
+    return {name: "fast" if ggml.TYPES[name].is_fast else "slow" for name in ours}
 
 
 def _plan_facts(plan: Plan, scores: Scores | None) -> tuple[tuple[str, str], ...]:

@@ -1,1 +1,45 @@
-"""Rows of weights become bytes: round-to-nearest by ggml, GPTQ, and the file that they are written to."""
+"""Rows of weights become bytes: by round-to-nearest or GPTQ, measured by the object that writes them, in a GGUF file.
+
+A rounding is an entry of ``ROUNDINGS``: it makes a ``Quantizer`` of each tensor. ``measure`` and ``write`` see nothing
+else of it, so the errors that an allocator weighs are those of the bytes that are written. To add one, write a module
+with a quantizer and a ``Rounding``, and add that to the table.
+
+    rtn     round to nearest                llama.cpp, ggml-quants.c
+    gptq    error feedback from columns     Frantar et al., arXiv 2210.17323; Chee et al., arXiv 2307.13304
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..records import Float32, Tensor
+from . import gptq, rtn
+from .hessian_factors import FactorStore
+from .quantizer import Quantizer, Quantizers, Rounding
+
+__all__ = ["ROUNDINGS", "Quantizer", "Quantizers", "Rounding", "TensorQuantizers"]
+
+ROUNDINGS: dict[str, Rounding] = {each.name: each for each in (rtn.ROUNDING, gptq.ROUNDING)}
+
+
+@dataclass(frozen=True)
+class TensorQuantizers:
+    """The quantizers of a model's tensors: what ``measure`` and ``write_gguf`` take.
+
+    Attributes:
+        rounding: name of one of ``ROUNDINGS``.
+        column_weights: by tensor name, ``(n_cols,)`` float32, or ``(n_experts, n_cols)`` where stacked matrices differ;
+            what is absent has columns of equal weight.
+        factors: Hessian factors, for a rounding that needs them; tensors without any are rounded to nearest.
+
+    """
+
+    rounding: str = "rtn"
+    column_weights: Mapping[str, Float32] = field(default_factory=dict)
+    factors: FactorStore | None = None
+
+    def __call__(self, tensor: Tensor) -> Quantizer:
+        """Return the quantizer of a tensor; factors are read from disk."""
+        factors = self.factors.of(tensor.name) if self.factors is not None else None
+        return ROUNDINGS[self.rounding].make(tensor, self.column_weights.get(tensor.name), factors)

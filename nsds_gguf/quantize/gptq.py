@@ -1,4 +1,4 @@
-"""Sequential error feedback: what rounding a column does wrong, the columns right of it make good.
+"""GPTQ: what rounding a column does wrong, the columns right of it make good.
 
 With the second moment ``H = E[x x^T]`` of a matrix's input, errors e of a row (what it was, less what it became) make a
 mean squared output error of ``e^T H e``. With ``H = U diag(v) U^T``, U unit upper triangular, and columns rounded from
@@ -14,7 +14,9 @@ Columns go by blocks. With a for all that is left of block b, the part of b in t
     (g_b - q_b)^T S_b (g_b - q_b),   S_b = U_bb diag(v_b) U_bb^T,   g_b = w_b + U_bb^-T U_ab^T e_a,
 
 so the *targets* g_b are what the block's scales have to suit: ggml finds them, columns weighted by v. After rounding
-with feedback this form is lowered further, by steps that each keep all else: d and dmin, s and m of a sub-block, codes.
+this form is lowered further, by steps that each keep all else: d and dmin, s and m of a sub-block, codes.
+
+A type without an entry in ``formats.FORMATS``, and a tensor without Hessian factors, are rounded to nearest.
 
 Arrays of one block have columns first: the values of many rows in one column are contiguous. Cost: ``n_cols ** 2``
 multiplications a row in matrix products, and about ten passes over every column.
@@ -23,95 +25,100 @@ multiplications a row in matrix products, and about ten passes over every column
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
-from ..errors import ModelError
+from ..errors import GgmlError
 from ..llamacpp import ggml
-from ..records import Float32, Float64
+from ..records import Float32, Float64, Tensor
 from .formats import FORMATS, Blocks, Format, UInt8, determined, inverse, joined, to_float16
+from .hessian_factors import HessianFactors
+from .quantizer import Quantizer, Rounding
+from .rtn import make_rtn
+
+# Rows are rounded in tiles: rows ``k * ROW_TILE`` and following of a tensor, with zeros in place of what is not asked
+# for. The last bits of a matrix product depend on its shape and on where in it a row stands, so both are fixed.
+ROW_TILE = 256
 
 _STEPS = (-3, -2, -1, 0, 1, 2, 3)  # of s, tried in a descent
-_PANEL = 256  # columns of one matrix product over a triangle
 
 
 @dataclass(frozen=True)
-class Feedback:
-    """The factors of one Hessian, for all matrices that have that input.
+class GptqQuantizer:
+    """Rounds the rows of one tensor by GPTQ, with less error of the matrix's output in the same bytes as ggml's.
+
+    A row's error is ``(x - q)^T H (x - q)``, its squared norm ``sum_j H_jj x_j**2``. One and the
+    same BLAS on one thread gives the same bytes: callers set that. In memory, beside the result: five float32 copies of
+    a tile.
 
     Attributes:
-        coefficients: ``(n_cols, n_cols)`` float32, U: unit upper triangular.
-        variances: ``(n_cols,)`` float32, v: what remains of each column's moment given the columns right of it.
-        importance: ``(n_cols,)`` float32, diagonal of H.
+        factors: of the Hessian H of the matrix's input.
+        n_descents: passes of descent over the scales and codes of each block.
 
     """
 
-    coefficients: Float32
-    variances: Float32
-    importance: Float32
+    factors: HessianFactors
+    n_descents: int = 1
+    tile_rows: int = ROW_TILE
 
-    def row_errors(self, errors: Float32) -> Float64:
-        """Return ``e^T H e`` of every row: ``(n_rows, n_cols)`` float32 to ``(n_rows,)``."""
-        total: Float64 = np.zeros(len(errors))
-        for start in range(0, errors.shape[1], _PANEL):
-            stop = min(start + _PANEL, errors.shape[1])
-            reduced = errors[:, :stop] @ self.coefficients[:stop, start:stop]
-            total += np.square(reduced, out=reduced) @ self.variances[start:stop]
-        return total
+    def quantize(self, rows: Float32, type_name: str, first_row: int = 0) -> UInt8:
+        """See ``Quantizer``; raises ``GgmlError`` too when the factors are of another number of columns."""
+        n_rows, n_cols = rows.shape
+        if len(self.factors.diagonal) != n_cols:
+            raise GgmlError(f"Hessian factors: wanted {n_cols} columns, got {len(self.factors.diagonal)}")
+        if type_name not in FORMATS:
+            return ggml.quantize(rows, type_name, self.factors.diagonal)
+        out = np.empty((n_rows, ggml.row_bytes(type_name, n_cols)), dtype=np.uint8)
+        with np.errstate(over="ignore", invalid="ignore"):  # scales beyond float16 become infinite, as ggml's do
+            for start, stop, place in _tiles(n_rows, first_row):
+                tile = np.zeros((ROW_TILE, n_cols), dtype=np.float32)
+                within = slice(place, place + stop - start)
+                tile[within] = rows[start:stop]
+                blocks = round_rows(tile, type_name, self.factors, self.n_descents)
+                out[start:stop] = FORMATS[type_name].pack(blocks)[within]
+        return out
 
+    def errors(self, rows: Float32, type_name: str, first_row: int = 0) -> Float64:
+        """See ``Quantizer``."""
+        data = self.quantize(rows, type_name, first_row)
+        return self.factors.row_errors(rows - ggml.dequantize(data, type_name, rows.shape[1]))
 
-def make_feedback(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, damping: float = 1e-3) -> Feedback:
-    """Factor a Hessian.
-
-    In memory: two float64 matrices of its size, and one of float32 that stays.
-
-    Args:
-        hessian: ``(n_cols, n_cols)``, symmetric, positive semidefinite but for rounding. It may be of low rank and hold
-            columns of zeros.
-        shrinkage: share by which everything off the diagonal is made smaller: how far the Hessian is mistrusted. 0.05
-            served moments of 8000 tokens and more, 0.2 those of 2000 (docs/log.md, 2026-11-25). Unlike damping it does
-            the same to columns of small and of large moments.
-        damping: share of the mean of the diagonal that is added to the diagonal: what dead columns get.
-
-    Raises:
-        ModelError: the Hessian is not finite, is zero, or not positive definite even so.
-
-    """
-    h: Float64 = np.array(hessian, dtype=np.float64)
-    diagonal = h.diagonal().copy()
-    mean = float(diagonal.mean())
-    if not np.isfinite(h).all() or mean <= 0:
-        raise ModelError(f"Hessian: wanted finite numbers and a positive diagonal, got a diagonal of mean {mean:g}")
-    diagonal += damping * mean
-    h *= 1 - shrinkage
-    np.fill_diagonal(h, diagonal)
-    try:
-        upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    except np.linalg.LinAlgError as error:
-        raise ModelError(
-            f"Hessian: not positive definite with shrinkage {shrinkage:g} and damping {damping:g}: {error}"
-        ) from error
-    pivots = upper.diagonal().copy()
-    return Feedback(
-        np.ascontiguousarray(upper / pivots, dtype=np.float32),
-        np.square(pivots).astype(np.float32),
-        diagonal.astype(np.float32),
-    )
+    def squared_norms(self, rows: Float32, first_row: int = 0) -> Float64:
+        """See ``Quantizer``."""
+        return (np.square(rows) @ self.factors.diagonal).astype(np.float64)
 
 
-def round_with_feedback(rows: Float32, type_name: str, feedback: Feedback, n_descents: int) -> Blocks:
+def make_gptq(tensor: Tensor, weights: Float32 | None, factors: HessianFactors | None) -> Quantizer:
+    """Return a quantizer of the tensor: round-to-nearest where there are no Hessian factors."""
+    return make_rtn(tensor, weights, None) if factors is None else GptqQuantizer(factors)
+
+
+ROUNDING = Rounding("gptq", "GPTQ: errors of a column are made good by the columns right of it", True, make_gptq)
+
+
+def _tiles(n_rows: int, first_row: int) -> Iterator[tuple[int, int, int]]:
+    """Yield where the rows of each tile start and stop, and the place of the first in the tile."""
+    start = 0
+    while start < n_rows:
+        place = (first_row + start) % ROW_TILE
+        stop = min(n_rows, start + ROW_TILE - place)
+        yield start, stop, place
+        start = stop
+
+
+def round_rows(rows: Float32, type_name: str, factors: HessianFactors, n_descents: int) -> Blocks:
     """Round rows, ``(n_rows, n_cols)`` float32, with ``n_descents`` passes of descent over every block."""
     format = FORMATS[type_name]
     weights = np.ascontiguousarray(rows.T)
     errors = np.empty_like(weights)
-    found = []
+    rounded = []
     for start in range(0, len(weights), format.block):
         columns = slice(start, start + format.block)
-        triangle, variances = feedback.coefficients[columns, columns], feedback.variances[columns]
-        pull = feedback.coefficients[:start, columns].T @ errors[:start]
+        triangle, variances = factors.upper[columns, columns], factors.variances[columns]
+        pull = factors.upper[:start, columns].T @ errors[:start]
         pull = solve_triangular(triangle, pull, trans=1, unit_diagonal=True, check_finite=False)
         targets = weights[columns] + pull
         work = _Columns(targets, format.unpack(ggml.quantize(targets.T, type_name, variances)), format)
@@ -120,8 +127,8 @@ def round_with_feedback(rows: Float32, type_name: str, feedback: Feedback, n_des
         for _ in range(n_descents):
             work.descend(form)
         errors[columns] = work.errors - pull
-        found.append(work.blocks())
-    return joined(found)
+        rounded.append(work.blocks())
+    return joined(rounded)
 
 
 class _Columns:
@@ -151,7 +158,7 @@ class _Columns:
         return Blocks(codes, s, m, self.d[:, None], self.dmin[:, None])
 
     def round(self, triangle: Float32) -> None:
-        """Round from left to right with feedback by ``(block, block)`` of U."""
+        """Round from left to right; errors move on by ``(block, block)`` of U."""
         for sub, (first, last) in enumerate(self._subs):
             aims = self._targets[first:last] + triangle[:first, first:last].T @ self.errors[:first]
             scales = self._scales(sub)
@@ -203,10 +210,8 @@ class _Columns:
         """
         first, last = self._subs[sub]
         s, m, m_max = self.s[sub], self.m[sub], self._format.m_max
-        a = (
-            self.d * self._format.levels[self.codes[first:last]]
-        )  # one more of s takes a off the errors, one of m adds b
-        b = self.dmin
+        # one more of s takes a off the errors, one of m adds b
+        a, b = self.d * self._format.levels[self.codes[first:last]], self.dmin
         fa = within @ a
         aa, ab, bb = _dots(fa, a), b * fa.sum(0), b * b * within.sum()
         ae, be = _dots(pulls, a), b * pulls.sum(0)

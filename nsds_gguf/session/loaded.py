@@ -9,7 +9,7 @@ from .. import allocate
 from ..allocate import Candidate
 from ..errors import PlanError, RecordError
 from ..llamacpp import ggml
-from ..quantize.write import header_bytes
+from ..quantize.header import header_bytes
 from .settle import check_possible
 from ..records import Model, Plan, PlannedTensor, Scores, Tensor, TensorCost
 

@@ -11,7 +11,7 @@ from .. import allocate
 from ..errors import told_of
 from ..evaluate.texts import ORIGINAL, QUANTIZED_INPUT, VerifyOptions, predicts
 from ..llamacpp import ggml
-from ..quantize.write import header_bytes
+from ..quantize.header import header_bytes
 from ..read.gguf_source import SOURCE_TYPES
 from ..records import Model, Plan, Recipe
 

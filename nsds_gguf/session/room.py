@@ -12,7 +12,7 @@ from ..calibration.hessians import N_DRAWN
 from ..evaluate.perplexity import needed_bytes
 from ..evaluate.texts import ORIGINAL, VerifyOptions, embeds
 from ..llamacpp import ggml
-from ..quantize.write import header_bytes
+from ..quantize.header import header_bytes
 from ..records import ALIGNMENT_BYTES, Model, Plan, Recipe
 from ..system.resources import check_disk, check_memory, lacks_memory
 from .estimate import Work, duration, estimate_seconds

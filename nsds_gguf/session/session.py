@@ -13,7 +13,7 @@ from .. import allocate, metrics
 from ..allocate import ALLOCATORS
 from ..calibration.generated_text import N_TOKENS, OwnText, own_text
 from ..calibration.hessians import N_DRAWN, disk_bytes, make_feedbacks
-from ..calibration.hessians import note as feedback_note
+from ..calibration.hessians import note as hessian_note
 from ..calibration.imatrix import IMATRIX, Imatrix
 from ..compute.decoder import what_is_missing
 from ..errors import RecordError, told_of
@@ -22,9 +22,12 @@ from ..evaluate.perplexity import Perplexity, check_sane, perplexity
 from ..evaluate.structure import verify_structure
 from ..evaluate.texts import VerifyOptions, embeds
 from ..llamacpp import ggml
-from ..quantize.equalization import Balance, find_balance
-from ..quantize.rounding import Feedbacks
-from ..quantize.write import header_bytes, write_gguf
+from ..quantize import TensorQuantizers
+from ..quantize.equalization import Equalization, find_equalization
+from ..quantize.header import header_bytes
+from ..quantize.hessian_factors import FactorStore
+from ..quantize.measure import measure
+from ..quantize.write import write_gguf
 from ..records import Float32, Model, Plan, Recipe, Scores
 from ..sensitivity.fisher import Tokens, draw_tokens
 from ..sensitivity.moment_propagation import Propagation
@@ -58,8 +61,8 @@ class Session:
         self.scores: Scores | None = None
         self._imatrix_columns = imatrix.weights(model) if imatrix is not None else {}
         self._propagations: dict[bool, Propagation] = {}
-        self._balances: dict[bool, Balance] = {}
-        self._feedbacks: dict[tuple[bool, bool], Feedbacks] = {}
+        self._equalizations: dict[bool, Equalization] = {}
+        self._factors: dict[tuple[bool, bool], FactorStore] = {}
         self._own_text: OwnText | None = None
         self._original: Path | None = None
 
@@ -74,34 +77,34 @@ class Session:
                 self._propagations[own] = sensitivities(self.model, self.run.n_threads, progress, tokens, folder)
         return self._propagations[own]
 
-    def balance(self, recipe: Recipe) -> Balance:
+    def equalization(self, recipe: Recipe) -> Equalization:
         """Return how outlier channels are equalized: where costs count and the pass over tokens sees them."""
         if not ALLOCATORS[recipe.allocator].needs_costs or what_is_missing(self.model):
-            return Balance()
+            return Equalization()
         own = recipe.calibration == GENERATED
-        if own not in self._balances:
-            self._balances[own] = find_balance(self.model, self.propagation(own).inputs)
-        return self._balances[own]
+        if own not in self._equalizations:
+            self._equalizations[own] = find_equalization(self.model, self.propagation(own).inputs)
+        return self._equalizations[own]
 
-    def feedbacks(self, recipe: Recipe) -> Feedbacks | None:
+    def factors(self, recipe: Recipe) -> FactorStore | None:
         """Return the Hessian factors where the recipe rounds with them."""
         if not rounds_by_hessians(recipe):
             return None
-        own, balance = recipe.calibration == GENERATED, self.balance(recipe)
-        key = own, bool(balance)
-        if key not in self._feedbacks:
-            model, looked_up = balance.applied(self.model), self.propagation(own).looked_up
+        own, equalization = recipe.calibration == GENERATED, self.equalization(recipe)
+        key = own, bool(equalization)
+        if key not in self._factors:
+            model, looked_up = equalization.applied(self.model), self.propagation(own).looked_up
             source: Tokens | OwnText
             if own:
-                source = replace(self.own_text(), balance=balance)
+                source = replace(self.own_text(), equalization=equalization)
             else:
                 source = draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
-            folder = self.files.path / f"feedback-{len(self._feedbacks)}"
+            folder = self.files.path / f"hessians-{len(self._factors)}"
             folder.mkdir(exist_ok=True)
             check_disk(folder, disk_bytes(model), "the Hessian factors")
             with self.run.report.stage("factor Hessians") as progress, blas_threads(1), self._readable(own):
-                self._feedbacks[key] = make_feedbacks(model, source, looked_up, folder, self.run.n_threads, progress)
-        return self._feedbacks[key]
+                self._factors[key] = make_feedbacks(model, source, looked_up, folder, self.run.n_threads, progress)
+        return self._factors[key]
 
     def _readable(self, own: bool) -> AbstractContextManager[object]:
         """Give the file that the model's own text is read with again, where it is."""
@@ -124,7 +127,7 @@ class Session:
         """Return the column weights that the quantizers take for these types, if they take any."""
         if not weighs_columns(recipe, types):
             return {}
-        return self.balance(recipe).weights(self._columns(recipe.calibration))
+        return self.equalization(recipe).weights(self._columns(recipe.calibration))
 
     def _columns(self, calibration: str) -> dict[str, Float32]:
         if calibration == GENERATED:
@@ -186,17 +189,18 @@ class Session:
     def measure(self, scores: Scores, recipe: Recipe) -> Scores:
         """Return the scores with the costs of the tensors added."""
         own = recipe.calibration == GENERATED
-        propagation, balance = self.propagation(own), self.balance(recipe)
-        found = allocate.candidates(balance.applied(self.model), recipe.types, recipe.tensor_types)
-        columns = balance.weights(self._columns(recipe.calibration)) if recipe.calibration != "none" else {}
-        feedbacks = self.feedbacks(recipe)
+        propagation, equalization = self.propagation(own), self.equalization(recipe)
+        found = allocate.candidates(equalization.applied(self.model), recipe.types, recipe.tensor_types)
+        columns = equalization.weights(self._columns(recipe.calibration)) if recipe.calibration != "none" else {}
+        factors = self.factors(recipe)
+        quantizers, tensors = TensorQuantizers(recipe.rounding, columns, factors), allocate.measurable(found)
         with self.run.report.stage("measure tensors") as progress, blas_threads(1):
-            costs = allocate.measure(found, propagation, columns, self.run.n_threads, progress, feedbacks)
+            costs = measure(tensors, quantizers, propagation.sensitivity, self.run.n_threads, progress)
         notes = [*scores.notes, *propagation.notes]
-        if balance:
-            notes.append(balance.note)
-        if feedbacks is not None:
-            notes.append(feedback_note(self.model, feedbacks))
+        if equalization:
+            notes.append(equalization.note)
+        if factors is not None:
+            notes.append(hessian_note(self.model, factors))
         if own:
             notes.append(self.own_text().note(self.model))
         versions = {**scores.versions, "ggml": ggml.version()}
@@ -225,9 +229,9 @@ class Session:
         if scores is not None and scores.costs:
             return []
         notes = []
-        feedbacks = self.feedbacks(recipe)
-        if feedbacks is not None:
-            notes.append(feedback_note(self.model, feedbacks))
+        factors = self.factors(recipe)
+        if factors is not None:
+            notes.append(hessian_note(self.model, factors))
         if self.generates_text(recipe, {tensor.type for tensor in plan.tensors}):
             notes.append(self.own_text().note(self.model))
         return notes
@@ -241,12 +245,10 @@ class Session:
     def write(self, plan: Plan, path: Path, name: str = "quantize and write") -> None:
         """Write the file."""
         columns = self.columns(plan.recipe, {tensor.type for tensor in plan.tensors})
-        feedbacks = self.feedbacks(plan.recipe)
-        model = self.balance(plan.recipe).applied(self.model)
+        quantizers = TensorQuantizers(plan.recipe.rounding, columns, self.factors(plan.recipe))
+        model = self.equalization(plan.recipe).applied(self.model)
         with self.run.report.stage(name) as progress, blas_threads(1):
-            write_gguf(
-                model, plan, columns, path, n_threads=self.run.n_threads, progress=progress, feedbacks=feedbacks
-            )
+            write_gguf(model, plan, quantizers, path, n_threads=self.run.n_threads, progress=progress)
         check_unchanged(model.inputs)
 
     def verify(

@@ -11,6 +11,7 @@ from ..calibration.imatrix import IMATRIX, Imatrix, read_imatrix
 from ..compute import BACKENDS
 from ..compute.decoder import what_is_missing
 from ..errors import PlanError
+from ..llamacpp import ggml
 from ..evaluate.texts import embeds, predicts
 from ..metrics import METRICS, SE_READINGS
 from ..quantize import ROUNDINGS
@@ -104,9 +105,11 @@ def rounds_by_hessians(recipe: Recipe) -> bool:
 
 
 def weighs_columns(recipe: Recipe, types: set[str]) -> bool:
-    """Return whether any of the types is rounded to with column weights: ggml's Q8_0 takes the nearest levels."""
-    unweighed = set(UNQUANTIZED) if ROUNDINGS[recipe.rounding].needs_hessians else {*UNQUANTIZED, "Q8_0"}
-    return recipe.calibration != "none" and not types <= unweighed
+    """Return whether any of the types is rounded to with regard to what columns weigh."""
+    weighing = {name for name, row in ggml.TYPES.items() if row.weighs_columns}
+    if ROUNDINGS[recipe.rounding].needs_hessians:
+        weighing = types - set(UNQUANTIZED)
+    return recipe.calibration != "none" and not weighing.isdisjoint(types)
 
 
 def _check_contradictions(options: Options) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from .. import allocate
 from ..allocate.presets import PRESETS, preset_bytes
 from ..compute.decoder import what_is_missing
-from ..quantize.write import header_bytes
+from ..quantize.header import header_bytes
 from ..read.hub import HubName
 from ..records import AUTO, Model, Options, Plan, Recipe, Scores, Target
 from ..system.workfolder import WorkFolder

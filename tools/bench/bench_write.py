@@ -28,6 +28,7 @@ from plans import cycled_types, llama_keys, plan_of, uniform_plan
 
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.llamacpp.llama import default_threads, llama_build
+from nsds_gguf.quantize import TensorQuantizers
 from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.read.mapping import rope_row_order
 from nsds_gguf.read.safetensors import SafetensorsTensor
@@ -68,7 +69,7 @@ def bench(n_pairs: int = N_PAIRS, n_threads: int | None = None) -> dict[str, flo
         folder = Path(name)
         model = synthetic_model(folder, HPARAMS)
         source = folder / "source-BF16.gguf"
-        write_gguf(model, uniform_plan(model, "BF16"), {}, source, n_threads=n_threads)
+        write_gguf(model, uniform_plan(model, "BF16"), TensorQuantizers(), source, n_threads=n_threads)
         plan = plan_of(model, cycled_types(model, ggml.K_TYPES))
         importance = random_importance(model)
         found = {"n_weights": float(model.n_weights), "n_threads": float(n_threads)}
@@ -101,7 +102,7 @@ def compare(
     columns = per_expert(model, importance)
 
     def write_ours() -> None:
-        write_gguf(model, plan, importance, ours, n_threads=n_threads)
+        write_gguf(model, plan, TensorQuantizers("rtn", importance), ours, n_threads=n_threads)
 
     def write_theirs() -> None:
         llama_quantize(source, theirs, patterns, columns, n_threads)

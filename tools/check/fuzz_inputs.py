@@ -49,7 +49,7 @@ from nsds_gguf.evaluate import inspect
 from nsds_gguf.llamacpp.gguf_header import read_gguf_header
 from nsds_gguf.publish import bundle, model_card, modelfile
 from nsds_gguf.publish.chat import ChatTemplate, conversation, find_format
-from nsds_gguf.quantize.write import write_outline
+from nsds_gguf.quantize.header import write_outline
 from nsds_gguf.records import Model, Plan, Scores, Target
 from nsds_gguf.session import loaded as given
 from nsds_gguf.session import outputs

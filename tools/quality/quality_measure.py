@@ -41,7 +41,7 @@ N_SEQUENCES = 4  # decoded together, as nsds_gguf.perplexity does at this contex
 OUTSIDE = ("output.weight", "token_embd.weight")
 
 # Whose code decides, with llama.cpp's build, which bytes a plan becomes: part of every key.
-WRITERS = ("write.py", "hessians.py", "rounding/*.py")
+WRITERS = ("quantize/*.py", "calibration/hessians.py")
 
 # What a plan says besides types and importance, and no byte of its tensors depends on.
 NO_BYTES = ("allocator", "target", "types", "importance", "tensors", "header_bytes", "model_name", "metric", "gap",

@@ -14,7 +14,7 @@ import numpy as np
 from quality_measure import Bench, Yardstick, original_plan
 
 from nsds_gguf.allocate import PlanOptions, candidates
-from nsds_gguf.quantize.write import header_bytes
+from nsds_gguf.quantize.header import header_bytes
 from nsds_gguf.records import Plan, Scores, TensorCost, role_and_layer
 
 # Types at which a tensor is measured; the first gives alpha, the second shows whether divergence is linear in the

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from nsds_gguf.allocate.measurement import ratio_estimate
+from nsds_gguf.quantize.measure import ratio_estimate
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

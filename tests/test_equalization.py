@@ -1,4 +1,4 @@
-"""Outlier channels made even: the same logits to the last bit, less error in the same bytes, nothing without need."""
+"""Channel equalization: the same logits to the last bit, less error in the same bytes, nothing without need."""
 
 from __future__ import annotations
 
@@ -15,16 +15,25 @@ from zoo import zoo_tokens
 from zoo_logits import model_logits
 from zoo_specs import SPECS, write_spec
 
-from nsds_gguf import conversion as convert
+from nsds_gguf import convert
 from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.evaluate.texts import ORIGINAL, VerifyOptions
-from nsds_gguf.quantize.equalization import LEAST, OUTSTANDING, Balance, find_balance
+from nsds_gguf.evaluate.texts import (
+    ORIGINAL,
+    VerifyOptions,
+)
+from nsds_gguf.quantize.equalization import LEAST, OUTSTANDING, Equalization, find_equalization
 from nsds_gguf.read import open_model
 from nsds_gguf.records import SELF, Model, Target
 from nsds_gguf.session import session
-from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.reporter import Silent
-from nsds_gguf.session.session import Work
+from nsds_gguf.session.outputs import (
+    Output,
+)
+from nsds_gguf.session.reporter import (
+    Silent,
+)
+from nsds_gguf.session.session import (
+    Work,
+)
 
 OPTIONS = PlanOptions(Target("bpw", 4.5))
 
@@ -43,11 +52,11 @@ def uneven(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
 def test_logits_are_the_same_to_the_last_bit(name: str, tmp_path: Path) -> None:
     """Whatever the factors, in every class: llama.cpp computes what it computed."""
     model, tokens = open_model(write_spec(tmp_path / "checkpoint", name)), zoo_tokens(SPECS[name])
-    balance = find_balance(model, uneven(model))
-    in_layers = any(matrix.startswith("blk.") for matrix in balance.columns)
+    equalization = find_equalization(model, uneven(model))
+    in_layers = any(matrix.startswith("blk.") for matrix in equalization.columns)
     assert in_layers == (model.hparams.n_experts == 0 and model.architecture not in LEFT_ALONE)
-    assert ("output.weight" in balance.columns) == (not model.is_tied and "output_norm.weight" in model.by_name)
-    changed = balance.applied(model)
+    assert ("output.weight" in equalization.columns) == (not model.is_tied and "output_norm.weight" in model.by_name)
+    changed = equalization.applied(model)
     before, after = (model_logits(m, tmp_path / f"{i}.gguf", tokens) for i, m in enumerate((model, changed)))
     np.testing.assert_array_equal(after, before)
 
@@ -59,28 +68,28 @@ def test_planted_outliers_are_found(name: str, tmp_path: Path) -> None:
     outlier_copy(source, tmp_path / "copy", seed=1)
     plain, planted = open_model(source), open_model(tmp_path / "copy")
     assert not Work(plain, 1, Silent()).balance(OPTIONS)
-    balance = Work(planted, 1, Silent()).balance(OPTIONS)
+    equalization = Work(planted, 1, Silent()).balance(OPTIONS)
     factors = planted.by_name["blk.0.attn_norm.weight"].load() / plain.by_name["blk.0.attn_norm.weight"].load()
     large = factors > FIXED_FACTORS[0] - 0.1
     assert np.count_nonzero(large) == N_FIXED
-    exponents = balance.columns["blk.0.attn_q.weight"]
+    exponents = equalization.columns["blk.0.attn_q.weight"]
     assert np.abs(exponents[large] - np.log2(factors[large])).max() < 2
-    assert all(np.array_equal(balance.columns[f"blk.0.attn_{part}.weight"], exponents) for part in "kv")
-    assert np.array_equal(balance.rows["blk.0.attn_norm.weight"], -exponents)
-    assert ("output.weight" in balance.columns) == (not planted.is_tied)
-    assert balance.n_channels >= N_FIXED and f"{balance.n_channels} of them" in balance.note
+    assert all(np.array_equal(equalization.columns[f"blk.0.attn_{part}.weight"], exponents) for part in "kv")
+    assert np.array_equal(equalization.rows["blk.0.attn_norm.weight"], -exponents)
+    assert ("output.weight" in equalization.columns) == (not planted.is_tied)
+    assert equalization.n_channels >= N_FIXED and f"{equalization.n_channels} of them" in equalization.note
 
 
 def test_one_channel_must_stand_out(tmp_path: Path) -> None:
     """Below a factor of ``2**OUTSTANDING`` nothing is changed; above, all from ``2**LEAST`` on are, and no others."""
     model = open_model(write_tiny(tmp_path / "model", CASES["llama"]))
     name = "blk.0.ffn_down.weight"
-    energy = np.square(model.by_name[name].load().astype(np.float64)).sum(axis=0)
+    norms = np.square(model.by_name[name].load().astype(np.float64)).sum(axis=0)
 
     def exponents(factors: dict[int, float]) -> dict[int, int]:
-        logs = np.zeros(len(energy))
+        logs = np.zeros(len(norms))
         logs[list(factors)] = list(factors.values())
-        found = find_balance(model, {name: energy * np.exp2(4 * logs)}).columns.get(name, np.zeros(len(energy)))
+        found = find_equalization(model, {name: norms * np.exp2(4 * logs)}).columns.get(name, np.zeros(len(norms)))
         return {int(i): int(found[i]) for i in np.flatnonzero(found)}
 
     others = {3: 1.4, 5: -1.1, 7: 0.9, 9: -0.9}
@@ -93,23 +102,23 @@ def test_one_channel_must_stand_out(tmp_path: Path) -> None:
 def test_what_is_weighed_follows(tmp_path: Path) -> None:
     """Columns times s multiply inputs over s: diagonals over s squared, full moments over both."""
     model = open_model(write_tiny(tmp_path / "model", CASES["llama"]))
-    balance = find_balance(model, uneven(model))
+    equalization = find_equalization(model, uneven(model))
     name = "blk.1.ffn_down.weight"
-    exponents, n = balance.columns[name], model.by_name[name].n_cols
+    exponents, n = equalization.columns[name], model.by_name[name].n_cols
     rows, x = model.by_name[name].load(), np.random.default_rng(0).normal(size=(50, n))
-    changed, even = balance.applied(model).by_name[name].load(), x / 2.0**exponents
+    changed, even = equalization.applied(model).by_name[name].load(), x / 2.0**exponents
     np.testing.assert_allclose(even @ changed.T, x @ rows.T)
-    np.testing.assert_allclose(balance.moments(name, x.T @ x), even.T @ even)
-    weights = balance.weights({name: (x**2).mean(axis=0).astype(np.float32)})[name]
+    np.testing.assert_allclose(equalization.moments(name, x.T @ x), even.T @ even)
+    weights = equalization.weights({name: (x**2).mean(axis=0).astype(np.float32)})[name]
     np.testing.assert_allclose(weights, (even**2).mean(axis=0) / (even**2).mean(), rtol=1e-5)
-    stacked = balance.weights({name: np.ones((2, n), np.float32), "other": np.ones(3, np.float32)})
+    stacked = equalization.weights({name: np.ones((2, n), np.float32), "other": np.ones(3, np.float32)})
     assert stacked[name].shape == (2, n) and np.allclose(stacked[name].mean(axis=1), 1)
     np.testing.assert_array_equal(stacked["other"], 1)
-    assert balance.moments("other", x) is x
+    assert equalization.moments("other", x) is x
     up = "blk.1.ffn_up.weight"  # changed on both sides
-    factors = 2.0 ** (balance.columns[up] + balance.rows[up][:, np.newaxis])
-    np.testing.assert_array_equal(balance.applied(model).by_name[up].load(), model.by_name[up].load() * factors)
-    part = balance.applied(model).by_name[up].read_rows(3, 9)
+    factors = 2.0 ** (equalization.columns[up] + equalization.rows[up][:, np.newaxis])
+    np.testing.assert_array_equal(equalization.applied(model).by_name[up].load(), model.by_name[up].load() * factors)
+    part = equalization.applied(model).by_name[up].read_rows(3, 9)
     np.testing.assert_array_equal(part, (model.by_name[up].load() * factors)[3:9])
 
 
@@ -117,11 +126,11 @@ def test_nothing_is_changed_without_need(tmp_path: Path) -> None:
     model = open_model(write_tiny(tmp_path / "model", CASES["llama"]))
     even = {tensor.name: np.ones(tensor.n_cols) for tensor in model.tensors}
     for inputs in ({}, even, {name: np.zeros_like(values) for name, values in even.items()}):
-        balance = find_balance(model, inputs)
-        assert not balance and balance.applied(model) is model
+        equalization = find_equalization(model, inputs)
+        assert not equalization and equalization.applied(model) is model
     strange = replace(model.tensors[3], name="blk.0.attn_sub_norm.weight")
     other = replace(model, tensors=(*model.tensors, strange))
-    found = find_balance(other, uneven(model)).columns
+    found = find_equalization(other, uneven(model)).columns
     assert not any(name.startswith("blk.0.") for name in found) and "blk.1.attn_q.weight" in found
 
 
@@ -134,7 +143,7 @@ def test_the_same_bytes_hold_more(how: dict[str, str], tmp_path: Path, monkeypat
     monkeypatch.setattr(session, "N_TOKENS", 2048)
     source = write_tiny(tmp_path / "source", replace(TINY, dtype="F32"))
     outlier_copy(source, tmp_path / "copy", seed=1)
-    checked = VerifyOptions(n_ctx=64, n_chunks=4, reference=ORIGINAL)
+    checked = VerifyOptions(n_ctx=64, n_chunks=4, against=ORIGINAL)
     options = replace(OPTIONS, types=("Q4_K", "Q5_K", "Q6_K"), target=Target("bpw", 5.5), **how)
 
     def made(name: str, given: object = None) -> convert.Converted:
@@ -144,10 +153,10 @@ def test_the_same_bytes_hold_more(how: dict[str, str], tmp_path: Path, monkeypat
         )[0]
 
     found = made("found.gguf")
-    assert sum("Outlier channels are evened out" in note for note in found.plan.notes) == 1
+    assert sum("Outlier channels are equalized" in note for note in found.plan.notes) == 1
     again = made("again.gguf", found.plan)
     assert again.path.read_bytes() == found.path.read_bytes()
-    monkeypatch.setattr(session, "find_balance", lambda *_: Balance())
+    monkeypatch.setattr(session, "find_equalization", lambda *_: Equalization())
     without = made("without.gguf")
     assert not any("Outlier" in note for note in without.plan.notes)
     divergences = [done.perplexity.divergence.kld_mean for done in (found, without)]

@@ -1,0 +1,151 @@
+"""What each type does to each tensor: the errors of a sample of its rows, by the quantizer that will write them.
+
+Small tensors are measured whole. Of large ones a stratified sample of rows is taken, one row from each of equally long
+stretches, drawn from a generator seeded with the tensor's name: the same rows every time. The relative error is a ratio
+of two sums over rows, so its standard error is that of a ratio estimator (Cochran, Sampling Techniques, eq. 6.9).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelError
+from ..records import Float32, Float64, Progress, Tensor, TensorCost, no_progress
+from .quantizer import Quantizer, Quantizers, rows_per_matrix
+
+WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
+SAMPLED_FRACTION = 1 / 8  # of the rows of larger ones: five types then cost less than one write
+SAMPLED_ROWS_MIN, SAMPLED_ROWS_MAX = 64, 1024
+
+_SLAB_WEIGHTS = 1 << 20
+_DIGITS = 7  # kept in records, so that the last bits of a BLAS do not change digests
+
+
+def measure(
+    tensors: Sequence[tuple[Tensor, Sequence[str]]],
+    quantizers: Quantizers,
+    sensitivity: Mapping[str, float],
+    n_threads: int,
+    progress: Progress = no_progress,
+) -> tuple[TensorCost, ...]:
+    """Measure tensors in types.
+
+    Args:
+        tensors: matrices, each with the names of the types to measure it in.
+        quantizers: give the quantizer of each tensor, which is to be the one that writes it.
+        sensitivity: by tensor name, what becomes part of its cost; 0 for tensors that are absent.
+        n_threads: threads; each works on one tensor at a time.
+        progress: called with weights done and weights in all.
+
+    Returns:
+        One cost per tensor, in order.
+
+    Raises:
+        ModelError: a tensor holds values that are not finite.
+
+    """
+    total = sum(tensor.n_weights for tensor, _ in tensors)
+    costs, done = [], 0
+    progress(0, total)
+    with ThreadPoolExecutor(n_threads) as pool:
+        jobs = [
+            pool.submit(_measure_one, tensor, types, quantizers, sensitivity.get(tensor.name, 0.0))
+            for tensor, types in tensors
+        ]
+        try:
+            for (tensor, _), job in zip(tensors, jobs, strict=True):
+                costs.append(job.result())
+                done += tensor.n_weights
+                progress(done, total)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return tuple(costs)
+
+
+def sample_rows(tensor: Tensor) -> NDArray[np.intp]:
+    """Return the row numbers that are measured, ascending."""
+    n_rows = tensor.n_rows
+    n_sampled = n_rows
+    if tensor.n_weights > WHOLE_BELOW_WEIGHTS:
+        wanted = math.ceil(n_rows * SAMPLED_FRACTION)
+        n_sampled = min(n_rows, max(SAMPLED_ROWS_MIN, min(SAMPLED_ROWS_MAX, wanted)))
+    if n_sampled == n_rows:
+        return np.arange(n_rows, dtype=np.intp)
+    edges = np.linspace(0, n_rows, n_sampled + 1).astype(np.intp)
+    generator = np.random.default_rng(zlib.crc32(tensor.name.encode()))
+    return generator.integers(edges[:-1], edges[1:]).astype(np.intp)
+
+
+def _measure_one(tensor: Tensor, types: Sequence[str], quantizers: Quantizers, sensitivity: float) -> TensorCost:
+    rows = sample_rows(tensor)
+    squared_norms, squared_errors = _row_sums(tensor, rows, types, quantizers(tensor))
+    errors, stderr = {}, {}
+    for name in types:
+        ratio, deviation = ratio_estimate(squared_errors[name], squared_norms, len(rows) / tensor.n_rows)
+        errors[name], stderr[name] = _rounded(ratio), _rounded(deviation)
+    return TensorCost(tensor.name, _rounded(sensitivity), errors, stderr, len(rows))
+
+
+def _row_sums(
+    tensor: Tensor, rows: NDArray[np.intp], types: Sequence[str], quantizer: Quantizer
+) -> tuple[Float64, dict[str, Float64]]:
+    """Return the squared norm of every row that is measured, and its squared error in each type."""
+    norms, errors = [], dict[str, list[Float64]]({name: [] for name in types})
+    for first_row, some in _slabs(tensor, rows):
+        x = _gather(tensor, some)
+        for name in types:
+            errors[name].append(quantizer.errors(x, name, first_row))
+        norms.append(quantizer.squared_norms(x, first_row))
+    squared_norms = np.concatenate(norms)
+    n_damaged = np.sum(~np.isfinite(squared_norms))
+    if n_damaged:
+        raise ModelError(f"tensor {tensor.source}: NaN or infinite weights in {n_damaged} rows")
+    return squared_norms, {name: np.concatenate(parts) for name, parts in errors.items()}
+
+
+def _slabs(tensor: Tensor, rows: NDArray[np.intp]) -> Iterator[tuple[int, NDArray[np.intp]]]:
+    """Yield the rows in slabs of one matrix of a stack each, with the row from which the quantizer is to count them.
+
+    Rows of a sample are not neighbours; they count from the first row of their matrix.
+    """
+    step, n_rows = max(1, _SLAB_WEIGHTS // tensor.n_cols), rows_per_matrix(tensor)
+    is_whole = len(rows) == tensor.n_rows
+    for first in range(0, tensor.n_rows, n_rows):
+        of_matrix = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + n_rows)]
+        for start in range(0, len(of_matrix), step):
+            some = of_matrix[start : start + step]
+            yield int(some[0]) if is_whole else first, some
+
+
+def _gather(tensor: Tensor, rows: NDArray[np.intp]) -> Float32:
+    if len(rows) == rows[-1] - rows[0] + 1:
+        return tensor.read_rows(int(rows[0]), int(rows[-1]) + 1)
+    return np.concatenate([tensor.read_rows(int(row), int(row) + 1) for row in rows])
+
+
+def ratio_estimate(numerator: Float64, denominator: Float64, sampled_share: float) -> tuple[float, float]:
+    """Return the ratio of sums over a sample of rows and its standard error.
+
+    ``sampled_share`` is the sample over the population: 1 means no sampling error.
+    """
+    total = float(denominator.sum())
+    if total <= 0:
+        return 0.0, 0.0
+    ratio = float(numerator.sum()) / total
+    n = len(numerator)
+    if n < 2 or sampled_share >= 1:
+        return ratio, 0.0
+    residual = numerator - ratio * denominator
+    variance = float((residual**2).sum()) / (n - 1)
+    return ratio, math.sqrt(n * variance * (1 - sampled_share)) / total
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_DIGITS}g}")

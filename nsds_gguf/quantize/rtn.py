@@ -1,0 +1,65 @@
+"""Round to nearest: ggml's own quantizers, with column weights in the search for scales.
+
+Columns do not see one another's errors. The bytes are those of llama-quantize with the same importance matrix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..llamacpp import ggml
+from ..records import Float32, Float64, Tensor
+from .hessian_factors import HessianFactors
+from .quantizer import Rounding, rows_per_matrix
+
+
+@dataclass(frozen=True)
+class RtnQuantizer:
+    """Rounds the rows of one tensor to nearest; a row's error is ``sum w (x - q)**2``, its squared norm ``sum w x**2``.
+
+    Attributes:
+        weights: ``(n_cols,)`` float32 column weights w, ``(n_matrices, n_cols)`` where stacked matrices differ;
+            ``None`` for columns of equal weight.
+        rows_per_matrix: rows of one matrix of a stack.
+
+    """
+
+    weights: Float32 | None
+    rows_per_matrix: int
+    tile_rows: int = 1
+
+    def quantize(self, rows: Float32, type_name: str, first_row: int = 0) -> NDArray[np.uint8]:
+        """See ``Quantizer``."""
+        return ggml.quantize(rows, type_name, self._weights_at(first_row))
+
+    def errors(self, rows: Float32, type_name: str, first_row: int = 0) -> Float64:
+        """See ``Quantizer``."""
+        delta = ggml.dequantize(self.quantize(rows, type_name, first_row), type_name, rows.shape[1])
+        delta -= rows
+        return self._weighted(np.square(delta, out=delta), first_row)
+
+    def squared_norms(self, rows: Float32, first_row: int = 0) -> Float64:
+        """See ``Quantizer``."""
+        return self._weighted(np.square(rows), first_row)
+
+    def _weights_at(self, row: int) -> Float32 | None:
+        if self.weights is None or self.weights.ndim == 1:
+            return self.weights
+        matrix: Float32 = self.weights[row // self.rows_per_matrix]
+        return matrix
+
+    def _weighted(self, squares: Float32, row: int) -> Float64:
+        weights = self._weights_at(row)
+        sums = squares @ (np.ones(squares.shape[1], dtype=np.float32) if weights is None else weights)
+        return sums.astype(np.float64)
+
+
+def make_rtn(tensor: Tensor, weights: Float32 | None, factors: HessianFactors | None) -> RtnQuantizer:
+    """Return a quantizer of the tensor; Hessian factors are not used."""
+    return RtnQuantizer(weights, rows_per_matrix(tensor))
+
+
+ROUNDING = Rounding("rtn", "round to nearest, with ggml's quantizers and column weights", False, make_rtn)

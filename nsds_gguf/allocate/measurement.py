@@ -29,7 +29,6 @@ WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
 SAMPLED_FRACTION = 1 / 8  # of the rows of larger ones: five types then cost less than one write
 SAMPLED_ROWS_MIN, SAMPLED_ROWS_MAX = 64, 1024
 
-_SLAB_WEIGHTS = 1 << 20
 _DIGITS = 7  # kept in records, so that the last bits of a BLAS do not change digests
 
 
@@ -64,7 +63,7 @@ def measure(
         One cost per matrix that may be quantized, in file order.
 
     Raises:
-        ModelError: a tensor holds values that are not finite.
+        ModelError: a tensor holds values that are not finite, or whose squares are not.
 
     """
     matrices = [candidate for candidate in found if not candidate.is_kept and candidate.types != ("F32",)]
@@ -122,15 +121,14 @@ def _row_sums(
     feedback: Feedback | None,
 ) -> _Sums:
     parts = [
-        _slab_sums(_gather(tensor, some), types, weights, feedback)
-        for some, weights in _slabs(tensor, rows, importance)
+        _slab_sums(tensor.rows(some), types, weights, feedback) for some, weights in _slabs(tensor, rows, importance)
     ]
     sums = _Sums(
         np.concatenate([part.energy for part in parts]),
         {name: np.concatenate([part.errors[name] for part in parts]) for name in types},
     )
     if not np.isfinite(sums.energy).all():
-        raise ModelError(f"tensor {tensor.source}: NaN or infinite weights in {np.sum(~np.isfinite(sums.energy))} rows")
+        raise ModelError(f"tensor {tensor.source}: weights too large: their squares overflow float32")
     return sums
 
 
@@ -138,20 +136,14 @@ def _slabs(
     tensor: Tensor, rows: NDArray[np.intp], importance: Float32 | None
 ) -> Iterator[tuple[NDArray[np.intp], Float32 | None]]:
     """Yield the rows in slabs with the column weights of each; where experts differ, no slab has rows of two."""
-    step = max(1, _SLAB_WEIGHTS // tensor.n_cols)
+    step = tensor.rows_per_slab()
     stretches: list[tuple[NDArray[np.intp], Float32 | None]] = [(rows, importance)]
     if importance is not None and importance.ndim == 2:
-        edges = np.searchsorted(rows, np.arange(len(importance) + 1) * tensor.shape[-2])
+        edges = np.searchsorted(rows, np.arange(len(importance) + 1) * tensor.n_matrix_rows)
         stretches = [(rows[a:b], importance[e]) for e, (a, b) in enumerate(itertools.pairwise(edges))]
     for stretch, weights in stretches:
         for start in range(0, len(stretch), step):
             yield stretch[start : start + step], weights
-
-
-def _gather(tensor: Tensor, rows: NDArray[np.intp]) -> Float32:
-    if len(rows) == rows[-1] - rows[0] + 1:
-        return tensor.read_rows(int(rows[0]), int(rows[-1]) + 1)
-    return np.concatenate([tensor.read_rows(int(row), int(row) + 1) for row in rows])
 
 
 def _slab_sums(x: Float32, types: Sequence[str], importance: Float32 | None, feedback: Feedback | None) -> _Sums:

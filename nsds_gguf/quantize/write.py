@@ -11,12 +11,11 @@ The output appears under its name only when it is complete: it is written to a h
 from __future__ import annotations
 
 import io
-import math
 import os
 import re
 import struct
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -68,7 +67,7 @@ FILE_TYPES = {
 
 _OUTLINE_TYPES = ("Q2_K", "Q4_0", "F16")  # smallest first: types that some row length does not fit, and one all fit
 
-_SLAB_WEIGHTS = 1 << 19  # 2 MiB of float32 in each thread: stays in the cache, hides Python's 0.1 ms a slab
+_SLAB_BYTES = 2 << 20  # of float32 in each thread: stays in the cache, hides Python's 0.1 ms a slab
 _IN_FLIGHT_PER_THREAD = 2
 _LARGEST_F16 = 65504.0  # scales are float16: only weights above can overflow a type
 _NO_DIGEST = "0" * 64  # as long as a real one: the header's size is known before the plan is
@@ -240,10 +239,10 @@ def _write_tensors(
             feedback = None
             if feedbacks is not None and planned.type in rounding.COVERED_TYPES:
                 feedback = feedbacks.of(tensor.name)
-            for start, stop in _slabs(tensor, 1 if feedback is None else rounding.ROW_TILE):
-                job = pool.submit(_quantized_slab, tensor, planned, start, stop, importance.get(tensor.name), feedback)
-                n_padding = planned.padded_bytes - planned.n_bytes if stop == tensor.n_rows else 0
-                pending.append((job, (stop - start) * tensor.n_cols, n_padding))
+            for slab in tensor.row_slices(_SLAB_BYTES, 1 if feedback is None else rounding.ROW_TILE):
+                job = pool.submit(_quantized_slab, tensor, planned, slab, importance.get(tensor.name), feedback)
+                n_padding = planned.padded_bytes - planned.n_bytes if slab.stop == tensor.n_rows else 0
+                pending.append((job, (slab.stop - slab.start) * tensor.n_cols, n_padding))
                 if len(pending) >= n_threads * _IN_FLIGHT_PER_THREAD:
                     write_oldest()
         while pending:
@@ -253,56 +252,27 @@ def _write_tensors(
         raise
 
 
-def _slabs(tensor: Tensor, tile: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield stretches of whole tiles of rows; none has rows of two matrices of a stack, whose importance may differ."""
-    step, n_rows = max(1, _SLAB_WEIGHTS // tensor.n_cols // tile) * tile, _rows_of_matrix(tensor)
-    for first in range(0, tensor.n_rows, n_rows):
-        for start in range(first, first + n_rows, step):
-            yield start, min(start + step, first + n_rows)
-
-
-def _rows_of_matrix(tensor: Tensor) -> int:
-    """Return the rows of one matrix of a stack, or of the whole tensor."""
-    return tensor.shape[-2] if len(tensor.shape) > 2 else tensor.n_rows
-
-
 def _quantized_slab(
     tensor: Tensor,
     planned: PlannedTensor,
-    start: int,
-    stop: int,
+    slab: slice,
     importance: Float32 | None,
     feedback: Feedback | None = None,
 ) -> NDArray[np.uint8]:
-    if tensor.copy_rows is not None:
-        return tensor.copy_rows(start, stop)
-    rows = tensor.read_rows(start, stop)
-    low, high = float(rows.min()), float(rows.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise _not_finite(tensor)
+    if tensor.is_copied:
+        return tensor.stored_rows(slab)
+    rows = tensor.rows(slab)
     weights = importance
     if importance is not None and importance.ndim == 2:
-        weights = importance[start // _rows_of_matrix(tensor)]
+        weights = importance[slab.start // tensor.n_matrix_rows]
     if feedback is None:
         data = ggml.quantize(rows, planned.type, weights)
     else:
-        data = rounding.quantize(rows, planned.type, feedback, first_row=start)
-    largest = max(high, -low)
+        data = rounding.quantize(rows, planned.type, feedback, first_row=slab.start)
+    largest = max(float(rows.max()), -float(rows.min()))
     if largest > _LARGEST_F16 and not np.isfinite(ggml.dequantize(data, planned.type, tensor.n_cols)).all():
         raise ModelError(
             f"tensor {tensor.source}: weights up to {largest:g} overflow {planned.type}: "
             f"give it a type that holds them, --pin '{re.escape(tensor.name)}=F32'"
         )
     return data
-
-
-def _not_finite(tensor: Tensor) -> ModelError:
-    n_nan = n_inf = 0
-    for start, stop in _slabs(tensor):
-        rows = tensor.read_rows(start, stop)
-        n_nan += int(np.isnan(rows).sum())
-        n_inf += int(np.isinf(rows).sum())
-    return ModelError(
-        f"tensor {tensor.source}: {n_nan} NaN and {n_inf} infinite of {tensor.n_weights} weights: "
-        "the checkpoint is damaged, download it again"
-    )

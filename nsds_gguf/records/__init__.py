@@ -4,22 +4,11 @@ All are frozen. ``Scores`` and ``Plan`` round-trip through JSON, so that every s
 """
 
 from .json_records import read_json
-from .model import (
-    ALIGNMENT_BYTES,
-    COPIED_TYPES,
-    UNQUANTIZED,
-    Float32,
-    Float64,
-    Hparams,
-    Model,
-    Progress,
-    Tensor,
-    kv,
-    no_progress,
-    role_and_layer,
-)
+from .model import ALIGNMENT_BYTES, Hparams, Model, Progress, kv, no_progress
 from .plan import EFFORTS, PLAN_FORMAT, SELF, Plan, PlannedTensor, Target
 from .scores import SCORES_FORMAT, LayerScore, Scores, TensorCost
+from .sources import SLAB_BYTES, Float32, Float64, FromArray, Rows, Source, Stack
+from .tensor import COPIED_TYPES, UNQUANTIZED, Tensor, role_and_layer
 
 __all__ = [
     "ALIGNMENT_BYTES",
@@ -28,16 +17,21 @@ __all__ = [
     "PLAN_FORMAT",
     "SCORES_FORMAT",
     "SELF",
+    "SLAB_BYTES",
     "UNQUANTIZED",
     "Float32",
     "Float64",
+    "FromArray",
     "Hparams",
     "LayerScore",
     "Model",
     "Plan",
     "PlannedTensor",
     "Progress",
+    "Rows",
     "Scores",
+    "Source",
+    "Stack",
     "Target",
     "Tensor",
     "TensorCost",

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from ..errors import RecordError
 from .json_records import built, checked, digest
-from .model import ALIGNMENT_BYTES, UNQUANTIZED
+from .model import ALIGNMENT_BYTES
+from .tensor import UNQUANTIZED
 
 PLAN_FORMAT = "nsds-gguf plan 1"
 

@@ -7,10 +7,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import allocate
 from .evaluate.embedding import EmbeddingCheck
 from .evaluate.perplexity import Perplexity
 from .evaluate.texts import VerifyOptions, check_vocabulary, evaluation_text
-from . import allocate
 from .quantize.header import header_bytes
 from .read.hub import HubName
 from .records import Model, Options, Plan, Scores

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from nsds_gguf.records import Model, Tensor, kv
+from nsds_gguf.records import FromArray, Model, Tensor, kv
 
 Edit = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -270,8 +270,7 @@ def _edited(model: Model, role: str, edit: Edit) -> Model:
 
 
 def _with_array(tensor: Tensor, array: NDArray[np.float32]) -> Tensor:
-    rows = np.ascontiguousarray(array).reshape(-1, array.shape[-1])
-    return replace(tensor, read_rows=lambda start, stop: rows[start:stop].copy())
+    return replace(tensor, stored=FromArray(tensor.source, np.ascontiguousarray(array)), transforms=())
 
 
 def _without_key(model: Model, name: str) -> Model:

@@ -13,6 +13,7 @@ import pytest
 from gguf import GGUFReader
 from imatrix_cases import CASES, case_file, case_tokens
 from llama_forward import matrix_inputs
+from nsds_gguf.session.reporter import Silent
 from tiny_archs import N_EXPERTS
 from tiny_gguf import N_VOCAB, tiny_weights, write_tiny_gguf
 
@@ -20,7 +21,6 @@ from nsds_gguf.calibration.activations import collect
 from nsds_gguf.calibration.imatrix import read_imatrix
 from nsds_gguf.errors import GgmlError, TextError, VerifyError
 from nsds_gguf.llamacpp import ggml
-from nsds_gguf.session.reporter import Silent
 from nsds_gguf.session.session import Work, open_model, reference_plan
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"

@@ -27,7 +27,7 @@ from nsds_gguf.llamacpp import ggml
 from nsds_gguf.quantize import TensorQuantizers
 from nsds_gguf.quantize import measure as measuring
 from nsds_gguf.quantize.measure import measure, ratio_estimate, sample_rows
-from nsds_gguf.records import UNQUANTIZED, LayerScore, Plan, Scores, Target
+from nsds_gguf.records import UNQUANTIZED, LayerScore, Plan, Scores, Target, Tensor
 from nsds_gguf.sensitivity.moment_propagation import propagate
 from nsds_gguf.session.session import ScoreOptions
 
@@ -198,7 +198,7 @@ class TestMeasure:
     def test_experts_are_measured_with_weights_of_their_own(self, monkeypatch, limit):
         """Slabs of rows have one expert's weights each, whether they are a sample or not."""
         monkeypatch.setattr(measuring, "WHOLE_BELOW_WEIGHTS", limit)
-        monkeypatch.setattr(measuring, "_SLAB_WEIGHTS", 5 * 256)
+        monkeypatch.setattr(Tensor, "rows_per_slab", lambda tensor: max(1, 5 * 256 // tensor.n_cols))
         rng = np.random.default_rng(4)
         stack = (rng.standard_normal((3, 50, 256)) * np.array([1, 3, 0.1])[:, None, None]).astype("f4")
         weights = np.exp(rng.standard_normal((3, 256))).astype("f4")
@@ -243,7 +243,7 @@ class TestMeasure:
         arrays, hparams = random_arrays(seed=1, **ALIGNED)
         arrays["blk.1.attn_v.weight"][5, 7] = np.nan
         broken = make_model(arrays, hparams)
-        with pytest.raises(ModelError, match=r"attn_v\.weight: NaN or infinite weights in 1 rows"):
+        with pytest.raises(ModelError, match=r"attn_v\.weight: 1 NaN and 0 infinite of \d+ weights"):
             measured(broken, ("Q4_K",), {}, {})
 
     def test_threads_do_not_change_anything(self, model):

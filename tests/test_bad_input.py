@@ -198,13 +198,13 @@ CASES = {
     "NaN": Case(
         3,
         "{tmp}/model/model.safetensors: tensor model.layers.1.mlp.up_proj.weight: 3 NaN and 0 infinite of 65536 "
-        "weights; wanted finite numbers: the checkpoint is damaged, download it again",
+        "weights; wanted finite numbers: the file is damaged, download it again",
         spoilt("model.layers.1.mlp.up_proj.weight", {0: math.nan, 7: math.nan, 60_000: math.nan}),
     ),
     "infinity, when scored": Case(
         3,
         "{tmp}/model/model.safetensors: tensor model.layers.0.input_layernorm.weight: 0 NaN and 2 infinite of 256 "
-        "weights; wanted finite numbers: the checkpoint is damaged, download it again",
+        "weights; wanted finite numbers: the file is damaged, download it again",
         spoilt("model.layers.0.input_layernorm.weight", {3: math.inf, 4: -math.inf}),
         ("convert", "model", "--target-bpw", "4", *QUICK, "-o", "out.gguf"),
     ),

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader
+from nsds_gguf.session.reporter import Silent
 
 from nsds_gguf import conversion as convert
 from nsds_gguf.allocate import Pin, PlanOptions
@@ -16,7 +17,6 @@ from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.records import Plan, Scores, Target
 from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.reporter import Silent
 from nsds_gguf.session.session import ScoreOptions, tensor_types_file
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"

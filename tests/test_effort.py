@@ -15,6 +15,8 @@ from command import TINY, call, message
 from gguf import GGUFReader, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 from llama_forward import matrix_inputs
+from nsds_gguf.session.effort import AUTO, against_high, settled
+from nsds_gguf.session.reporter import Silent
 from tiny_archs import write_tiny_arch
 from tiny_gguf import tiny_weights, write_tiny_gguf
 from tiny_models import write_tiny
@@ -31,9 +33,7 @@ from nsds_gguf.records import SELF, UNQUANTIZED, Plan, Target
 from nsds_gguf.sensitivity import sensitivities as sensitivity
 from nsds_gguf.sensitivity.fisher import draw_tokens, read_tokens
 from nsds_gguf.session import session
-from nsds_gguf.session.effort import AUTO, against_high, settled
 from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.reporter import Silent
 from nsds_gguf.system.resources import blas_threads
 
 UNCHECKED = VerifyOptions(enabled=False)

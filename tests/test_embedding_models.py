@@ -9,6 +9,7 @@ import pytest
 from command import QUICK, call, message
 from gguf import GGUFReader, GGUFValueType
 from llama_forward import matrix_inputs
+from nsds_gguf.session.effort import AUTO
 from test_gguf_repair import rewritten
 from tiny_gguf import N_EMBD, tiny_text, tiny_weights, write_tiny_gguf
 from tiny_models import Spec, write_tiny
@@ -30,7 +31,6 @@ from nsds_gguf.evaluate.perplexity import perplexity
 from nsds_gguf.evaluate.texts import VerifyOptions, check_vocabulary
 from nsds_gguf.llamacpp.llama import embed, open_model
 from nsds_gguf.records import Target, kv
-from nsds_gguf.session.effort import AUTO
 from nsds_gguf.session.outputs import Output
 from nsds_gguf.session.session import settled_options
 from nsds_gguf.system.workfolder import WorkFolder

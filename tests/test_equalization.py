@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import TINY
+from nsds_gguf.session.reporter import (
+    Silent,
+)
 from outlier_copy import FIXED_FACTORS, N_FIXED, outlier_copy
 from test_outlier_copy import CASES
 from tiny_models import write_tiny
@@ -27,9 +30,6 @@ from nsds_gguf.records import SELF, Model, Target
 from nsds_gguf.session import session
 from nsds_gguf.session.outputs import (
     Output,
-)
-from nsds_gguf.session.reporter import (
-    Silent,
 )
 from nsds_gguf.session.session import (
     Work,
@@ -118,7 +118,7 @@ def test_what_is_weighed_follows(tmp_path: Path) -> None:
     up = "blk.1.ffn_up.weight"  # changed on both sides
     factors = 2.0 ** (equalization.columns[up] + equalization.rows[up][:, np.newaxis])
     np.testing.assert_array_equal(equalization.applied(model).by_name[up].load(), model.by_name[up].load() * factors)
-    part = equalization.applied(model).by_name[up].read_rows(3, 9)
+    part = equalization.applied(model).by_name[up].rows(slice(3, 9))
     np.testing.assert_array_equal(part, (model.by_name[up].load() * factors)[3:9])
 
 

@@ -83,7 +83,7 @@ def test_experts_are_stacked_in_their_order(tmp_path: Path) -> None:
             stored[f"model.layers.1.block_sparse_moe.experts.{e}.{source}.weight"] for e in range(tensor.shape[0])
         ]
         assert np.array_equal(tensor.load(), np.stack(wanted))
-        across = tensor.read_rows(tensor.shape[1] - 2, tensor.shape[1] + 3)  # from the first expert into the second
+        across = tensor.rows(slice(tensor.shape[1] - 2, tensor.shape[1] + 3))  # from the first expert into the second
         assert np.array_equal(across, np.concatenate([wanted[0][-2:], wanted[1][:3]]))
 
 
@@ -104,7 +104,7 @@ def test_gpt2_stores_matrices_the_other_way_round(tmp_path: Path) -> None:
     for role, source in (("attn_qkv", "attn.c_attn"), ("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj")):
         tensor = model.by_name[f"blk.0.{role}.weight"]
         assert np.array_equal(tensor.load(), stored[f"transformer.h.0.{source}.weight"].T)
-        assert np.array_equal(tensor.read_rows(3, 9), stored[f"transformer.h.0.{source}.weight"].T[3:9])
+        assert np.array_equal(tensor.rows(slice(3, 9)), stored[f"transformer.h.0.{source}.weight"].T[3:9])
 
 
 def test_latent_keys_are_turned_head_by_head(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def random_scales(shape: tuple[int, ...]) -> NDArray[np.float32]:
 
 def read(tensor: StoredTensor) -> NDArray[np.float32]:
     """Read a whole tensor in its shape."""
-    return tensor.read_rows(slice(0, tensor.n_rows)).reshape(tensor.shape)
+    return tensor.rows(slice(0, tensor.n_rows)).reshape(tensor.shape)
 
 
 def product(values: NDArray[np.float64], scales: NDArray[np.float64]) -> NDArray[np.float32]:
@@ -124,11 +124,11 @@ def test_blocks(tmp_path, shape, block, suffix):
     np.testing.assert_array_equal(read(tensor), wanted)
     matrix = wanted.reshape(-1, shape[-1])
     order = np.random.default_rng(2).permutation(len(matrix))
-    np.testing.assert_array_equal(tensor.read_rows(order), matrix[order])
-    np.testing.assert_array_equal(tensor.read_rows(slice(1, 3)), matrix[1:3])
+    np.testing.assert_array_equal(tensor.rows(order), matrix[order])
+    np.testing.assert_array_equal(tensor.rows(slice(1, 3)), matrix[1:3])
     for start in range(shape[-1]):
-        np.testing.assert_array_equal(tensor.read_columns(start, start + 2), matrix[:, start : start + 2])
-    rows = tensor.read_rows(slice(0, 1))
+        np.testing.assert_array_equal(tensor.values(slice(None), slice(start, start + 2)), matrix[:, start : start + 2])
+    rows = tensor.rows(slice(0, 1))
     rows[:] = 0  # a fresh array: the file stays as it is
     np.testing.assert_array_equal(read(tensor), wanted)
 
@@ -250,10 +250,10 @@ def test_scales_that_are_no_numbers(tmp_path):
     assert message.startswith("model.safetensors: tensor w_scale: stored as 'I32'")
     tensor = checkpoint(tmp_path, {"w": entry, "w_scale": floats(np.full((), np.nan))})["w"]
     with pytest.raises(ModelError, match="tensor w_scale: 1 NaN and 0 infinite of 1 weights"):
-        tensor.read_rows(slice(0, 1))
+        tensor.rows(slice(0, 1))
     tensor = checkpoint(tmp_path, {"w": entry, "w_scale": ("F8_E8M0", (), b"\xff")})["w"]
     with pytest.raises(ModelError, match="tensor w_scale: 1 NaN"):
-        tensor.read_rows(slice(0, 1))
+        tensor.rows(slice(0, 1))
 
 
 def test_codes_that_are_no_numbers(tmp_path):
@@ -262,10 +262,10 @@ def test_codes_that_are_no_numbers(tmp_path):
     entries = {"w": entry, "w_scale": floats(np.array([[1.0], [1e38]]))}
     tensor = checkpoint(tmp_path, entries)["w"]
     with pytest.raises(ModelError) as error:
-        tensor.read_rows(slice(0, 1))
+        tensor.rows(slice(0, 1))
     assert str(error.value) == (
         f"{tmp_path}/model.safetensors: tensor w: 3 NaN and 1 infinite of 6 weights; wanted finite numbers: the "
-        "checkpoint is damaged, download it again"
+        "file is damaged, download it again"
     )
 
 

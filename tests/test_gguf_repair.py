@@ -10,6 +10,7 @@ import pytest
 from command import PLAIN, QUICK, call, message
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.quants import quantize
+from nsds_gguf.session.reporter import Silent
 from test_gguf_source import NO_CHECK, converted, tensor_bytes, uniform
 from tiny_archs import write_tiny_arch
 from tiny_gguf import N_EMBD, N_VOCAB, tiny_text, tiny_weights, write_tiny_gguf
@@ -25,7 +26,6 @@ from nsds_gguf.read.gguf_repair import OLLAMA_NAMES
 from nsds_gguf.read.gguf_source import open_gguf
 from nsds_gguf.records import kv
 from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.reporter import Silent
 from nsds_gguf.session.session import Work
 from nsds_gguf.system.workfolder import WorkFolder
 

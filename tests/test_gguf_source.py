@@ -171,7 +171,7 @@ def test_every_type_is_read_as_gguf_reads_it(name, tmp_path):
     wanted = q1_0_weights(data) if name == "Q1_0" else dequantize(data, GGMLQuantizationType[name])
     assert (tensor.dtype, tensor.shape) == (name, (6, n_cols))
     np.testing.assert_allclose(tensor.load(), wanted, rtol=1e-6, atol=0)
-    np.testing.assert_array_equal(tensor.read_rows(2, 4), tensor.load()[2:4])
+    np.testing.assert_array_equal(tensor.rows(slice(2, 4)), tensor.load()[2:4])
 
 
 def test_q8_0_input_is_read_back_exactly(tmp_path):
@@ -182,9 +182,9 @@ def test_q8_0_input_is_read_back_exactly(tmp_path):
 
 def test_rows_are_the_callers_own(tiny):
     tensor = read.open_model(Path("tiny.gguf")).by_name["output.weight"]
-    rows = tensor.read_rows(0, 2)
+    rows = tensor.rows(slice(0, 2))
     rows[:] = 0
-    np.testing.assert_array_equal(tensor.read_rows(0, 2), tiny_weights()["output.weight"][:2])
+    np.testing.assert_array_equal(tensor.rows(slice(0, 2)), tiny_weights()["output.weight"][:2])
 
 
 @pytest.mark.parametrize("type_name", ["F32", "F16", "BF16", "Q8_0"])
@@ -203,15 +203,15 @@ def test_weights_that_are_not_finite(type_name, tmp_path):
     path.write_bytes(data)
     tensor = open_gguf(path).tensors[0]
     with pytest.raises(ModelError, match=rf"tensor blk\.0\.ffn_up\.weight: {counts} of 128 weights; wanted finite"):
-        tensor.read_rows(0, 1)
-    assert tensor.read_rows(1, 4).shape == (3, 32)
+        tensor.rows(slice(0, 1))
+    assert tensor.rows(slice(1, 4)).shape == (3, 32)
 
 
 def test_a_file_that_shrinks_after_it_was_opened(tiny):
     tensor = read.open_model(Path("tiny.gguf")).by_name["output.weight"]
     os.truncate("tiny.gguf", 5000)
     with pytest.raises(ModelError, match=r"tensor output\.weight can no longer be read"):
-        tensor.read_rows(0, 1)
+        tensor.rows(slice(0, 1))
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from command import call, message
 from gguf import GGUFReader, GGUFWriter
 from llama_quantize import assert_same_bytes, llama_quantize, name_patterns, read_tensors
 from models import make_model
+from nsds_gguf.session.reporter import Silent
 from tiny_archs import write_tiny_arch
 
 from nsds_gguf import conversion as convert
@@ -28,7 +29,6 @@ from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp import ggml, llama
 from nsds_gguf.records import Target
 from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.reporter import Silent
 from nsds_gguf.session.session import Work, open_model
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"

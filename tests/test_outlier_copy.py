@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nsds_gguf.session.reporter import Silent
 from outlier_copy import N_FIXED, N_OTHER, N_UNITS, outlier_copy
 from tiny_models import SPECS, Spec, write_tiny
 
 from nsds_gguf.llamacpp import llama
 from nsds_gguf.read import open_model
 from nsds_gguf.records import Float32
-from nsds_gguf.session.reporter import Silent
 from nsds_gguf.session.session import Work, reference_plan
 
 TOKENS = np.random.default_rng(3).integers(0, 280, 48).tolist()

@@ -316,7 +316,9 @@ def test_a_model_does_not_diverge_from_itself(tiny):
 
 def test_threads_do_not_change_the_numbers(tiny, folder):
     def run(n_threads):
-        return perplexity(tiny, TEXT, n_ctx=128, n_chunks=2, n_threads=n_threads, reference=folder / "tiny-bos-Q4_0.gguf")
+        return perplexity(
+            tiny, TEXT, n_ctx=128, n_chunks=2, n_threads=n_threads, reference=folder / "tiny-bos-Q4_0.gguf"
+        )
 
     one, two = run(1), run(2)
     assert (two.ppl, two.divergence.kld_mean) == pytest.approx((one.ppl, one.divergence.kld_mean), rel=1e-9)

@@ -222,7 +222,7 @@ def test_rows_are_read_exactly(dtype: str, tmp_path: Path) -> None:
         assert tensor.dtype == dtype
         np.testing.assert_array_equal(tensor.load(), wanted)
         rows = wanted.reshape(-1, wanted.shape[-1])
-        np.testing.assert_array_equal(tensor.read_rows(1, 3), rows[1:3])
+        np.testing.assert_array_equal(tensor.rows(slice(1, 3)), rows[1:3])
 
 
 def test_rope_row_order_of_two_heads() -> None:
@@ -236,7 +236,7 @@ def test_llama_reads_q_and_k_in_rope_order(tmp_path: Path) -> None:
         order = [16 * head + 8 * half + j for head in range(n_heads) for j in range(8) for half in range(2)]
         weight, bias = (weights[f"model.layers.1.self_attn.{source}.{kind}"] for kind in ("weight", "bias"))
         np.testing.assert_array_equal(model.by_name[f"blk.1.{role}.weight"].load(), weight[order])
-        np.testing.assert_array_equal(model.by_name[f"blk.1.{role}.weight"].read_rows(5, 9), weight[order[5:9]])
+        np.testing.assert_array_equal(model.by_name[f"blk.1.{role}.weight"].rows(slice(5, 9)), weight[order[5:9]])
         np.testing.assert_array_equal(model.by_name[f"blk.1.{role}.bias"].load(), bias[order])
     v = model.by_name["blk.1.attn_v.weight"].load()
     np.testing.assert_array_equal(v, weights["model.layers.1.self_attn.v_proj.weight"])
@@ -246,7 +246,7 @@ def test_rows_are_the_callers_own(tmp_path: Path) -> None:
     model = open_model(write_tiny(tmp_path, SPECS["llama-llama3"]))
     for tensor in model.tensors:
         wanted = tensor.load()
-        tensor.read_rows(0, tensor.n_rows)[:] = -1
+        tensor.rows(slice(0, tensor.n_rows))[:] = -1
         np.testing.assert_array_equal(tensor.load(), wanted)
 
 

@@ -65,12 +65,12 @@ def test_values_of_every_dtype(tmp_path):
     found = open_checkpoint(tmp_path)
     assert [(t.name, t.dtype, t.shape, t.file) for t in found.values()] == [
         ("m", "F32", (5, 7), file), ("v", "F16", (9,), file)]  # fmt: skip
-    np.testing.assert_array_equal(found["m"].read_rows(slice(1, 4)), f32[1:4])
-    np.testing.assert_array_equal(found["m"].read_rows(np.array([3, 0, 3])), f32[[3, 0, 3]])
-    np.testing.assert_array_equal(found["v"].read_rows(slice(0, 1)), f16[None].astype(np.float32))
-    rows = found["m"].read_rows(slice(0, 5))
+    np.testing.assert_array_equal(found["m"].rows(slice(1, 4)), f32[1:4])
+    np.testing.assert_array_equal(found["m"].rows(np.array([3, 0, 3])), f32[[3, 0, 3]])
+    np.testing.assert_array_equal(found["v"].rows(slice(0, 1)), f16[None].astype(np.float32))
+    rows = found["m"].rows(slice(0, 5))
     rows[:] = 0  # a fresh array: the file stays as it is
-    np.testing.assert_array_equal(found["m"].read_rows(slice(0, 5)), f32)
+    np.testing.assert_array_equal(found["m"].rows(slice(0, 5)), f32)
 
 
 def test_bf16_is_the_upper_half_of_float32(tmp_path):
@@ -78,7 +78,7 @@ def test_bf16_is_the_upper_half_of_float32(tmp_path):
     header = {"t": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}}
     header_file(tmp_path, header, halves.tobytes())
     wanted = [[1.0, -3.140625, 2.0**-133], [-(2 - 2**-7) * 2.0**127, -0.0, (2 - 2**-7) * 2.0**127]]
-    rows = open_checkpoint(tmp_path)["t"].read_rows(slice(0, 2))
+    rows = open_checkpoint(tmp_path)["t"].rows(slice(0, 2))
     np.testing.assert_array_equal(rows, np.array(wanted, dtype=np.float32))
     assert np.signbit(rows[1, 1])
 
@@ -165,8 +165,8 @@ def test_dtype_that_is_not_read_is_listed_and_fails_on_reading(tmp_path, dtype, 
     found = open_checkpoint(tmp_path)
     assert (found["a"].dtype, found["a"].shape) == (dtype, tuple(shape))
     assert found["a"].first_bytes(100) == DATA[:24]
-    found["b"].read_rows(slice(0, 1))
-    for read in (lambda: found["a"].read_rows(slice(0, 1)), lambda: found["a"].read_columns(0, 1),
+    found["b"].rows(slice(0, 1))
+    for read in (lambda: found["a"].rows(slice(0, 1)), lambda: found["a"].values(slice(None), slice(0, 1)),
                  found["a"].require_readable):  # fmt: skip
         with pytest.raises(UnsupportedError) as error:
             read()
@@ -181,9 +181,9 @@ def test_rows_columns_and_first_bytes(tmp_path):
     write(tmp_path, safetensors_bytes({"stack": stack}))
     tensor = open_checkpoint(tmp_path)["stack"]
     assert (tensor.n_rows, tensor.n_cols) == (6, 4)
-    np.testing.assert_array_equal(tensor.read_rows(np.array([5, 0])), [[20, 21, 22, 23], [0, 1, 2, 3]])
-    np.testing.assert_array_equal(tensor.read_columns(1, 3), stack.reshape(6, 4)[:, 1:3])
-    assert tensor.read_columns(1, 3).flags.writeable
+    np.testing.assert_array_equal(tensor.rows(np.array([5, 0])), [[20, 21, 22, 23], [0, 1, 2, 3]])
+    np.testing.assert_array_equal(tensor.values(slice(None), slice(1, 3)), stack.reshape(6, 4)[:, 1:3])
+    assert tensor.values(slice(None), slice(1, 3)).flags.writeable
     assert tensor.first_bytes(10) == stack.tobytes()[:10]
 
 
@@ -206,7 +206,7 @@ def test_empty_tensors_and_scalars_are_read(tmp_path):
         "one": {"dtype": "F16", "shape": [], "data_offsets": [0, 2]},
     }
     header_file(tmp_path, header, np.float16(2.5).tobytes())
-    assert open_checkpoint(tmp_path)["one"].read_rows(slice(0, 1)).tolist() == [[2.5]]
+    assert open_checkpoint(tmp_path)["one"].rows(slice(0, 1)).tolist() == [[2.5]]
 
 
 def test_file_that_shrinks_after_opening(tmp_path):
@@ -214,10 +214,10 @@ def test_file_that_shrinks_after_opening(tmp_path):
     found = open_checkpoint(tmp_path)
     os.truncate(file, file.stat().st_size - 10)
     with pytest.raises(ModelError, match="tensor b can no longer be read"):
-        found["b"].read_rows(slice(0, 1))
+        found["b"].rows(slice(0, 1))
     file.unlink()
     with pytest.raises(ModelError, match="tensor a can no longer be read"):
-        found["a"].read_rows(slice(0, 1))
+        found["a"].rows(slice(0, 1))
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -226,11 +226,11 @@ def test_weights_that_are_not_finite_are_counted(tmp_path, dtype):
     array[1, :2], array[3, 0], array[3, 2] = np.nan, np.inf, -np.inf
     file = write(tmp_path, safetensors_bytes({"w": array}))
     tensor = open_checkpoint(tmp_path)["w"]
-    assert tensor.read_rows(slice(0, 1)).tolist() == [[1, 1, 1]]
+    assert tensor.rows(slice(0, 1)).tolist() == [[1, 1, 1]]
     with pytest.raises(ModelError) as error:
-        tensor.read_rows(slice(0, 2))
+        tensor.rows(slice(0, 2))
     assert str(error.value) == (
-        f"{file}: tensor w: 2 NaN and 2 infinite of 12 weights; wanted finite numbers: the checkpoint is damaged, "
+        f"{file}: tensor w: 2 NaN and 2 infinite of 12 weights; wanted finite numbers: the file is damaged, "
         "download it again"
     )
 
@@ -253,7 +253,7 @@ PLACES = dict(zip("ab", SHARDS, strict=True))
 def test_shards(tmp_path):
     sharded(tmp_path, PLACES)
     found = open_checkpoint(tmp_path)
-    assert {name: tensor.read_rows(slice(0, 1))[0, 0] for name, tensor in found.items()} == {"a": 97.0, "b": 98.0}
+    assert {name: tensor.rows(slice(0, 1))[0, 0] for name, tensor in found.items()} == {"a": 97.0, "b": 98.0}
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def check_survives(folder: Path, content: bytes) -> bool:
         if tensor.n_bytes:
             assert tensor.first_bytes(1 << 30) == content[tensor.offset_bytes :][: tensor.n_bytes]
             if tensor.dtype in ("F32", "F16", "BF16"):
-                assert tensor.read_rows(slice(0, 1)).nbytes <= 4 * len(content)
+                assert tensor.rows(slice(0, 1)).nbytes <= 4 * len(content)
     return True
 
 

@@ -9,7 +9,7 @@ import pytest
 from models import make_model
 
 from nsds_gguf.errors import ModelError, PlanError
-from nsds_gguf.metrics import METRICS, SE_READINGS, baselines, loading, nsds, score_layers, stats
+from nsds_gguf.metrics import METRICS, SE_READINGS, baselines, nsds, score_layers, stats
 from nsds_gguf.records import Hparams, Model, Scores
 
 TOLERANCE = 1e-4
@@ -133,7 +133,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make tiles and slabs so small that tests' matrices have several, and a last one that is not full."""
     monkeypatch.setattr(stats, "TILE_ENTRIES", 7 * 24)
     monkeypatch.setattr(nsds, "GRAM_ENTRIES", 11 * 24)
-    monkeypatch.setattr(loading, "SLAB_ENTRIES", 7 * 24)
+    monkeypatch.setattr(nsds, "SLAB_BYTES", 4 * 7 * 24)
 
 
 # --- against the oracle ---------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def test_a_layer_of_zeros_has_a_finite_score(metric: str) -> None:
 def test_weights_that_are_not_finite_are_named_and_counted(metric: str, small_tiles: None) -> None:
     shape, layers, unembedding = plain_layers()
     layers[1]["ffn_up"][0, 0], layers[1]["ffn_up"][-1, :2] = np.nan, np.inf
-    with pytest.raises(ModelError, match=r"blk\.1\.ffn_up\.weight.*: 3 of 1536 weights are NaN or infinite"):
+    with pytest.raises(ModelError, match=r"blk\.1\.ffn_up\.weight: 1 NaN and 2 infinite of 1536 weights"):
         score_layers(model_of(shape, layers, unembedding), metric)
 
 

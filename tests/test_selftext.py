@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import call, message
+from nsds_gguf.session.reporter import Silent
 from tiny_archs import write_tiny_arch
 from tiny_gguf import BOS, EOS, write_tiny_gguf
 from tiny_models import Spec, write_tiny
@@ -27,7 +28,6 @@ from nsds_gguf.llamacpp.llama import open_context, open_model
 from nsds_gguf.records import SELF, Plan, Target, no_progress
 from nsds_gguf.session import session
 from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.reporter import Silent
 from nsds_gguf.session.session import ScoreOptions
 
 WIDE = Spec("LlamaForCausalLM", n_embd=256, n_ff=256)  # rows fit K-quants; no BOS is added

@@ -38,7 +38,7 @@ def weights(value: float, name: str = "a") -> bytes:
 
 
 def value_of(folder: Path, name: str = "a") -> float:
-    return float(open_checkpoint(folder, {})[name].read_rows(slice(0, 1))[0, 0])
+    return float(open_checkpoint(folder, {})[name].rows(slice(0, 1))[0, 0])
 
 
 def archive(file: Path) -> Path:

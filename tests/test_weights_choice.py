@@ -37,7 +37,7 @@ def read(
     for name, content in files.items():
         (folder / name).write_bytes(content)
     found = read_checkpoint(folder, config or {})
-    values = {name: float(tensor.read_rows(slice(0, 1))[0, 0]) for name, tensor in found.tensors.items()}
+    values = {name: float(tensor.rows(slice(0, 1))[0, 0]) for name, tensor in found.tensors.items()}
     return values, " ".join(found.notes)
 
 

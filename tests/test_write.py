@@ -23,7 +23,7 @@ from llama_quantize import (
     per_expert,
     read_tensors,
 )
-from models import make_tensor
+from models import make_tensor, read_by
 from plans import cycled_types, plan_of, uniform_plan, writable_model
 
 from nsds_gguf import __version__
@@ -95,7 +95,7 @@ def test_every_byte_is_llama_cpps(type_name, with_importance, tmp_path, monkeypa
     patterns = name_patterns({tensor.name: tensor.type for tensor in plan.tensors})
     llama_quantize(source, theirs, patterns, per_expert(model, importance))
     assert_same_bytes(written(model, plan, tmp_path / "ours.gguf", importance), theirs)
-    monkeypatch.setattr(write, "_SLAB_WEIGHTS", 5 * 512)  # slabs end within tensors, and within experts
+    monkeypatch.setattr(write, "_SLAB_BYTES", 4 * 5 * 512)  # slabs end within tensors, and within experts
     assert_same_bytes(written(model, plan, tmp_path / "slabs.gguf", importance, n_threads=3), theirs)
 
 
@@ -282,7 +282,7 @@ def test_tensors_are_padded_with_zeros(tmp_path):
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_SLAB_WEIGHTS", 1 << 12)
+    monkeypatch.setattr(write, "_SLAB_BYTES", 1 << 14)
     model = small_decoder()
     plan, importance = plan_of(model, cycled_types(model)), random_importance(model)
     first = written(model, plan, tmp_path / "1.gguf", importance, n_threads=1).read_bytes()
@@ -291,7 +291,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, monkeypatch):
 
 
 def test_progress_counts_every_weight(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_SLAB_WEIGHTS", 1 << 12)
+    monkeypatch.setattr(write, "_SLAB_BYTES", 1 << 14)
     model, calls = small_decoder(), []
     plan = uniform_plan(model, "Q8_0")
     path = tmp_path / "model.gguf"
@@ -303,7 +303,7 @@ def test_progress_counts_every_weight(tmp_path, monkeypatch):
 
 def test_a_bounded_number_of_slabs_is_in_flight(tmp_path, monkeypatch):
     """However long the model, reading never runs further ahead of the disk than two slabs a thread."""
-    monkeypatch.setattr(write, "_SLAB_WEIGHTS", 256)
+    monkeypatch.setattr(write, "_SLAB_BYTES", 4 * 256)
     written_weights, ahead, lock = 0, [], threading.Lock()
     read_weights = 0
 
@@ -319,7 +319,7 @@ def test_a_bounded_number_of_slabs_is_in_flight(tmp_path, monkeypatch):
         with lock:
             written_weights = done
 
-    tensor = replace(make_tensor("blk.0.attn_q.weight", np.ones((500, 256), np.float32)), read_rows=read_rows)
+    tensor = read_by(make_tensor("blk.0.attn_q.weight", np.ones((500, 256), np.float32)), read_rows)
     model = replace(writable_model({}, HPARAMS), tensors=(tensor,))
     plan, path = uniform_plan(model, "Q4_K"), tmp_path / "model.gguf"
     write_gguf(model, plan, TensorQuantizers(), path, n_threads=3, progress=progress)
@@ -349,11 +349,11 @@ def damaged(value_by_index, type_name="Q4_K"):
     ],
 )
 def test_weights_that_are_no_numbers_are_counted(values, counts, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_SLAB_WEIGHTS", 10 * 256)
+    monkeypatch.setattr(write, "_SLAB_BYTES", 4 * 10 * 256)
     model, plan = damaged(values)
     message = (
-        f"tensor checkpoint.blk.0.ffn_up.weight: {counts} of 10240 weights: "
-        "the checkpoint is damaged, download it again"
+        f"tensor checkpoint.blk.0.ffn_up.weight: {counts} of 10240 weights; "
+        "wanted finite numbers: the file is damaged, download it again"
     )
     with pytest.raises(ModelError, match=f"^{message}$"):
         written(model, plan, tmp_path / "model.gguf")
@@ -425,7 +425,7 @@ def test_an_error_while_reading_stops_the_write(tmp_path):
         raise ModelError("the file has shrunk")
 
     model = small_decoder()
-    tensor = replace(model.tensors[5], read_rows=read_rows)
+    tensor = read_by(model.tensors[5], read_rows)
     model = replace(model, tensors=(*model.tensors[:5], tensor, *model.tensors[6:]))
     n_threads = threading.active_count()
     with pytest.raises(ModelError, match=r"^the file has shrunk$"):
@@ -503,16 +503,16 @@ def test_a_name_that_cannot_be_given(tmp_path):
 
 def test_ctrl_c_in_the_middle_of_writing(tmp_path, monkeypatch):
     """A real signal, sent while the threads are busy: they end, and the file goes."""
-    monkeypatch.setattr(write, "_SLAB_WEIGHTS", 1 << 12)
+    monkeypatch.setattr(write, "_SLAB_BYTES", 1 << 14)
     model = small_decoder()
     tensor = model.tensors[9]
 
     def read_rows(start, stop):
         if start == 0:
             signal.raise_signal(signal.SIGINT)  # from a worker; Python raises KeyboardInterrupt in the main thread
-        return tensor.read_rows(start, stop)
+        return tensor.rows(slice(start, stop))
 
-    model = replace(model, tensors=(*model.tensors[:9], replace(tensor, read_rows=read_rows), *model.tensors[10:]))
+    model = replace(model, tensors=(*model.tensors[:9], read_by(tensor, read_rows), *model.tensors[10:]))
     n_threads = threading.active_count()
     with pytest.raises(KeyboardInterrupt), unfinished(tmp_path / "model.gguf") as temporary:
         written(model, uniform_plan(model, "Q3_K"), temporary)

@@ -59,7 +59,9 @@ def parse_tensor_type(text: str) -> TensorType:
 def fitting_type(wanted: str, candidate: Candidate) -> str:
     """Return the type, or what takes its place where the rows do not fit it."""
     n_cols = candidate.tensor.n_cols
-    return next((name for name in (wanted, ggml.TYPES[wanted].fallback or wanted) if ggml.fits(name, n_cols)), LAST_RESORT)
+    return next(
+        (name for name in (wanted, ggml.TYPES[wanted].fallback or wanted) if ggml.fits(name, n_cols)), LAST_RESORT
+    )
 
 
 def check_type(name: str, where: str) -> str:

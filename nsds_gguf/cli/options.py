@@ -50,7 +50,11 @@ def is_open(arguments: argparse.Namespace) -> bool:
 
 def check_sizes_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what wants one plan where there is no budget to make it for."""
-    wants_plan = {"--tensor-type-file": arguments.tensor_type_file, "--why": arguments.why, "--report": arguments.report}
+    wants_plan = {
+        "--tensor-type-file": arguments.tensor_type_file,
+        "--why": arguments.why,
+        "--report": arguments.report,
+    }
     for option, value in wants_plan.items():
         if value:
             raise PlanError(f"{option} needs a plan, and a plan a budget: pass --target-bpw or --target-size")

@@ -181,7 +181,9 @@ def _add_convert(verbs: Any) -> None:
     _add_requantize(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="output file or existing folder")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
-    parser.add_argument("--keep-failed", action="store_true", help="keep a file that failed verification as FILE.failed")
+    parser.add_argument(
+        "--keep-failed", action="store_true", help="keep a file that failed verification as FILE.failed"
+    )
     parser.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
     _add_page(parser)
     _add_budget(parser)

@@ -22,7 +22,6 @@ from ..publish.explain import why
 from ..publish.first_words import DEFAULT_PROMPT, sample
 from ..publish.plot import plot_comparison, plot_scores
 from ..publish.report import Check, Report, file_report, plan_report, write_report
-from ..publish.tensor_type_file import tensor_type_file
 from ..records import Plan, Scores, read_json
 from ..session.outputs import Output
 from ..session.reference import reference_of
@@ -186,9 +185,7 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
     options = options_of(arguments)
     if arguments.tensor_type_file is not None and len(options) > 1:
         raise PlanError(f"--tensor-type-file holds one plan, got {len(options)} targets; give one")
-    planned = make_plans(
-        source_of(arguments), options, loaded=loaded_record(arguments), run=run_of(arguments, screen)
-    )
+    planned = make_plans(source_of(arguments), options, loaded=loaded_record(arguments), run=run_of(arguments, screen))
     plans = planned.plans
     for plan in plans:
         screen.show(display.plan_view(plan))
@@ -237,9 +234,7 @@ def run_report(arguments: argparse.Namespace, screen: Screen) -> None:
 def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
     """Score layers and measure tensors."""
     (options,) = options_of(arguments)
-    scores = score(
-        source_of(arguments), options, measures=not arguments.layers_only, run=run_of(arguments, screen)
-    )
+    scores = score(source_of(arguments), options, measures=not arguments.layers_only, run=run_of(arguments, screen))
     screen.show(display.scores_view(scores))
     if arguments.plot is not None:
         plot_scores(scores, arguments.plot)

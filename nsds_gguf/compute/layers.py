@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..llamacpp.rules import kept_reason
-from ..records import Float32, Hparams, Model, Tensor
+from ..records import Hparams, Model, Tensor
+from ..records.transforms import SliceColumns, SliceRows
 
 # Roles of matrices between the stream and the heads that a plain attention does not have: latent queries, keys and
 # values (MLA), a second set of experts for pictures.
@@ -108,20 +109,14 @@ def view_layer(model: Model, index: int) -> Layer:
 
 def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
     """Return rows ``start`` to ``stop`` of a tensor, leading dimensions flattened, as a matrix."""
-
-    def read_rows(first: int, last: int) -> Float32:
-        return tensor.read_rows(start + first, start + last)
-
-    return replace(tensor, shape=(stop - start, tensor.n_cols), read_rows=read_rows)
+    transforms = (*tensor.transforms, SliceRows(start, stop))
+    return replace(tensor, shape=(stop - start, tensor.n_cols), transforms=transforms)
 
 
 def entries_of(vector: Tensor, start: int, stop: int, row: int = 0) -> Tensor:
     """Return entries ``start`` to ``stop`` of a vector, or of one row of stacked vectors, as a vector."""
-
-    def read_rows(first: int, last: int) -> Float32:
-        return vector.read_rows(row, row + 1)[first:last, start:stop]
-
-    return replace(vector, shape=(stop - start,), read_rows=read_rows)
+    transforms = (*vector.transforms, SliceRows(row, row + 1), SliceColumns(start, stop))
+    return replace(vector, shape=(stop - start,), transforms=transforms)
 
 
 # --- attention ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 from ..records import Float32, Float64, Tensor
 from .layers import Linear
 
-_SLAB_WEIGHTS = 1 << 22  # 16 MiB of float32 at a time
+_SLAB_BYTES = 16 << 20  # of float32 at a time
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # quadrature for a standard normal
 
@@ -125,10 +125,8 @@ def row_moments(tensor: Tensor, centred: bool) -> Signal:
 
 
 def _rows(tensor: Tensor) -> Iterator[Float32]:
-    """Yield the rows of a matrix in slabs, fresh arrays."""
-    step = max(1, _SLAB_WEIGHTS // tensor.n_cols)
-    for start in range(0, tensor.n_rows, step):
-        yield tensor.read_rows(start, min(start + step, tensor.n_rows))
+    """Return the rows of a matrix in slabs, fresh arrays."""
+    return (rows for _, rows in tensor.slabs(_SLAB_BYTES))
 
 
 # --- activations ----------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from ..records import Float32, Float64, Tensor
 from .layers import Linear
 from .moments import ACTIVATIONS, Norm
 
-_SLAB_WEIGHTS = 1 << 20  # 4 MiB of float32 a job
 _LEAST_SUM = np.float32(2.0**-14)  # of experts' weights that are divided by it: llama.cpp's, the least float16
 
 Job = TypeVar("Job")
@@ -95,7 +94,7 @@ class Tape:
         weight = linear.weight
         if self.on_input is not None:
             self.on_input(linear.name, x.value)
-        parts = self.each(lambda slab: x.value @ weight.read_rows(*slab).T, slabs(weight))
+        parts = self.each(lambda slab: x.value @ weight.rows(slab).T, weight.row_slices())
         out = Node(np.concatenate(list(parts), axis=1))
         if linear.bias is not None:
             out.value += linear.bias.load().ravel()
@@ -119,13 +118,13 @@ class Tape:
         """
         edges = self.edges(len(x))
 
-        def job(slab: tuple[int, int]) -> tuple[Float32, float]:
-            rows = weight.read_rows(*slab)
-            part = np.ascontiguousarray(grad[:, slice(*slab)])
+        def job(slab: slice) -> tuple[Float32, float]:
+            rows = weight.rows(slab)
+            part = np.ascontiguousarray(grad[:, slab])
             return part @ rows, energy_of(rows, part, x, edges)
 
         total: Float32 = np.zeros_like(x)
-        for by_input, energy in self.each(job, slabs(weight)):
+        for by_input, energy in self.each(job, weight.row_slices()):
             total += by_input
             self.energies[weight.name] = self.energies.get(weight.name, 0.0) + energy
         return total
@@ -425,12 +424,6 @@ def energy_of(rows: Float32, grad: Float32, x: Float32, edges: Sequence[int]) ->
         by_weight *= rows
         total += float(np.vdot(by_weight, by_weight))
     return total
-
-
-def slabs(tensor: Tensor) -> list[tuple[int, int]]:
-    """Return the stretches of rows in which a matrix is read."""
-    step = max(1, _SLAB_WEIGHTS // tensor.n_cols)
-    return [(start, min(start + step, tensor.n_rows)) for start in range(0, tensor.n_rows, step)]
 
 
 def _in_float32(function: Callable[[Float64], Float64]) -> Callable[[Float32], Float32]:

@@ -13,7 +13,6 @@ import numpy as np
 
 from ..compute.layers import Layer, view_layer
 from ..records import Float32, Float64, LayerScore, Model, Progress
-from .loading import load_matrix
 from .stats import matrix_kurtosis, matrix_mean, row_tiles
 
 # Value of one layer, from its matrices.
@@ -107,7 +106,7 @@ def layer_matrices(layer: Layer) -> Iterator[Float32]:
 
     Its logical matrices: the parts of fused ones apart, every expert's own, and what is none of the paper's.
     """
-    return (load_matrix(matrix) for matrix in layer.matrices())
+    return (matrix.rows(slice(None)) for matrix in layer.matrices())
 
 
 def unchanged(scores: Float64) -> Float64:

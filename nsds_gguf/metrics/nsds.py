@@ -28,7 +28,6 @@ from scipy import linalg
 from ..compute.layers import Attention, FeedForward, Layer, view_layer
 from ..records import Float32, Float64, LayerScore, Model, Progress
 from ..system.resources import blas_threads, n_blas_threads
-from .loading import load_matrix, read_slabs
 from .stats import (
     column_kurtosis,
     entropy,
@@ -56,6 +55,8 @@ MIN_TRIPLETS = 2
 # Entries of a slab that goes into a Gram matrix at once: 16 MiB in float64, so that the slab's multiplication outweighs
 # reading and writing the d x d sum.
 GRAM_ENTRIES = 2**21
+
+SLAB_BYTES = 16 << 20  # of float32, of the unembedding at a time
 
 # Ratio of the largest to the smallest diagonal entry of R up to which Cholesky-QR is used: a factor 100 below the
 # condition number at which it loses digits.
@@ -231,7 +232,7 @@ def output_projection(model: Model) -> Float32:
     unembedding = model.by_name.get("output.weight") or model.by_name.get("token_embd.weight")
     if unembedding is None or unembedding.n_cols != model.hparams.n_embd:
         return np.eye(model.hparams.n_embd, dtype=np.float32)
-    gram = residual_gram((slab.astype(np.float64) for slab in read_slabs(unembedding)), unembedding.n_cols)
+    gram = residual_gram((slab.astype(np.float64) for _, slab in unembedding.slabs(SLAB_BYTES)), unembedding.n_cols)
     return right_vectors(gram, at_least=1)[1].astype(np.float32)
 
 
@@ -277,15 +278,15 @@ def qk_component(attention: Attention, reading: Reading) -> Sensitivity:
 
     GGUF permutes the rows of q and k within each head, both alike: a sum over those rows does not see it.
     """
-    q = load_matrix(attention.q.weight).reshape(attention.n_heads, attention.head_dim, -1)
-    k = load_matrix(attention.k.weight).reshape(attention.n_kv_heads, attention.head_dim, -1)
+    q = attention.q.weight.rows(slice(None)).reshape(attention.n_heads, attention.head_dim, -1)
+    k = attention.k.weight.rows(slice(None)).reshape(attention.n_kv_heads, attention.head_dim, -1)
     return attention_component(q.transpose(0, 2, 1), k, detector_qk_weight, reading)
 
 
 def ov_component(attention: Attention, projection: Float32, reading: Reading) -> Sensitivity:
     """Return NV and SE of ``W_O[:, h] @ W_V[g(h)]``, a writer."""
-    o = load_matrix(attention.o.weight).reshape(-1, attention.n_heads, attention.value_dim)
-    v = load_matrix(attention.v.weight).reshape(attention.n_kv_heads, attention.value_dim, -1)
+    o = attention.o.weight.rows(slice(None)).reshape(-1, attention.n_heads, attention.value_dim)
+    v = attention.v.weight.rows(slice(None)).reshape(attention.n_kv_heads, attention.value_dim, -1)
     return attention_component(o.transpose(1, 0, 2), v, lambda u, _: writer_weight(u, projection), reading)
 
 
@@ -308,8 +309,8 @@ def ffn_components(block: FeedForward, projection: Float32, reading: Reading) ->
     components = {}
     for name, part in (("gate", block.gate), ("up", block.up)):
         if part is not None:
-            components[name] = ffn_component(load_matrix(part.weight), detector_ffn_weight, reading)
-    down = load_matrix(block.down.weight)
+            components[name] = ffn_component(part.weight.rows(slice(None)), detector_ffn_weight, reading)
+    down = block.down.weight.rows(slice(None))
     components["down"] = ffn_component(down.T, lambda u: writer_weight(u, projection), reading)
     return components
 
@@ -330,7 +331,7 @@ def layer_components(layer: Layer, projection: Float32, reading: Reading) -> dic
         if found:
             components[name] = _mean(found)
     if layer.rest:
-        nv = np.mean([matrix_kurtosis(load_matrix(tensor)) for tensor in layer.rest])
+        nv = np.mean([matrix_kurtosis(tensor.rows(slice(None))) for tensor in layer.rest])
         components[REST] = Sensitivity(float(nv), math.nan)
     return components
 

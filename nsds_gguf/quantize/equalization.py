@@ -22,14 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records import Float32, Float64, Model, Tensor
+from ..records.transforms import ScaleByPowersOfTwo
 
 Exponents = NDArray[np.int64]
 
 OUTSTANDING = 2.5  # log2 of the factor of at least one channel, where channels are equalized
 LEAST = 1.0  # log2 of the factors that are worth it there
 LARGEST = 16.0  # log2; more is a dead channel
-
-_SLAB_WEIGHTS = 1 << 20
 
 # What a layer may hold: nothing else consumes a norm's output or stands between hidden units and their consumers.
 _KNOWN = frozenset(
@@ -70,16 +69,7 @@ class Equalization:
             columns, rows = rows, None
         if columns is None and rows is None:
             return tensor
-
-        def read_rows(start: int, stop: int) -> Float32:
-            values = tensor.read_rows(start, stop)
-            if columns is not None:
-                values = np.ldexp(values, columns)
-            if rows is not None:
-                values = np.ldexp(values, rows[start:stop, np.newaxis])
-            return values
-
-        return replace(tensor, read_rows=read_rows)
+        return replace(tensor, transforms=(*tensor.transforms, ScaleByPowersOfTwo(rows, columns)))
 
     def weights(self, importance: Mapping[str, Float32]) -> dict[str, Float32]:
         """Return column weights of mean 1 for the matrices multiplied, from those of the matrices as they were."""
@@ -179,9 +169,8 @@ def _exponents(moments: Float64, consumers: Sequence[Tensor]) -> Exponents:
 
 def _squared_norm_shares(tensor: Tensor) -> Float64:
     """Return the squared norm of each column as a share of the matrix's, ``(n_cols,)``."""
-    total, step = np.zeros(tensor.n_cols), max(1, _SLAB_WEIGHTS // tensor.n_cols)
-    for start in range(0, tensor.n_rows, step):
-        rows = tensor.read_rows(start, min(start + step, tensor.n_rows))
+    total = np.zeros(tensor.n_cols)
+    for _, rows in tensor.slabs():
         total += np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
     share: Float64 = total / total.sum() if total.any() else total
     return share

@@ -16,14 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError
-from ..records import Float32, Float64, Progress, Tensor, TensorCost, no_progress
-from .quantizer import Quantizer, Quantizers, rows_per_matrix
+from ..records import Float64, Progress, Tensor, TensorCost, no_progress
+from .quantizer import Quantizer, Quantizers
 
 WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
 SAMPLED_FRACTION = 1 / 8  # of the rows of larger ones: five types then cost less than one write
 SAMPLED_ROWS_MIN, SAMPLED_ROWS_MAX = 64, 1024
 
-_SLAB_WEIGHTS = 1 << 20
 _DIGITS = 7  # kept in records, so that the last bits of a BLAS do not change digests
 
 
@@ -99,14 +98,13 @@ def _row_sums(
     """Return the squared norm of every row that is measured, and its squared error in each type."""
     norms, errors = [], dict[str, list[Float64]]({name: [] for name in types})
     for first_row, some in _slabs(tensor, rows):
-        x = _gather(tensor, some)
+        x = tensor.rows(some)
         for name in types:
             errors[name].append(quantizer.errors(x, name, first_row))
         norms.append(quantizer.squared_norms(x, first_row))
     squared_norms = np.concatenate(norms)
-    n_damaged = np.sum(~np.isfinite(squared_norms))
-    if n_damaged:
-        raise ModelError(f"tensor {tensor.source}: NaN or infinite weights in {n_damaged} rows")
+    if not np.isfinite(squared_norms).all():
+        raise ModelError(f"tensor {tensor.source}: weights too large: their squares overflow float32")
     return squared_norms, {name: np.concatenate(parts) for name, parts in errors.items()}
 
 
@@ -115,19 +113,13 @@ def _slabs(tensor: Tensor, rows: NDArray[np.intp]) -> Iterator[tuple[int, NDArra
 
     Rows of a sample are not neighbours; they count from the first row of their matrix.
     """
-    step, n_rows = max(1, _SLAB_WEIGHTS // tensor.n_cols), rows_per_matrix(tensor)
+    step, n_rows = tensor.rows_per_slab(), tensor.n_matrix_rows
     is_whole = len(rows) == tensor.n_rows
     for first in range(0, tensor.n_rows, n_rows):
         of_matrix = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + n_rows)]
         for start in range(0, len(of_matrix), step):
             some = of_matrix[start : start + step]
             yield int(some[0]) if is_whole else first, some
-
-
-def _gather(tensor: Tensor, rows: NDArray[np.intp]) -> Float32:
-    if len(rows) == rows[-1] - rows[0] + 1:
-        return tensor.read_rows(int(rows[0]), int(rows[-1]) + 1)
-    return np.concatenate([tensor.read_rows(int(row), int(row) + 1) for row in rows])
 
 
 def ratio_estimate(numerator: Float64, denominator: Float64, sampled_share: float) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..llamacpp import ggml
 from ..records import Float32, Float64, Tensor
 from .hessian_factors import HessianFactors
-from .quantizer import Rounding, rows_per_matrix
+from .quantizer import Rounding
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RtnQuantizer:
 
 def make_rtn(tensor: Tensor, weights: Float32 | None, factors: HessianFactors | None) -> RtnQuantizer:
     """Return a quantizer of the tensor; Hessian factors are not used."""
-    return RtnQuantizer(weights, rows_per_matrix(tensor))
+    return RtnQuantizer(weights, tensor.n_matrix_rows)
 
 
 ROUNDING = Rounding("rtn", "round to nearest, with ggml's quantizers and column weights", False, make_rtn)

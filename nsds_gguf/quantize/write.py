@@ -9,7 +9,6 @@ The output appears under its name only when it is complete: it is written to a h
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import deque
@@ -27,9 +26,9 @@ from ..llamacpp import ggml
 from ..records import Model, Plan, PlannedTensor, Progress, Tensor, no_progress
 from ..system.workfolder import output_error
 from .header import plan_header
-from .quantizer import Quantizer, Quantizers, rows_per_matrix
+from .quantizer import Quantizer, Quantizers
 
-_SLAB_WEIGHTS = 1 << 19  # 2 MiB of float32 in each thread: stays in the cache, hides Python's 0.1 ms a slab
+_SLAB_BYTES = 2 << 20  # of float32 in each thread: stays in the cache, hides Python's 0.1 ms a slab
 _IN_FLIGHT_PER_THREAD = 2
 _LARGEST_F16 = 65504.0  # scales are float16: only weights above can overflow a type
 
@@ -107,16 +106,8 @@ def _slabs(model: Model, plan: Plan, quantizers: Quantizers) -> Iterator[_Slab]:
     """Yield the slabs of all tensors in the order of the file; a quantizer is made when its tensor's turn comes."""
     for tensor, planned in zip(model.tensors, plan.tensors, strict=True):
         quantizer = quantizers(tensor)
-        for start, stop in _row_ranges(tensor, quantizer.tile_rows):
-            yield _Slab(tensor, planned, quantizer, start, stop)
-
-
-def _row_ranges(tensor: Tensor, tile_rows: int = 1) -> Iterator[tuple[int, int]]:
-    """Yield ranges of whole tiles of rows; none has rows of two matrices of a stack."""
-    step, n_rows = max(1, _SLAB_WEIGHTS // tensor.n_cols // tile_rows) * tile_rows, rows_per_matrix(tensor)
-    for first in range(0, tensor.n_rows, n_rows):
-        for start in range(first, first + n_rows, step):
-            yield start, min(start + step, first + n_rows)
+        for rows in tensor.row_slices(_SLAB_BYTES, quantizer.tile_rows):
+            yield _Slab(tensor, planned, quantizer, rows.start, rows.stop)
 
 
 def _quantized(
@@ -141,29 +132,14 @@ def _quantized(
 def _quantize_slab(slab: _Slab) -> NDArray[np.uint8]:
     """Return the bytes of a slab: ``(n_rows, row_bytes)`` uint8."""
     tensor, name = slab.tensor, slab.planned.type
-    if tensor.copy_rows is not None:
-        return tensor.copy_rows(slab.start, slab.stop)
-    rows = tensor.read_rows(slab.start, slab.stop)
-    low, high = float(rows.min()), float(rows.max())
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise _not_finite(tensor)
+    if tensor.is_copied:
+        return tensor.stored_rows(slice(slab.start, slab.stop))
+    rows = tensor.rows(slice(slab.start, slab.stop))
     data = slab.quantizer.quantize(rows, name, slab.start)
-    largest = max(high, -low)
+    largest = max(float(rows.max()), -float(rows.min()))
     if largest > _LARGEST_F16 and not np.isfinite(ggml.dequantize(data, name, tensor.n_cols)).all():
         raise ModelError(
             f"tensor {tensor.source}: weights up to {largest:g} overflow {name}: "
             f"give it a type that holds them, --pin '{re.escape(tensor.name)}=F32'"
         )
     return data
-
-
-def _not_finite(tensor: Tensor) -> ModelError:
-    n_nan = n_inf = 0
-    for start, stop in _row_ranges(tensor):
-        rows = tensor.read_rows(start, stop)
-        n_nan += int(np.isnan(rows).sum())
-        n_inf += int(np.isinf(rows).sum())
-    return ModelError(
-        f"tensor {tensor.source}: {n_nan} NaN and {n_inf} infinite of {tensor.n_weights} weights: "
-        "the checkpoint is damaged, download it again"
-    )

@@ -1,6 +1,6 @@
 """Stage 1, read: what the user names becomes a ``Model`` of canonical tensors.
 
-Headers and JSON only; weights are read later, a slab of rows at a time, through ``Tensor.read_rows``.
+Headers and JSON only; weights are read later, a slab of rows at a time, through ``Tensor.rows``.
 """
 
 from __future__ import annotations

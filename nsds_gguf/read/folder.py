@@ -1,7 +1,7 @@
 """A Hugging Face model folder becomes a ``Model`` of canonical tensors.
 
 ``open_folder`` reads JSON and headers only; weights are read later, a slab of rows at a time, through
-``Tensor.read_rows`` (but a stored ``lm_head`` that config.json ties to the embedding is compared with it at once).
+``Tensor.rows`` (but a stored ``lm_head`` that config.json ties to the embedding is compared with it at once).
 Everything that can be refused is refused here: class, rope, activation, tokenizer, and a tensor mapping that is not
 total in both directions.
 """
@@ -23,7 +23,7 @@ from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from ..errors import ModelError, UnsupportedError
-from ..records import Float32, Model, Tensor
+from ..records import Float32, FromArray, Model, Tensor
 from ..system.filestate import file_states
 from .architectures.families import find_family
 from .architectures.family import Family
@@ -192,10 +192,7 @@ def _rope_tensors(rope: Mapping[str, Any] | None, sizes: Mapping[str, int]) -> l
 
 def _constant(name: str, role: str, values: Float32) -> Tensor:
     """Return a tensor that is computed, not read."""
-    return Tensor(
-        name, role, None, values.shape, "F32", "computed from config.json",
-        lambda start, stop: values[np.newaxis][start:stop].copy(),
-    )  # fmt: skip
+    return Tensor(name, role, None, values.shape, "F32", "computed from config.json", FromArray(name, values))
 
 
 def _check_letters(folder: Path, metadata: Mapping[str, GGUFValue]) -> None:

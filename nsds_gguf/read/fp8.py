@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError
-from ..records import Float32
+from ..records import Float32, Rows
 from .quantization import Fp8
 from .stored import StoredTensor
 
@@ -40,16 +40,16 @@ class ScaledTensor(StoredTensor):
     scales: StoredTensor
     blocks: tuple[int, ...]
 
-    def values(self, rows: slice | NDArray[np.intp], columns: slice) -> Float32:
+    def values(self, rows: Rows, columns: slice) -> Float32:
         """Return the products of some rows and columns as a fresh float32 matrix, finite or not."""
         values = self.codes.values(rows, columns)
         column_blocks = np.arange(*columns.indices(self.n_cols)) // self.blocks[-1]
-        scales = self.scales.read_rows(self._scale_rows(rows))
+        scales = self.scales.rows(self._scale_rows(rows))
         with np.errstate(over="ignore"):  # an infinite product is an error, reported as such
             values *= np.take(scales, column_blocks, axis=1)  # in C order; indexing gives columns, 15 times slower
         return values
 
-    def _scale_rows(self, rows: slice | NDArray[np.intp]) -> NDArray[np.intp]:
+    def _scale_rows(self, rows: Rows) -> NDArray[np.intp]:
         """Return the row of ``scales``, as a matrix, that belongs to each of some rows."""
         wanted = np.arange(*rows.indices(self.n_rows)) if isinstance(rows, slice) else rows
         places = np.unravel_index(wanted, self.shape[:-1])

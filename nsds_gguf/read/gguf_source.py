@@ -11,7 +11,8 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ from numpy.typing import NDArray
 from ..errors import ModelError, UnsupportedError
 from ..llamacpp import ggml
 from ..llamacpp.gguf_header import GgufPart, TensorEntry, read_gguf_parts
-from ..records import COPIED_TYPES, Float32, Model, Tensor, kv, role_and_layer
+from ..records import COPIED_TYPES, Float32, Model, Rows, Source, Tensor, kv, role_and_layer
 from ..system.filestate import file_states
 from .gguf_repair import Header, mended
 from .hparams import read_hparams
-from .spans import read_span
+from .spans import read_span, read_spans, row_runs
 
 # Types that hold the weights as good as they were: quantizing again loses nothing to speak of.
 SOURCE_TYPES = (*ggml.FLOAT_TYPES, "Q8_0")
@@ -50,7 +51,7 @@ OTHER_KINDS = {
     "vocab": "a vocabulary",
 }
 
-_STORED: dict[str, np.dtype[Any]] = {
+_NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "I8": np.dtype("i1"),
     "I16": np.dtype("<i2"),
     "I32": np.dtype("<i4"),
@@ -58,8 +59,53 @@ _STORED: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
 }
 MAX_LAYERS = 512  # llama.cpp's (LLAMA_MAX_LAYERS in llama-hparams.h)
-_COUNTED_AT_ONCE = 1 << 20  # weights, 4 MiB as float32
 _IDENTITY_BYTES = 4096  # of every tensor
+
+
+@dataclass(frozen=True)
+class GgufTensor(Source):
+    """A tensor that lies in a GGUF file, ``offset`` bytes from its beginning, in one of ggml's types."""
+
+    file: Path
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def where(self) -> str:
+        """File and name of the tensor, for messages."""
+        return f"{self.file}: tensor {self.name}"
+
+    @property
+    def n_rows(self) -> int:
+        """Rows: the product of all sizes but the last."""
+        return math.prod(self.shape[:-1])
+
+    @property
+    def n_cols(self) -> int:
+        """Weights of a row."""
+        return self.shape[-1]
+
+    def values(self, rows: Rows, columns: slice) -> Float32:
+        """Return some rows and columns, dequantized by ggml; blocks are read whole."""
+        data = self.stored_rows(rows)
+        if self.type in _NUMPY_DTYPES:
+            values: Float32 = data.view(_NUMPY_DTYPES[self.type]).astype(np.float32)
+        else:
+            values = ggml.dequantize(data, self.type, self.n_cols)
+        return values if columns == slice(0, self.n_cols) else values[:, columns].copy()
+
+    def stored_rows(self, rows: Rows) -> NDArray[np.uint8]:
+        """Return rows as they are stored, ``(n, row bytes)`` uint8, fresh."""
+        n_bytes = ggml.row_bytes(self.type, self.n_cols)
+        if isinstance(rows, slice):
+            n = rows.stop - rows.start
+            return read_span(self.file, self.name, self.offset + rows.start * n_bytes, n * n_bytes).reshape(n, n_bytes)
+        distinct, at = np.unique(rows, return_inverse=True)
+        spans = [(self.offset + first * n_bytes, n * n_bytes) for first, n in row_runs(distinct)]
+        data = read_spans(self.file, self.name, spans, len(distinct) * n_bytes)
+        return data.reshape(len(distinct), n_bytes)[at]
 
 
 def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False) -> Model:
@@ -169,51 +215,8 @@ def _tensor(file: Path, entry: TensorEntry) -> Tensor:
     if 0 in entry.shape:
         raise ModelError(f"{file}: tensor {entry.name}: has no weights, shape {entry.shape}; download it again")
     role, layer = role_and_layer(entry.name)
-    is_copied = entry.type in COPIED_TYPES
-    read = _integer_reader(file, entry) if is_copied else _weight_reader(file, entry)
-    copy = _row_copier(file, entry) if is_copied else None
-    return Tensor(entry.name, role, layer, entry.shape, entry.type, entry.name, read, copy)
-
-
-def _rows(file: Path, entry: TensorEntry, start: int, stop: int) -> NDArray[np.uint8]:
-    """Return some rows as they are stored: ``(stop - start, row bytes)`` uint8, fresh."""
-    row_bytes = ggml.row_bytes(entry.type, entry.shape[-1])
-    stop = min(stop, math.prod(entry.shape[:-1]))
-    data = read_span(file, entry.name, entry.offset + start * row_bytes, (stop - start) * row_bytes)
-    return data.reshape(stop - start, row_bytes)
-
-
-def _weight_reader(file: Path, entry: TensorEntry) -> Callable[[int, int], Float32]:
-    def read_rows(start: int, stop: int) -> Float32:
-        rows = ggml.dequantize(_rows(file, entry, start, stop), entry.type, entry.shape[-1])
-        if not np.isfinite(rows).all():
-            raise _not_finite(file, entry)
-        return rows
-
-    return read_rows
-
-
-def _integer_reader(file: Path, entry: TensorEntry) -> Callable[[int, int], Float32]:
-    return lambda start, stop: _rows(file, entry, start, stop).view(_STORED[entry.type]).astype(np.float32)
-
-
-def _row_copier(file: Path, entry: TensorEntry) -> Callable[[int, int], NDArray[np.uint8]]:
-    return lambda start, stop: _rows(file, entry, start, stop)
-
-
-def _not_finite(file: Path, entry: TensorEntry) -> ModelError:
-    """Return the error that counts what is not finite in the whole tensor."""
-    n_nan = n_infinite = 0
-    n_rows, n_cols = math.prod(entry.shape[:-1]), entry.shape[-1]
-    step = max(1, _COUNTED_AT_ONCE // n_cols)
-    for start in range(0, n_rows, step):
-        rows = ggml.dequantize(_rows(file, entry, start, min(start + step, n_rows)), entry.type, n_cols)
-        n_nan += int(np.isnan(rows).sum())
-        n_infinite += int(np.isinf(rows).sum())
-    return ModelError(
-        f"{file}: tensor {entry.name}: {n_nan} NaN and {n_infinite} infinite of {n_rows * n_cols} weights; "
-        "wanted finite numbers: the file is damaged, download it again"
-    )
+    stored = GgufTensor(file, entry.name, entry.type, entry.shape, entry.offset)
+    return Tensor(entry.name, role, layer, entry.shape, entry.type, entry.name, stored)
 
 
 def _requantize_notes(path: Path, tensors: tuple[Tensor, ...], allowed: bool) -> tuple[str, ...]:

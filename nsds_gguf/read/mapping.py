@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError, UnsupportedError
-from ..records import Float32, Tensor
+from ..records import Stack, Tensor
+from ..records.transforms import MinusExp, PlusOne, Reshape, TakeColumns, TakeRows, Transform, Transpose
 from .architectures.families import IGNORED
 from .architectures.family import Config, Family, Part, Sizes
 from .missing import check_complete
@@ -21,7 +23,7 @@ from .stored import StoredTensor, same_values, some
 _IDENTITY_WEIGHTS = 1024  # of every tensor: enough to tell two fine-tunes apart, cheap enough to read always
 
 Stored = Mapping[str, StoredTensor]
-Rows = NDArray[np.intp]
+Order = NDArray[np.intp]
 
 # Names of what a multimodal checkpoint holds beside its language model.
 _OTHER_MODELS = re.compile(
@@ -33,51 +35,51 @@ _OTHER_MODELS = re.compile(
 # --- orders of rows -------------------------------------------------------------------------------------------
 
 
-def rope_row_order(n_heads: int, head_dim: int) -> Rows:
+def rope_row_order(n_heads: int, head_dim: int) -> Order:
     """Return the checkpoint row behind each GGUF row of q or k, ``(n_heads * head_dim,)``.
 
     transformers rotates channel ``j`` of a head with ``j + head_dim / 2``, ggml's order "norm" neighbours
     ``2j`` with ``2j + 1``: rows of the two halves are interleaved (llama.cpp conversion, ``permute``).
     """
     rows = np.arange(n_heads * head_dim, dtype=np.intp).reshape(n_heads, 2, head_dim // 2)
-    order: Rows = rows.swapaxes(1, 2).ravel()
+    order: Order = rows.swapaxes(1, 2).ravel()
     return order
 
 
-def _by_head_qkv(sizes: Sizes) -> Rows:
+def _by_head_qkv(sizes: Sizes) -> Order:
     """GPT-NeoX stores q, k and v of each head together; GGUF all of q, then all of k, then all of v."""
     rows = np.arange(sizes["qkv"], dtype=np.intp).reshape(sizes["heads"], 3, sizes["head"])
-    order: Rows = rows.swapaxes(0, 1).ravel()
+    order: Order = rows.swapaxes(0, 1).ravel()
     return order
 
 
-def _grouped(sizes: Sizes) -> Rows:
+def _grouped(sizes: Sizes) -> Order:
     """InternLM 2 stores, for each key/value head, its queries, its key and its value: the rows by group and part."""
     per_group = sizes["heads"] // sizes["kv_heads"]
     return np.arange(sizes["qkv"], dtype=np.intp).reshape(sizes["kv_heads"], per_group + 2, sizes["head"])
 
 
-def _grouped_q(sizes: Sizes) -> Rows:
+def _grouped_q(sizes: Sizes) -> Order:
     return _grouped(sizes)[:, :-2].ravel()[rope_row_order(sizes["heads"], sizes["head"])]
 
 
-def _grouped_k(sizes: Sizes) -> Rows:
+def _grouped_k(sizes: Sizes) -> Order:
     return _grouped(sizes)[:, -2].ravel()[rope_row_order(sizes["kv_heads"], sizes["head"])]
 
 
-def _half(n: int, n_rows: int, which: int) -> Rows:
+def _half(n: int, n_rows: int, which: int) -> Order:
     """Return the rows of the first (0) or second (1) half of each of ``n`` stacked matrices of ``2 n_rows``."""
     return np.arange(n * 2 * n_rows, dtype=np.intp).reshape(n, 2, n_rows)[:, which].ravel()
 
 
-def _part_of_heads(sizes: Sizes, which: slice) -> Rows:
+def _part_of_heads(sizes: Sizes, which: slice) -> Order:
     """DeepSeek stores, for each head, the rows that make its key and those that make its value."""
     rows = np.arange(sizes["kv_b"], dtype=np.intp).reshape(sizes["heads"], sizes["nope"] + sizes["v_head"])
     return rows[:, which].ravel()
 
 
 # Stored row behind each GGUF row, leading dimensions flattened.
-ROW_ORDERS: Mapping[str, Callable[[Sizes], Rows]] = {
+ROW_ORDERS: Mapping[str, Callable[[Sizes], Order]] = {
     "rope_q": lambda sizes: rope_row_order(sizes["heads"], sizes["head"]),
     "rope_k": lambda sizes: rope_row_order(sizes["kv_heads"], sizes["head"]),
     "by_head_qkv": _by_head_qkv,
@@ -93,10 +95,7 @@ ROW_ORDERS: Mapping[str, Callable[[Sizes], Rows]] = {
 }
 
 # What is done to every number, in float32.
-CHANGES: Mapping[str, Callable[[Float32], Float32]] = {
-    "plus_one": lambda values: values + np.float32(1),
-    "minus_exp": lambda values: -np.exp(values),
-}
+CHANGES: Mapping[str, Transform] = {"plus_one": PlusOne(), "minus_exp": MinusExp()}
 
 
 # --- from names to tensors ------------------------------------------------------------------------------------
@@ -284,8 +283,9 @@ def _tensor(wanted: Wanted, stored: Sequence[StoredTensor], sizes: Sizes) -> Ten
             disagree = "vocabulary size and embedding rows disagree"
             hint = disagree if wanted.role in ("token_embd", "output") else "see config.json"
             raise ModelError(f"{tensor.file}: tensor {tensor.name}: wanted shape {in_file}, got {tensor.shape}: {hint}")
-    reader = _reader(part, stored, shape, sizes, wanted.is_bias)
-    return Tensor(wanted.name, wanted.role, wanted.layer, shape, stored[0].dtype, stored[0].name, reader)
+    first, transforms = stored[0], tuple(_transforms(part, stored, shape, sizes, wanted.is_bias))
+    source = first if len(stored) == 1 else Stack(tuple(stored))
+    return Tensor(wanted.name, wanted.role, wanted.layer, shape, first.dtype, first.name, source, transforms)
 
 
 def _reshaped(tensor: StoredTensor, part: Part, sizes: Sizes) -> StoredTensor:
@@ -296,82 +296,17 @@ def _reshaped(tensor: StoredTensor, part: Part, sizes: Sizes) -> StoredTensor:
     return replace(tensor, shape=in_file) if (*tensor.shape[:-2], 1, tensor.shape[-2]) == in_file else tensor
 
 
-Reader = Callable[[int, int], Float32]
-
-
-def _reader(part: Part, stored: Sequence[StoredTensor], shape: tuple[int, ...], sizes: Sizes, is_bias: bool) -> Reader:
-    """Return what reads rows of the GGUF tensor from those that are stored."""
-    first = stored[0]
-    order = ROW_ORDERS[part.order](sizes) if part.order else None
-    if len(stored) > 1:
-        read = _stacked_reader(stored)
-    elif part.transposed and not is_bias:
-        read = _transposed_reader(first) if order is None else _transposed_stack_reader(first, order, shape)
-    elif len(first.shape) == 1 and len(shape) > 1:
-        read = _folding_reader(first, shape)
-    elif order is None:
-        read = _plain_reader(first)
-    elif len(first.shape) == 1:  # a bias is one row whose entries are permuted
-        read = _permuted_reader(first, order)
-    else:
-        read = _gathering_reader(first, order)
-    return _changing_reader(read, CHANGES[part.change]) if part.change and not is_bias else read
-
-
-def _plain_reader(stored: StoredTensor) -> Reader:
-    return lambda start, stop: stored.read_rows(slice(start, stop))
-
-
-def _permuted_reader(stored: StoredTensor, order: Rows) -> Reader:
-    return lambda start, stop: stored.read_rows(slice(start, stop))[:, order]
-
-
-def _gathering_reader(stored: StoredTensor, order: Rows) -> Reader:
-    return lambda start, stop: stored.read_rows(order[start:stop])
-
-
-def _transposed_reader(stored: StoredTensor) -> Reader:
-    return lambda start, stop: np.ascontiguousarray(stored.read_columns(start, stop).T)
-
-
-def _stacked_reader(stored: Sequence[StoredTensor]) -> Reader:
-    """Read rows of matrices (or vectors) that lie one below the other."""
-    n_rows = stored[0].shape[0] if len(stored[0].shape) > 1 else 1
-
-    def read(start: int, stop: int) -> Float32:
-        pieces = []
-        for index in range(start // n_rows, -(-stop // n_rows)):
-            first = index * n_rows
-            rows = slice(max(start - first, 0), min(stop - first, n_rows))
-            pieces.append(stored[index].read_rows(rows))
-        return np.concatenate(pieces)
-
-    return read
-
-
-def _transposed_stack_reader(stored: StoredTensor, order: Rows, shape: tuple[int, ...]) -> Reader:
-    """Read rows of matrices that lie one below the other, each transposed: ``(n, n_rows, n_cols)`` of ``shape``.
-
-    ``order`` holds the stored rows of each matrix, its columns here.
-    """
-    n, n_rows, n_cols = shape
-    columns = order.reshape(n, n_cols)
-
-    def read(start: int, stop: int) -> Float32:
-        pieces = []
-        for index in range(start // n_rows, -(-stop // n_rows)):
-            first = index * n_rows
-            matrix = stored.read_rows(columns[index])[:, max(start - first, 0) : min(stop - first, n_rows)]
-            pieces.append(matrix.T)
-        return np.concatenate(pieces)
-
-    return read
-
-
-def _folding_reader(stored: StoredTensor, shape: tuple[int, ...]) -> Reader:
-    """Read rows of a matrix that is stored as one vector."""
-    return lambda start, stop: stored.read_rows(slice(0, 1)).reshape(shape)[start:stop].copy()
-
-
-def _changing_reader(read: Reader, change: Callable[[Float32], Float32]) -> Reader:
-    return lambda start, stop: change(read(start, stop))
+def _transforms(
+    part: Part, stored: Sequence[StoredTensor], shape: tuple[int, ...], sizes: Sizes, is_bias: bool
+) -> Iterator[Transform]:
+    """Yield what makes the rows of the GGUF tensor of those that are stored; members of a stack are in place."""
+    is_stack, is_vector = len(stored) > 1, len(stored[0].shape) == 1
+    if part.order and not is_stack:
+        order = ROW_ORDERS[part.order](sizes)
+        yield TakeColumns(order) if is_vector else TakeRows(order)  # a bias is one row whose entries are permuted
+    if part.transposed and not is_bias and not is_stack:
+        yield Transpose((math.prod(shape[:-2]), shape[-2], shape[-1]))
+    elif is_vector and len(shape) > 1 and not is_stack:
+        yield Reshape((math.prod(shape[:-1]), shape[-1]))
+    if part.change and not is_bias:
+        yield CHANGES[part.change]

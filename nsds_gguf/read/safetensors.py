@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError, UnsupportedError
-from ..records import Float32
+from ..records import Float32, Rows
 from .spans import read_spans, row_runs
 from .stored import StoredTensor
 
@@ -73,14 +73,14 @@ class SafetensorsTensor(StoredTensor):
         """Bytes of the stored data; values of less than a byte fill bytes together."""
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
-    def values(self, rows: slice | NDArray[np.intp], columns: slice) -> Float32:
+    def values(self, rows: Rows, columns: slice) -> Float32:
         """Return the weights of some rows and columns as a fresh float32 matrix, finite or not."""
         return to_float32(self.stored(rows, columns), self.dtype)
 
-    def stored(self, rows: slice | NDArray[np.intp], columns: slice) -> NDArray[Any]:
+    def stored(self, rows: Rows, columns: slice) -> NDArray[Any]:
         """Return some rows and columns as a fresh matrix in the stored dtype (BF16 as uint16, FP8 as uint8).
 
-        Slices have step 1. Raises what ``read_rows`` does, but for numbers that are not finite.
+        Slices have step 1. Raises ``UnsupportedError`` for a dtype that is not ``READABLE``.
         """
         self.require_readable()
         first, last, _ = columns.indices(self.n_cols)

@@ -13,6 +13,7 @@ import struct
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError, UnsupportedError
-from ..records import Float32
+from ..records import Float32, Rows
 from .stored import StoredTensor
 
 if TYPE_CHECKING:
@@ -42,22 +43,48 @@ _GLOBAL = re.compile(r"GLOBAL (\S+)")  # how torch's unpickler names what it ref
 
 
 @dataclass(frozen=True)
-class TorchTensor(StoredTensor):
-    """A tensor of a ``.bin`` file that torch has mapped."""
+class TorchFile:
+    """A ``.bin`` file, mapped by torch when a tensor of it is first read.
 
-    tensor: torch.Tensor
-    n_file: int  # bytes of the file when it was mapped
+    Pickled, it is its path and size: the process that unpickles it maps the file itself.
+
+    Attributes:
+        path: the file.
+        n_bytes: its size when it was opened.
+    """
+
+    path: Path
+    n_bytes: int
+
+    @cached_property
+    def tensors(self) -> Mapping[str, torch.Tensor]:
+        """The tensors by name; raises as ``read_torch_file`` does."""
+        return checked_tensors(self.path, load_tensors(self.path))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is mapped."""
+        return {"path": self.path, "n_bytes": self.n_bytes}
+
+
+@dataclass(frozen=True)
+class TorchTensor(StoredTensor):
+    """A tensor of a ``.bin`` file that torch maps."""
+
+    archive: TorchFile
 
     def _matrix(self) -> torch.Tensor:
-        n_file = self.file.stat().st_size
-        if n_file < self.n_file:  # a mapped file that has shrunk kills whoever touches what is no longer there
+        n_bytes, wanted = self.file.stat().st_size, self.archive.n_bytes
+        if n_bytes < wanted:  # a mapped file that has shrunk kills whoever touches what is no longer there
             raise ModelError(
-                f"{self.file}: tensor {self.name} can no longer be read: the file had {self.n_file} bytes, it has "
-                f"{n_file}: run again when it is complete"
+                f"{self.where} can no longer be read: the file had {wanted} bytes, it has {n_bytes}: run again when it "
+                "is complete"
             )
-        return self.tensor.reshape(self.n_rows, self.n_cols)
+        tensor = self.archive.tensors.get(self.name)
+        if tensor is None or tensor.numel() != self.n_rows * self.n_cols:
+            raise ModelError(f"{self.where} can no longer be read: the file is another one meanwhile: run again")
+        return tensor.reshape(self.n_rows, self.n_cols)
 
-    def values(self, rows: slice | NDArray[np.intp], columns: slice) -> Float32:
+    def values(self, rows: Rows, columns: slice) -> Float32:
         """Return the weights of some rows and columns as a fresh float32 matrix, finite or not."""
         import torch
 
@@ -70,8 +97,9 @@ class TorchTensor(StoredTensor):
         """Return at most ``n_bytes`` bytes of the values, from the first; any dtype will do."""
         import torch
 
-        n_rows = -(-n_bytes // max(1, self.n_cols * self.tensor.element_size()))
-        raw: NDArray[np.uint8] = self._matrix()[:n_rows].contiguous().view(torch.uint8).numpy()
+        matrix = self._matrix()
+        n_rows = -(-n_bytes // max(1, self.n_cols * matrix.element_size()))
+        raw: NDArray[np.uint8] = matrix[:n_rows].contiguous().view(torch.uint8).numpy()
         return raw.tobytes()[:n_bytes]
 
 
@@ -95,7 +123,8 @@ def read_torch_file(file: Path) -> dict[str, TorchTensor]:
                 "get the safetensors weights, or load and save it again with a newer PyTorch"
             )
         raise ModelError(f"{file}: truncated or damaged: it is no zip archive of PyTorch: download it again")
-    return tensors_of(file, load_tensors(file))
+    archive = TorchFile(file, file.stat().st_size)
+    return {name: _torch_tensor(archive, name, value) for name, value in archive.tensors.items()}
 
 
 def load_tensors(file: Path) -> Any:
@@ -119,22 +148,23 @@ def load_tensors(file: Path) -> Any:
         raise ModelError(f"{file}: truncated or damaged: {reason}: download it again") from error
 
 
-def tensors_of(file: Path, loaded: Any) -> dict[str, TorchTensor]:
+def checked_tensors(file: Path, loaded: Any) -> dict[str, torch.Tensor]:
     """Return what a file held as tensors by name; raises ``ModelError`` unless it held exactly that."""
-    if not isinstance(loaded, Mapping):
-        raise ModelError(f"{file}: wanted tensors by name, got {type(loaded).__name__}: get the safetensors weights")
-    return {name: _torch_tensor(file, name, value) for name, value in loaded.items()}
-
-
-def _torch_tensor(file: Path, name: Any, value: Any) -> TorchTensor:
     import torch
 
-    if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-        raise ModelError(
-            f"{file}: {reprlib.repr(name)}: wanted a tensor with a name, got {type(value).__name__}: "
-            "get the safetensors weights"
-        )
-    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
-        raise UnsupportedError(f"{file}: tensor {name}: wanted a plain tensor, got {value.layout} {value.dtype}")
+    if not isinstance(loaded, Mapping):
+        raise ModelError(f"{file}: wanted tensors by name, got {type(loaded).__name__}: get the safetensors weights")
+    for name, value in loaded.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise ModelError(
+                f"{file}: {reprlib.repr(name)}: wanted a tensor with a name, got {type(value).__name__}: "
+                "get the safetensors weights"
+            )
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise UnsupportedError(f"{file}: tensor {name}: wanted a plain tensor, got {value.layout} {value.dtype}")
+    return {name: value.detach() for name, value in loaded.items()}
+
+
+def _torch_tensor(archive: TorchFile, name: str, value: torch.Tensor) -> TorchTensor:
     dtype = str(value.dtype).removeprefix("torch.")
-    return TorchTensor(name, _DTYPES.get(dtype, dtype), tuple(value.shape), file, value.detach(), file.stat().st_size)
+    return TorchTensor(name, _DTYPES.get(dtype, dtype), tuple(value.shape), archive.path, archive)

@@ -4,43 +4,37 @@ All are frozen. ``Scores`` and ``Plan`` round-trip through JSON, so that every s
 """
 
 from .json_records import read_json
-from .model import (
-    ALIGNMENT_BYTES,
-    COPIED_TYPES,
-    UNQUANTIZED,
-    Float32,
-    Float64,
-    Hparams,
-    Model,
-    Progress,
-    Tensor,
-    kv,
-    no_progress,
-    role_and_layer,
-)
+from .model import ALIGNMENT_BYTES, Hparams, Model, Progress, kv, no_progress
 from .plan import PLAN_FORMAT, Plan, PlannedTensor, TensorKind
 from .recipe import AUTO, K_TYPES, Options, Recipe, Target, TensorType
 from .scores import SCORES_FORMAT, LayerScore, Scores, TensorCost
+from .sources import SLAB_BYTES, Float32, Float64, FromArray, Rows, Source, Stack
+from .tensor import COPIED_TYPES, UNQUANTIZED, Tensor, role_and_layer
 
 __all__ = [
     "ALIGNMENT_BYTES",
     "COPIED_TYPES",
     "PLAN_FORMAT",
     "SCORES_FORMAT",
+    "SLAB_BYTES",
     "UNQUANTIZED",
     "Float32",
     "Float64",
+    "FromArray",
     "Hparams",
     "LayerScore",
     "Model",
     "Plan",
     "PlannedTensor",
     "Progress",
+    "Rows",
     "Scores",
     "AUTO",
     "K_TYPES",
     "Options",
     "Recipe",
+    "Source",
+    "Stack",
     "Target",
     "TensorType",
     "Tensor",

@@ -7,24 +7,17 @@ numpy order, slowest first: a matrix is ``(n_rows, n_cols)`` = ``(out_features, 
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
-from numpy.typing import NDArray
 
 from ..system.filestate import FileState
-
-Float32 = NDArray[np.float32]
-
-Float64 = NDArray[np.float64]
+from .tensor import Tensor
 
 # Progress of a long step: called with (done, total) in whatever unit the step counts.
 Progress = Callable[[int, int], None]
@@ -36,79 +29,6 @@ def no_progress(done: int, total: int) -> None:
 
 # ggml's constant block alignment of tensor data in a GGUF file (GGUF_DEFAULT_ALIGNMENT).
 ALIGNMENT_BYTES = 32
-
-# Types of tables and indices, not of weights: such tensors are copied as they are (ggml.h, enum ggml_type).
-COPIED_TYPES = ("I8", "I16", "I32", "I64", "F64")
-
-# Types that hold weights as they are: everything else counts as quantized.
-UNQUANTIZED = ("F32", "F16", "BF16", *COPIED_TYPES)
-
-_LAYER_NAME = re.compile(r"blk\.(\d+)\.(.+)")
-
-
-def role_and_layer(name: str) -> tuple[str, int | None]:
-    """Return the role of a GGUF tensor name and its layer; ``None`` for tensors outside the layers of a decoder.
-
-    ``blk.3.attn_q.weight`` is ``("attn_q", 3)``, ``blk.3.attn_q.bias`` is ``("attn_q.bias", 3)``, ``output.weight`` is
-    ``("output", None)``.
-    """
-    match = _LAYER_NAME.fullmatch(name)
-    role = (match[2] if match else name).removesuffix(".weight")
-    return role, int(match[1]) if match else None
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of the model under its GGUF name, readable in row slabs.
-
-    Attributes:
-        name: GGUF name, for example ``blk.3.attn_q.weight``.
-        role: the name without layer and ``.weight``: ``attn_q``, ``ffn_down``, ``token_embd``, ``output``,
-            ``attn_norm``; a bias keeps its suffix (``attn_q.bias``).
-        layer: 0-based layer number; ``None`` for tensors outside the layers.
-        shape: numpy order, slowest first.
-        dtype: how the source stores it: ``F32``, ``F16``, ``BF16``; from a GGUF also ``Q8_0``, one of
-            ``COPIED_TYPES`` or whatever the user allowed to be quantized once more.
-        source: its name in the checkpoint, for messages.
-        read_rows: ``read_rows(start, stop) -> (stop - start, n_cols) float32``, rows in GGUF order (for q and k
-            of the llama architecture the permuted order), leading dimensions flattened; a fresh array that
-            the caller may change. Raises ``ModelError`` when the file has shrunk since it was opened.
-        copy_rows: ``copy_rows(start, stop) -> (stop - start, row bytes) uint8``, the rows as they are stored; only
-            for tensors that are copied, not quantized.
-    """
-
-    name: str
-    role: str
-    layer: int | None
-    shape: tuple[int, ...]
-    dtype: str
-    source: str
-    read_rows: Callable[[int, int], Float32] = field(repr=False, compare=False)
-    copy_rows: Callable[[int, int], NDArray[np.uint8]] | None = field(default=None, repr=False, compare=False)
-
-    @property
-    def n_cols(self) -> int:
-        """Length of a row (the contiguous dimension)."""
-        return self.shape[-1]
-
-    @property
-    def n_rows(self) -> int:
-        """Number of rows, leading dimensions flattened; 1 for a vector."""
-        return math.prod(self.shape[:-1])
-
-    @property
-    def n_weights(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def is_matrix(self) -> bool:
-        """True for what may be quantized: two or more dimensions, a ``.weight``, not integers."""
-        return len(self.shape) >= 2 and self.name.endswith(".weight") and self.dtype not in COPIED_TYPES
-
-    def load(self) -> Float32:
-        """Return the whole tensor, ``shape`` float32."""
-        return self.read_rows(0, self.n_rows).reshape(self.shape)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from ..errors import RecordError
-from .recipe import Recipe
 from .json_records import built, checked, digest
-from .model import ALIGNMENT_BYTES, UNQUANTIZED
+from .model import ALIGNMENT_BYTES
+from .recipe import Recipe
+from .tensor import UNQUANTIZED
 
 PLAN_FORMAT = "nsds-gguf plan 2"
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .recipe import Recipe
 from .json_records import built, checked, digest
+from .recipe import Recipe
 
 SCORES_FORMAT = "nsds-gguf scores 2"
 

@@ -193,7 +193,7 @@ def _head_moments(a: Attention, part: str, tensors: Mapping[str, Tensor], x: Sig
 
     def moments(head: int) -> Float64:
         start, stop = head * a.head_dim, (head + 1) * a.head_dim
-        rows = linear.weight.read_rows(start, stop) * deviation
+        rows = linear.weight.rows(slice(start, stop)) * deviation
         moment: Float64 = (rows @ rows.T).astype(np.float64)
         return moment if mean is None else moment + np.outer(mean[start:stop], mean[start:stop])
 

@@ -29,9 +29,9 @@ from ..compute.decoder import Decoder
 from ..compute.layer_file import LayerFile, layer_file
 from ..compute.layers import view_layer
 from ..compute.moments import Norm
-from ..compute.tape import Ids, Node, Tape, energy_of, slabs
+from ..compute.tape import Ids, Node, Tape, energy_of
 from ..errors import ModelError
-from ..records import Float32, Float64, Model, Progress, Tensor, no_progress
+from ..records import Float32, Float64, Model, Progress, no_progress
 from ..system.resources import check_memory
 
 Tokens = NDArray[np.int64]
@@ -304,12 +304,12 @@ class _Pass:
     def embed(self, tape: Tape) -> tuple[Node, Node]:
         """Return the embedding's rows, and what enters the first layer, each ``(n, n_embd)``."""
         tensors, ids = self.model.by_name, self.tokens.ravel()
-        rows = Node(_rows(tensors["token_embd.weight"], ids) * np.float32(self.hparams.embedding_scale))
+        rows = Node(tensors["token_embd.weight"].rows(ids) * np.float32(self.hparams.embedding_scale))
         entry = rows
         for name, which in (("position_embd.weight", np.arange(len(ids)) % self.n_positions),
                             ("token_types.weight", np.zeros(len(ids), dtype=np.intp))):  # fmt: skip
             if name in tensors:
-                entry = tape.add(entry, Node(_rows(tensors[name], which)))
+                entry = tape.add(entry, Node(tensors[name].rows(which)))
         if "token_embd_norm.weight" in tensors:
             norm = Norm(tensors["token_embd_norm.weight"], tensors.get("token_embd_norm.bias"))
             entry = self.decoder.norm(tape, norm, entry)
@@ -385,14 +385,14 @@ class Head:
         self.tensor, self.hparams, self.x, self.seed = model.unembedding(), model.hparams, x, seed
         bias = model.by_name.get("output.bias")
         self.bias = None if bias is None else bias.load().ravel()
-        self.slabs = slabs(self.tensor)
+        self.slabs = list(self.tensor.row_slices())
 
-    def logits(self, slab: tuple[int, int]) -> tuple[Float32, Float32, Float32]:
+    def logits(self, slab: slice) -> tuple[Float32, Float32, Float32]:
         """Return the rows of a slab, its logits ``(n_scored, n_rows)``, and their derivative by the plain product."""
-        h, rows = self.hparams, self.tensor.read_rows(*slab)
+        h, rows = self.hparams, self.tensor.rows(slab)
         logits = self.x @ rows.T
         if self.bias is not None:
-            logits += self.bias[slice(*slab)]
+            logits += self.bias[slab]
         logits *= np.float32(h.logit_scale)
         slope = np.float32(h.logit_scale) * np.ones(1, dtype=np.float32)
         if h.logit_cap:
@@ -400,29 +400,23 @@ class Head:
             logits, slope = bent * np.float32(h.logit_cap), slope * (1 - bent**2)
         return rows, logits, slope
 
-    def scan(self, slab: tuple[int, int]) -> Scan:
+    def scan(self, slab: slice) -> Scan:
         """Return what of a slab is needed to draw."""
         _, logits, _ = self.logits(slab)
-        noise = np.random.default_rng([self.seed, slab[0]]).gumbel(size=logits.shape)
+        noise = np.random.default_rng([self.seed, slab.start]).gumbel(size=logits.shape)
         perturbed = logits + noise
         largest = logits.max(axis=1, keepdims=True)
         log_sum = np.log(np.exp(logits - largest).sum(axis=1, dtype=np.float64)) + largest[:, 0]
         at = perturbed.argmax(axis=1)
-        return Scan(log_sum, perturbed[np.arange(len(at)), at], at + slab[0])
+        return Scan(log_sum, perturbed[np.arange(len(at)), at], at + slab.start)
 
     def derivative(
-        self, slab: tuple[int, int], log_sum: Float64, drawn: Tokens, signs: Float32, length: int
+        self, slab: slice, log_sum: Float64, drawn: Tokens, signs: Float32, length: int
     ) -> tuple[Float32, float]:
         """Return the derivative of ``sum signs log p(drawn)`` by the input, and the energy of that by the rows."""
         rows, logits, slope = self.logits(slab)
         grad = -np.exp(logits - log_sum[:, np.newaxis].astype(np.float32))
-        inside = np.flatnonzero((drawn >= slab[0]) & (drawn < slab[1]))
-        grad[inside, drawn[inside] - slab[0]] += 1
+        inside = np.flatnonzero((drawn >= slab.start) & (drawn < slab.stop))
+        grad[inside, drawn[inside] - slab.start] += 1
         grad *= signs[:, np.newaxis] * slope
         return grad @ rows, energy_of(rows, grad, self.x, range(0, len(grad) + 1, length))
-
-
-def _rows(tensor: Tensor, ids: NDArray[np.intp]) -> Float32:
-    """Return rows by number, ``(len(ids), n_cols)``; each is read once."""
-    distinct, at = np.unique(ids, return_inverse=True)
-    return np.concatenate([tensor.read_rows(int(i), int(i) + 1) for i in distinct])[at]

@@ -121,7 +121,7 @@ def _heads(
     for head in range(a.n_heads):
         keys, value = _key_value(a, tensors, head)
         start = head * (a.n_nope + a.n_rope)
-        query = _gram(a.queries.read_rows(start, start + a.n_nope + a.n_rope), query_input)
+        query = _gram(a.queries.rows(slice(start, start + a.n_nope + a.n_rope)), query_input)
         plain, turned = query[: a.n_nope, : a.n_nope], query[a.n_nope :, a.n_nope :]
         total += float((plain * _gram(keys, latent)).sum() + (turned * rotated_key).sum())
         values.append(np.square(value) @ latent)
@@ -133,10 +133,10 @@ def _key_value(a: LatentAttention, tensors: Mapping[str, Tensor], head: int) -> 
     both = tensors.get("attn_kv_b")
     if both is not None:
         start = head * (a.n_nope + a.n_value)
-        rows = both.read_rows(start, start + a.n_nope + a.n_value).astype(np.float64)
+        rows = both.rows(slice(start, start + a.n_nope + a.n_value)).astype(np.float64)
         return rows[: a.n_nope], rows[a.n_nope :]
-    keys = tensors["attn_k_b"].read_rows(head * a.n_latent, (head + 1) * a.n_latent).T
-    value = tensors["attn_v_b"].read_rows(head * a.n_value, (head + 1) * a.n_value)
+    keys = tensors["attn_k_b"].rows(slice(head * a.n_latent, (head + 1) * a.n_latent)).T
+    value = tensors["attn_v_b"].rows(slice(head * a.n_value, (head + 1) * a.n_value))
     return keys.astype(np.float64), value.astype(np.float64)
 
 

@@ -10,8 +10,8 @@ from ..allocate import Candidate
 from ..errors import PlanError, RecordError
 from ..llamacpp import ggml
 from ..quantize.header import header_bytes
-from .settle import check_possible
 from ..records import Model, Plan, PlannedTensor, Scores, Tensor, TensorCost
+from .settle import check_possible
 
 _SHARES = ("nsds", "zd")  # metrics that give numbers from 0 to 1
 _ABSURD = 1e30  # no score, sensitivity or relative error is near it; their products must not overflow

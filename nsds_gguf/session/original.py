@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 from .. import allocate
-from ..errors import told_of
 from ..evaluate.texts import ORIGINAL, QUANTIZED_INPUT, VerifyOptions, predicts
 from ..llamacpp import ggml
 from ..quantize.header import header_bytes

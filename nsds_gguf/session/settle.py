@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..allocate import ALLOCATORS, check_recipe, check_type
+from ..allocate import ALLOCATORS, check_type
 from ..calibration import CALIBRATIONS
 from ..calibration.imatrix import IMATRIX, Imatrix, read_imatrix
 from ..compute import BACKENDS
 from ..compute.decoder import what_is_missing
 from ..errors import PlanError
-from ..llamacpp import ggml
 from ..evaluate.texts import embeds, predicts
+from ..llamacpp import ggml
 from ..metrics import METRICS, SE_READINGS
 from ..quantize import ROUNDINGS
 from ..records import AUTO, UNQUANTIZED, Model, Options, Recipe, Scores
@@ -160,7 +160,11 @@ def _metric(
 def _rounding(options: Options, model: Model, allocator: str, scores: Scores | None) -> tuple[str, str, str]:
     """Return rounding and calibration, and a note where an open rounding is round-to-nearest for want of better."""
     if ALLOCATORS[allocator].needs_costs and scores is not None and scores.costs:
-        return _open(options.rounding, scores.recipe.rounding), _open(options.calibration, scores.recipe.calibration), ""
+        return (
+            _open(options.rounding, scores.recipe.rounding),
+            _open(options.calibration, scores.recipe.calibration),
+            "",
+        )
     obstacle = _against_gptq(options, model, allocator) if options.rounding == AUTO else ""
     rounding = _open(options.rounding, "rtn" if obstacle else "gptq")
     needs_hessians = ROUNDINGS[_known("rounding", rounding, ROUNDINGS)].needs_hessians

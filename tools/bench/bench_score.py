@@ -27,6 +27,7 @@ from scipy import linalg
 from nsds_gguf.compute.layers import view_layer
 from nsds_gguf.metrics import SE_READINGS, score_layers
 from nsds_gguf.metrics.nsds import layer_components, output_projection
+from nsds_gguf.read.safetensors import SafetensorsTensor
 from nsds_gguf.records import Float32, Hparams, Model, Tensor
 
 TINYLLAMA = Hparams(
@@ -76,14 +77,10 @@ def synthetic_model(folder: Path, hparams: Hparams) -> Model:
 
 def file_tensor(path: Path, shape: tuple[int, int]) -> Tensor:
     """Return the tensor named like its file of raw float32 rows."""
-
-    def read_rows(start: int, stop: int) -> Float32:
-        values = np.fromfile(path, np.float32, (stop - start) * shape[1], offset=4 * start * shape[1])
-        return values.reshape(stop - start, shape[1])
-
     parts = path.name.split(".")
     layer, role = (int(parts[1]), parts[2]) if parts[0] == "blk" else (None, parts[0])
-    return Tensor(path.name, role, layer, shape, "F32", path.name, read_rows)
+    stored = SafetensorsTensor(path.name, "F32", shape, path, 0)  # without a header: it begins with the rows
+    return Tensor(path.name, role, layer, shape, "F32", path.name, stored)
 
 
 def seconds(work: Callable[[], object]) -> float:

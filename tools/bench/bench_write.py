@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))  # the oracle that the tests use
@@ -33,6 +32,7 @@ from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.read.mapping import rope_row_order
 from nsds_gguf.read.safetensors import SafetensorsTensor
 from nsds_gguf.records import Float32, Hparams, Model, Plan, Tensor
+from nsds_gguf.records.transforms import TakeRows
 
 N_PAIRS = 3
 HPARAMS = Hparams(
@@ -139,16 +139,9 @@ def synthetic_model(folder: Path, hparams: Hparams) -> Model:
             stored = SafetensorsTensor(name, "BF16", shape, file, offset)
             offset += data.nbytes
             n_heads = {"attn_q": h.n_heads, "attn_k": h.n_kv_heads}.get(role)
-            order = rope_row_order(n_heads, h.head_dim) if n_heads else None
-            tensors.append(Tensor(name, role, layer, shape, "BF16", name, reader(stored, order)))
+            permuted = (TakeRows(rope_row_order(n_heads, h.head_dim)),) if n_heads else ()
+            tensors.append(Tensor(name, role, layer, shape, "BF16", name, stored, permuted))
     return Model(folder, "llama", "LlamaForCausalLM", h, tuple(tensors), llama_keys(h), (), "0" * 64)
-
-
-def reader(stored: SafetensorsTensor, order: NDArray[np.intp] | None) -> Callable[[int, int], Float32]:
-    """Return ``read_rows`` of a tensor, permuted as q and k are."""
-    if order is None:
-        return lambda start, stop: stored.read_rows(slice(start, stop))
-    return lambda start, stop: stored.read_rows(order[start:stop])
 
 
 def tensor_table(h: Hparams) -> list[tuple[str, str, int | None, tuple[int, ...]]]:

@@ -73,17 +73,17 @@ def check_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
     order = np.random.default_rng(0).permutation(stored.n_rows)
     same = (
         stored.shape == tuple(tensor.shape)
-        and np.array_equal(stored.read_rows(slice(0, stored.n_rows)), wanted)
-        and np.array_equal(stored.read_rows(order), wanted[order])
-        and np.array_equal(stored.read_columns(1, 3), wanted[:, 1:3])
+        and np.array_equal(stored.rows(slice(0, stored.n_rows)), wanted)
+        and np.array_equal(stored.rows(order), wanted[order])
+        and np.array_equal(stored.values(slice(None), slice(1, 3)), wanted[:, 1:3])
         and stored.first_bytes(7) == raw[:7]
         and stored.first_bytes(1 << 20) == raw
     )
     if not same:
         raise SystemExit(f"{stored.name}: differs from torch")
-    stored.read_rows(slice(0, 1))[:] = 0  # fresh: neither the file nor the mapping changes
-    if not np.array_equal(stored.read_rows(slice(0, stored.n_rows)), wanted):
-        raise SystemExit(f"{stored.name}: what read_rows returns is not a copy")
+    stored.rows(slice(0, 1))[:] = 0  # fresh: neither the file nor the mapping changes
+    if not np.array_equal(stored.rows(slice(0, stored.n_rows)), wanted):
+        raise SystemExit(f"{stored.name}: what rows returns is not a copy")
 
 
 def check_single(folder: Path) -> None:
@@ -95,7 +95,7 @@ def check_single(folder: Path) -> None:
     for name, tensor in tensors().items():
         check_tensor(found[name], tensor)
     for name in masks:
-        refused(lambda name=name: found[name].read_rows(slice(0, 1)), f"tensor {name}: stored as")
+        refused(lambda name=name: found[name].rows(slice(0, 1)), f"tensor {name}: stored as")
         found[name].first_bytes(10)
 
 
@@ -120,12 +120,12 @@ def check_fp8(folder: Path) -> None:
     torch.save({"w": finite, "w_scale_inv": scales}, folder / SINGLE)
     grid = scales.repeat_interleave(BLOCK[0], 0).repeat_interleave(BLOCK[1], 1)[:2, :127]
     wanted = (finite.float() * grid).numpy()
-    found = open_checkpoint(folder, FP8_CONFIG)["w"].read_rows(slice(0, 2))
+    found = open_checkpoint(folder, FP8_CONFIG)["w"].rows(slice(0, 2))
     if not np.array_equal(found, wanted):
         raise SystemExit("FP8: differs from torch")
     exponents = torch.arange(1, 255, dtype=torch.uint8).reshape(1, 254)
     torch.save({"e": exponents.view(torch.float8_e8m0fnu)}, folder / SINGLE)
-    if not np.array_equal(open_checkpoint(folder, {})["e"].read_rows(slice(0, 1)), exponents_of(exponents)):
+    if not np.array_equal(open_checkpoint(folder, {})["e"].rows(slice(0, 1)), exponents_of(exponents)):
         raise SystemExit("E8M0: differs from torch")
 
 
@@ -173,7 +173,7 @@ def check_damage(folder: Path) -> None:
         (folder / SINGLE).write_bytes(content)
         try:
             for tensor in open_checkpoint(folder, {}).values():
-                tensor.read_rows(slice(0, 1))
+                tensor.rows(slice(0, 1))
         except ModelError:
             n_refused += 1
     if n_refused < 100:

@@ -66,7 +66,7 @@ def outlier_copy(source: Path, target: Path, seed: int, strength: float = 1.0, d
     if config["architectures"][0] not in CLASSES:
         raise SystemExit(f"{source}: {config['architectures'][0]} is not one of {', '.join(CLASSES)}")
     stored_ones = open_checkpoint(source, config)
-    weights = {name: tensor.read_rows(slice(None)).reshape(tensor.shape) for name, tensor in stored_ones.items()}
+    weights = {name: tensor.rows(slice(None)).reshape(tensor.shape) for name, tensor in stored_ones.items()}
     add_outliers(weights, config, np.random.default_rng(seed), strength)
     target.mkdir(parents=True)
     for file in source.iterdir():

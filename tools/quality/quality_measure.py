@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nsds_gguf.session.reporter import Silent
 from numpy.typing import NDArray
 
 from nsds_gguf import conversion as convert
@@ -29,7 +30,6 @@ from nsds_gguf.evaluate.divergence import TOKEN_SCORE, TokenScores, score_rows
 from nsds_gguf.evaluate.inspect import inspect_gguf
 from nsds_gguf.llamacpp import ggml, llama
 from nsds_gguf.records import Float32, Plan, Target
-from nsds_gguf.session.reporter import Silent
 from nsds_gguf.session.session import Work
 
 Int32 = NDArray[np.int32]

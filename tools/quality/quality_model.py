@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from nsds_gguf.session.reporter import Silent
 from quality_measure import Bench, Measured, Passage, Yardstick
 from quality_sensitivity import (
     MEASURED_AT,
@@ -45,7 +46,6 @@ from nsds_gguf.allocate import Pin, PlanOptions
 from nsds_gguf.calibration.imatrix import Imatrix
 from nsds_gguf.comparison import exact_bpw
 from nsds_gguf.records import LayerScore, Plan, Scores, Target
-from nsds_gguf.session.reporter import Silent
 from nsds_gguf.session.session import ScoreOptions, Work, open_model
 
 CALIBRATION_BYTES = 400_000

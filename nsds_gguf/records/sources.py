@@ -1,0 +1,182 @@
+"""Where weights lie: the contract of everything that gives rows, and the one check that they are numbers.
+
+A source is plain data and pickles: another process reads the same bytes. The formats of files are in ``read``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelError
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+# Rows of a matrix: a slice with both ends and step 1, or their numbers in any order.
+Rows = slice | NDArray[np.intp]
+
+SLAB_BYTES = 4 << 20  # float32 rows that are held at a time where nothing speaks for more or less
+
+
+class Weights(ABC):
+    """A matrix ``(n_rows, n_cols)`` of weights, read on demand; stacks are flattened, a vector is one row."""
+
+    @abstractmethod
+    def values(self, rows: Rows, columns: slice) -> Float32:
+        """Return some rows and columns as a fresh C-contiguous float32 matrix, finite or not.
+
+        Args:
+            rows: a slice with both ends and step 1, or ``(n,)`` row numbers.
+            columns: a slice with both ends and step 1.
+
+        Raises:
+            ModelError: the file has shrunk since it was opened, or cannot be read.
+
+        """
+
+
+class Source(Weights):
+    """Weights as they are stored."""
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """File and name of the tensor, for messages."""
+
+    @property
+    @abstractmethod
+    def n_rows(self) -> int:
+        """Rows: the product of all sizes but the last."""
+
+    @property
+    @abstractmethod
+    def n_cols(self) -> int:
+        """Weights of a row."""
+
+    @property
+    def parts(self) -> Sequence[Source]:
+        """The tensors that lie in files, of which this one is made."""
+        return (self,)
+
+    def rows(self, index: Rows) -> Float32:
+        """Return rows as a fresh ``(n, n_cols)`` float32 matrix; raises ``ModelError`` for NaN and infinite weights.
+
+        ``index`` is a slice of step 1, whose ends may be left out, or ``(n,)`` row numbers.
+        """
+        bounded = slice(*index.indices(self.n_rows)) if isinstance(index, slice) else index
+        return finite(self.values(bounded, slice(0, self.n_cols)), self)
+
+    def stored_rows(self, rows: Rows) -> NDArray[np.uint8]:
+        """Return rows as they are stored, ``(n, row bytes)`` uint8; only sources of GGUF files have such rows."""
+        raise ValueError(f"{self.where}: its rows are read as float32 only")
+
+
+@dataclass(frozen=True)
+class Stack(Source):
+    """Matrices of one shape below one another, or vectors as the rows of a matrix."""
+
+    members: tuple[Source, ...]
+
+    @property
+    def where(self) -> str:
+        """The first member stands for all."""
+        return self.members[0].where
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all members."""
+        return len(self.members) * self.members[0].n_rows
+
+    @property
+    def n_cols(self) -> int:
+        """Weights of a row."""
+        return self.members[0].n_cols
+
+    @property
+    def parts(self) -> Sequence[Source]:
+        """The members."""
+        return self.members
+
+    def values(self, rows: Rows, columns: slice) -> Float32:
+        """Return some rows and columns, each from its member."""
+        n = self.members[0].n_rows
+        if isinstance(rows, slice):
+            return joined([self.members[i].values(some, columns) for i, some in matrices_of(rows, n)])
+        owners, within = np.divmod(rows, n)
+        out: Float32 = np.empty((len(rows), columns.stop - columns.start), np.float32)
+        for owner in np.unique(owners):
+            out[owners == owner] = self.members[owner].values(within[owners == owner], columns)
+        return out
+
+
+@dataclass(frozen=True)
+class FromArray(Source):
+    """Weights that are in memory: ``array`` is float32."""
+
+    name: str
+    array: Float32 = field(repr=False, compare=False)
+
+    @property
+    def where(self) -> str:
+        """Name of the tensor."""
+        return f"tensor {self.name}"
+
+    @property
+    def n_rows(self) -> int:
+        """Rows, leading dimensions flattened."""
+        return self.array.size // self.n_cols
+
+    @property
+    def n_cols(self) -> int:
+        """Weights of a row."""
+        n: int = self.array.shape[-1]
+        return n
+
+    def values(self, rows: Rows, columns: slice) -> Float32:
+        """Return a copy of some rows and columns."""
+        matrix = self.array.reshape(self.n_rows, self.n_cols)
+        return np.array(matrix[rows, columns], order="C")
+
+
+def matrices_of(rows: slice, n_rows: int) -> list[tuple[int, slice]]:
+    """Return which matrices of ``n_rows`` a slice of stacked rows touches, each with the slice of its own rows."""
+    touched = range(rows.start // n_rows, -(-rows.stop // n_rows))
+    return [(i, slice(max(rows.start - i * n_rows, 0), min(rows.stop - i * n_rows, n_rows))) for i in touched]
+
+
+def joined(pieces: Sequence[Float32]) -> Float32:
+    """Return matrices below one another; a single one as it is."""
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def finite(values: Float32, source: Source) -> Float32:
+    """Return the values; raises ``ModelError`` that counts what is not finite in the whole source, unless all are."""
+    if np.isfinite(values).all():
+        return values
+    for part in source.parts:
+        n_nan, n_infinite = _count(part)
+        if n_nan or n_infinite:
+            raise ModelError(
+                f"{part.where}: {n_nan} NaN and {n_infinite} infinite of {part.n_rows * part.n_cols} weights; "
+                "wanted finite numbers: the file is damaged, download it again"
+            )
+    raise ModelError(
+        f"{source.where}: its weights are finite, but too large for float32 once they are brought to GGUF's form: the "
+        "file is damaged, download it again"
+    )
+
+
+def _count(source: Source) -> tuple[int, int]:
+    """Return how many weights are NaN and how many infinite."""
+    n_nan = n_infinite = 0
+    step = max(1, SLAB_BYTES // (4 * source.n_cols))
+    for start in range(0, source.n_rows, step):
+        rows = source.values(slice(start, min(start + step, source.n_rows)), slice(0, source.n_cols))
+        n_nan += int(np.isnan(rows).sum())
+        n_infinite += int(np.isinf(rows).sum())
+    return n_nan, n_infinite

@@ -1,0 +1,161 @@
+"""What is done to stored weights on their way to a GGUF's tensor: each step a small piece of data that gives rows.
+
+A step reads what it needs of the matrix below it, which is the stored tensor or another step. All steps pickle.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .sources import Float32, Rows, Weights, joined, matrices_of
+
+
+class Transform(ABC):
+    """One step: rows of its result from those of the matrix below."""
+
+    @abstractmethod
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return some rows and columns of the result; arguments and result as those of ``Weights.values``."""
+
+
+@dataclass(frozen=True)
+class Transformed(Weights):
+    """A matrix after one step."""
+
+    below: Weights
+    step: Transform
+
+    def values(self, rows: Rows, columns: slice) -> Float32:
+        """Return what the step makes of the matrix below."""
+        return self.step.values(self.below, rows, columns)
+
+
+# --- other places ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TakeRows(Transform):
+    """Rows in another order, or some of them: row ``i`` is row ``order[i]`` below."""
+
+    order: NDArray[np.intp] = field(repr=False, compare=False)
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return the rows that ``order`` names."""
+        return below.values(self.order[rows], columns)
+
+
+@dataclass(frozen=True)
+class TakeColumns(Transform):
+    """Entries in another order, or some of them: entry ``i`` of a row is entry ``order[i]`` below."""
+
+    order: NDArray[np.intp] = field(repr=False, compare=False)
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return the columns that ``order`` names."""
+        needed = below.values(rows, slice(0, int(self.order.max()) + 1))
+        return np.take(needed, self.order[columns], axis=1)
+
+
+@dataclass(frozen=True)
+class SliceRows(Transform):
+    """Rows ``start`` to ``stop``."""
+
+    start: int
+    stop: int
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return the same rows, counted from ``start``."""
+        moved = slice(rows.start + self.start, rows.stop + self.start) if isinstance(rows, slice) else rows + self.start
+        return below.values(moved, columns)
+
+
+@dataclass(frozen=True)
+class SliceColumns(Transform):
+    """Entries ``start`` to ``stop`` of every row."""
+
+    start: int
+    stop: int
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return the same columns, counted from ``start``."""
+        return below.values(rows, slice(columns.start + self.start, columns.stop + self.start))
+
+
+@dataclass(frozen=True)
+class Reshape(Transform):
+    """The entries of one row as a matrix of ``shape``."""
+
+    shape: tuple[int, int]
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return rows of the matrix; the row below is read whole."""
+        n_rows, n_cols = self.shape
+        matrix = below.values(slice(0, 1), slice(0, n_rows * n_cols)).reshape(self.shape)
+        return np.array(matrix[rows, columns], order="C")
+
+
+@dataclass(frozen=True)
+class Transpose(Transform):
+    """Each matrix of a stack transposed: ``shape`` is ``(n, n_rows, n_cols)`` of the result, ``n`` 1 for one matrix."""
+
+    shape: tuple[int, int, int]
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return rows, which are columns below; of rows by number all between the first and the last are read."""
+        _, n_rows, n_cols = self.shape
+        if not isinstance(rows, slice):
+            first = int(rows.min())
+            between = self.values(below, slice(first, int(rows.max()) + 1), columns)
+            taken: Float32 = np.take(between, rows - first, axis=0)
+            return taken
+        pieces = []
+        for i, some in matrices_of(rows, n_rows):
+            matrix = below.values(slice(i * n_cols + columns.start, i * n_cols + columns.stop), some)
+            pieces.append(np.ascontiguousarray(matrix.T))
+        return joined(pieces)
+
+
+# --- other numbers --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlusOne(Transform):
+    """``w + 1`` in float32: gains that are stored as their difference from one."""
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return the values plus one."""
+        values = below.values(rows, columns)
+        values += np.float32(1)
+        return values
+
+
+@dataclass(frozen=True)
+class MinusExp(Transform):
+    """``-exp(w)`` in float32: the state matrix A of Mamba, stored as ``A_log``."""
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return minus the exponential of the values."""
+        with np.errstate(over="ignore"):  # what is infinite is an error, reported as such
+            found: Float32 = -np.exp(below.values(rows, columns))
+        return found
+
+
+@dataclass(frozen=True)
+class ScaleByPowersOfTwo(Transform):
+    """Weights times powers of two; ``rows`` ``(n_rows,)`` and ``columns`` ``(n_cols,)`` are exponents."""
+
+    rows: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
+    columns: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return the products, exact unless they leave the range of float32."""
+        values = below.values(rows, columns)
+        if self.columns is not None:
+            values = np.ldexp(values, self.columns[columns])
+        if self.rows is not None:
+            values = np.ldexp(values, self.rows[rows, np.newaxis])
+        return values

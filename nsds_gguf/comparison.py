@@ -434,13 +434,13 @@ class _Bench:
         return self._comparison(self.rows)
 
     def _measured(self, job: _Job, file: Path, reference: Path, key: str) -> Row:
-        with self.session.report.stage(f"measure {job.budget} {job.kind} {job.detail}".rstrip()) as progress:
+        with self.session.run.report.stage(f"measure {job.budget} {job.kind} {job.detail}".rstrip()) as progress:
             found = perplexity(
                 file,
                 self.text,
                 n_ctx=self.verifying.n_ctx,
                 n_chunks=self.verifying.n_chunks,
-                n_threads=self.session.n_threads,
+                n_threads=self.session.run.n_threads,
                 reference=reference,
                 progress=progress,
             )

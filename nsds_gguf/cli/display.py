@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..allocate import decided_by
 from ..comparison import KINDS, OURS, Comparison, Row, geometric_mean
 from ..evaluate.divergence import Divergence
 from ..evaluate.embedding import EmbeddingCheck
@@ -36,8 +37,10 @@ _BAR_WIDTH = 36
 def scores_view(scores: Scores) -> RenderableType:
     """Return a bar per layer, with the parts of the score where the metric has parts."""
     has_parts = any(layer.p_nv is not None for layer in scores.layers)
-    reading = f", SE {scores.settings['se']}" if "se" in scores.settings else ""
-    table = Table(title=f"{scores.model_name}: {scores.metric}{reading}, higher = more sensitive", title_justify="left")
+    reading = f", SE {scores.recipe.se}" if scores.recipe.se else ""
+    table = Table(
+        title=f"{scores.model_name}: {scores.recipe.metric}{reading}, higher = more sensitive", title_justify="left"
+    )
     table.add_column("layer", justify="right")
     table.add_column("score", justify="right")
     table.add_column("")
@@ -63,8 +66,9 @@ def _bar_range(values: Sequence[float]) -> tuple[float, float]:
 
 def plan_view(plan: Plan) -> RenderableType:
     """Return the types by layer and role, the totals by type, and the sums."""
-    return Group(_grid(plan.tensors, f"{plan.model_name}: {plan.allocator}, target {plan.target}"),
-                 _type_table(plan.tensors), _plan_sums(plan))  # fmt: skip
+    deciding = " and ".join(decided_by(plan.recipe))
+    title = f"{plan.model_name}: types decided by {deciding}, target {plan.recipe.target or 'none'}"
+    return Group(_grid(plan.tensors, title), _type_table(plan.tensors), _plan_sums(plan))
 
 
 def plan_details(plan: Plan) -> RenderableType:
@@ -89,7 +93,7 @@ def _plan_sums(plan: Plan) -> RenderableType:
         f"bits per weight: {plan.bpw:.4f} of all tensors, {plan.quantized_bpw:.4f} of quantized tensors, "
         f"{plan.file_bpw:.4f} of the whole file",
         f"bytes: {plan.tensor_bytes:,} tensors, {plan.file_bytes:,} file"
-        + ("" if plan.target.kind == "none" else f", {plan.unused_bytes:,} of the budget unused"),
+        + ("" if plan.recipe.target is None else f", {plan.unused_bytes:,} of the budget unused"),
     ]
     if plan.gap is not None:
         lines.append(f"optimality gap at most {plan.gap:.1e}")

@@ -241,7 +241,7 @@ def _add_score(verbs: Any) -> None:
 
 def _add_perplexity(verbs: Any) -> None:
     parser = _add_verb(verbs, "perplexity", run_perplexity, "measure perplexity as llama-perplexity does",
-                       "nsds-gguf perplexity model-Q3.gguf --text wiki.test.raw --reference model-F16.gguf")  # fmt: skip
+                       "nsds-gguf perplexity model-Q3.gguf --text wiki.raw --reference model-F16.gguf")  # fmt: skip
     parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file")
     _add_text(parser, chunks=0)
     parser.add_argument("--batch", metavar="N", type=_integer_from(1), default=DEFAULT_BATCH,
@@ -343,7 +343,7 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--target-size", metavar="N", type=_argument(parse_size, "bytes, or with M, G, MiB or GiB"),
                        help="bytes of the whole file, for example 700M or 1.5GiB")  # fmt: skip
     group.add_argument("--allocator", choices=tuple(ALLOCATORS),
-                       help=f"what chooses the types: {_choices(ALLOCATORS)} (default: {DEFAULT_ALLOCATOR})")  # fmt: skip
+                       help=f"who chooses types: {_choices(ALLOCATORS)} (default: {DEFAULT_ALLOCATOR})")  # fmt: skip
     group.add_argument("--uniform", metavar="TYPE", type=_argument(parse_type, "one of " + ", ".join(ggml.TYPES)),
                        help="one type for all matrices, also F32, F16, BF16, Q8_0")  # fmt: skip
     group.add_argument("--prefer", choices=tuple(PREFERENCES),

@@ -22,6 +22,7 @@ from ..publish.explain import why
 from ..publish.first_words import DEFAULT_PROMPT, sample
 from ..publish.plot import plot_comparison, plot_scores
 from ..publish.report import Check, Report, file_report, plan_report, write_report
+from ..publish.tensor_type_file import tensor_type_file
 from ..records import Plan, Scores, read_json
 from ..session.outputs import Output
 from ..session.reference import reference_of
@@ -196,8 +197,8 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
         if arguments.report is not None:
             page = plan_report(plan, scores=planned.scores, model=public_word(str(arguments.model)))
             _write_report(arguments, screen, f"plan-{plan.bpw:.2f}bpw", page)
-    if arguments.tensor_types is not None:
-        write_text(arguments.tensor_types, tensor_types_file(plans[0]))
+    if arguments.tensor_type_file is not None:
+        write_text(arguments.tensor_type_file, tensor_type_file(plans[0]))
     write_json(arguments.json, plans[0].to_json() if len(plans) == 1 else [plan.to_json() for plan in plans])
 
 

@@ -87,7 +87,9 @@ def _plain(value: object) -> object:
 def _check_target(path: Path, plan: Plan, tensor_bytes: int, file_bytes: int) -> None:
     """Check the budget on the finished file; bytes, not rounded bpw."""
     target = plan.recipe.target
+    if target is None:
+        return
     used = tensor_bytes if target.kind == "bpw" else file_bytes
     allowed = math.floor(target.value * plan.n_weights / 8) if target.kind == "bpw" else int(target.value)
-    if target.kind != "none" and used > allowed:
+    if used > allowed:
         raise VerifyError(f"{path}: {used} bytes exceed the target {target} ({allowed} bytes)")

@@ -32,7 +32,7 @@ from ..evaluate.perplexity import Perplexity
 from ..llamacpp.gguf_header import SPLIT_COUNT, read_gguf_header, split_number
 from ..read.tokenizer.json_files import read_json
 from ..records import Plan, Progress, Scores
-from ..session.reporter import Reporter, Silent
+from ..session.run import Reporter, Silent
 from ..system.atomic import unfinished
 from ..system.resources import check_disk
 from ..system.workfolder import WorkFolder, output_error, remove_stale

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..comparison import OURS, PAPER, RANDOM, RANDOM_FIXED, STOCK, UNIFORM, Comparison
+from ..comparison import OURS, PAPER, PRESET, RANDOM, RANDOM_FIXED, UNIFORM, Comparison
 from ..errors import PlanError
 from ..metrics.stats import robust_z, sigmoid
 from ..records import Float64, LayerScore, Scores
@@ -21,7 +21,7 @@ _COMPONENT_NAMES = {"qk": "QK", "ov": "OV", "gate": "gate", "up": "up", "down": 
 # Colours of Okabe and Ito, told apart by the colour-blind, and markers that need no colour.
 _KINDS = {
     OURS: ("#0072b2", "o"),
-    STOCK: ("#d55e00", "s"),
+    PRESET: ("#d55e00", "s"),
     PAPER: ("#cc79a7", "D"),
     UNIFORM: ("#009e73", "^"),
     RANDOM: ("#999999", "x"),
@@ -89,7 +89,7 @@ def plot_comparison(found: Comparison, path: Path) -> None:
                 label="ours" if kind == OURS else kind,
             )  # fmt: skip
     for row in found.rows:
-        if row.kind == STOCK:
+        if row.kind == PRESET:
             axes.annotate(row.budget, (row.tensor_bytes / 2**20, row.kld), textcoords="offset points", xytext=(6, 4))
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -124,7 +124,7 @@ def _draw_bars(axes: Any, scores: Scores) -> None:
     if any(layer.p_nv is not None for layer in layers):
         axes.set_ylim(0, 1.03)
         axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False)
-    axes.set_ylabel(scores.metric)
+    axes.set_ylabel(scores.recipe.metric or "")
     axes.locator_params(axis="x", integer=True)
     axes.spines[["top", "right"]].set_visible(False)
 

@@ -15,7 +15,6 @@ import hashlib
 import html
 import importlib.util
 import json
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,12 +24,13 @@ from string import Template
 from typing import Any, Literal
 
 from .. import __version__
+from ..allocate import ALLOCATORS, decided_by
 from ..calibration.imatrix import IMATRIX
 from ..errors import PlanError, RecordError
 from ..evaluate.inspect import FoundTensor, Inspection
 from ..evaluate.perplexity import Perplexity
 from ..llamacpp import ggml
-from ..records import UNQUANTIZED, LayerScore, Plan, PlannedTensor, Scores
+from ..records import UNQUANTIZED, LayerScore, Options, Plan, PlannedTensor, Scores
 from ..system.atomic import write_small
 from .explain import in_a_word
 
@@ -146,20 +146,20 @@ def plan_report(
     return Report(
         kind="plan",
         title=plan.model_name,
-        kicker=" · ".join(filter(None, (architecture, f"types chosen by {plan.allocator}"))),
+        kicker=" · ".join(filter(None, (architecture, f"types decided by {' and '.join(decided_by(plan.recipe))}"))),
         tensors=plan.tensors,
         why=tuple(in_a_word(plan, tensor) for tensor in plan.tensors),
         file_bytes=plan.file_bytes,
         bpw=plan.bpw,
         quantized_bpw=plan.quantized_bpw,
-        target="" if plan.target.kind == "none" else str(plan.target),
-        metric=scores.metric if scores else plan.metric,
+        target=str(plan.recipe.target or ""),
+        metric=scores.recipe.metric if scores else plan.recipe.metric,
         layers=scores.layers if scores else (),
         check=check,
         notes=(*plan.notes, *(scores.notes if scores else ()), *(check.notes if check else ())),
-        facts=_plan_facts(plan, scores),
+        facts=_plan_facts(plan),
         given=given,
-        command=command(plan, scores, model),
+        command=command(plan, model),
     )
 
 
@@ -180,25 +180,28 @@ def file_report(found: Inspection) -> Report:
     )
 
 
-def command(plan: Plan, scores: Scores | None, model: str) -> str:
+def command(plan: Plan, model: str) -> str:
     """Return the command that makes the file of a plan, every choice that shapes it spelled out."""
-    words = ["nsds-gguf", "convert", model]
-    if plan.target.kind != "none":
-        words += [f"--target-{plan.target.kind}", f"{plan.target.value:.17g}"]
-    if plan.allocator == "uniform":
-        words += ["--uniform", plan.types[0]]
+    recipe, words = plan.recipe, ["nsds-gguf", "convert", model]
+    if recipe.target is not None:
+        words += [f"--target-{recipe.target.kind}", f"{recipe.target.value:.17g}"]
+    if recipe.allocator == "uniform":
+        words += ["--uniform", recipe.types[0]]
     else:
-        words += ["--allocator", plan.allocator, "--types", ",".join(plan.types)]
-        words += ["--metric", scores.metric if scores else str(plan.metric)]
-        words += ["--se", scores.settings["se"]] if scores and "se" in scores.settings else []
-    words += ["--imatrix", "FILE"] if plan.importance.startswith(IMATRIX) else ["--importance", plan.importance]
-    words += ["--effort", plan.effort]
-    words += ["--score-weight", f"{plan.score_weight:.17g}"] if plan.score_weight else []
-    pins: dict[str, list[str]] = {}
-    for tensor in plan.tensors:
-        if tensor.reason == "pinned":
-            pins.setdefault(tensor.type, []).append(re.escape(tensor.name))
-    return shlex.join([*words, *(word for t, names in pins.items() for word in ("--pin", f"{'|'.join(names)}={t}"))])
+        words += ["--allocator", recipe.allocator, "--types", ",".join(recipe.types)]
+    words += ["--rounding", recipe.rounding]
+    from_file = recipe.calibration.startswith(IMATRIX)
+    words += ["--imatrix", "FILE"] if from_file else ["--calibration", recipe.calibration]
+    if ALLOCATORS[recipe.allocator].uses_layers(recipe.score_weight):
+        words += ["--metric", str(recipe.metric)] + (["--se", recipe.se] if recipe.se else [])
+    defaults = vars(Options())
+    for name in ("score_weight", "prefer", "seed", "device"):
+        value = getattr(recipe, name)
+        if value != defaults[name]:
+            words += [f"--{name.replace('_', '-')}", f"{value:.17g}" if isinstance(value, float) else str(value)]
+    for fixed in recipe.tensor_types:
+        words += ["--tensor-type", str(fixed)]
+    return shlex.join(words)
 
 
 def _kernels(types: set[str]) -> dict[str, str]:
@@ -207,17 +210,12 @@ def _kernels(types: set[str]) -> dict[str, str]:
     return {name: "fast" if ggml.TYPES[name].is_fast else "slow" for name in ours}
 
 
-def _plan_facts(plan: Plan, scores: Scores | None) -> tuple[tuple[str, str], ...]:
+def _plan_facts(plan: Plan) -> tuple[tuple[str, str], ...]:
     facts = [
-        ("allocator", plan.allocator),
-        ("types allowed", ", ".join(plan.types)),
-        ("column importance", plan.importance),
-        ("effort", plan.effort),
-        ("bytes unused", f"{plan.unused_bytes:,}" if plan.target.kind != "none" else ""),
+        *((name.replace("_", " "), value) for name, value in plan.recipe.facts().items()),
+        ("bytes unused", f"{plan.unused_bytes:,}" if plan.recipe.target is not None else ""),
         ("optimality gap", f"at most {plan.gap:.1e}" if plan.gap is not None else ""),
         ("predicted divergence", _predicted(plan)),
-        ("layer score", plan.metric or ""),
-        *((f"setting: {name}", value) for name, value in (scores.settings if scores else {}).items()),
         ("model SHA-256", plan.model_id),
         ("plan SHA-256", plan.digest),
         ("scores SHA-256", plan.scores_digest),

@@ -69,8 +69,3 @@ class Rounding:
     description: str
     needs_hessians: bool
     make: Maker
-
-
-def rows_per_matrix(tensor: Tensor) -> int:
-    """Return the rows of one matrix of a stack, or of the whole tensor."""
-    return tensor.shape[-2] if len(tensor.shape) > 2 else tensor.n_rows

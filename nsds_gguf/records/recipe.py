@@ -1,7 +1,7 @@
 """What was asked for, and the recipe that it is settled into: everything that decides the bytes of an output.
 
-``Options`` is what a user leaves open or names; ``Recipe`` is the same with nothing left open. ``session.settle`` makes
-one of the other, for the command line and for Python alike. Scores, plans and the keys of a GGUF carry the recipe whole.
+``Options`` is what a user names or leaves open; ``Recipe`` is the same with nothing left open. ``session.settle`` makes
+one from the other, for the command line and for Python alike. Scores, plans and a GGUF's keys carry the recipe whole.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ from .latent import latent_write, view_latent
 __all__ = ["ATTENTION_SHRINK", "IMPORTANCES", "STREAM_WEIGHT", "Propagation", "propagate"]
 
 IMPORTANCES = {
-    "sweep": "second moment of each column's input, on drawn tokens or swept through the model",
+    "random": "second moment of each column's input, on drawn tokens or swept through the model",
     "norm": "squared gain of the norm in front of the matrix",
     "none": "every column weighs the same",
 }
@@ -88,7 +88,7 @@ class Propagation:
         """
         if kind not in IMPORTANCES:
             raise PlanError(f"importance {kind!r} is not known; wanted one of {', '.join(IMPORTANCES)}")
-        moments = {"sweep": self.inputs, "norm": self.gains, "none": {}}[kind]
+        moments = {"random": self.inputs, "norm": self.gains, "none": {}}[kind]
         return {name: _normalized(moment) for name, moment in moments.items()}
 
 

@@ -96,7 +96,7 @@ class Session:
             model, looked_up = equalization.applied(self.model), self.propagation(own).looked_up
             source: Tokens | OwnText
             if own:
-                source = replace(self.own_text(), equalization=equalization)
+                source = replace(self.own_text(), balance=equalization)
             else:
                 source = draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
             folder = self.files.path / f"hessians-{len(self._factors)}"

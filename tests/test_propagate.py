@@ -133,10 +133,18 @@ def test_a_channel_with_no_gain_keeps_a_little_importance():
     assert weights[4] == np.float32(FLOOR_OF_IMPORTANCE)
 
 
-def test_damaged_weights_are_named():
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.inf, r"^tensor checkpoint\.blk\.1\.ffn_down\.weight: 0 NaN and 1 infinite of 1536 weights"),
+        (1e30, r"^tensor blk\.1\.ffn_down\.weight: .* the weights are damaged$"),  # its square overflows
+    ],
+)
+@pytest.mark.filterwarnings("ignore:overflow")
+def test_damaged_weights_are_named(value, message):
     arrays, hparams = random_arrays(seed=4)
-    arrays["blk.1.ffn_down.weight"][3, 3] = np.inf
-    with pytest.raises(ModelError, match=r"^tensor blk\.1\.ffn_down\.weight: .* the weights are damaged$"):
+    arrays["blk.1.ffn_down.weight"][3, 3] = value
+    with pytest.raises(ModelError, match=message):
         propagate(make_model(arrays, hparams))
 
 

@@ -49,8 +49,8 @@ def test_the_types_are_those_counted_here():
     assert {name for name, row in ggml.TYPES.items() if not row.is_fast} == {
         "F32", "F16", "BF16", "Q3_K", "Q5_0", "Q5_1"
     }  # fmt: skip
-    assert (ggml.FLOAT_TYPES, ggml.K_TYPES) == (tuple(BITS)[:3], tuple(BITS)[3:8])
-    assert ggml.NARROW_TYPES == tuple(BITS)[8:]
+    assert (tuple(BITS)[:3], tuple(BITS)[3:8]) == (ggml.FLOAT_TYPES, ggml.K_TYPES)
+    assert tuple(BITS)[8:] == ggml.NARROW_TYPES
 
 
 @pytest.mark.parametrize("name", ggml.K_TYPES)

@@ -1,0 +1,209 @@
+"""The seam for rounding: what is measured is what is written, by whatever rounding, in every type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from plans import uniform_plan, writable_model
+
+from nsds_gguf.errors import GgmlError
+from nsds_gguf.llamacpp import ggml
+from nsds_gguf.quantize import ROUNDINGS, Rounding, TensorQuantizers, gptq, measure, write
+from nsds_gguf.quantize.gptq import ROW_TILE, GptqQuantizer
+from nsds_gguf.quantize.hessian_factors import FactorStore, factor_hessian
+from nsds_gguf.quantize.measure import sample_rows
+from nsds_gguf.quantize.rtn import RtnQuantizer
+from nsds_gguf.quantize.write import write_gguf
+from nsds_gguf.records import Hparams
+from nsds_gguf.system.resources import blas_threads
+
+HPARAMS = Hparams(1, 256, 512, 4, 2, 64, 300, 128, 1e-5)
+PLAIN, STACK, UNSEEN = "blk.0.ffn_up.weight", "blk.0.ffn_gate_exps.weight", "blk.0.attn_q.weight"
+
+
+@pytest.fixture(autouse=True)
+def one_blas_thread():
+    with blas_threads(1):
+        yield
+
+
+def uneven(*shape, seed=0):
+    """Return weights with uneven channels, as trained matrices have."""
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal(shape) * np.exp(rng.standard_normal(shape[-1]) / 2)).astype(np.float32)
+
+
+@pytest.fixture
+def model():
+    """Return a matrix of more than a tile, experts of different size, and a matrix that nothing is known of."""
+    experts = uneven(3, 50, 256, seed=1) * np.array([1, 3, 0.1], np.float32)[:, None, None]
+    return writable_model({PLAIN: uneven(300, 256), STACK: experts, UNSEEN: uneven(7, 256, seed=2)}, HPARAMS)
+
+
+@pytest.fixture
+def hessian():
+    rng = np.random.default_rng(3)
+    inputs = rng.standard_normal((1024, 256)) @ (rng.standard_normal((256, 256)) + 4 * np.eye(256))
+    return inputs.T @ inputs / len(inputs)
+
+
+@pytest.fixture
+def weights():
+    rng = np.random.default_rng(4)
+    shapes = {PLAIN: (256,), STACK: (3, 256)}
+    return {name: np.exp(rng.standard_normal(shape)).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.fixture
+def quantizers(tmp_path, weights, hessian):
+    """Return quantizers by name of the rounding; GPTQ has Hessian factors of the plain matrix alone."""
+    store = FactorStore(tmp_path)
+    store.add([PLAIN], hessian, 0.1)
+    return {"rtn": TensorQuantizers("rtn", weights), "gptq": TensorQuantizers("gptq", weights, store)}
+
+
+def measured(model, quantizers, type_name):
+    """Return the relative error of every tensor in a type."""
+    costs = measure.measure([(tensor, (type_name,)) for tensor in model.tensors], quantizers, {}, 2)
+    return {cost.name: cost.errors[type_name] for cost in costs}
+
+
+def written(model, quantizers, type_name, path):
+    """Return what the tensors of a written file hold, ``(n_rows, n_cols)`` float32."""
+    write_gguf(model, uniform_plan(model, type_name), quantizers, path, n_threads=2)
+    read = {tensor.name: tensor.data.view(np.uint8) for tensor in GGUFReader(path).tensors}
+    return {t.name: ggml.dequantize(read[t.name].reshape(t.n_rows, -1), type_name, t.n_cols) for t in model.tensors}
+
+
+def seven_digits(numerator, denominator):
+    return float(f"{float(numerator.sum()) / float(denominator.sum()):.7g}")
+
+
+def weighted_error(rows, found, weights):
+    """Return the relative error under column weights, summed matrix by matrix."""
+    parts = zip(rows, found, weights, strict=True)
+    sums = [(np.square(y - x) @ w, np.square(x) @ w) for x, y, w in parts]
+    errors, norms = (np.concatenate(each).astype(np.float64) for each in zip(*sums, strict=True))
+    return seven_digits(errors, norms)
+
+
+@pytest.mark.parametrize("slab_weights", [None, 1 << 12], ids=["whole", "slabs"])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("type_name", ggml.TYPES)
+def test_the_measured_error_is_that_of_the_bytes(
+    type_name, rounding, slab_weights, model, weights, quantizers, hessian, tmp_path, monkeypatch
+):
+    """To the last digit that is kept, whichever slabs are read; GPTQ's also by the quadratic form in float64."""
+    if slab_weights:
+        monkeypatch.setattr(write, "_SLAB_WEIGHTS", slab_weights)
+    errors = measured(model, quantizers[rounding], type_name)
+    found = written(model, quantizers[rounding], type_name, tmp_path / "model.gguf")
+    x, y = model.by_name[STACK].load(), found[STACK].reshape(3, 50, 256)
+    assert errors[STACK] == weighted_error(x, y, weights[STACK])
+    x, y = model.by_name[UNSEEN].load(), found[UNSEEN]
+    assert errors[UNSEEN] == weighted_error([x], [y], [np.ones(256, np.float32)])
+    x, y = model.by_name[PLAIN].load(), found[PLAIN]
+    if rounding == "rtn":
+        assert errors[PLAIN] == weighted_error([x], [y], [weights[PLAIN]])
+        return
+    factors = quantizers["gptq"].factors.of(PLAIN)
+    norms = (np.square(x) @ factors.diagonal).astype(np.float64)
+    assert errors[PLAIN] == seven_digits(factors.row_errors(x - y), norms)
+    damped, diagonal, delta = 0.9 * hessian, hessian.diagonal(), x.astype(np.float64) - y
+    np.fill_diagonal(damped, diagonal + 1e-3 * diagonal.mean())
+    exact = np.einsum("ri,ij,rj->", delta, damped, delta) / (x.astype(np.float64) ** 2 @ damped.diagonal()).sum()
+    assert errors[PLAIN] == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize("type_name", ["Q2_K", "Q5_K", "IQ4_NL"])
+def test_of_a_sample_too(type_name, model, quantizers, tmp_path, monkeypatch):
+    """Rows of a sample stand elsewhere in their tiles than when they are written, which may move last bits."""
+    monkeypatch.setattr(measure, "WHOLE_BELOW_WEIGHTS", 1)
+    errors = measured(model, quantizers["gptq"], type_name)
+    y, tensor = written(model, quantizers["gptq"], type_name, tmp_path / "model.gguf")[PLAIN], model.by_name[PLAIN]
+    rows, factors = sample_rows(tensor), quantizers["gptq"].factors.of(PLAIN)
+    assert len(rows) == 64
+    x = tensor.load()[rows]
+    expected = factors.row_errors(x - y[rows]).sum() / (np.square(x) @ factors.diagonal).sum()
+    assert errors[PLAIN] == pytest.approx(expected, rel=1e-3)
+
+
+def test_gptq_lowers_what_it_measures(model, quantizers):
+    """In every type with codes to choose; what it has no codec for is ggml's to the byte."""
+    x, factors = model.by_name[PLAIN].load(), quantizers["gptq"].factors.of(PLAIN)
+    for name in ggml.TYPES:
+        ours, plain = GptqQuantizer(factors), RtnQuantizer(factors.diagonal, 300)
+        rounded = ggml.dequantize(plain.quantize(x, name), name, 256)
+        if name in ggml.FLOAT_TYPES:
+            np.testing.assert_array_equal(ours.quantize(x, name), plain.quantize(x, name))
+        else:
+            assert ours.errors(x, name).sum() < 0.9 * factors.row_errors(x - rounded).sum()
+
+
+def test_a_type_without_a_codec_is_rounded_one_way(model, quantizers, tmp_path, monkeypatch):
+    """By GPTQ's quantizer to nearest, the Hessian's diagonal for weights, measured and written."""
+    monkeypatch.delitem(gptq.FORMATS, "Q4_K")
+    factors, x = quantizers["gptq"].factors.of(PLAIN), model.by_name[PLAIN].load()
+    y = written(model, quantizers["gptq"], "Q4_K", tmp_path / "model.gguf")[PLAIN]
+    np.testing.assert_array_equal(y, ggml.dequantize(ggml.quantize(x, "Q4_K", factors.diagonal), "Q4_K", 256))
+    norms = (np.square(x) @ factors.diagonal).astype(np.float64)
+    assert measured(model, quantizers["gptq"], "Q4_K")[PLAIN] == seven_digits(factors.row_errors(x - y), norms)
+
+
+@dataclass(frozen=True)
+class Halving(RtnQuantizer):
+    """Writes half of every weight, in tiles of its own."""
+
+    def quantize(self, rows, type_name, first_row=0):
+        assert first_row % self.rows_per_matrix % self.tile_rows == 0
+        return super().quantize(rows / 2, type_name, first_row)
+
+
+def test_a_rounding_of_ones_own_measures_and_writes(model, tmp_path, monkeypatch):
+    """One entry of the table: half of every weight is an error of a quarter of its square."""
+    monkeypatch.setattr(write, "_SLAB_WEIGHTS", 1 << 13)
+    halving = Rounding("halve", "write half", False, lambda tensor, *_: Halving(None, tensor.shape[-2], 4))
+    monkeypatch.setitem(ROUNDINGS, "halve", halving)
+    quantizers = TensorQuantizers("halve")
+    assert measured(model, quantizers, "F32") == dict.fromkeys((PLAIN, STACK, UNSEEN), 0.25)
+    found = written(model, quantizers, "F32", tmp_path / "model.gguf")
+    for tensor in model.tensors:
+        np.testing.assert_array_equal(found[tensor.name].reshape(tensor.shape), tensor.load() / 2)
+
+
+def test_rounding_needs_no_hessian_but_gptq(model, quantizers):
+    assert {name: rounding.needs_hessians for name, rounding in ROUNDINGS.items()} == {"rtn": False, "gptq": True}
+    assert all(name == rounding.name and rounding.description for name, rounding in ROUNDINGS.items())
+    made = {tensor.name: quantizers["gptq"](tensor) for tensor in model.tensors}
+    assert isinstance(made[PLAIN], GptqQuantizer) and made[PLAIN].tile_rows == ROW_TILE
+    assert all(isinstance(made[name], RtnQuantizer) and made[name].tile_rows == 1 for name in (STACK, UNSEEN))
+
+
+def test_squared_norms_are_weighted_by_the_matrix(model, quantizers, weights):
+    x = model.by_name[STACK].load()
+    quantizer = quantizers["rtn"](model.by_name[STACK])
+    for expert in range(3):
+        exact = x[expert, :5].astype(np.float64) ** 2 @ weights[STACK][expert]
+        np.testing.assert_allclose(quantizer.squared_norms(x[expert, :5], first_row=50 * expert + 10), exact, rtol=1e-5)
+
+
+def test_costs_carry_sensitivities_in_order(model):
+    tensors = [(model.by_name[name], ("Q4_K", "Q8_0")) for name in (UNSEEN, PLAIN)]
+    calls = []
+    found = measure.measure(tensors, TensorQuantizers(), {PLAIN: 0.123456789}, 1, lambda *call: calls.append(call))
+    assert [(cost.name, cost.sensitivity) for cost in found] == [(UNSEEN, 0.0), (PLAIN, 0.1234568)]
+    assert all(list(cost.errors) == ["Q4_K", "Q8_0"] for cost in found)
+    assert calls == [(0, 307 * 256), (7 * 256, 307 * 256), (307 * 256, 307 * 256)]
+
+
+def test_what_cannot_be_rounded_is_refused(model, quantizers):
+    narrow = GptqQuantizer(factor_hessian(np.eye(32)))
+    with pytest.raises(GgmlError, match="wanted 256 columns, got 32"):
+        narrow.errors(np.zeros((1, 256), np.float32), "Q4_K")
+    short = replace(model.tensors[0], shape=(2, 160))
+    for rounding in ("rtn", "gptq"):
+        with pytest.raises(GgmlError, match="Q4_K needs rows of a multiple of 256 weights, got 160"):
+            TensorQuantizers(rounding)(short).quantize(np.zeros((2, 160), np.float32), "Q4_K")

@@ -11,7 +11,6 @@ from command import TINY, call, listing
 from tiny_gguf import tiny_text, write_tiny_gguf
 from tiny_models import write_tiny
 
-from nsds_gguf import convert
 from nsds_gguf.evaluate import texts
 from nsds_gguf.session import session
 from nsds_gguf.session.session import _BASE_MEMORY_BYTES

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..records import Float32, Hparams, Model, Tensor
+from .activation_functions import ACTIVATIONS, UP_OFFSETS
 from .layers import DENSE, ROUTED, SHARED, Attention, FeedForward, Layer, Linear, rows_of, view_layer
-from .moments import ACTIVATIONS, UP_OFFSETS, Norm
 from .norm_placement import BlockWiring, has_plain_experts, is_plain_stream, read_wiring
+from .norms import Norm
 from .tape import Node, Tape, angles
 
 # Roles in a layer beside plain norms, attention and feed-forward blocks that change what is computed.

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records import Float32, Float64, Tensor
+from .activation_functions import ACTIVATIONS
 from .layers import Linear
-from .moments import ACTIVATIONS, Norm
+from .norms import Norm
 
 _SLAB_WEIGHTS = 1 << 20  # 4 MiB of float32 a job
 _LEAST_SUM = np.float32(2.0**-14)  # of experts' weights that are divided by it: llama.cpp's, the least float16

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ..compute.decoder import Decoder
 from ..compute.layer_file import LayerFile, layer_file
 from ..compute.layers import view_layer
-from ..compute.moments import Norm
+from ..compute.norms import Norm
 from ..compute.tape import Ids, Node, Tape, energy_of, slabs
 from ..errors import ModelError
 from ..records import Float32, Float64, Model, Progress, Tensor, no_progress

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..compute.activation_functions import ACTIVATIONS
 from ..compute.layers import Layer, view_layer
-from ..compute.moments import ACTIVATIONS, Norm, Signal, row_moments
 from ..compute.norm_placement import (
     BlockWiring,
     has_plain_experts,
@@ -32,6 +32,7 @@ from ..compute.norm_placement import (
     read_wiring,
     reads_as_attention,
 )
+from ..compute.norms import Norm
 from ..errors import ModelError, PlanError
 from ..llamacpp.rules import kept_reason
 from ..records import Float32, Float64, Model, Progress, Tensor, no_progress
@@ -44,6 +45,7 @@ from .blocks import (
     has_known_qk_norms,
 )
 from .latent import latent_write, view_latent
+from .moments import Signal, normed, row_moments
 
 __all__ = ["ATTENTION_SHRINK", "IMPORTANCES", "STREAM_WEIGHT", "Propagation", "propagate"]
 
@@ -147,7 +149,7 @@ class _Sweep:
             if table is not None and table.n_cols == embedding.n_cols:
                 stream = stream.plus(row_moments(table, self.centred))
         norm = None if self.output_norm_role() == "token_embd_norm" else self.norm("token_embd_norm")
-        return stream if norm is None else norm.apply(stream, self.hparams.norm_eps)
+        return stream if norm is None else normed(norm, stream, self.hparams.norm_eps)
 
     def norm(self, role: str) -> Norm | None:
         """Return a norm outside the layers."""
@@ -196,7 +198,7 @@ class _Sweep:
 
     def read(self, wiring: BlockWiring, stream: Signal) -> Signal:
         """Return what a block reads of the stream."""
-        return stream if wiring.before is None else wiring.before.apply(stream, self.hparams.norm_eps)
+        return stream if wiring.before is None else normed(wiring.before, stream, self.hparams.norm_eps)
 
     def finished(self, write: Write, wiring: BlockWiring, x: Signal) -> Write:
         """Return a block's write as it reaches the stream, normed and scaled; record what its matrices multiply."""
@@ -223,7 +225,7 @@ class _Sweep:
         for write in writes:
             for name, noise in write.noise.items():
                 self.sensitivity[name] = STREAM_WEIGHT * float(noise.sum()) / total
-        return stream if wiring.on_stream is None else wiring.on_stream.apply(stream, self.hparams.norm_eps)
+        return stream if wiring.on_stream is None else normed(wiring.on_stream, stream, self.hparams.norm_eps)
 
     def output(self) -> None:
         """Record the output tensor, or add its part to the embedding that doubles as it."""

@@ -19,11 +19,13 @@ tensors get the typical sensitivity of their kind, and a note.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..calibration.column_weights import normalized
 from ..compute.activation_functions import ACTIVATIONS
+from ..compute.input_moments import Moments
 from ..compute.layers import Layer, view_layer
 from ..compute.norm_placement import (
     BlockWiring,
@@ -59,8 +61,6 @@ IMPORTANCES = {
 # (docs/log.md, 2026-11-23).
 STREAM_WEIGHT = 0.14
 
-FLOOR_OF_IMPORTANCE = 1e-4  # of the mean: a block of zero weights would make ggml divide by zero
-
 # Architectures whose gate on attention's output is no sigmoid, or that mix attention with a linear one.
 _OTHER_ATTENTION = ("laguna", "minimax-01")
 
@@ -74,7 +74,8 @@ class Propagation:
     ``sensitivity`` is in units of the output tensor's, from ``fisher`` in nats; ``inputs`` holds ``(n_cols,)`` float64
     second moments of what each matrix multiplies, ``(n_experts, n_cols)`` where stacked matrices multiply different
     things; ``gains`` the squared gain of the norm in front of it where there is one; ``notes`` says what the sweep did
-    not reach, ``looked_up`` which share of a tied embedding's sensitivity is not the output's.
+    not reach, ``looked_up`` which share of a tied embedding's sensitivity is not the output's, ``moments`` those of all
+    tokens that went through the model, empty where none did.
     """
 
     sensitivity: Mapping[str, float]
@@ -82,6 +83,7 @@ class Propagation:
     gains: Mapping[str, Float64]
     notes: tuple[str, ...] = ()
     looked_up: float = 0.0
+    moments: Mapping[str, Moments] = field(default_factory=dict)
 
     def importance(self, kind: str) -> dict[str, Float32]:
         """Return float32 weights of mean 1 by tensor name, shaped as ``inputs``; no entry where columns weigh alike.
@@ -91,7 +93,7 @@ class Propagation:
         if kind not in IMPORTANCES:
             raise PlanError(f"importance {kind!r} is not known; wanted one of {', '.join(IMPORTANCES)}")
         moments = {"sweep": self.inputs, "norm": self.gains, "none": {}}[kind]
-        return {name: _normalized(moment) for name, moment in moments.items()}
+        return {name: normalized(moment) for name, moment in moments.items()}
 
 
 def propagate(model: Model, progress: Progress = no_progress) -> Propagation:
@@ -270,11 +272,3 @@ def _notes(missed: Sequence[Tensor]) -> tuple[str, ...]:
         f"{len(missed)} tensors ({shown}) belong to blocks that the moment sweep does not follow: "
         "they get the median sensitivity of the others of their kind.",
     )
-
-
-def _normalized(moment: Float64) -> Float32:
-    mean = float(moment.mean())
-    if mean <= 0:
-        return np.ones(moment.shape, dtype=np.float32)
-    weights: Float32 = np.maximum(moment / mean, FLOOR_OF_IMPORTANCE).astype(np.float32)
-    return weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,11 +13,18 @@ import numpy as np
 
 from .. import allocate, read, score
 from ..allocate import PlanOptions
-from ..calibration.generated_text import N_TOKENS, OwnText, own_text
-from ..calibration.hessians import N_DRAWN, disk_bytes, make_feedbacks
+from ..calibration.activations import collect
+from ..calibration.evidence import Calibration, Evidence, TokenRequest, column_weights
+from ..calibration.generated_text import N_TOKENS
+from ..calibration.hessians import HessianFiles, callback_hessians, disk_bytes, factor_hessians, multiplied
 from ..calibration.hessians import note as feedback_note
 from ..calibration.imatrix import IMATRIX, Imatrix
+from ..calibration.kinds import CalibrationKind, find_calibration
+from ..calibration.random_tokens import N_POSITIONS, N_SEQUENCES_HESSIANS
+from ..compute.backend import Tokens
 from ..compute.decoder import what_is_missing
+from ..compute.input_moments import Moments, NamedHessian, Recording
+from ..compute.walk import WalkOptions, walk
 from ..errors import PlanError, RecordError, told_of
 from ..evaluate.embedding import EmbeddingCheck, check_close, compare_embeddings
 from ..evaluate.perplexity import Perplexity, check_comparable, check_sane, needed_bytes, perplexity
@@ -46,7 +53,6 @@ from ..records import (
     Scores,
     Target,
 )
-from ..sensitivity.fisher import Tokens, draw_tokens
 from ..sensitivity.moment_propagation import Propagation
 from ..sensitivity.sensitivities import sensitivities
 from ..session.effort import effort_note, settled
@@ -60,8 +66,8 @@ from .reporter import Reporter, Silent
 _BASE_MEMORY_BYTES = 400 << 20
 _THREAD_MEMORY_BYTES = 48 << 20
 
-FISHER_SEQUENCES = 8  # of the model's own text that sensitivities are found on
-DRAWN_LENGTH = 512  # tokens of a drawn sequence
+# Calibrations by the names that options and records have for them.
+_CALIBRATION_OF = {"sweep": "random", SELF: "generated"}
 
 
 @dataclass(frozen=True)
@@ -94,59 +100,131 @@ class Work:
         ``files`` is where large temporary files go: without one, to the working directory for as long as this lives.
         """
         self.model, self.n_threads, self.report, self.notes = model, n_threads, report, notes
-        self.imatrix, self._columns = imatrix, imatrix.weights(model) if imatrix is not None else {}
+        self.imatrix = imatrix
         self.scores: Scores | None = None
         self.files = files or WorkFolder(Path(), say=report.say)
         if files is None:
             weakref.finalize(self, self.files.close)
-        self._propagations: dict[bool, Propagation] = {}
-        self._balances: dict[bool, Balance] = {}
-        self._feedbacks: dict[tuple[bool, bool], Feedbacks] = {}
-        self._own_text: OwnText | None = None
+        self._tokens: dict[tuple[str, bool], Tokens] = {}
+        self._propagations: dict[str, Propagation] = {}
+        self._callback_moments: dict[str, dict[str, Moments]] = {}
+        self._hessians: dict[str, HessianFiles] = {}
+        self._balances: dict[str, Balance] = {}
+        self._feedbacks: dict[tuple[str, bool], Feedbacks] = {}
         self._original: Path | None = None
 
-    def propagation(self, own: bool = False) -> Propagation:
-        """Return sensitivities and column moments, on drawn tokens or on the model's own text."""
-        if own not in self._propagations:
-            tokens = self.own_text().tokens[:FISHER_SEQUENCES].astype(np.int64) if own else None
+    def tokens(self, kind: CalibrationKind, for_hessians: bool) -> Tokens:
+        """Return the tokens of a calibration; generated text takes long, and more where llama.cpp reads it too."""
+        key = kind.name, for_hessians and not kind.is_generated
+        if key not in self._tokens:
+            if kind.is_generated:
+                self._tokens[key] = self._generated(kind)
+            else:
+                self._tokens[key] = kind.tokens(TokenRequest(self.model, self.original, for_hessians))
+        return self._tokens[key]
+
+    def _generated(self, kind: CalibrationKind) -> Tokens:
+        seconds = own_text_seconds(self.model, N_TOKENS)
+        self.report.say(f"Generating {N_TOKENS:,} tokens of calibration text: about {duration(seconds)}.")
+        n_blas = self.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
+        with self.original() as path, blas_threads(n_blas):
+            with self.report.stage("generate text") as progress:
+                request = TokenRequest(self.model, self.original, n_threads=self.n_threads, progress=progress)
+                tokens = kind.tokens(request)
+            if what_is_missing(self.model):
+                with self.report.stage("read generated text") as progress:
+                    self._callback_moments[kind.name] = collect(
+                        path, tokens.astype(np.int32), n_threads=self.n_threads, progress=progress
+                    )
+        return tokens
+
+    def propagation(self, importance: str, for_hessians: bool = False) -> Propagation:
+        """Return sensitivities and column moments on the tokens of a calibration; Hessians too if they are wanted."""
+        kind = _calibration_kind(importance)
+        key = kind.name if kind.is_generated else "random"
+        if key not in self._propagations:
+            tokens = self.tokens(kind, for_hessians)
+            options = self._walk_options(kind, for_hessians)
             with self.report.stage("find sensitivities") as progress, blas_threads(1):
-                folder = self.files.path if self.files.is_open else None
-                self._propagations[own] = sensitivities(self.model, self.n_threads, progress, tokens, folder)
-        return self._propagations[own]
+                self._propagations[key] = sensitivities(self.model, tokens, options, progress)
+        return self._propagations[key]
+
+    def _walk_options(self, kind: CalibrationKind, for_hessians: bool) -> WalkOptions:
+        """Return how tokens go through the model; Hessians go to new files."""
+        folder = self.files.path if self.files.is_open else None
+        options = WalkOptions(kind.n_sequences(self.model), n_threads=self.n_threads, folder=folder)
+        if not for_hessians or what_is_missing(self.model):
+            return options
+        folder = self.files.path / f"hessians-{kind.name}"
+        folder.mkdir(exist_ok=True)
+        check_disk(folder, disk_bytes(self.model), "GPTQ rounding")
+        self._hessians[kind.name] = files = HessianFiles(folder)
+        recording = Recording(frozenset(multiplied(self.model)), kind.first_positions)
+        return replace(options, recording=recording, on_hessian=files.add)
 
     def balance(self, job: PlanOptions | Plan) -> Balance:
-        """Return how outlier channels are evened out for a job: for ``nsds``, where the pass over tokens sees them."""
+        """Return the channel equalization for a job: for ``nsds``, where the pass over tokens sees outliers."""
         if job.allocator != "nsds" or what_is_missing(self.model):
             return Balance()
-        own = job.importance == SELF
-        if own not in self._balances:
-            self._balances[own] = find_balance(self.model, self.propagation(own).inputs)
-        return self._balances[own]
+        key = "generated" if _calibration_kind(job.importance).is_generated else "random"
+        if key not in self._balances:
+            inputs = self.propagation(job.importance, _rounds_with_feedback(job)).inputs
+            self._balances[key] = find_balance(self.model, inputs)
+        return self._balances[key]
 
     def feedbacks(self, job: PlanOptions | Plan) -> Feedbacks | None:
-        """Return the factors for rounding with feedback where the job asks for it."""
+        """Return the Hessian factors where the job asks for GPTQ rounding."""
         if not _rounds_with_feedback(job):
             return None
         check_effort(self.model, job)
-        own, balance = job.importance == SELF, self.balance(job)
-        key = own, bool(balance)
+        kind = _calibration_kind(job.importance)
+        if kind.shrinkage is None:
+            raise PlanError(f"GPTQ rounding needs Hessians, which calibration {kind.name} does not have")
+        looked_up = self.propagation(job.importance, for_hessians=True).looked_up
+        balance = self.balance(job)
+        key = kind.name, bool(balance)
         if key not in self._feedbacks:
-            model, looked_up = balance.applied(self.model), self.propagation(own).looked_up
-            source: Tokens | OwnText
-            if own:
-                source = replace(self.own_text(), balance=balance)
-            else:
-                source = draw_tokens(model, N_DRAWN // DRAWN_LENGTH, DRAWN_LENGTH)
             folder = self.files.path / f"feedback-{len(self._feedbacks)}"
             folder.mkdir(exist_ok=True)
-            check_disk(folder, disk_bytes(model), "rounding with feedback")
-            with self.report.stage("factor second moments") as progress, blas_threads(1), self.readable(own):
-                self._feedbacks[key] = make_feedbacks(model, source, looked_up, folder, self.n_threads, progress)
+            check_disk(folder, disk_bytes(self.model), "GPTQ rounding")
+            self._find_hessians(kind)
+            hessians = self.calibration(job.importance).hessians()
+            with self.report.stage("factor second moments") as progress, blas_threads(1):
+                self._feedbacks[key] = factor_hessians(
+                    self.model, hessians, Feedbacks(folder), kind.shrinkage, looked_up, balance, progress
+                )
         return self._feedbacks[key]
 
-    def readable(self, own: bool) -> AbstractContextManager[object]:
-        """Give the file that the model's own text is read with again, where it is."""
-        return self.original() if own else nullcontext()
+    def calibration(self, importance: str) -> Calibration:
+        """Return the column statistics that an importance stands for.
+
+        Raises ``RecordError`` for an importance matrix that was not given.
+        """
+        if importance.startswith(IMATRIX) and (self.imatrix is None or self.imatrix.name != importance):
+            raise RecordError(f"made with the importance matrix {importance}: pass that file with --imatrix")
+        kind = _calibration_kind(importance)
+        tokens = self.tokens(kind, False)
+        found = self.propagation(importance)
+        moments = self._callback_moments.get(kind.name, found.moments)
+        evidence = Evidence(
+            self.model, tokens, found.inputs, found.gains, moments, lambda: self._taken_hessians(kind), self.imatrix
+        )
+        return kind.make(evidence)
+
+    def _find_hessians(self, kind: CalibrationKind) -> None:
+        """Read the tokens again where Hessians were not asked for when they were read, or are used up."""
+        if kind.name not in self._hessians and not what_is_missing(self.model):
+            tokens, options = self.tokens(kind, True), self._walk_options(kind, for_hessians=True)
+            stage = self.report.stage("find Hessians")
+            with stage as progress, blas_threads(1), walk(self.model, tokens, options, progress):
+                pass
+
+    def _taken_hessians(self, kind: CalibrationKind) -> Iterator[NamedHessian]:
+        """Return the Hessians of a calibration's tokens, which are used up then."""
+        if kind.name in self._hessians:
+            return self._hessians.pop(kind.name).take()
+        moments, tokens = self._callback_moments.get(kind.name, {}), self.tokens(kind, True)
+        return callback_hessians(self.original, tokens, moments, multiplied(self.model), self.n_threads)
 
     def score(self, options: Sequence[PlanOptions], scoring: ScoreOptions) -> Scores:
         """Score layers and, if an allocator needs it, measure tensors."""
@@ -164,7 +242,8 @@ class Work:
 
     def measure(self, scores: Scores, options: PlanOptions) -> Scores:
         """Return the scores with the costs of the tensors added."""
-        propagation, balance = self.propagation(options.importance == SELF), self.balance(options)
+        propagation = self.propagation(options.importance, _rounds_with_feedback(options))
+        balance = self.balance(options)
         found = allocate.candidates(balance.applied(self.model), options.types, options.pins)
         importance, feedbacks = balance.weights(self.columns(options.importance)), self.feedbacks(options)
         with self.report.stage("measure tensors") as progress, blas_threads(1):
@@ -175,7 +254,7 @@ class Work:
         if feedbacks is not None:
             notes += (feedback_note(self.model, feedbacks),)
         if options.importance == SELF:
-            notes += (self.own_text().note(self.model),)
+            notes += (self.calibration(SELF).note(),)
         return replace(
             scores, importance=options.importance, effort=options.effort, costs=costs, notes=notes, versions=versions
         )
@@ -193,7 +272,7 @@ class Work:
             plan = replace(plan, notes=(*plan.notes, feedback_note(self.model, feedbacks)))
         told = scores is not None and scores.importance == SELF
         if self.needs_text(plan) and not told:
-            return replace(plan, notes=(*plan.notes, self.own_text().note(self.model)))
+            return replace(plan, notes=(*plan.notes, self.calibration(SELF).note()))
         return plan
 
     @contextmanager
@@ -224,19 +303,6 @@ class Work:
             self._original = None
             path.unlink(missing_ok=True)
 
-    def own_text(self) -> OwnText:
-        """Return what the model writes itself, with the moments of its matrices' inputs."""
-        if self._own_text is None:
-            seconds = own_text_seconds(self.model, N_TOKENS)
-            self.report.say(f"Generating {N_TOKENS:,} tokens of calibration text: about {duration(seconds)}.")
-            with (
-                self.original() as path,
-                self.report.stage("generate text") as progress,
-                blas_threads(self.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1),
-            ):
-                self._own_text = own_text(path, n_tokens=N_TOKENS, n_threads=self.n_threads, progress=progress)
-        return self._own_text
-
     def needs_text(self, job: PlanOptions | Plan) -> bool:
         """Return whether a plan, or one that is made so, takes its column importance from the model's own text."""
         return job.importance == SELF and _weighs_columns(job)
@@ -247,15 +313,9 @@ class Work:
             return {}
         return self.balance(plan).weights(self.columns(plan.importance))
 
-    def columns(self, kind: str) -> dict[str, Float32]:
-        """Return column weights of a kind; raises ``RecordError`` for an importance matrix that was not given."""
-        if kind == SELF:
-            return self.own_text().weights(self.model, self.propagation(own=True).importance("sweep"))
-        if not kind.startswith(IMATRIX):
-            return self.propagation().importance(kind)
-        if self.imatrix is None or self.imatrix.name != kind:
-            raise RecordError(f"made with the importance matrix {kind}: pass that file with --imatrix")
-        return {**self.propagation().importance("sweep"), **self._columns}
+    def columns(self, importance: str) -> dict[str, Float32]:
+        """Return the column weights that an importance stands for, by tensor name."""
+        return column_weights(self.calibration(importance), self.model)
 
     def check_resources(self, sizes: Sequence[int], verifying: VerifyOptions, writes_text: bool = False) -> None:
         """Check disk and memory for files of these bytes before the heavy work."""
@@ -293,14 +353,14 @@ class Work:
             measures=given is None and any(option.allocator == "nsds" for option in options),
             n_tokens=n_tokens if verifying.enabled else 0,
             n_own_tokens=N_TOKENS if writes_text else 0,
-            n_feedback_tokens=0 if efforts == {"normal"} else N_DRAWN,
+            n_feedback_tokens=0 if efforts == {"normal"} else N_SEQUENCES_HESSIANS * N_POSITIONS,
         )
         size = f"{self.model.n_weights / 1e6:.1f} M weights"
         self.report.say(f"{self.model.name}, {size}: about {duration(seconds)} with {self.n_threads} threads.")
 
     def write(self, plan: Plan, path: Path, name: str = "quantize and write") -> None:
         """Write the file."""
-        importance, feedbacks = self.importance(plan), self.feedbacks(plan)
+        feedbacks, importance = self.feedbacks(plan), self.importance(plan)
         model = self.balance(plan).applied(self.model)
         with self.report.stage(name) as progress, blas_threads(1):
             write_gguf(model, plan, importance, path, n_threads=self.n_threads, progress=progress, feedbacks=feedbacks)
@@ -446,6 +506,11 @@ def reference_file(work: Work, options: VerifyOptions) -> Iterator[Path | None]:
     else:
         with work.original() as path:
             yield path
+
+
+def _calibration_kind(importance: str) -> CalibrationKind:
+    name = "imatrix" if importance.startswith(IMATRIX) else importance
+    return find_calibration(_CALIBRATION_OF.get(name, name))
 
 
 def _types_of(job: PlanOptions | Plan) -> Sequence[str]:

@@ -20,8 +20,8 @@ LAYERS = [
     ["read"],
     ["compute"],
     ["quantize"],
-    ["metrics", "sensitivity"],
     ["calibration"],
+    ["metrics", "sensitivity"],
     ["allocate"],
     ["evaluate"],
     ["session"],
@@ -75,7 +75,7 @@ def test_every_module_has_a_layer():
 def test_stages_are_called_in_order():
     text = (ROOT / "conversion.py").read_text(encoding="utf-8")
     body = ast.unparse(next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "convert"))
-    order = [body.index(word) for word in ("open_model(", "work.plans(", "work.write(", "work.verify(")]
+    order = [body.index(word) for word in ("open_model(", "_plans(", "session.write(", "session.verify(")]
     assert order == sorted(order)
 
 

@@ -7,11 +7,13 @@ import pytest
 from models import make_model
 from variants import VARIANTS, Simulation, fused, variant_arrays
 
+from nsds_gguf.compute.activation_functions import ACTIVATIONS
 from nsds_gguf.compute.layers import view_layer
-from nsds_gguf.compute.moments import ACTIVATIONS, Norm, Signal, unit_moments
 from nsds_gguf.compute.norm_placement import read_wiring
+from nsds_gguf.compute.norms import Norm
 from nsds_gguf.sensitivity.blocks import ATTENTION_SHRINK, logit_variance
 from nsds_gguf.sensitivity.moment_propagation import STREAM_WEIGHT, propagate
+from nsds_gguf.sensitivity.moments import Signal, normed, unit_moments
 
 # What is left between the sweep and 3000 tokens by sampling and by the theory's independence: of the sum over columns;
 # of the logarithm over columns (standard deviation), in front of blocks and of hidden units; of noise. Measured on
@@ -128,4 +130,4 @@ def test_signals_by_hand():
     assert (a.plus(Signal(b.second)).second, a.plus(Signal(b.second)).mean) == (13, 1)
     assert (a.shifted(2.0).second, a.shifted(2.0).mean) == (13, 3)
     assert (a.scaled(0.5, 0.25).second, a.scaled(0.5, 0.25).mean) == (2.5, 0.25)
-    assert Norm().apply(Signal(np.array([2.0, 6.0])), 0.0).second.tolist() == [0.5, 1.5]
+    assert normed(Norm(), Signal(np.array([2.0, 6.0])), 0.0).second.tolist() == [0.5, 1.5]

@@ -7,11 +7,11 @@ import pytest
 from arrays import random_arrays
 from models import make_model
 
-from nsds_gguf.compute.moments import Signal, gated_unit_moments
 from nsds_gguf.errors import ModelError, PlanError
 from nsds_gguf.llamacpp.rules import kept_reason
 from nsds_gguf.sensitivity.blocks import ATTENTION_SHRINK
 from nsds_gguf.sensitivity.moment_propagation import FLOOR_OF_IMPORTANCE, STREAM_WEIGHT, propagate
+from nsds_gguf.sensitivity.moments import Signal, gated_unit_moments
 
 
 def silu(x):

@@ -1,21 +1,9 @@
-"""Where tokens and column statistics come from: random tokens, generated text, an importance matrix."""
+"""Where tokens and column statistics come from: random tokens, generated text, an importance matrix.
 
-from __future__ import annotations
+A new calibration is a class like those here and one line in ``kinds.CALIBRATIONS``.
+"""
 
-from dataclasses import dataclass
+from .evidence import Calibration, Evidence, TokenRequest
+from .kinds import CALIBRATIONS, CalibrationKind, find_calibration
 
-
-@dataclass(frozen=True)
-class Kind:
-    """An entry of ``CALIBRATIONS``."""
-
-    description: str
-    has_hessians: bool
-
-
-CALIBRATIONS = {
-    "random": Kind("random tokens by Zipf's law", True),
-    "generated": Kind("text that the model generates", True),
-    "norm": Kind("squared gains of the norms in front of the matrices", False),
-    "none": Kind("every column weighs the same", False),
-}
+__all__ = ["CALIBRATIONS", "Calibration", "CalibrationKind", "Evidence", "TokenRequest", "find_calibration"]

@@ -11,35 +11,17 @@ their GGUF name: a tied embedding appears under its own as the output matrix.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..compute.input_moments import Moments
 from ..errors import GgmlError, TextError
 from ..llamacpp import ggml
 from ..llamacpp.llama import N_PHYSICAL_BATCH, Int32, open_context, open_model
-from ..records import Float64, Progress, no_progress
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What one weight tensor multiplied, read-only.
-
-    Attributes:
-        mean_squares: mean square of the input of each column: ``(n_cols,)``, of stacked matrices (experts, heads)
-            ``(n_matrices, n_cols)``; 0 for a matrix that saw no token.
-        mean: mean of the input of each column, in the same shape.
-        counts: rows that each matrix multiplied, ``(n_matrices,)`` int64.
-        full: ``E[x x^T]``, not centred, ``(n_cols, n_cols)``; ``None`` unless asked for.
-
-    """
-
-    mean_squares: Float64
-    mean: Float64
-    counts: NDArray[np.int64]
-    full: Float64 | None = None
+from ..records import Progress, no_progress
 
 
 def collect(
@@ -93,7 +75,7 @@ def collect(
                     context.read(group[:, first:last], start=first)
                 progress((start + len(group)) * n_tokens, tokens.size)
             for names, moments in context.observed():
-                found |= dict.fromkeys(names, _read_only(moments))
+                found |= dict.fromkeys(names, _read_only(replace(moments, names=tuple(names))))
     lacking = sorted(set(full_for) - found.keys())
     if lacking:
         raise GgmlError(f"{file}: {lacking[0]} multiplies nothing; its second moments cannot be had")
@@ -111,7 +93,7 @@ def _pieces(n_tokens: int) -> Iterator[tuple[int, int]]:
 
 
 def _read_only(moments: Moments) -> Moments:
-    arrays = (moments.mean_squares, moments.mean, moments.counts)
+    arrays = (moments.mean_squares, moments.counts)
     for array in arrays if moments.full is None else (*arrays, moments.full):
         array.flags.writeable = False
     return moments
@@ -160,7 +142,6 @@ class _Collector:
 class _Sums:
     def __init__(self, n_matrices: int, n_cols: int, full: bool) -> None:
         self._squares = np.zeros((n_matrices, n_cols))
-        self._values = np.zeros((n_matrices, n_cols))
         self._counts = np.zeros(n_matrices, np.int64)
         self._products = np.zeros((n_cols, n_cols)) if full else None
 
@@ -169,7 +150,6 @@ class _Sums:
         owners = [(0, rows)] if matrices is None else [(m, rows[matrices == m]) for m in np.unique(matrices)]
         for matrix, own in owners:
             self._squares[matrix] += np.einsum("ij,ij->j", own, own, dtype=np.float64)
-            self._values[matrix] += own.sum(axis=0, dtype=np.float64)
             self._counts[matrix] += len(own)
         if not np.isfinite(self._squares).all():
             raise GgmlError(f"{name}: multiplies values that are not finite; the weights are damaged")
@@ -179,8 +159,7 @@ class _Sums:
     def moments(self) -> Moments:
         """Return means of the sums, which are gone then."""
         counts = np.maximum(self._counts, 1)[:, np.newaxis]
-        squares, means = self._squares / counts, self._values / counts
+        squares = self._squares / counts
         if self._products is not None:
             self._products /= counts
-        arrays = [squares[0], means[0]] if len(squares) == 1 else [squares, means]
-        return Moments(arrays[0], arrays[1], self._counts, self._products)
+        return Moments(squares[0] if len(squares) == 1 else squares, self._counts, self._products)

@@ -1,4 +1,4 @@
-"""Text that a model writes itself, and the second moments of what its matrices multiply while it reads it.
+"""Calibration text that a model generates itself.
 
 Nothing is needed but the file. Tokens are drawn one after another from the model's own predictions at temperature 1,
 many sequences at a time. A sequence begins with BOS where the vocabulary begins every text so, else with a token drawn
@@ -7,18 +7,22 @@ uniformly. Tokens that end a text are not drawn, so that all sequences are of on
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..compute.backend import Tokens
+from ..compute.input_moments import Moments
 from ..errors import VerifyError
 from ..llamacpp.llama import Int32, LlamaContext, LlamaModel, open_context, open_model
-from ..quantize.equalization import Equalization
-from ..records import Float32, Model, Progress, no_progress
-from .activations import Moments, collect
+from ..llamacpp.rules import kept_reason
+from ..records import Float32, Float64, Progress, no_progress
+from .column_weights import FLOOR, normalized
+from .evidence import TokenRequest
+from .random_tokens import RandomTokens
 
 N_TOKENS = 8192  # more change no column weight that shows; full matrices want four times as many (docs/log.md)
 LENGTH = 256  # tokens of a sequence
@@ -27,144 +31,55 @@ SEED = 0
 
 _TABLES = ("token_embd", "position_embd", "token_types")  # rows are looked up, nothing is multiplied unless tied
 
-_FLOOR = 1e-4  # of a matrix's mean: a block of columns that no token touched would make ggml divide by zero
-
 
 @dataclass(frozen=True)
-class OwnText:
-    """Tokens that a model wrote, and the moments of all that its matrices multiply when it reads them.
+class GeneratedText(RandomTokens):
+    """A ``Calibration``: statistics of tokens that the model generated, all positions counted."""
 
-    Attributes:
-        file: the GGUF.
-        tokens: ``(n_sequences, length)`` int32.
-        seed: of the draws.
-        moments: by GGUF name, without full matrices.
-        balance: what the matrices are multiplied by before full moments are used; ``moments`` are those from before.
+    def column_moments(self, name: str) -> Float64 | None:
+        """Return mean squares; of what the text does not reach those of the evidence's ``columns``."""
+        moments = self.evidence.moments.get(name)
+        return super().column_moments(name) if moments is None else moments.mean_squares
 
-    """
+    def column_weights(self, name: str) -> Float32 | None:
+        """Return weights of mean 1; those of ``columns`` for what the text does not reach, single experts too."""
+        moments, other = self.evidence.moments.get(name), self.evidence.columns.get(name)
+        if moments is None:
+            return None if other is None else normalized(other)
+        n_cols = moments.mean_squares.shape[-1]
+        return _weights(moments, np.ones(n_cols, np.float32) if other is None else normalized(other))
 
-    file: Path
-    tokens: Int32
-    seed: int
-    moments: Mapping[str, Moments]
-    balance: Equalization = field(default_factory=Equalization)
-
-    def full_moments(
-        self, names: Collection[str], max_bytes: int, n_threads: int | None = None
-    ) -> Iterator[dict[str, Moments]]:
-        """Yield the moments of matrices with their full ``E[x x^T]``, as many at a time as fit; ``file`` must exist.
-
-        The text is read once for every group. Matrices with the same input are in one group and share their arrays.
-
-        Args:
-            names: matrices, no stacks.
-            max_bytes: of the full matrices of one group, at 8 bytes an entry; a group has one input at least.
-            n_threads: CPU threads; ``None`` for ``llama.default_threads()``.
-
-        Raises:
-            GgmlError: a name is that of a stack, or of nothing that is multiplied.
-
-        """
-        for group in self._groups(names, max_bytes):
-            yield self._even(collect(self.file, self.tokens, only=group, full_for=group, n_threads=n_threads))
-
-    def _even(self, found: dict[str, Moments]) -> dict[str, Moments]:
-        even: dict[int, Moments] = {}  # by the full matrix of one input
-        for name, moments in found.items():
-            if moments.full is not None and id(moments.full) not in even:
-                even[id(moments.full)] = replace(moments, full=self.balance.moments(name, moments.full))
-        return {name: even.get(id(moments.full), moments) for name, moments in found.items()}
-
-    def _groups(self, names: Collection[str], max_bytes: int) -> Iterator[list[str]]:
-        by_input: dict[int, list[str]] = {}
-        for name in names:
-            by_input.setdefault(id(self.moments.get(name, name)), []).append(name)
-        group, n_bytes = list[str](), 0
-        for alike in by_input.values():
-            n_cols = self.moments[alike[0]].mean_squares.shape[-1] if alike[0] in self.moments else 0
-            if group and n_bytes + 8 * n_cols**2 > max_bytes:
-                yield group
-                group, n_bytes = [], 0
-            group, n_bytes = [*group, *alike], n_bytes + 8 * n_cols**2
-        if group:
-            yield group
-
-    def weights(self, model: Model, others: Mapping[str, Float32]) -> dict[str, Float32]:
-        """Return column weights of the model's matrices, ``(n_cols,)`` or ``(n_experts, n_cols)``, of mean 1.
-
-        Args:
-            model: the model that the file was made from.
-            others: column weights of mean 1 for what the text does not reach: tensors, and single experts.
-
-        """
-        found = dict(others)
-        for tensor in model.tensors:
-            moments = self.moments.get(tensor.name)
-            if tensor.is_matrix and moments is not None:
-                other = others.get(tensor.name, np.ones(tensor.n_cols, np.float32))
-                found[tensor.name] = _weights(moments, other)
-        return found
-
-    def note(self, model: Model) -> str:
-        """Return what the user must know: where the columns' importance comes from, and what the text did not reach."""
-        start = "" if self._begins_alike else ", each begun with a token drawn uniformly"
-        text = (
-            f"Column importance comes from {self.tokens.size:,} tokens that the model generated (seed {self.seed}, "
-            f"sequences of {self.tokens.shape[1]}{start}); another CPU or llama.cpp version may generate others."
+    def note(self) -> str:
+        """Return where the columns' importance comes from, and what the text did not reach."""
+        tokens = self.evidence.tokens
+        if tokens is None:
+            return ""
+        start = "" if (tokens[:, 0] == tokens[0, 0]).all() else ", each begun with a token drawn uniformly"
+        return (
+            f"Column importance comes from {tokens.size:,} tokens that the model generated (sequences of "
+            f"{tokens.shape[1]}{start}); another CPU or llama.cpp version may generate others.{self._missed()}"
         )
-        matrices = [t for t in model.tensors if t.is_matrix and (t.role not in _TABLES or t.name in self.moments)]
-        lacking = [tensor.name for tensor in matrices if not self._counts(tensor.name).any()]
-        n_experts = sum(int((self._counts(t.name) == 0).sum()) for t in matrices if t.name not in lacking)
+
+    def _missed(self) -> str:
+        """Return a sentence on the matrices that multiplied nothing."""
+        found, model = self.evidence.moments, self.evidence.model
+        quantized = [t for t in model.tensors if t.is_matrix and not kept_reason(t, model.architecture)]
+        matrices = [t.name for t in quantized if t.role not in _TABLES or t.name in found]
+        lacking = [name for name in matrices if name not in found or not found[name].counts.any()]
+        n_experts = sum(int((found[name].counts == 0).sum()) for name in matrices if name not in lacking)
         missed = [*lacking[:3], *([f"{len(lacking) - 3} more tensors"] if len(lacking) > 3 else [])]
         missed += [f"{n_experts} matrices of experts"] if n_experts else []
-        told = f" They do not reach {', '.join(missed)}, which take that of --importance sweep." if missed else ""
-        return text + told
-
-    @property
-    def _begins_alike(self) -> bool:
-        return len(self.tokens) == 1 or bool((self.tokens[:, 0] == self.tokens[0, 0]).all())
-
-    def _counts(self, name: str) -> NDArray[np.int64]:
-        return self.moments[name].counts if name in self.moments else np.zeros(1, np.int64)
+        return f" They do not reach {', '.join(missed)}, which take that of random tokens." if missed else ""
 
 
-def own_text(
-    file: Path,
-    *,
-    n_tokens: int = N_TOKENS,
-    length: int = LENGTH,
-    seed: int = SEED,
-    n_threads: int | None = None,
-    progress: Progress = no_progress,
-) -> OwnText:
-    """Let a model write a text and collect the moments of its matrices' inputs on it.
-
-    Args:
-        file: the GGUF.
-        n_tokens: tokens to write, rounded up to whole sequences.
-        length: tokens of a sequence.
-        seed: of the draws.
-        n_threads: CPU threads; ``None`` for ``llama.default_threads()``.
-        progress: called with tokens written and read so far, and those in all.
-
-    Raises:
-        VerifyError: the file cannot be loaded, or does not predict the next token.
-        GgmlError: llama.cpp is missing or refuses; see ``collect``.
-
-    """
-    n_sequences = -(-n_tokens // length)
-    total = 2 * n_sequences * length
-    tokens = write_tokens(
-        file,
-        n_sequences=n_sequences,
-        length=length,
-        seed=seed,
-        n_threads=n_threads,
-        progress=lambda done, _: progress(done, total),
-    )
-    half = total // 2
-    moments = collect(file, tokens, n_threads=n_threads, progress=lambda done, _: progress(half + done, total))
-    return OwnText(file, tokens, seed, moments)
+def generated_tokens(request: TokenRequest) -> Tokens:
+    """Let the model generate ``N_TOKENS`` tokens in sequences of ``LENGTH``."""
+    with request.original() as file:
+        tokens = write_tokens(
+            file, n_sequences=-(-N_TOKENS // LENGTH), length=LENGTH, seed=request.seed,
+            n_threads=request.n_threads, progress=request.progress,
+        )  # fmt: skip
+    return tokens.astype(np.int64)
 
 
 def write_tokens(
@@ -180,7 +95,12 @@ def write_tokens(
     """Let a model write token sequences, ``(n_sequences, length)`` int32.
 
     The same file, seed, threads and llama.cpp write the same tokens on the same kind of processor. ``temperature``
-    divides the logits; ``progress`` is called with tokens written and tokens in all. Errors are those of ``own_text``.
+    divides the logits; ``progress`` is called with tokens written and tokens in all.
+
+    Raises:
+        VerifyError: the file cannot be loaded, or does not predict the next token.
+        GgmlError: llama.cpp is missing or refuses.
+
     """
     rng = np.random.default_rng(seed)
     tokens = np.empty((n_sequences, length), np.int32)
@@ -245,15 +165,15 @@ def draw(logits: Float32, temperature: float, banned: NDArray[np.intp], rng: np.
 
 
 def _weights(moments: Moments, other: Float32) -> Float32:
-    """Return mean squares over their mean, at least ``_FLOOR``; where a matrix saw nothing, ``other``."""
+    """Return mean squares over their mean, at least ``FLOOR``; ``other`` where a matrix multiplied nothing."""
     means = moments.mean_squares
     seen = (moments.counts > 0) & (np.atleast_2d(means).mean(axis=1) > 0)
     if not seen.any():
         return other
     if means.ndim == 1:
-        only: Float32 = np.maximum(means / means.mean(), _FLOOR).astype(np.float32)
+        only: Float32 = np.maximum(means / means.mean(), FLOOR).astype(np.float32)
         return only
     own = means / means[seen].mean()
-    rows = np.where(seen[:, np.newaxis], np.maximum(own, _FLOOR * own.mean(axis=1, keepdims=True)), other)
+    rows = np.where(seen[:, np.newaxis], np.maximum(own, FLOOR * own.mean(axis=1, keepdims=True)), other)
     weights: Float32 = rows.astype(np.float32)
     return weights

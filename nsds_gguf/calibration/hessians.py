@@ -1,71 +1,161 @@
-"""Second moments of what matrices multiply, ``E[x x^T]``, for GPTQ: from tokens drawn or written.
-
-As many are gathered in one reading of the tokens as fit in memory; their factors go to disk.
-"""
+"""Hessians of what matrices multiply, ``E[x x^T]``, for GPTQ rounding: kept on disk until they are factored."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..compute.layers import view_layer
+from ..compute.backend import Tokens
+from ..compute.input_moments import Moments, NamedHessian
 from ..llamacpp.rules import kept_reason
+from ..quantize.equalization import Equalization
 from ..quantize.hessian_factors import FactorStore
-from ..records import Float32, Model, Progress, no_progress
-from ..sensitivity.fisher import Tokens, mixed_roles, read_tokens
+from ..records import Float64, Model, Progress, no_progress
 from ..system.resources import available_memory_bytes
-from .generated_text import OwnText
+from ..system.workfolder import output_error
+from .activations import collect
 
-N_DRAWN = 8192  # tokens, where the model does not write them itself
-SHRINKAGE_DRAWN, SHRINKAGE_OWN = 0.3, 0.05  # of what is off the diagonal: how far it is mistrusted (docs/log.md)
-BATCH_SEQUENCES = 4  # read at a time
-SHARE_OF_MEMORY = 0.25  # of what is available, for the Hessians of one reading
-LEAST_BYTES = 1 << 28
-
-# Names of matrices with one input, and that input's moments.
-Found = tuple[list[str], NDArray[np.floating]]
+_SHARE_OF_MEMORY = 0.25  # of what is available, for the Hessians of one reading by llama.cpp
+_LEAST_BYTES = 1 << 28
 
 
-def make_feedbacks(
-    model: Model,
-    source: Tokens | OwnText,
-    looked_up: float,
-    folder: Path,
-    n_threads: int,
-    progress: Progress = no_progress,
-) -> FactorStore:
-    """Factor the Hessian of every plain matrix that is multiplied.
+class HessianFiles:
+    """Hessians in a folder of the caller's, who removes it: float32, a file for every input."""
 
-    Stacked experts have none, nor has an embedding whose rows are only looked up.
+    def __init__(self, folder: Path) -> None:
+        """Take an existing folder."""
+        self._folder = folder
+        self._files: dict[Path, tuple[str, ...]] = {}
+
+    def add(self, names: tuple[str, ...], hessian: NDArray[np.float32]) -> None:
+        """Write the Hessian of the matrices with one input; raises ``OutputError`` when the disk is full."""
+        path = self._folder / f"hessian-{len(self._files)}.npy"
+        try:
+            np.save(path, hessian)
+        except OSError as error:
+            raise output_error(path, error) from error
+        self._files[path] = names
+
+    def take(self) -> Iterator[NamedHessian]:
+        """Yield them in the order in which they were added; each file is removed once it is read."""
+        for path, names in list(self._files.items()):
+            hessian = np.load(path, allow_pickle=False)
+            path.unlink()
+            del self._files[path]
+            yield names, hessian
+
+
+def callback_hessians(
+    original: Callable[[], AbstractContextManager[Path]],
+    tokens: Tokens,
+    moments: Mapping[str, Moments],
+    names: Collection[str],
+    n_threads: int | None = None,
+) -> Iterator[NamedHessian]:
+    """Yield Hessians collected by llama.cpp's callback, for models that the pass over tokens cannot follow.
+
+    The tokens are read once for every group of inputs whose Hessians fit in a quarter of the memory available, at 8
+    bytes an entry.
 
     Args:
-        model: the model; to read drawn tokens, one of which nothing ``what_is_missing``.
-        source: ``(n_sequences, n_positions)`` drawn ids, or what the model wrote.
+        original: gives the model as a GGUF.
+        tokens: ``(n_sequences, n_positions)`` ids.
+        moments: of the same tokens, by stored name.
+        names: matrices, no stacks; those without moments are left out.
+        n_threads: CPU threads.
+
+    Raises:
+        GgmlError: llama.cpp refuses.
+
+    """
+    ids = tokens.astype(np.int32)
+    with original() as file:
+        for group in _groups(moments, names, _budget_bytes()):
+            found = collect(file, ids, only=group, full_for=group, n_threads=n_threads)
+            for alike in {found[name].names: found[name] for name in group}.values():
+                if alike.full is not None:
+                    yield alike.names, alike.full.astype(np.float32)
+
+
+def _groups(moments: Mapping[str, Moments], names: Collection[str], max_bytes: int) -> Iterator[list[str]]:
+    """Yield names whose Hessians fit in so many bytes, those with one input together, one input at least."""
+    by_input: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        if name in moments:
+            by_input.setdefault(moments[name].names, []).append(name)
+    group, n_bytes = list[str](), 0
+    for alike in by_input.values():
+        n_cols = moments[alike[0]].mean_squares.shape[-1]
+        if group and n_bytes + 8 * n_cols**2 > max_bytes:
+            yield group
+            group, n_bytes = [], 0
+        group, n_bytes = [*group, *alike], n_bytes + 8 * n_cols**2
+    if group:
+        yield group
+
+
+def _budget_bytes() -> int:
+    return max(_LEAST_BYTES, int(_SHARE_OF_MEMORY * (available_memory_bytes() or 0)))
+
+
+def factor_hessians(
+    model: Model,
+    hessians: Iterable[NamedHessian],
+    factors: FactorStore,
+    shrinkage: float,
+    looked_up: float = 0.0,
+    equalization: Equalization | None = None,
+    progress: Progress = no_progress,
+) -> FactorStore:
+    """Factor the Hessians of a model's matrices, one at a time.
+
+    Args:
+        model: the model.
+        hessians: of the matrices as they are stored; inputs that are all zero are left out.
+        factors: gets the factors, and is returned.
+        shrinkage: how far what is off the diagonal is mistrusted; see ``factor_hessian``.
         looked_up: for a tied embedding, the share of its sensitivity that is not the output's.
-        folder: where the factors go.
-        n_threads: threads.
+        equalization: the factors are those of the equalized matrices.
         progress: called with matrices done and matrices in all.
 
     Raises:
         ModelError: a Hessian cannot be factored.
+        OutputError: the disk is full.
 
     """
-    feedbacks = FactorStore(folder)
-    shrinkage = SHRINKAGE_OWN if isinstance(source, OwnText) else SHRINKAGE_DRAWN
-    total = len(multiplied(model))
+    total, head = len(multiplied(model)), model.unembedding().name
     progress(0, total)
-    found = _written(model, source, n_threads) if isinstance(source, OwnText) else _drawn(model, source, n_threads)
-    for names, hessian in found:
-        if model.is_tied and model.unembedding().name in names:
-            hessian = mixed_roles(hessian.astype(np.float64), looked_up)
+    for names, found in hessians:
+        hessian: Float64 = found.astype(np.float64)
+        if equalization is not None:
+            hessian = equalization.moments(names[0], hessian)
+        if model.is_tied and head in names:
+            hessian = mixed_roles(hessian, looked_up)
         if hessian.diagonal().mean() > 0:
-            feedbacks.add(names, hessian, shrinkage)
-        progress(len(feedbacks.names), total)
+            factors.add(names, hessian, shrinkage)
+        progress(len(factors.names), total)
     progress(total, total)
-    return feedbacks
+    return factors
+
+
+def mixed_roles(moments: Float64, looked_up: float) -> Float64:
+    """Return column moments, or full ones, of a tied embedding, each role weighing its share of the sensitivity.
+
+    Looked-up rows enter the stream, where noise in one channel does as much as in another.
+
+    Args:
+        moments: ``(n_cols,)`` or ``(n_cols, n_cols)``, of what the output multiplies.
+        looked_up: share of the other role, from 0 to 1.
+
+    """
+    scale = (moments if moments.ndim == 1 else moments.diagonal()).mean()
+    alike = np.ones(len(moments)) if moments.ndim == 1 else np.eye(len(moments))
+    mixed: Float64 = (1 - looked_up) * moments + looked_up * scale * alike
+    return mixed
 
 
 def multiplied(model: Model) -> list[str]:
@@ -75,12 +165,12 @@ def multiplied(model: Model) -> list[str]:
     return [t.name for t in quantized if len(t.shape) == 2 and (t.layer is not None or t.name == output)]
 
 
-def note(model: Model, feedbacks: FactorStore) -> str:
+def note(model: Model, factors: FactorStore) -> str:
     """Return what the user must know: how many matrices are rounded by GPTQ, and which are not."""
     matrices = [t for t in model.tensors if t.is_matrix and not kept_reason(t, model.architecture)]
-    lacking = [tensor.name for tensor in matrices if tensor.name not in feedbacks.names]
+    lacking = [tensor.name for tensor in matrices if tensor.name not in factors.names]
     n_weights = sum(tensor.n_weights for tensor in matrices)
-    share = sum(tensor.n_weights for tensor in matrices if tensor.name in feedbacks.names) / max(n_weights, 1)
+    share = sum(tensor.n_weights for tensor in matrices if tensor.name in factors.names) / max(n_weights, 1)
     told = (
         f"GPTQ rounding covers {len(matrices) - len(lacking)} of {len(matrices)} matrices "
         f"({100 * share:.0f} % of their weights)"
@@ -92,77 +182,6 @@ def note(model: Model, feedbacks: FactorStore) -> str:
 
 
 def disk_bytes(model: Model) -> int:
-    """Return the bytes that the factors take on disk, at most: as if no two matrices had the same input."""
+    """Return the bytes that Hessians and factors take on disk at most: as if no two matrices had the same input."""
     columns = {name: model.by_name[name].n_cols for name in multiplied(model)}
     return sum(4 * n**2 for n in columns.values())
-
-
-def _budget_bytes() -> int:
-    return max(LEAST_BYTES, int(SHARE_OF_MEMORY * (available_memory_bytes() or 0)))
-
-
-def _written(model: Model, text: OwnText, n_threads: int) -> Iterator[Found]:
-    names = [name for name in multiplied(model) if name in text.moments]
-    for group in text.full_moments(names, _budget_bytes(), n_threads):
-        by_input: dict[int, list[str]] = {}
-        for name, moments in group.items():
-            by_input.setdefault(id(moments.full), []).append(name)
-        for alike in by_input.values():
-            full = group[alike[0]].full
-            if full is not None:
-                yield alike, full
-
-
-def _drawn(model: Model, tokens: Tokens, n_threads: int) -> Iterator[Found]:
-    """Read the tokens as often as the Hessians of some layers fit in memory."""
-    layers = {name: model.by_name[name].layer for name in multiplied(model)}
-    for start, stop in _stretches(model):
-        wanted = {name for name, layer in layers.items() if layer is not None and start <= layer < stop}
-        wanted |= {model.unembedding().name} if stop == model.hparams.n_layers else set()
-        sums = _Sums(wanted)
-        for first in range(0, len(tokens), BATCH_SEQUENCES):
-            read_tokens(model, tokens[first : first + BATCH_SEQUENCES], n_threads, sums.add, stop)
-        for names, total in sums.by_input():
-            yield names, total / tokens.size
-
-
-class _Sums:
-    """Sums of ``x x^T`` of the inputs of some matrices; those told the same array have the same input."""
-
-    def __init__(self, wanted: Collection[str]) -> None:
-        self._wanted = wanted
-        self._totals: dict[str, Float32] = {}
-        self._alike: dict[str, str] = {}  # by name, the first matrix with that input
-        self._last: tuple[str, Float32] | None = None
-
-    def add(self, name: str, x: Float32) -> None:
-        """Add the input of a matrix, ``(n, n_cols)``."""
-        if name not in self._wanted:
-            return
-        if self._last is not None and self._last[1] is x:
-            self._alike[name] = self._last[0]
-            return
-        self._last = name, x
-        self._alike[name] = name
-        product = x.T @ x
-        self._totals[name] = self._totals[name] + product if name in self._totals else product
-
-    def by_input(self) -> Iterator[tuple[list[str], Float32]]:
-        """Yield names of matrices with one input, and its sum."""
-        for first, total in self._totals.items():
-            yield [name for name, of in self._alike.items() if of == first], total
-
-
-def _stretches(model: Model) -> Iterator[tuple[int, int]]:
-    """Yield first and last layers whose Hessians fit in memory together."""
-    n_layers, budget, plain = model.hparams.n_layers, _budget_bytes(), set(multiplied(model))
-    start = held = 0
-    for index in range(n_layers):
-        view = view_layer(model, index)
-        with_own = [m for m in view.matrices() if m.name in plain and m.role not in ("attn_k", "attn_v", "ffn_up")]
-        n_bytes = 4 * sum({m.role: m.n_cols**2 for m in with_own}.values())
-        if held and held + n_bytes > budget:
-            yield start, index
-            start, held = index, 0
-        held += n_bytes
-    yield start, n_layers

@@ -21,10 +21,10 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFWriter
 
+from ..compute.input_moments import Moments
 from ..errors import ModelError, RecordError
 from ..llamacpp.gguf_header import is_gguf, read_gguf_header
 from ..records import Float32, Model
-from .activations import Moments
 
 IMATRIX = "imatrix:"  # in front of the digest, in the name of the importance that comes from such a file
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..records import Float32, Hparams, Model, Tensor
+from .activation_functions import ACTIVATIONS, UP_OFFSETS
 from .layers import DENSE, ROUTED, SHARED, Attention, FeedForward, Layer, Linear, rows_of, view_layer
-from .moments import ACTIVATIONS, UP_OFFSETS, Norm
 from .norm_placement import BlockWiring, has_plain_experts, is_plain_stream, read_wiring
+from .norms import Norm
 from .tape import Node, Tape, angles
 
 # Roles in a layer beside plain norms, attention and feed-forward blocks that change what is computed.
@@ -139,26 +140,22 @@ class Decoder:
         return functools.reduce(tape.add, parts)
 
     def routed(self, tape: Tape, experts: Sequence[FeedForward], tensors: Mapping[str, Tensor], x: Node) -> Node:
-        """Return what the experts that the router chooses write together.
-
-        The bias of scores counts for the choice alone. Stacked matrices that read the stream are told of all tokens,
-        whichever expert these visit.
-        """
+        """Return what the experts that the router chooses write together; the bias of scores counts for the choice."""
         h, bias = self.hparams, tensors.get("exp_probs_b.bias")
         logits = tape.linear(Linear(tensors["ffn_gate_inp"], tensors.get("ffn_gate_inp.bias")), x)
         scores = tape.scores(logits, h.expert_scores)
         ranked = scores.value if bias is None else scores.value + bias.load().ravel()
         chosen = np.argsort(-ranked, axis=1, kind="stable")[:, : h.n_experts_used]
         weights = tape.chosen_weights(scores, chosen, h.experts_normed, h.experts_scale)
-        for part in (experts[0].gate, experts[0].up):
-            if part is not None and tape.on_input is not None:
-                tape.on_input(part.name, x.value)
 
         def write(inner: Tape, expert: int, read: Node) -> Node:
-            units, down = self.units(inner, experts[expert], read), experts[expert].down
+            block = experts[expert]
+            units = self.units(inner, block, read)
             if inner.on_expert is not None and inner.tokens is not None:
-                inner.on_expert(down.name, expert, inner.tokens, units.value)
-            return inner.linear(down, units)
+                for part, x in ((block.gate, read), (block.up, read), (block.down, units)):
+                    if part is not None:
+                        inner.on_expert(part.name, expert, inner.tokens, x.value)
+            return inner.linear(block.down, units)
 
         return tape.experts(x, chosen, weights, write)
 

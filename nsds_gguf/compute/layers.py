@@ -84,6 +84,18 @@ class Layer:
         """True for a layer without any matrix, as pruning leaves them."""
         return self.attention is None and not self.feed_forward and not self.rest
 
+    def input_groups(self) -> list[tuple[str, ...]]:
+        """Return the stored names of the matrices in the views, those that multiply the same input together."""
+        groups: list[list[Linear | None]] = []
+        if self.attention is not None:
+            a = self.attention
+            groups += [[a.q, a.k, a.v], [a.o]]
+        for kind in (DENSE, SHARED, ROUTED):
+            block = next((block for block in self.feed_forward if block.kind == kind), None)
+            if block is not None:
+                groups += [[block.gate, block.up], [block.down]]
+        return [tuple(dict.fromkeys(part.name for part in group if part is not None)) for group in groups]
+
     def matrices(self) -> Iterator[Tensor]:
         """Yield every logical matrix of the layer, experts one by one."""
         if self.attention is not None:

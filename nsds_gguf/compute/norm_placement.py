@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..records import Hparams, Tensor
-from .moments import Norm
+from .norms import Norm
 
 
 @dataclass(frozen=True)

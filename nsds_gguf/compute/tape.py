@@ -1,8 +1,8 @@
 """Operations of a decoder with their derivatives: what is computed forward is undone backward, in reverse order.
 
 Activations are ``(n, channels)`` float32, ``n = n_sequences * n_positions`` rows, sequence after sequence; of an expert
-those of the tokens that visit it. Weights are read in slabs of rows and never kept. Every slab is one job of one BLAS
-thread, and sums are taken in the order of the slabs: results do not depend on the number of threads.
+those of the tokens routed to it. Every slab of a matrix is one job of one BLAS thread, and sums are taken in the order
+of the slabs: results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records import Float32, Float64, Tensor
+from .activation_functions import ACTIVATIONS
 from .layers import Linear
-from .moments import ACTIVATIONS, Norm
+from .norms import Norm
+from .weights import LayerWeights, slabs
 
 _LEAST_SUM = np.float32(2.0**-14)  # of experts' weights that are divided by it: llama.cpp's, the least float16
 
@@ -46,21 +48,23 @@ class Tape:
     Attributes:
         pool: runs the jobs of an operation.
         n_positions: tokens of a sequence; rows of one sequence lie together.
-        energies: by stored tensor name, ``sum (W dL/dW)^2`` summed over sequences: grows backward.
-        on_input: told of every matrix, forward: stored name and its input, ``(n, n_cols)``.
+        squared_norms: by stored tensor name, ``sum (W dL/dW)^2`` summed over sequences: grows backward.
+        on_input: called forward for every matrix that is not part of a stack: stored name and input, ``(n, n_cols)``.
         is_kept: whether operations can be undone; otherwise values go as soon as nothing reads them.
-        on_expert: told of what an expert's last matrix multiplies, forward: stored name, number of the expert, the
-            tokens that visit it, ``(n_visits,)``, and the input, ``(n_visits, n_cols)``.
+        on_expert: called forward for every matrix of a routed expert: stored name, number of the expert, the tokens
+            routed to it, ``(n_routed,)``, and the input, ``(n_routed, n_cols)``.
         tokens: of all tokens, ascending, those whose activations these are, ``(n,)``; ``None``: all.
+        weights: where the rows of matrices come from.
     """
 
     pool: Executor
     n_positions: int
-    energies: dict[str, float]
+    squared_norms: dict[str, float]
     on_input: Callable[[str, Float32], None] | None = None
     is_kept: bool = True
     on_expert: Callable[[str, int, Ids, Float32], None] | None = None
     tokens: Ids | None = None
+    weights: LayerWeights = field(default_factory=LayerWeights)
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def backward(self) -> None:
@@ -94,7 +98,7 @@ class Tape:
         weight = linear.weight
         if self.on_input is not None:
             self.on_input(linear.name, x.value)
-        parts = self.each(lambda slab: x.value @ weight.rows(slab).T, weight.row_slices())
+        parts = self.each(lambda slab: x.value @ self.weights.rows(weight, slab).T, slabs(weight))
         out = Node(np.concatenate(list(parts), axis=1))
         if linear.bias is not None:
             out.value += linear.bias.load().ravel()
@@ -108,7 +112,7 @@ class Tape:
         return out
 
     def through(self, weight: Tensor, grad: Float32, x: Float32) -> Float32:
-        """Return the derivative by the input of a matrix, and add up the energy of that by its weights.
+        """Return the derivative by the input of a matrix; add ``sum (W dL/dW)^2`` to its squared norm.
 
         Args:
             weight: the matrix.
@@ -118,15 +122,15 @@ class Tape:
         """
         edges = self.edges(len(x))
 
-        def job(slab: slice) -> tuple[Float32, float]:
-            rows = weight.rows(slab)
-            part = np.ascontiguousarray(grad[:, slab])
-            return part @ rows, energy_of(rows, part, x, edges)
+        def job(slab: tuple[int, int]) -> tuple[Float32, float]:
+            rows = self.weights.rows(weight, slab)
+            part = np.ascontiguousarray(grad[:, slice(*slab)])
+            return part @ rows, weighted_gradient_norm(rows, part, x, edges)
 
         total: Float32 = np.zeros_like(x)
-        for by_input, energy in self.each(job, weight.row_slices()):
+        for by_input, squared in self.each(job, slabs(weight)):
             total += by_input
-            self.energies[weight.name] = self.energies.get(weight.name, 0.0) + energy
+            self.squared_norms[weight.name] = self.squared_norms.get(weight.name, 0.0) + squared
         return total
 
     def norm(self, norm: Norm, x: Node, kind: str, eps: float) -> Node:
@@ -406,7 +410,7 @@ class Tape:
         return out
 
 
-def energy_of(rows: Float32, grad: Float32, x: Float32, edges: Sequence[int]) -> float:
+def weighted_gradient_norm(rows: Float32, grad: Float32, x: Float32, edges: Sequence[int]) -> float:
     """Return ``sum (W dL/dW)^2`` over some rows of a matrix, summed over sequences.
 
     Args:

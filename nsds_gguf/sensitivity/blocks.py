@@ -8,22 +8,23 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..compute.activation_functions import UP_OFFSETS
 from ..compute.layers import ROUTED, SHARED, Attention, FeedForward, Linear, rows_of
-from ..compute.moments import (
-    UP_OFFSETS,
-    Norm,
+from ..compute.norms import Norm
+from ..records import Float64, Hparams, Tensor
+from .moments import (
     Signal,
     centred_matrix_moments,
     covariance,
     gated_unit_moments,
     matrix_moments,
+    normed,
     product,
     product_mean,
     ratio,
     sigmoid_moments,
     unit_moments,
 )
-from ..records import Float64, Hparams, Tensor
 
 # Energy of a value after averaging over the attended positions, over that of one value: measured, not derived
 # (docs/log.md, 2026-11-23).
@@ -63,7 +64,7 @@ class Write:
         """Return the write behind a norm: noise keeps its share."""
         factor = norm.gains(len(self.signal.second)) ** 2 / (self.signal.second.mean() + eps)
         noise = {name: value * factor for name, value in self.noise.items()}
-        return replace(self, signal=norm.apply(self.signal, eps), noise=noise)
+        return replace(self, signal=normed(norm, self.signal, eps), noise=noise)
 
     def plus(self, other: Write) -> Write:
         """Return the sum of two independent writes; of a tensor that takes part in both the noises add up."""
@@ -128,7 +129,7 @@ def attention_write(a: Attention, tensors: Mapping[str, Tensor], x: Signal, hpar
     attended = heads if x.mean is not None else Signal(heads.second)
     sub_norm, gate = tensors.get("attn_sub_norm"), tensors.get("attn_gate")
     if sub_norm is not None:
-        attended = Norm(sub_norm).apply(attended, hparams.norm_eps)
+        attended = normed(Norm(sub_norm), attended, hparams.norm_eps)
     readers, noise = [a.q.name, a.k.name, a.v.name], {}
     if gate is not None:
         opening = sigmoid_moments(product(Linear(gate, tensors.get("attn_gate.bias")), x))
@@ -271,7 +272,7 @@ def block_write(block: FeedForward, tensors: Mapping[str, Tensor], x: Signal, hp
         ]
     hidden, sub_norm = Signal(units.second, None if x.mean is None else units.mean), tensors.get("ffn_sub_norm")
     if sub_norm is not None:
-        hidden = Norm(sub_norm).apply(hidden, hparams.norm_eps)
+        hidden = normed(Norm(sub_norm), hidden, hparams.norm_eps)
         noisy = [(part, value * ratio(hidden.second, units.second)) for part, value in noisy]
     through = [(part, noise_through(block.down, value, hparams)) for part, value in noisy]
     noise = _of_parts([*through, (block.down, noise_within(block.down, hidden.second))])

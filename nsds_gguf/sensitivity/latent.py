@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..compute.layers import Linear, rows_of
-from ..compute.moments import Norm, Signal, matrix_moments
+from ..compute.norms import Norm
 from ..records import Float64, Hparams, Tensor
 from .blocks import ATTENTION_SHRINK, Write, added, noise_through, written
+from .moments import Signal, matrix_moments, normed
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def latent_write(a: LatentAttention, tensors: Mapping[str, Tensor], x: Signal, h
 
 
 def _normed(matrix: Tensor, norm: Tensor, x2: Float64, hparams: Hparams) -> Float64:
-    return Norm(norm).apply(Signal(matrix_moments(matrix, x2)), hparams.norm_eps).second
+    return normed(Norm(norm), Signal(matrix_moments(matrix, x2)), hparams.norm_eps).second
 
 
 def _heads(

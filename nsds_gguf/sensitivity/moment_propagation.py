@@ -19,12 +19,14 @@ tensors get the typical sensitivity of their kind, and a note.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from ..calibration.column_weights import normalized
+from ..compute.activation_functions import ACTIVATIONS
+from ..compute.input_moments import Moments
 from ..compute.layers import Layer, view_layer
-from ..compute.moments import ACTIVATIONS, Norm, Signal, row_moments
 from ..compute.norm_placement import (
     BlockWiring,
     has_plain_experts,
@@ -32,6 +34,7 @@ from ..compute.norm_placement import (
     read_wiring,
     reads_as_attention,
 )
+from ..compute.norms import Norm
 from ..errors import ModelError, PlanError
 from ..llamacpp.rules import kept_reason
 from ..records import Float32, Float64, Model, Progress, Tensor, no_progress
@@ -44,11 +47,12 @@ from .blocks import (
     has_known_qk_norms,
 )
 from .latent import latent_write, view_latent
+from .moments import Signal, normed, row_moments
 
 __all__ = ["ATTENTION_SHRINK", "IMPORTANCES", "STREAM_WEIGHT", "Propagation", "propagate"]
 
 IMPORTANCES = {
-    "random": "second moment of each column's input, on drawn tokens or swept through the model",
+    "sweep": "second moment of each column's input, on drawn tokens or swept through the model",
     "norm": "squared gain of the norm in front of the matrix",
     "none": "every column weighs the same",
 }
@@ -56,8 +60,6 @@ IMPORTANCES = {
 # Divergence of relative noise in the stream, over that of the same noise in the output tensor: measured, not derived
 # (docs/log.md, 2026-11-23).
 STREAM_WEIGHT = 0.14
-
-FLOOR_OF_IMPORTANCE = 1e-4  # of the mean: a block of zero weights would make ggml divide by zero
 
 # Architectures whose gate on attention's output is no sigmoid, or that mix attention with a linear one.
 _OTHER_ATTENTION = ("laguna", "minimax-01")
@@ -72,7 +74,8 @@ class Propagation:
     ``sensitivity`` is in units of the output tensor's, from ``fisher`` in nats; ``inputs`` holds ``(n_cols,)`` float64
     second moments of what each matrix multiplies, ``(n_experts, n_cols)`` where stacked matrices multiply different
     things; ``gains`` the squared gain of the norm in front of it where there is one; ``notes`` says what the sweep did
-    not reach, ``looked_up`` which share of a tied embedding's sensitivity is not the output's.
+    not reach, ``looked_up`` which share of a tied embedding's sensitivity is not the output's, ``moments`` those of all
+    tokens that went through the model, empty where none did.
     """
 
     sensitivity: Mapping[str, float]
@@ -80,6 +83,7 @@ class Propagation:
     gains: Mapping[str, Float64]
     notes: tuple[str, ...] = ()
     looked_up: float = 0.0
+    moments: Mapping[str, Moments] = field(default_factory=dict)
 
     def importance(self, kind: str) -> dict[str, Float32]:
         """Return float32 weights of mean 1 by tensor name, shaped as ``inputs``; no entry where columns weigh alike.
@@ -88,8 +92,8 @@ class Propagation:
         """
         if kind not in IMPORTANCES:
             raise PlanError(f"importance {kind!r} is not known; wanted one of {', '.join(IMPORTANCES)}")
-        moments = {"random": self.inputs, "norm": self.gains, "none": {}}[kind]
-        return {name: _normalized(moment) for name, moment in moments.items()}
+        moments = {"sweep": self.inputs, "norm": self.gains, "none": {}}[kind]
+        return {name: normalized(moment) for name, moment in moments.items()}
 
 
 def propagate(model: Model, progress: Progress = no_progress) -> Propagation:
@@ -147,7 +151,7 @@ class _Sweep:
             if table is not None and table.n_cols == embedding.n_cols:
                 stream = stream.plus(row_moments(table, self.centred))
         norm = None if self.output_norm_role() == "token_embd_norm" else self.norm("token_embd_norm")
-        return stream if norm is None else norm.apply(stream, self.hparams.norm_eps)
+        return stream if norm is None else normed(norm, stream, self.hparams.norm_eps)
 
     def norm(self, role: str) -> Norm | None:
         """Return a norm outside the layers."""
@@ -196,7 +200,7 @@ class _Sweep:
 
     def read(self, wiring: BlockWiring, stream: Signal) -> Signal:
         """Return what a block reads of the stream."""
-        return stream if wiring.before is None else wiring.before.apply(stream, self.hparams.norm_eps)
+        return stream if wiring.before is None else normed(wiring.before, stream, self.hparams.norm_eps)
 
     def finished(self, write: Write, wiring: BlockWiring, x: Signal) -> Write:
         """Return a block's write as it reaches the stream, normed and scaled; record what its matrices multiply."""
@@ -223,7 +227,7 @@ class _Sweep:
         for write in writes:
             for name, noise in write.noise.items():
                 self.sensitivity[name] = STREAM_WEIGHT * float(noise.sum()) / total
-        return stream if wiring.on_stream is None else wiring.on_stream.apply(stream, self.hparams.norm_eps)
+        return stream if wiring.on_stream is None else normed(wiring.on_stream, stream, self.hparams.norm_eps)
 
     def output(self) -> None:
         """Record the output tensor, or add its part to the embedding that doubles as it."""
@@ -268,11 +272,3 @@ def _notes(missed: Sequence[Tensor]) -> tuple[str, ...]:
         f"{len(missed)} tensors ({shown}) belong to blocks that the moment sweep does not follow: "
         "they get the median sensitivity of the others of their kind.",
     )
-
-
-def _normalized(moment: Float64) -> Float32:
-    mean = float(moment.mean())
-    if mean <= 0:
-        return np.ones(moment.shape, dtype=np.float32)
-    weights: Float32 = np.maximum(moment / mean, FLOOR_OF_IMPORTANCE).astype(np.float32)
-    return weights

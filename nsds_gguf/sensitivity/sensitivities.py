@@ -1,53 +1,57 @@
 """What noise in each tensor does, and what its columns multiply: by a pass over tokens where a model can be followed.
 
 ``fisher`` is the theory without constants; it needs every operation of a model. Where one is not known to ``decoder``
-(latent attention, recurrence, ...), ``propagation`` sweeps moments through the blocks that it knows.
+(latent attention, recurrence, ...), ``moment_propagation`` propagates moments through the blocks that it knows.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
+from ..calibration.norm_gains import squared_gains
+from ..compute.backend import Tokens
 from ..compute.decoder import what_is_missing
-from ..compute.layers import view_layer
-from ..compute.norm_placement import BlockWiring, read_wiring
+from ..compute.walk import WalkOptions, walk
 from ..llamacpp.rules import kept_reason
-from ..records import Float64, Model, Progress, no_progress
-from .fisher import Tokens, draw_tokens, fisher, n_sequences_for
+from ..records import Model, Progress, no_progress
+from .fisher import Fisher, steps_back, walk_back
 from .moment_propagation import Propagation, propagate, typical_sensitivities
 
 
-def sensitivities(
-    model: Model,
-    n_threads: int,
-    progress: Progress = no_progress,
-    tokens: Tokens | None = None,
-    folder: Path | None = None,
-) -> Propagation:
+def sensitivities(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress = no_progress) -> Propagation:
     """Return the sensitivity of every matrix that may be quantized and the moments of its columns.
 
+    One walk forward over the layers, one back: in memory one layer, its activations and its Hessians.
+
     Args:
-        model: any model.
-        n_threads: threads; they do not change the result.
-        progress: called with layers done and layers in all.
-        tokens: ``(n_sequences, n_positions)`` ids to read; ``None`` for ids drawn at random.
-        folder: where a temporary file goes; ``None`` for the system's folder of such.
+        model: any model; where the pass cannot follow it, the tokens are not read and ``options`` do not count.
+        tokens: ``(n_sequences, n_positions)`` ids to read.
+        options: of the walk; sensitivities and ``inputs`` come from the first batch, ``moments`` from all.
+        progress: called with steps done and steps in all.
 
     Raises:
         ModelError: activations or moments are not finite: the weights are damaged.
+        OutputError: there is too little memory or disk.
 
     """
     missing = what_is_missing(model)
     if missing:
-        swept = propagate(model, progress)
+        propagated = propagate(model, progress)
         note = f"Sensitivities come from the moment sweep: the pass over tokens cannot follow {missing}."
-        return replace(swept, notes=(note, *swept.notes))
-    tokens = draw_tokens(model, n_sequences_for(model)) if tokens is None else tokens
-    found = fisher(model, tokens, n_threads, progress, folder=folder)
-    open_to_choice = [tensor for tensor in model.tensors if not kept_reason(tensor, model.architecture)]
-    known = {t.name: found.sensitivity[t.name] for t in open_to_choice if t.name in found.sensitivity}
-    missed = [tensor for tensor in open_to_choice if tensor.name not in known]
+        return replace(propagated, notes=(note, *propagated.notes))
+    n_back = steps_back(model)
+    with walk(model, tokens, options, lambda done, total: progress(done, total + n_back)) as forward:
+        n_forward = (model.hparams.n_layers + 1) * -(-len(tokens) // options.n_first)
+        found = walk_back(forward, 0, lambda done, _: progress(n_forward + done, n_forward + n_back))
+        moments = {name: sums.moments(first_positions=True) for name, sums in forward.inputs.items()}
+    return replace(_of_all_tensors(model, found), moments=moments)
+
+
+def _of_all_tensors(model: Model, found: Fisher) -> Propagation:
+    """Return what was found, with typical sensitivities where the pass has none."""
+    quantized = [tensor for tensor in model.tensors if not kept_reason(tensor, model.architecture)]
+    known = {t.name: found.sensitivity[t.name] for t in quantized if t.name in found.sensitivity}
+    missed = [tensor for tensor in quantized if tensor.name not in known]
     sensitivity = {**known, **typical_sensitivities(model, known, missed)}
     notes: tuple[str, ...] = ()
     if found.n_missed:
@@ -56,24 +60,3 @@ def sensitivities(
             "those of the others of their layer do on average.",
         )
     return Propagation(sensitivity, found.inputs, squared_gains(model), notes, found.looked_up)
-
-
-def squared_gains(model: Model) -> dict[str, Float64]:
-    """Return the squared gain of the norm in front of every matrix that has one, ``(n_cols,)`` by stored name."""
-    h, found = model.hparams, dict[str, Float64]()
-
-    def note(wiring: BlockWiring, *names: str) -> None:
-        if wiring.before is not None:
-            found.update(dict.fromkeys(names, wiring.before.gains(h.n_embd) ** 2))
-
-    for index in range(h.n_layers):
-        view = view_layer(model, index)
-        wiring, a = read_wiring(view.tensors, h), view.attention
-        if a is not None:
-            note(wiring.attention, a.q.name, a.k.name, a.v.name)
-        for block in view.feed_forward:
-            note(wiring.feed_forward, *(part.name for part in (block.gate, block.up) if part is not None))
-    gain = model.by_name.get("output_norm.weight")
-    if gain is not None:
-        found[model.unembedding().name] = gain.load().ravel().astype("f8") ** 2
-    return found

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..calibration.random_tokens import N_POSITIONS, n_sequences_for
 from ..llamacpp import ggml
 from ..records import Model
-from ..sensitivity.fisher import N_POSITIONS, n_sequences_for
 
 _TRIAL_ROWS, _TRIAL_SIZE = 128, 512
 _EIGEN_OPERATIONS = 30.0  # per d^3: eigenvectors cost far more than their count, in terms of matrix products

@@ -8,7 +8,7 @@ from pathlib import Path
 from .. import allocate
 from ..allocate import ALLOCATORS
 from ..calibration.generated_text import N_TOKENS
-from ..calibration.hessians import N_DRAWN
+from ..calibration.random_tokens import N_POSITIONS, N_SEQUENCES_HESSIANS
 from ..evaluate.perplexity import needed_bytes
 from ..evaluate.texts import ORIGINAL, VerifyOptions, embeds
 from ..llamacpp import ggml
@@ -94,7 +94,7 @@ def tell_time(model: Model, run: Run, jobs: Sequence[Recipe | Plan], verifying: 
             measures=not isinstance(job, Plan) and allocator.needs_costs,
             n_tokens=n_tokens if verifying.enabled else 0,
             n_generated_tokens=N_TOKENS if generates else 0,
-            n_hessian_tokens=N_DRAWN if rounds_by_hessians(recipe) else 0,
+            n_hessian_tokens=N_SEQUENCES_HESSIANS * N_POSITIONS if rounds_by_hessians(recipe) else 0,
         ),
         run.n_threads,
     )

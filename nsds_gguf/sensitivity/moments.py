@@ -1,4 +1,4 @@
-"""Moments of what flows through a decoder: the formulas that the sweep puts together.
+"""Moments of what flows through a decoder: the formulas that moment propagation puts together.
 
 All take and give second moments (mean squared values) per channel, float64; weights are read in slabs and squared in
 float32. Channels are treated as uncorrelated.
@@ -6,14 +6,15 @@ float32. Channels are treated as uncorrelated.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..compute.activation_functions import ACTIVATIONS, sigmoid
+from ..compute.layers import Linear
+from ..compute.norms import Norm
 from ..records import Float32, Float64, Tensor
-from .layers import Linear
 
 _SLAB_BYTES = 16 << 20  # of float32 at a time
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
@@ -51,25 +52,14 @@ class Signal:
 # --- norms ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Norm:
-    """A norm's gain and bias, ``(n,)`` each; ``None`` where it has none."""
+def normed(norm: Norm, x: Signal, eps: float) -> Signal:
+    """Return the moments behind an RMS norm, or behind a layer norm when the channels' mean is taken out already.
 
-    gain: Tensor | None = None
-    bias: Tensor | None = None
-
-    def gains(self, n: int) -> Float64:
-        """Return the gain, ``(n,)``."""
-        return np.ones(n) if self.gain is None else self.gain.load().astype(np.float64).ravel()
-
-    def apply(self, x: Signal, eps: float) -> Signal:
-        """Return what comes out of an RMS norm, or of a layer norm when the channels' mean is taken out already.
-
-        ``gain x / sqrt(mean(x^2) + eps)``, plus the bias.
-        """
-        gain, square = self.gains(len(x.second)), x.second.mean() + eps
-        normed = Signal(x.second / square * gain**2, None if x.mean is None else x.mean / np.sqrt(square) * gain)
-        return normed if self.bias is None else normed.shifted(self.bias.load().astype(np.float64).ravel())
+    ``gain x / sqrt(mean(x^2) + eps)``, plus the bias.
+    """
+    gain, square = norm.gains(len(x.second)), x.second.mean() + eps
+    scaled = Signal(x.second / square * gain**2, None if x.mean is None else x.mean / np.sqrt(square) * gain)
+    return scaled if norm.bias is None else scaled.shifted(norm.bias.load().astype(np.float64).ravel())
 
 
 # --- matrices -------------------------------------------------------------------------------------------------
@@ -127,63 +117,6 @@ def row_moments(tensor: Tensor, centred: bool) -> Signal:
 def _rows(tensor: Tensor) -> Iterator[Float32]:
     """Return the rows of a matrix in slabs, fresh arrays."""
     return (rows for _, rows in tensor.slabs(_SLAB_BYTES))
-
-
-# --- activations ----------------------------------------------------------------------------------------------
-
-# An activation and its slope.
-Activation = tuple[Callable[[Float64], Float64], Callable[[Float64], Float64]]
-
-
-def _sigmoid(x: Float64) -> Float64:
-    return 0.5 * (1 + np.tanh(0.5 * x))  # no overflow at either end
-
-
-def _swish(beta: float) -> Activation:
-    """Return ``x sigmoid(beta x)`` and its slope; ``beta`` 1 is SiLU."""
-
-    def value(x: Float64) -> Float64:
-        return x * _sigmoid(beta * x)
-
-    def slope(x: Float64) -> Float64:
-        s = _sigmoid(beta * x)
-        return s * (1 + beta * x * (1 - s))
-
-    return value, slope
-
-
-_GELU_SCALE, _GELU_CUBIC = math.sqrt(2 / math.pi), 0.044715  # the tanh form, as ggml computes it
-
-
-def _gelu(x: Float64) -> Float64:
-    out: Float64 = 0.5 * x * (1 + np.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x**3)))
-    return out
-
-
-def _gelu_slope(x: Float64) -> Float64:
-    t = np.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x**3))
-    out: Float64 = 0.5 * (1 + t) + 0.5 * x * (1 - t**2) * _GELU_SCALE * (1 + 3 * _GELU_CUBIC * x**2)
-    return out
-
-
-def _relu(x: Float64) -> Float64:
-    return np.maximum(x, 0.0)
-
-
-def _step(x: Float64) -> Float64:
-    return (x > 0).astype(np.float64)
-
-
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": _swish(1.0),
-    "gelu": (_gelu, _gelu_slope),
-    "relu": (_relu, _step),
-    "relu2": (lambda x: _relu(x) ** 2, lambda x: 2 * _relu(x)),
-    "swiglu_oai": _swish(1.702),  # its clamp at 7 is left out: pre-activations rarely get there
-}
-
-# What the gated product adds to ``up`` before it multiplies (gpt-oss: ``(up + 1) gate sigmoid(1.702 gate)``).
-UP_OFFSETS = {"swiglu_oai": 1.0}
 
 
 # --- units of a feed-forward block ----------------------------------------------------------------------------
@@ -246,5 +179,5 @@ def ratio(above: Float64, below: Float64) -> Float64:
 def sigmoid_moments(x: Signal) -> Units:
     """Return the moments of ``sigmoid(x)`` of Gaussian x, and ``E[(sigmoid'(x) s)^2]``."""
     sigma, mean = np.sqrt(x.variance), 0.0 if x.mean is None else x.mean
-    s = _sigmoid(np.add.outer(_NODES, np.zeros_like(sigma)) * sigma + mean)  # (n_nodes, n)
+    s = sigmoid(np.add.outer(_NODES, np.zeros_like(sigma)) * sigma + mean)  # (n_nodes, n)
     return Units(_WEIGHTS @ s**2, _WEIGHTS @ s, _WEIGHTS @ (s * (1 - s) * sigma) ** 2)

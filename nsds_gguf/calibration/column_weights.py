@@ -1,0 +1,44 @@
+"""From mean squared inputs of columns to the weights that quantizers take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ..compute.input_moments import InputSums
+from ..records import Float32, Float64
+
+FLOOR = 1e-4  # of the mean: a block of columns that no token touched would make ggml divide by zero
+
+
+def normalized(moments: Float64) -> Float32:
+    """Return float32 weights of mean 1, shaped as ``moments``, at least ``FLOOR``."""
+    mean = float(moments.mean())
+    if mean <= 0:
+        return np.ones(moments.shape, dtype=np.float32)
+    weights: Float32 = np.maximum(moments / mean, FLOOR).astype(np.float32)
+    return weights
+
+
+def column_moments(inputs: Mapping[str, InputSums]) -> dict[str, Float64]:
+    """Return mean squares by stored name, ``(n_cols,)``, first positions left out.
+
+    Of stacked experts that multiply the stream it is the mean over all tokens; of those that multiply hidden units of
+    their own, ``(n_experts, n_cols)``: an expert that no token is routed to has the mean of the others.
+    """
+    found: dict[str, Float64] = {}
+    for name, sums in inputs.items():
+        moments = sums.moments(first_positions=False)
+        means, counts = moments.mean_squares, moments.counts
+        if sums.is_stack and not has_own_inputs(name):
+            means = sums.squares[1].sum(axis=0) / max(int(counts.sum()), 1)
+        elif sums.is_stack and (counts > 0).any():
+            means = np.where(counts[:, np.newaxis] > 0, means, means[counts > 0].mean(axis=0))
+        found[name] = means
+    return found
+
+
+def has_own_inputs(stack: str) -> bool:
+    """Return whether the matrices of a stack multiply hidden units of their own, not the stream."""
+    return ".ffn_down" in stack

@@ -1,0 +1,243 @@
+"""The numpy backend: a tape for every batch, slabs of rows as jobs of a thread pool.
+
+Every job runs one BLAS thread (the caller sets that, ``resources.blas_threads``). Neither the size of the blocks nor
+the order of sums depends on the number of threads: nor do results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..records import Float32, Float64, Model, Tensor
+from ..system.resources import available_memory_bytes
+from .decoder import Decoder
+from .embedding import embed, lookup_squared_norm
+from .input_moments import InputSums, NamedHessian, Recording
+from .layers import Layer, view_layer
+from .output import loss_gradient, output_norm
+from .tape import Ids, Node, Tape
+from .weights import LayerWeights
+
+_SHARE_OF_MEMORY = 0.25  # of what is available, that the float32 weights of one layer may take to be held
+_STRIPE = 512  # columns of one job of a sum of squares or of products
+
+
+@contextmanager
+def open_numpy(model: Model, n_positions: int, n_threads: int) -> Iterator[NumpyBackend]:
+    """Give the backend of a model; see ``BackendEntry.open``."""
+    with ThreadPoolExecutor(n_threads) as pool:
+        yield NumpyBackend(model, n_positions, pool)
+
+
+class NumpyBackend:
+    """A ``Backend``.
+
+    In memory: the activations of one batch in one layer, the sums of that layer's inputs, and its weights in float32
+    where they fit in a quarter of the memory available; otherwise they are decoded for every batch.
+    """
+
+    def __init__(self, model: Model, n_positions: int, pool: Executor) -> None:
+        """Take a model of which nothing ``decoder.what_is_missing``, and the pool that runs the jobs."""
+        self.model, self.n_positions, self.pool = model, n_positions, pool
+        self.decoder = Decoder.of(model, n_positions)
+
+    def tape(self, weights: LayerWeights | None = None, recorder: InputRecorder | None = None) -> Tape:
+        """Return an empty tape; with a recorder, of a forward pass alone."""
+        weights = LayerWeights() if weights is None else weights
+        if recorder is None:
+            return Tape(self.pool, self.n_positions, {}, weights=weights)
+        return Tape(
+            self.pool, self.n_positions, {}, recorder.add, False, on_expert=recorder.add_expert, weights=weights
+        )
+
+    def weights_of(self, tensors: Collection[Tensor]) -> LayerWeights:
+        """Return the rows of these matrices, held where they fit in memory."""
+        n_bytes, available = 4 * sum(tensor.n_weights for tensor in tensors), available_memory_bytes()
+        return LayerWeights(available is None or n_bytes <= _SHARE_OF_MEMORY * available)
+
+    def embed(self, tokens: NDArray[np.int64]) -> Float32:
+        """Return the stream in front of the first layer."""
+        return embed(self.model, self.decoder, self.tape(), tokens)[1].value
+
+    def embed_backward(self, tokens: NDArray[np.int64], grad: Float32) -> float:
+        """Return ``sum (W dL/dW)^2`` of the rows looked up."""
+        tape = self.tape()
+        rows, entry = embed(self.model, self.decoder, tape, tokens)
+        entry.receive(grad)
+        tape.backward()
+        return lookup_squared_norm(rows, tokens)
+
+    def layer(self, index: int, recording: Recording | None = None) -> NumpyLayer:
+        """Return a layer."""
+        return NumpyLayer(self, view_layer(self.model, index), recording)
+
+    def output(self, recording: Recording | None = None) -> NumpyOutput:
+        """Return the output."""
+        return NumpyOutput(self, recording)
+
+
+class NumpyLayer:
+    """A ``LayerPass``."""
+
+    def __init__(self, backend: NumpyBackend, view: Layer, recording: Recording | None) -> None:
+        """Take the layer's views, and what is recorded of its inputs."""
+        self._backend, self._view = backend, view
+        self._weights = backend.weights_of([*view.matrices()])
+        groups = view.input_groups() if recording is not None else []
+        self._recorder = InputRecorder(backend, groups, recording or Recording())
+
+    def forward(self, x: Float32) -> Float32:
+        """Return the stream behind the layer."""
+        tape = self._backend.tape(self._weights, self._recorder.of_batch())
+        return self._backend.decoder.layer(tape, self._view, Node(x)).value
+
+    def backward(self, x: Float32, grad: Float32) -> tuple[Float32, Mapping[str, float]]:
+        """Return the derivative by the input, and the squared norms."""
+        tape, entry = self._backend.tape(self._weights), Node(x)
+        self._backend.decoder.layer(tape, self._view, entry).receive(grad)
+        tape.backward()
+        return np.zeros_like(grad) if entry.grad is None else entry.grad, tape.squared_norms
+
+    def input_sums(self) -> Sequence[InputSums]:
+        """Return the sums."""
+        return self._recorder.sums()
+
+    def hessians(self) -> Iterator[NamedHessian]:
+        """Yield the Hessians."""
+        return self._recorder.hessians()
+
+
+class NumpyOutput:
+    """An ``OutputPass``."""
+
+    def __init__(self, backend: NumpyBackend, recording: Recording | None) -> None:
+        """Take what is recorded."""
+        self._backend = backend
+        self._name = backend.model.unembedding().name
+        self._weights = backend.weights_of([backend.model.unembedding()])
+        self._recorder = InputRecorder(backend, [(self._name,)] if recording else [], recording or Recording())
+
+    def forward(self, x: Float32) -> None:
+        """Add the input of the output matrix to the sums."""
+        read = output_norm(self._backend.model, self._backend.decoder, self._backend.tape(), Node(x))
+        self._recorder.of_batch().add(self._name, read.value)
+
+    def backward(self, x: Float32, scored: NDArray[np.intp], seed: int) -> tuple[Float32, float]:
+        """Return the derivative by the stream, and the squared norm."""
+        backend = self._backend
+        return loss_gradient(backend.model, backend.decoder, backend.tape(self._weights), x, scored, seed)
+
+    def input_sums(self) -> Sequence[InputSums]:
+        """Return the sums."""
+        return self._recorder.sums()
+
+    def hessians(self) -> Iterator[NamedHessian]:
+        """Yield the Hessians."""
+        return self._recorder.hessians()
+
+
+class InputRecorder:
+    """Sums over the inputs of matrices, as a tape names them: every input counts once in a batch."""
+
+    def __init__(self, backend: NumpyBackend, groups: Sequence[tuple[str, ...]], recording: Recording) -> None:
+        """Take the names that share an input, and what is summed up."""
+        self._backend, self._recording = backend, recording
+        self._group_of = {name: group for group in groups for name in group}
+        self._sums: dict[tuple[str, ...], InputSums] = {}
+        self._products: dict[tuple[str, ...], Float32] = {}
+        self._seen: set[str] = set()
+
+    def of_batch(self) -> InputRecorder:
+        """Return itself, ready for the next batch."""
+        self._seen = set()
+        return self
+
+    def sums(self) -> list[InputSums]:
+        """Return the sums so far."""
+        return [sums.copy() for sums in self._sums.values()]
+
+    def hessians(self) -> Iterator[NamedHessian]:
+        """Yield ``E[x x^T]`` so far."""
+        for names, products in self._products.items():
+            _mirror(products)
+            counts = self._sums[names].counts[:, 0]
+            n_rows = int(counts.sum() if self._recording.first_positions else counts[1])
+            yield names, products / np.float32(max(n_rows, 1))
+
+    def add(self, name: str, x: Float32) -> None:
+        """Add the input of a matrix, ``(n, n_cols)``: of all matrices with that input the first is asked."""
+        group = self._group_of.get(name)
+        if group is None or group[0] != name or name in self._seen:
+            return
+        self._seen.add(name)
+        sums = self._of(group, x.shape[1])
+        shaped = x.reshape(-1, self._backend.n_positions, x.shape[1])
+        for part, rows in enumerate((shaped[:, :1], shaped[:, 1:])):
+            self._add_squares(sums.squares[part, 0], rows)
+            sums.counts[part, 0] += rows.shape[0] * rows.shape[1]
+        if not self._recording.hessians.isdisjoint(group):
+            rows = x if self._recording.first_positions else shaped[:, 1:].reshape(-1, x.shape[1])
+            products = self._products_of(group, x.shape[1])
+            self._add_products(products, rows)
+
+    def add_expert(self, name: str, expert: int, tokens: Ids, x: Float32) -> None:
+        """Add the input of one matrix of a stack, ``(n_routed, n_cols)``, at these tokens."""
+        group = self._group_of.get(name)
+        if group is None or group[0] != name:
+            return
+        sums, is_first = self._of(group, x.shape[1], name), tokens % self._backend.n_positions == 0
+        for part, mask in enumerate((is_first, ~is_first)):
+            rows = x[mask]
+            sums.squares[part, expert] += np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
+            sums.counts[part, expert] += len(rows)
+
+    def _of(self, group: tuple[str, ...], n_cols: int, stack: str | None = None) -> InputSums:
+        if group not in self._sums:
+            n_matrices = 1 if stack is None else self._backend.model.by_name[stack].shape[0]
+            squares, counts = np.zeros((2, n_matrices, n_cols)), np.zeros((2, n_matrices), np.int64)
+            self._sums[group] = InputSums(group, squares, counts, stack is not None)
+        return self._sums[group]
+
+    def _products_of(self, group: tuple[str, ...], n_cols: int) -> Float32:
+        if group not in self._products:
+            self._products[group] = np.zeros((n_cols, n_cols), np.float32)
+        return self._products[group]
+
+    def _add_squares(self, total: Float64, rows: Float32) -> None:
+        """Add the squares of ``(n_sequences, n_positions, n_cols)`` to ``(n_cols,)``."""
+
+        def add(start: int) -> None:
+            stripe = rows[:, :, start : start + _STRIPE]
+            total[start : start + _STRIPE] += np.einsum("spj,spj->j", stripe, stripe, dtype=np.float64)
+
+        self._each_stripe(add, len(total))
+
+    def _add_products(self, total: Float32, rows: Float32) -> None:
+        """Add the lower triangle of ``rows^T rows``, in stripes of rows."""
+
+        def add(start: int) -> None:
+            stop = min(start + _STRIPE, len(total))
+            total[start:stop, :stop] += rows[:, start:stop].T @ rows[:, :stop]
+
+        self._each_stripe(add, len(total))
+
+    def _each_stripe(self, add: Callable[[int], None], n_cols: int) -> None:
+        """Run a job for every stripe of columns, longest first."""
+
+        def quietly(start: int) -> None:
+            with np.errstate(over="ignore", invalid="ignore"):  # every thread has its own
+                add(start)
+
+        for _ in self._backend.pool.map(quietly, reversed(range(0, n_cols, _STRIPE))):
+            pass
+
+
+def _mirror(products: Float32) -> None:
+    """Copy the stripes of rows left of the diagonal to the columns above it."""
+    for start in range(_STRIPE, len(products), _STRIPE):
+        products[:start, start : start + _STRIPE] = products[start : start + _STRIPE, :start].T

@@ -1,0 +1,122 @@
+"""Output norm and output matrix: predictions that are drawn, and the derivative of their log-likelihood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ModelError
+from ..records import Float32, Float64, Model
+from .decoder import Decoder
+from .norms import Norm
+from .tape import Node, Tape, weighted_gradient_norm
+from .weights import LayerWeights, Slab, slabs
+
+
+def output_norm(model: Model, decoder: Decoder, tape: Tape, x: Node) -> Node:
+    """Return what the output matrix multiplies, ``(n, n_embd)``."""
+    tensors = model.by_name
+    gain = tensors.get("output_norm.weight")
+    if gain is None:  # RMS models without a gain have no norm here; layer norms without one are olmo's
+        return x if model.hparams.norm == "rms" else decoder.norm(tape, Norm(), x)
+    return decoder.norm(tape, Norm(gain, tensors.get("output_norm.bias")), x)
+
+
+def loss_gradient(
+    model: Model, decoder: Decoder, tape: Tape, stream: Float32, scored: NDArray[np.intp], seed: int
+) -> tuple[Float32, float]:
+    """Return the derivative of ``sum signs * log p(drawn)`` by the stream, and the output's ``sum (W dL/dW)^2``.
+
+    Args:
+        model: the model.
+        decoder: its decoder.
+        tape: an empty tape.
+        stream: ``(n, n_embd)`` behind the last layer.
+        scored: rows at which a token is drawn from the prediction, as many in every sequence.
+        seed: of tokens and signs.
+
+    Raises:
+        ModelError: activations are not finite: the weights are damaged.
+
+    """
+    x = Node(stream)
+    read = output_norm(model, decoder, tape, x)
+    if not np.isfinite(read.value).all():
+        raise ModelError("tensor output_norm.weight: what it gives is not finite; the weights are damaged")
+    head = Head(model, read.value[scored], seed, tape.weights)
+    found = list(tape.each(head.scan, head.slabs))
+    log_sum = np.logaddexp.reduce([part.log_sum for part in found])
+    best = np.argmax([part.best for part in found], axis=0)
+    drawn = np.array([part.drawn for part in found])[best, np.arange(len(best))]
+    signs = np.random.default_rng(seed).choice(np.array([-1, 1], dtype=np.float32), len(scored))
+    grad, squared_norm = np.zeros_like(stream), 0.0
+    length = len(scored) * tape.n_positions // len(stream)
+    for by_input, part in tape.each(lambda slab: head.derivative(slab, log_sum, drawn, signs, length), head.slabs):
+        grad[scored] += by_input
+        squared_norm += part
+    read.receive(grad)
+    tape.backward()
+    if x.grad is None:
+        raise ModelError("the output reads nothing of the stream")
+    return x.grad, squared_norm
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Of a slab of the vocabulary, by position: ``log sum exp`` of logits, the largest perturbed one, its token."""
+
+    log_sum: Float64
+    best: Float64
+    drawn: NDArray[np.int64]
+
+
+class Head:
+    """The output tensor over slabs of the vocabulary: no more than a slab of logits is held.
+
+    A token is drawn from the softmax as the largest logit after adding Gumbel noise (Gumbel, 1954), which needs no
+    normalization; the noise of a slab comes from a generator of its own.
+    """
+
+    def __init__(self, model: Model, x: Float32, seed: int, weights: LayerWeights | None = None) -> None:
+        """Take the input of the scored positions, ``(n_scored, n_embd)``, and the seed of the draws."""
+        self.tensor, self.hparams, self.x, self.seed = model.unembedding(), model.hparams, x, seed
+        self.weights = LayerWeights() if weights is None else weights
+        bias = model.by_name.get("output.bias")
+        self.bias = None if bias is None else bias.load().ravel()
+        self.slabs = slabs(self.tensor)
+
+    def logits(self, slab: Slab) -> tuple[Float32, Float32, Float32]:
+        """Return the rows of a slab, its logits ``(n_scored, n_rows)``, and their derivative by the plain product."""
+        h, rows = self.hparams, self.weights.rows(self.tensor, slab)
+        logits = self.x @ rows.T
+        if self.bias is not None:
+            logits += self.bias[slice(*slab)]
+        logits *= np.float32(h.logit_scale)
+        slope = np.float32(h.logit_scale) * np.ones(1, dtype=np.float32)
+        if h.logit_cap:
+            bent = np.tanh(logits / np.float32(h.logit_cap))
+            logits, slope = bent * np.float32(h.logit_cap), slope * (1 - bent**2)
+        return rows, logits, slope
+
+    def scan(self, slab: Slab) -> Scan:
+        """Return what of a slab is needed to draw."""
+        _, logits, _ = self.logits(slab)
+        noise = np.random.default_rng([self.seed, slab[0]]).gumbel(size=logits.shape)
+        perturbed = logits + noise
+        largest = logits.max(axis=1, keepdims=True)
+        log_sum = np.log(np.exp(logits - largest).sum(axis=1, dtype=np.float64)) + largest[:, 0]
+        at = perturbed.argmax(axis=1)
+        return Scan(log_sum, perturbed[np.arange(len(at)), at], at + slab[0])
+
+    def derivative(
+        self, slab: Slab, log_sum: Float64, drawn: NDArray[np.int64], signs: Float32, length: int
+    ) -> tuple[Float32, float]:
+        """Return the derivative of ``sum signs log p(drawn)`` by the input, and ``sum (W dL/dW)^2`` of the rows."""
+        rows, logits, slope = self.logits(slab)
+        grad = -np.exp(logits - log_sum[:, np.newaxis].astype(np.float32))
+        inside = np.flatnonzero((drawn >= slab[0]) & (drawn < slab[1]))
+        grad[inside, drawn[inside] - slab[0]] += 1
+        grad *= signs[:, np.newaxis] * slope
+        return grad @ rows, weighted_gradient_norm(rows, grad, self.x, range(0, len(grad) + 1, length))

@@ -1,0 +1,62 @@
+"""The residual stream between layers, kept in a temporary file without a name: it is gone when the process is."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from ..records import Float32
+from ..system.resources import check_disk
+from ..system.workfolder import output_error
+
+
+class StreamFile:
+    """Float32 arrays of at most ``slot_bytes`` each, by slot number; a slot may be written again."""
+
+    def __init__(self, stream: IO[bytes], folder: Path, slot_bytes: int) -> None:
+        """Take an unbuffered file: a full disk then raises on writing, and not once more on closing."""
+        self._stream, self._folder, self._slot_bytes = stream, folder, slot_bytes
+        self._shapes: dict[int, tuple[int, ...]] = {}
+
+    def write(self, slot: int, values: Float32) -> None:
+        """Write an array; raises ``OutputError`` when the disk is full."""
+        if values.nbytes > self._slot_bytes:
+            raise ValueError(f"wanted at most {self._slot_bytes} bytes a slot, got {values.nbytes}")
+        self._shapes[slot] = values.shape
+        data = np.ascontiguousarray(values).data.cast("B")
+        try:
+            self._stream.seek(slot * self._slot_bytes)
+            while data:
+                data = data[self._stream.write(data) :]
+        except OSError as error:
+            raise output_error(self._folder / "layers", error) from error
+
+    def read(self, slot: int) -> Float32:
+        """Return the array that was written to a slot last."""
+        values = np.empty(self._shapes[slot], dtype=np.float32)
+        view, at = values.data.cast("B"), 0
+        self._stream.seek(slot * self._slot_bytes)
+        while at < len(view):
+            at += self._stream.readinto(view[at:])  # type: ignore[attr-defined]
+        return values
+
+
+@contextmanager
+def stream_file(folder: Path | None, n_slots: int, slot_bytes: int) -> Iterator[StreamFile]:
+    """Give an empty file in a folder, by default the system's folder for temporary files.
+
+    Raises ``OutputError`` when it cannot be made or the disk has no room for ``n_slots``.
+    """
+    folder = Path(tempfile.gettempdir()) if folder is None else folder
+    check_disk(folder, n_slots * slot_bytes, "the residual stream of every layer")
+    try:
+        stream = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  closed below
+    except OSError as error:
+        raise output_error(folder / "layers", error) from error
+    with stream:
+        yield StreamFile(stream, folder, slot_bytes)

@@ -1,0 +1,177 @@
+"""One sweep forward over the layers of a model, and what a sweep back needs of it.
+
+Tokens go through in batches, the stream of all batches kept in a file between layers, so that the weights of a layer
+are decoded once for all of them. The first batch is kept in front of every layer for the way back.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import ModelError
+from ..records import Float32, Model, Progress, no_progress
+from ..system.resources import check_memory
+from .backend import DEFAULT_BACKEND, Backend, LayerPass, OutputPass, Tokens, find_backend
+from .input_moments import InputSums, Recording
+from .stream_file import StreamFile, stream_file
+
+# Copies of the stream's width and of the hidden units that a layer holds at most: 14 and 7 of keys' and values' width
+# were measured, and 8.6 (docs/log.md, 2026-11-25).
+_WIDTHS, _HIDDEN_WIDTHS = 21, 9
+
+OnHessian = Callable[[tuple[str, ...], Float32], None]
+
+
+@dataclass(frozen=True)
+class WalkOptions:
+    """How tokens go through a model.
+
+    Attributes:
+        n_first: sequences of the first batch, which can go back; every other batch has as many, the last perhaps fewer.
+        recording: what is summed up of the inputs.
+        on_hessian: called in the order of the layers with the stored names of the matrices of one input and its
+            ``E[x x^T]``, ``(n_cols, n_cols)`` float32; required where ``recording`` asks for any.
+        n_threads: CPU threads; they do not change the result.
+        folder: where the temporary file goes; ``None`` for the system's folder of such.
+        backend: a key of ``BACKENDS``.
+
+    """
+
+    n_first: int
+    recording: Recording = field(default_factory=Recording)
+    on_hessian: OnHessian | None = None
+    n_threads: int = 1
+    folder: Path | None = None
+    backend: str = DEFAULT_BACKEND
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A forward sweep that is done; its backend and files live as long as ``walk``'s ``with`` block.
+
+    Attributes:
+        model: the model.
+        tokens: ``(n_first, n_positions)`` of the first batch.
+        backend: what computed it.
+        inputs: sums over all tokens, by stored name; matrices with one input share an entry.
+        first_inputs: sums over the first batch alone.
+        streams: what every layer read of the first batch, and behind the last layer its output, by index.
+
+    """
+
+    model: Model
+    tokens: Tokens
+    backend: Backend
+    inputs: Mapping[str, InputSums]
+    first_inputs: Mapping[str, InputSums]
+    streams: StreamFile
+
+
+@contextmanager
+def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress = no_progress) -> Iterator[Walk]:
+    """Give the forward sweep of tokens through a model.
+
+    In memory: what the backend holds of one layer for one batch; the Hessians of one layer. In a temporary file:
+    ``(n_layers + 1) * n_first * n_positions + n_tokens`` rows of the stream at most.
+
+    Args:
+        model: one of which nothing ``decoder.what_is_missing``.
+        tokens: ``(n_sequences, n_positions)`` ids.
+        options: batches, sums, threads, folder, backend.
+        progress: called with layers done, times batches, and all of these.
+
+    Raises:
+        ModelError: activations are not finite: the weights are damaged.
+        OutputError: there is too little memory, or no room on the disk for the temporary file.
+        PlanError: the backend cannot run here.
+
+    """
+    entry, n_positions = find_backend(options.backend), tokens.shape[1]
+    batches = [tokens[start : start + options.n_first] for start in range(0, len(tokens), options.n_first)]
+    check_memory(working_bytes(model, batches[0].size), "the pass over tokens", "close other programs")
+    slot_bytes = 4 * batches[0].size * model.hparams.n_embd
+    with ExitStack() as stack:
+        stack.enter_context(np.errstate(over="ignore", invalid="ignore"))  # refused where it appears: finite checks
+        file = stack.enter_context(
+            stream_file(options.folder, model.hparams.n_layers + len(batches), slot_bytes)
+        )
+        backend = stack.enter_context(entry.open(model, n_positions, options.n_threads))
+        sweep = _Sweep(model, batches, backend, file, options)
+        progress(0, (model.hparams.n_layers + 1) * len(batches))
+        sweep.run(progress)
+        yield Walk(model, batches[0], backend, sweep.inputs, sweep.first_inputs, file)
+
+
+def working_bytes(model: Model, n_tokens: int) -> int:
+    """Return about what one layer takes in memory, forward and back: activations of ``n_tokens``, and its weights."""
+    h = model.hparams
+    weights: dict[int, int] = {}
+    for tensor in model.tensors:
+        if tensor.layer is not None:
+            weights[tensor.layer] = weights.get(tensor.layer, 0) + tensor.n_weights
+    return 4 * n_tokens * (_WIDTHS * h.n_embd + _HIDDEN_WIDTHS * h.n_ff) + 4 * max(weights.values(), default=0)
+
+
+class _Sweep:
+    """State of one forward sweep: the sums over all batches, and over the first."""
+
+    def __init__(
+        self, model: Model, batches: Sequence[Tokens], backend: Backend, file: StreamFile, options: WalkOptions
+    ) -> None:
+        self._n_layers, self._batches, self._backend, self._file = model.hparams.n_layers, batches, backend, file
+        self._options = options
+        self.inputs: dict[str, InputSums] = {}
+        self.first_inputs: dict[str, InputSums] = {}
+
+    def run(self, progress: Progress) -> None:
+        """Go forward through all layers and the output."""
+        for batch, tokens in enumerate(self._batches):
+            self._file.write(self._slot(batch, 0), self._backend.embed(tokens))
+        n_batches, recording = len(self._batches), self._options.recording
+        total = (self._n_layers + 1) * n_batches
+        for index in range(self._n_layers):
+            layer = self._backend.layer(index, recording)
+            told = _shifted(progress, index * n_batches, total)
+            self._all_batches(layer, functools.partial(self._through, layer, index), told)
+        output = self._backend.output(recording)
+        told = _shifted(progress, self._n_layers * n_batches, total)
+        self._all_batches(output, lambda batch: output.forward(self._read(batch, self._n_layers)), told)
+
+    def _all_batches(self, stage: LayerPass | OutputPass, forward: Callable[[int], None], progress: Progress) -> None:
+        """Take every batch through a layer or the output, keep the sums, hand the Hessians on."""
+        for batch in range(len(self._batches)):
+            forward(batch)
+            if batch == 0:
+                self.first_inputs.update(_by_name(stage.input_sums()))
+            progress(batch + 1, len(self._batches))
+        self.inputs.update(_by_name(stage.input_sums()))
+        for names, hessian in stage.hessians():
+            if self._options.on_hessian is not None:
+                self._options.on_hessian(names, hessian)
+
+    def _through(self, layer: LayerPass, index: int, batch: int) -> None:
+        stream = layer.forward(self._read(batch, index))
+        if not np.isfinite(stream).all():
+            raise ModelError(f"layer {index}: its output is not finite; the weights are damaged")
+        self._file.write(self._slot(batch, index + 1), stream)
+
+    def _read(self, batch: int, index: int) -> Float32:
+        return self._file.read(self._slot(batch, index))
+
+    def _slot(self, batch: int, index: int) -> int:
+        """Return where the stream of a batch in front of a layer is kept: of the first batch all are."""
+        return index if batch == 0 else self._n_layers + batch
+
+
+def _by_name(found: Sequence[InputSums]) -> dict[str, InputSums]:
+    return {name: sums for sums in found for name in sums.names}
+
+
+def _shifted(progress: Progress, done: int, total: int) -> Progress:
+    return lambda step, _: progress(done + step, total)

@@ -67,7 +67,7 @@ FILE_TYPES = {
 
 _OUTLINE_TYPES = ("Q2_K", "Q4_0", "F16")  # smallest first: types that some row length does not fit, and one all fit
 
-_SLAB_BYTES = 2 << 20  # of float32 in each thread: stays in the cache, hides Python's 0.1 ms a slab
+_SLAB_BYTES = 2 << 20  # float32 rows of one job: stays in the cache, hides Python's 0.1 ms a slab
 _IN_FLIGHT_PER_THREAD = 2
 _LARGEST_F16 = 65504.0  # scales are float16: only weights above can overflow a type
 _NO_DIGEST = "0" * 64  # as long as a real one: the header's size is known before the plan is

@@ -67,7 +67,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def check_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
-    """Compare shape, all rows, some rows, some columns, a pickled copy and the first bytes; raises ``SystemExit`` on a difference."""
+    """Compare shape, rows, columns, a pickled copy and the first bytes; raises ``SystemExit`` on a difference."""
     wanted = tensor.detach().float().reshape(stored.n_rows, stored.n_cols).numpy()
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     order = np.random.default_rng(0).permutation(stored.n_rows)

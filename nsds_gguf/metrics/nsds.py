@@ -56,7 +56,7 @@ MIN_TRIPLETS = 2
 # reading and writing the d x d sum.
 GRAM_ENTRIES = 2**21
 
-SLAB_BYTES = 16 << 20  # of float32, of the unembedding at a time
+SLAB_BYTES = 16 << 20  # float32 rows of the unembedding that are read at a time
 
 # Ratio of the largest to the smallest diagonal entry of R up to which Cholesky-QR is used: a factor 100 below the
 # condition number at which it loses digits.

@@ -28,7 +28,7 @@ from ..system.workfolder import output_error
 from .header import plan_header
 from .quantizer import Quantizer, Quantizers
 
-_SLAB_BYTES = 2 << 20  # of float32 in each thread: stays in the cache, hides Python's 0.1 ms a slab
+_SLAB_BYTES = 2 << 20  # float32 rows of one job: stays in the cache, hides Python's 0.1 ms a slab
 _IN_FLIGHT_PER_THREAD = 2
 _LARGEST_F16 = 65504.0  # scales are float16: only weights above can overflow a type
 

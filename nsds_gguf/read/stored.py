@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UnsupportedError
-from ..records import SLAB_BYTES, Source
+from ..records import Source
+from ..records.sources import row_slices
 
 READABLE = ("F32", "F16", "BF16", "F8_E4M3", "F8_E8M0")  # the last holds scales of FP8 weights
 
@@ -61,8 +62,7 @@ def same_values(first: StoredTensor, second: StoredTensor) -> bool:
     """Return whether two matrices hold the same numbers, reading a slab of rows at a time up to a difference."""
     if first.shape != second.shape:
         return False
-    step = max(1, SLAB_BYTES // (4 * max(1, first.n_cols)))
-    slabs = (slice(start, start + step) for start in range(0, first.n_rows, step))
+    slabs = row_slices(first.n_rows, first.n_cols)
     return all(np.array_equal(first.rows(slab), second.rows(slab)) for slab in slabs)
 
 

@@ -6,7 +6,7 @@ A source is plain data and pickles: another process reads the same bytes. The fo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ Float64 = NDArray[np.float64]
 # Rows of a matrix: a slice with both ends and step 1, or their numbers in any order.
 Rows = slice | NDArray[np.intp]
 
-SLAB_BYTES = 4 << 20  # float32 rows that are held at a time where nothing speaks for more or less
+SLAB_BYTES = 4 << 20  # of float32 rows read at a time by default; sums over slabs depend on it in their last bits
 
 
 class Weights(ABC):
@@ -171,12 +171,17 @@ def finite(values: Float32, source: Source) -> Float32:
     )
 
 
+def row_slices(n_rows: int, n_cols: int, max_bytes: int = SLAB_BYTES) -> Iterator[slice]:
+    """Yield slices that cover the rows of a matrix in order, ``max_bytes`` of float32 each, at least a row."""
+    step = max(1, max_bytes // (4 * max(1, n_cols)))
+    return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
+
+
 def _count(source: Source) -> tuple[int, int]:
     """Return how many weights are NaN and how many infinite."""
     n_nan = n_infinite = 0
-    step = max(1, SLAB_BYTES // (4 * source.n_cols))
-    for start in range(0, source.n_rows, step):
-        rows = source.values(slice(start, min(start + step, source.n_rows)), slice(0, source.n_cols))
+    for some in row_slices(source.n_rows, source.n_cols):
+        rows = source.values(some, slice(0, source.n_cols))
         n_nan += int(np.isnan(rows).sum())
         n_infinite += int(np.isinf(rows).sum())
     return n_nan, n_infinite

@@ -16,7 +16,7 @@ from ..compute.layers import Linear
 from ..compute.norms import Norm
 from ..records import Float32, Float64, Tensor
 
-_SLAB_BYTES = 16 << 20  # of float32 at a time
+_SLAB_BYTES = 16 << 20  # float32 rows that are read at a time
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # quadrature for a standard normal
 

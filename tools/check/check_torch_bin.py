@@ -67,7 +67,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def check_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
-    """Compare shape, all rows, some rows, some columns and the first bytes; raises ``SystemExit`` on a difference."""
+    """Compare shape, rows, columns, a pickled copy and the first bytes; raises ``SystemExit`` on a difference."""
     wanted = tensor.detach().float().reshape(stored.n_rows, stored.n_cols).numpy()
     raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     order = np.random.default_rng(0).permutation(stored.n_rows)
@@ -81,6 +81,8 @@ def check_tensor(stored: StoredTensor, tensor: torch.Tensor) -> None:
     )
     if not same:
         raise SystemExit(f"{stored.name}: differs from torch")
+    if not np.array_equal(pickle.loads(pickle.dumps(stored)).rows(slice(None)), wanted):
+        raise SystemExit(f"{stored.name}: pickled, it differs")
     stored.rows(slice(0, 1))[:] = 0  # fresh: neither the file nor the mapping changes
     if not np.array_equal(stored.rows(slice(0, stored.n_rows)), wanted):
         raise SystemExit(f"{stored.name}: what rows returns is not a copy")

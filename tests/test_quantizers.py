@@ -11,7 +11,7 @@ from plans import uniform_plan, writable_model
 
 from nsds_gguf.errors import GgmlError
 from nsds_gguf.llamacpp import ggml
-from nsds_gguf.quantize import ROUNDINGS, Rounding, TensorQuantizers, gptq, measure, write
+from nsds_gguf.quantize import ROUNDINGS, Rounding, TensorQuantizers, gptq, measure
 from nsds_gguf.quantize.gptq import ROW_TILE, GptqQuantizer
 from nsds_gguf.quantize.hessian_factors import FactorStore, factor_hessian
 from nsds_gguf.quantize.measure import sample_rows
@@ -22,6 +22,7 @@ from nsds_gguf.system.resources import blas_threads
 
 HPARAMS = Hparams(1, 256, 512, 4, 2, 64, 300, 128, 1e-5)
 PLAIN, STACK, UNSEEN = "blk.0.ffn_up.weight", "blk.0.ffn_gate_exps.weight", "blk.0.attn_q.weight"
+N_LARGE = 2500  # rows of 256: more than a slab
 
 
 @pytest.fixture(autouse=True)
@@ -90,15 +91,10 @@ def weighted_error(rows, found, weights):
     return seven_digits(errors, norms)
 
 
-@pytest.mark.parametrize("slab_weights", [None, 1 << 12], ids=["whole", "slabs"])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize("type_name", ggml.TYPES)
-def test_the_measured_error_is_that_of_the_bytes(
-    type_name, rounding, slab_weights, model, weights, quantizers, hessian, tmp_path, monkeypatch
-):
-    """To the last digit that is kept, whichever slabs are read; GPTQ's also by the quadratic form in float64."""
-    if slab_weights:
-        monkeypatch.setattr(write, "_SLAB_WEIGHTS", slab_weights)
+def test_the_measured_error_is_that_of_the_bytes(type_name, rounding, model, weights, quantizers, hessian, tmp_path):
+    """To the last digit that is kept; GPTQ's also by the quadratic form in float64."""
     errors = measured(model, quantizers[rounding], type_name)
     found = written(model, quantizers[rounding], type_name, tmp_path / "model.gguf")
     x, y = model.by_name[STACK].load(), found[STACK].reshape(3, 50, 256)
@@ -116,6 +112,18 @@ def test_the_measured_error_is_that_of_the_bytes(
     np.fill_diagonal(damped, diagonal + 1e-3 * diagonal.mean())
     exact = np.einsum("ri,ij,rj->", delta, damped, delta) / (x.astype(np.float64) ** 2 @ damped.diagonal()).sum()
     assert errors[PLAIN] == pytest.approx(exact, rel=1e-4)
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_slabs_of_a_large_matrix_do_not_matter(rounding, weights, quantizers, tmp_path, monkeypatch):
+    """Read at once when it is measured, in slabs when it is written."""
+    monkeypatch.setattr(measure, "WHOLE_BELOW_WEIGHTS", 1 << 20)
+    model = writable_model({PLAIN: uneven(N_LARGE, 256)}, HPARAMS)
+    x, quantizer = model.by_name[PLAIN].load(), quantizers[rounding](model.by_name[PLAIN])
+    y = written(model, quantizers[rounding], "Q4_K", tmp_path / "model.gguf")[PLAIN]
+    np.testing.assert_array_equal(y, ggml.dequantize(quantizer.quantize(x, "Q4_K"), "Q4_K", 256))
+    expected = seven_digits(quantizer.errors(x, "Q4_K"), quantizer.squared_norms(x))
+    assert measured(model, quantizers[rounding], "Q4_K")[PLAIN] == expected
 
 
 @pytest.mark.parametrize("type_name", ["Q2_K", "Q5_K", "IQ4_NL"])
@@ -155,20 +163,22 @@ def test_a_type_without_a_codec_is_rounded_one_way(model, quantizers, tmp_path, 
 
 @dataclass(frozen=True)
 class Halving(RtnQuantizer):
-    """Writes half of every weight, in tiles of its own."""
+    """Writes half of every weight, in tiles of 96 rows."""
+
+    tile_rows: int = 96
 
     def quantize(self, rows, type_name, first_row=0):
         assert first_row % self.rows_per_matrix % self.tile_rows == 0
         return super().quantize(rows / 2, type_name, first_row)
 
 
-def test_a_rounding_of_ones_own_measures_and_writes(model, tmp_path, monkeypatch):
+def test_a_rounding_of_ones_own_measures_and_writes(tmp_path, monkeypatch):
     """One entry of the table: half of every weight is an error of a quarter of its square."""
-    monkeypatch.setattr(write, "_SLAB_WEIGHTS", 1 << 13)
-    halving = Rounding("halve", "write half", False, lambda tensor, *_: Halving(None, tensor.shape[-2], 4))
+    model = writable_model({PLAIN: uneven(N_LARGE, 256), STACK: uneven(3, 50, 256, seed=1)}, HPARAMS)
+    halving = Rounding("halve", "write half", False, lambda tensor, *_: Halving(None, tensor.shape[-2]))
     monkeypatch.setitem(ROUNDINGS, "halve", halving)
     quantizers = TensorQuantizers("halve")
-    assert measured(model, quantizers, "F32") == dict.fromkeys((PLAIN, STACK, UNSEEN), 0.25)
+    assert measured(model, quantizers, "F32") == {PLAIN: 0.25, STACK: 0.25}
     found = written(model, quantizers, "F32", tmp_path / "model.gguf")
     for tensor in model.tensors:
         np.testing.assert_array_equal(found[tensor.name].reshape(tensor.shape), tensor.load() / 2)

@@ -13,14 +13,13 @@ import numpy as np
 
 from .. import allocate, read, score
 from ..allocate import PlanOptions
+from ..calibration import generated_text, random_tokens
 from ..calibration.activations import collect
 from ..calibration.evidence import Calibration, Evidence, TokenRequest, column_weights
-from ..calibration.generated_text import N_TOKENS
 from ..calibration.hessians import HessianFiles, callback_hessians, disk_bytes, factor_hessians, multiplied
 from ..calibration.hessians import note as feedback_note
 from ..calibration.imatrix import IMATRIX, Imatrix
 from ..calibration.kinds import CalibrationKind, find_calibration
-from ..calibration.random_tokens import N_POSITIONS, N_SEQUENCES_HESSIANS
 from ..compute.backend import Tokens
 from ..compute.decoder import what_is_missing
 from ..compute.input_moments import Moments, NamedHessian, Recording
@@ -69,6 +68,8 @@ _THREAD_MEMORY_BYTES = 48 << 20
 # Calibrations by the names that options and records have for them.
 _CALIBRATION_OF = {"sweep": "random", SELF: "generated"}
 
+_HESSIAN_TOKENS = random_tokens.N_SEQUENCES_HESSIANS * random_tokens.N_POSITIONS
+
 
 @dataclass(frozen=True)
 class ScoreOptions:
@@ -101,6 +102,8 @@ class Work:
         """
         self.model, self.n_threads, self.report, self.notes = model, n_threads, report, notes
         self.imatrix = imatrix
+        if imatrix is not None:
+            imatrix.weights(model)  # raises before any work when it is of another model
         self.scores: Scores | None = None
         self.files = files or WorkFolder(Path(), say=report.say)
         if files is None:
@@ -124,8 +127,9 @@ class Work:
         return self._tokens[key]
 
     def _generated(self, kind: CalibrationKind) -> Tokens:
-        seconds = own_text_seconds(self.model, N_TOKENS)
-        self.report.say(f"Generating {N_TOKENS:,} tokens of calibration text: about {duration(seconds)}.")
+        n_tokens = generated_text.N_TOKENS
+        seconds = own_text_seconds(self.model, n_tokens)
+        self.report.say(f"Generating {n_tokens:,} tokens of calibration text: about {duration(seconds)}.")
         n_blas = self.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
         with self.original() as path, blas_threads(n_blas):
             with self.report.stage("generate text") as progress:
@@ -352,8 +356,8 @@ class Work:
             scores=given is None and any(option.allocator != "uniform" for option in options),
             measures=given is None and any(option.allocator == "nsds" for option in options),
             n_tokens=n_tokens if verifying.enabled else 0,
-            n_own_tokens=N_TOKENS if writes_text else 0,
-            n_feedback_tokens=0 if efforts == {"normal"} else N_SEQUENCES_HESSIANS * N_POSITIONS,
+            n_own_tokens=generated_text.N_TOKENS if writes_text else 0,
+            n_feedback_tokens=0 if efforts == {"normal"} else _HESSIAN_TOKENS,
         )
         size = f"{self.model.n_weights / 1e6:.1f} M weights"
         self.report.say(f"{self.model.name}, {size}: about {duration(seconds)} with {self.n_threads} threads.")

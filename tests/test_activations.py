@@ -85,7 +85,6 @@ def test_moments_of_a_dense_model(shape, tiny):
         moments, scale = found[name], np.sqrt(np.square(rows).mean())
         assert np.array_equal(moments.counts, [tokens.size])
         assert np.allclose(moments.mean_squares, np.square(rows).mean(axis=0), rtol=2e-3, atol=2e-3 * scale**2), name
-        assert np.allclose(moments.mean, rows.mean(axis=0), atol=2e-3 * scale), name
         if name.startswith("blk.0"):
             assert moments.full is None
         else:
@@ -132,7 +131,6 @@ def test_experts_split_the_tokens(folder):
     assert up.counts.sum() == 2 * tokens.size
     assert np.array_equal(up.counts, down.counts)
     assert np.allclose(up.counts @ up.mean_squares / tokens.size, 2 * router.mean_squares, rtol=1e-5)
-    assert np.allclose(up.counts @ up.mean / tokens.size, 2 * router.mean, atol=1e-5)
     with pytest.raises(GgmlError, match=r"ffn_up_exps\.weight: a stack of 4 matrices has no one matrix"):
         collect(file, tokens, full_for=["blk.1.ffn_up_exps.weight"])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,26 +16,28 @@ from command import TINY, call, message
 from gguf import GGUFReader, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 from llama_forward import matrix_inputs
-from nsds_gguf.session.effort import AUTO, against_high, settled
-from nsds_gguf.session.reporter import Silent
+from recorded_inputs import recorded_inputs, without_first
 from tiny_archs import write_tiny_arch
 from tiny_gguf import tiny_weights, write_tiny_gguf
 from tiny_models import write_tiny
 
-from nsds_gguf import conversion as convert
-from nsds_gguf import read
+from nsds_gguf import convert, read
 from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.calibration import hessians
-from nsds_gguf.calibration.generated_text import own_text
+from nsds_gguf.calibration import generated_text, hessians, random_tokens
+from nsds_gguf.calibration.activations import collect
+from nsds_gguf.calibration.random_tokens import draw_tokens
 from nsds_gguf.compute.decoder import what_is_missing
 from nsds_gguf.errors import OutputError, PlanError
-from nsds_gguf.evaluate.texts import VerifyOptions
+from nsds_gguf.evaluate.texts import (
+    VerifyOptions,
+)
 from nsds_gguf.records import SELF, UNQUANTIZED, Plan, Target
-from nsds_gguf.sensitivity import sensitivities as sensitivity
-from nsds_gguf.sensitivity.fisher import draw_tokens, read_tokens
 from nsds_gguf.session import session
-from nsds_gguf.session.outputs import Output
-from nsds_gguf.system.resources import blas_threads
+from nsds_gguf.session.effort import AUTO, against_high, settled
+from nsds_gguf.session.outputs import (
+    Output,
+)
+from nsds_gguf.session.reporter import Silent
 
 UNCHECKED = VerifyOptions(enabled=False)
 HIGH = ("--effort", "high", "--importance", "sweep", "--threads", 1)
@@ -53,9 +56,10 @@ def models(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def short(monkeypatch, tmp_path):
     """Draw and write fewer tokens, in an empty working directory."""
-    monkeypatch.setattr(sensitivity, "draw_tokens", lambda model, *_: draw_tokens(model, 2, 64))
-    monkeypatch.setattr(session, "N_DRAWN", 2048)
-    monkeypatch.setattr(session, "N_TOKENS", 512)
+    monkeypatch.setattr(random_tokens, "N_SEQUENCES_HESSIANS", 4)
+    monkeypatch.setattr(random_tokens, "N_SEQUENCES", 2)
+    monkeypatch.setattr(random_tokens, "draw_tokens", lambda model, n: draw_tokens(model, n, 64 if n == 2 else 512))
+    monkeypatch.setattr(generated_text, "N_TOKENS", 512)
     monkeypatch.chdir(tmp_path)
 
 
@@ -72,13 +76,9 @@ def uniform(type_name, **options):
 
 def drawn_moments(model):
     """Return second moments in float64 of what the pass tells, on tokens that rounding does not see."""
-    found = {}
-
-    def add(name, x):
-        found[name] = found.get(name, 0) + x.astype(np.float64).T @ x
-
-    read_tokens(model, draw_tokens(model, 4, 512, seed=1), 1, add, model.hparams.n_layers)
-    return found
+    inputs, _ = recorded_inputs(model, draw_tokens(model, 4, 512, seed=1))
+    rows = {name: without_first(x, 512).astype(np.float64) for name, x in inputs.items()}
+    return {name: x.T @ x for name, x in rows.items()}
 
 
 def forward_moments(model):
@@ -196,7 +196,7 @@ def test_nothing_is_left_however_it_ends(models, monkeypatch, end):
     seen = []
 
     def stopped(*_arguments, **_options):
-        seen.extend(Path().glob(".nsds-gguf-*/hessians-0/*.npz"))
+        seen.extend(Path().glob(".nsds-gguf-*/feedback-0/*.npz"))
         if end == "failure":
             raise OutputError("the disk is full")
         os.kill(os.getpid(), signal.SIGINT if end == "Ctrl-C" else signal.SIGTERM)
@@ -212,32 +212,30 @@ def test_nothing_is_left_however_it_ends(models, monkeypatch, end):
     assert list(Path().iterdir()) == []
 
 
-def test_several_readings_give_the_factors_of_one(models, monkeypatch):
-    """With no memory for more, every layer is a reading of its own; what the model wrote, every input."""
+def test_several_readings_by_llama_cpp_give_the_hessians_of_one(models, monkeypatch):
+    """With no memory for more, every input is a reading of its own."""
     source, counts = models / "narrow.gguf", []
     model = read.open_model(source)
-    text = own_text(source, n_tokens=512, n_threads=1)
-    real = hessians.read_tokens
+    tokens = draw_tokens(model, 8, 64)
+    moments = collect(source, tokens.astype(np.int32), n_threads=1)
 
-    def counted(*arguments):
-        counts.append(arguments[-1])
-        real(*arguments)
+    def counted(*arguments, **options):
+        counts.append(len(options["only"]))
+        return collect(*arguments, **options)
 
-    monkeypatch.setattr(hessians, "read_tokens", counted)
-    for tokens in (draw_tokens(model, 8, 64), text):
-        made = []
-        for n_bytes in (1 << 40, 1):
-            monkeypatch.setattr(hessians, "_budget_bytes", lambda n_bytes=n_bytes: n_bytes)
-            folder = Path(f"{len(list(Path().iterdir()))}")
-            folder.mkdir()
-            with blas_threads(1):
-                made.append(hessians.make_feedbacks(model, tokens, 0.0, folder, 1))
-        one, several = made
-        assert set(one.names) == set(several.names) == set(hessians.multiplied(model))
-        for name in one.names:
-            for part in ("upper", "variances", "diagonal"):
-                np.testing.assert_array_equal(getattr(one.of(name), part), getattr(several.of(name), part))
-    assert counts == [2, 2, 1, 1, 2, 2]  # layers read, four sequences at a time
+    monkeypatch.setattr(hessians, "collect", counted)
+    made = []
+    for n_bytes in (1 << 40, 1):
+        monkeypatch.setattr(hessians, "_budget_bytes", lambda n_bytes=n_bytes: n_bytes)
+        names = hessians.multiplied(model)
+        made.append(list(hessians.callback_hessians(lambda: nullcontext(source), tokens, moments, names, 1)))
+    one, several = made
+    assert counts == [15, 3, 1, 2, 1, 3, 1, 2, 1, 1]
+    assert {name for names, _ in one for name in names} == set(hessians.multiplied(model))
+    for (names, hessian), (names_again, again) in zip(one, several, strict=True):
+        assert names == names_again
+        np.testing.assert_array_equal(hessian, again)
+        np.testing.assert_allclose(hessian.diagonal(), moments[names[0]].mean_squares, rtol=1e-5)
 
 
 OPEN = PlanOptions(Target("bpw", 4), importance=AUTO, effort=AUTO)

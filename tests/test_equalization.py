@@ -20,6 +20,7 @@ from zoo_specs import SPECS, write_spec
 
 from nsds_gguf import convert
 from nsds_gguf.allocate import PlanOptions
+from nsds_gguf.calibration import generated_text, random_tokens
 from nsds_gguf.evaluate.texts import (
     ORIGINAL,
     VerifyOptions,
@@ -139,8 +140,8 @@ def test_nothing_is_changed_without_need(tmp_path: Path) -> None:
 )
 def test_the_same_bytes_hold_more(how: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With outliers, divergence from the file as it was; the plan says what was changed, and makes the same file."""
-    monkeypatch.setattr(session, "N_DRAWN", 2048)
-    monkeypatch.setattr(session, "N_TOKENS", 2048)
+    monkeypatch.setattr(random_tokens, "N_SEQUENCES_HESSIANS", 4)
+    monkeypatch.setattr(generated_text, "N_TOKENS", 2048)
     source = write_tiny(tmp_path / "source", replace(TINY, dtype="F32"))
     outlier_copy(source, tmp_path / "copy", seed=1)
     checked = VerifyOptions(n_ctx=64, n_chunks=4, against=ORIGINAL)

@@ -11,41 +11,24 @@ import pytest
 from arrays import expert_arrays, random_arrays
 from gguf import GGUFValueType
 from models import make_model
+from recorded_inputs import logits_of, recorded_inputs
 from zoo import zoo_tokens
 from zoo_logits import GOLDEN, difference, positions, recorded
 from zoo_specs import SPECS, write_spec
 
-from nsds_gguf.calibration.hessians import make_feedbacks, multiplied
+from nsds_gguf.calibration.hessians import HessianFiles, multiplied
+from nsds_gguf.calibration.random_tokens import ZIPF_SHIFT, draw_tokens, token_chances
 from nsds_gguf.compute.decoder import Decoder, what_is_missing
+from nsds_gguf.compute.input_moments import Recording
 from nsds_gguf.compute.layers import view_layer
 from nsds_gguf.compute.tape import Node, Tape
+from nsds_gguf.compute.walk import WalkOptions, walk, working_bytes
 from nsds_gguf.errors import OutputError
 from nsds_gguf.read import open_model
 from nsds_gguf.read.hparams import read_hparams
-from nsds_gguf.records import kv, no_progress
-from nsds_gguf.sensitivity.fisher import (
-    ZIPF_SHIFT,
-    Head,
-    _Pass,
-    draw_tokens,
-    fisher,
-    token_chances,
-    working_bytes,
-)
+from nsds_gguf.records import kv
+from nsds_gguf.sensitivity.fisher import fisher
 from nsds_gguf.sensitivity.sensitivities import sensitivities
-
-
-def logits_of(model, tokens):
-    """Return the pass's logits for one sequence, ``(n, n_vocab)``."""
-    reader = _Pass(model, np.asarray(tokens)[np.newaxis], 1, no_progress, 0)
-    with ThreadPoolExecutor(1) as pool:
-        stream = reader.embed(reader.tape(pool))[1].value
-        for index in range(model.hparams.n_layers):
-            stream = reader.decoder.layer(reader.tape(pool), view_layer(model, index), Node(stream)).value
-        read = reader.behind_norm(reader.tape(pool), Node(stream)).value
-    head = Head(model, read, 0)
-    return np.concatenate([head.logits(slab)[1] for slab in head.slabs], axis=1)
-
 
 # Models of which the pass leaves something out that only moves attention: there the first position is compared, which
 # attends to itself alone.
@@ -208,31 +191,29 @@ def test_experts_are_chosen_and_weighed_as_told(scores, normed, biased):
     model, x = make_model(arrays, hparams), rng.standard_normal((12, 32), dtype=np.float32)
     told = {}
     with ThreadPoolExecutor(1) as pool:
-        tape = Tape(pool, 6, {}, on_expert=lambda name, expert, tokens, units: told.setdefault(expert, units))
+        tape = Tape(pool, 6, {}, on_expert=lambda name, expert, tokens, x: told.setdefault((name, expert), x))
         written = Decoder.of(model, 6).feed_forward(tape, view_layer(model, 0), Node(x)).value
     wanted, squares = retold(arrays, hparams, x)
     assert what_is_missing(model) == ""
     np.testing.assert_allclose(written, wanted, rtol=1e-4, atol=1e-5)
-    assert set(told) == set(squares)
-    for expert, units in told.items():
-        np.testing.assert_allclose(units**2, squares[expert], rtol=1e-3, atol=1e-5)
+    name = "blk.0.ffn_down_exps.weight"
+    assert {expert for stack, expert in told if stack == name} == set(squares)
+    for expert, units_squared in squares.items():
+        np.testing.assert_allclose(told[name, expert] ** 2, units_squared, rtol=1e-3, atol=1e-5)
 
 
 def test_experts_that_no_token_visits_weigh_as_the_others_and_are_told():
     arrays, hparams = expert_arrays(7, n_experts=16, n_used=2, n_layers=1)
     model, tokens = make_model(arrays, hparams), np.array([[39, 5, 5, 7], [39, 9, 5, 3]])
-    name, visits = "blk.0.ffn_down_exps.weight", {}
-    reader = _Pass(model, tokens, 1, no_progress, 0)
-    with ThreadPoolExecutor(1) as pool:
-        tape = reader.tape(pool, None, lambda _, expert, at, units: visits.update({expert: (at, units)}))
-        reader.decoder.layer(tape, view_layer(model, 0), reader.embed(reader.tape(pool))[1])
+    name = "blk.0.ffn_down_exps.weight"
+    visits = recorded_inputs(model, tokens)[1][name]
     moments = {
         expert: np.square(units[at % 4 > 0].astype("f8")).mean(axis=0)  # first positions left out
         for expert, (at, units) in visits.items()
         if (at % 4 > 0).any()
     }
     assert len(moments) < len(visits) < 16
-    found = sensitivities(model, 1, tokens=tokens)
+    found = sensitivities(model, tokens, WalkOptions(len(tokens)))
     others = np.mean(list(moments.values()), axis=0)
     np.testing.assert_allclose(found.inputs[name], [moments.get(expert, others) for expert in range(16)])
     assert found.inputs["blk.0.ffn_up_exps.weight"].shape == (32,)
@@ -257,10 +238,13 @@ def test_a_fused_gate_has_the_sensitivity_of_its_parts():
 
 def test_plain_matrices_beside_experts_have_hessians(tmp_path):
     model = make_model(*expert_arrays(7))
-    feedbacks = make_feedbacks(model, draw_tokens(model, 2, 32), 0.0, tmp_path, 1)
-    assert set(feedbacks.names) == set(multiplied(model))
-    assert not [name for name in feedbacks.names if "_exps" in name]
-    assert "blk.1.ffn_down_shexp.weight" in feedbacks.names and "blk.1.attn_q.weight" in feedbacks.names
+    files, plain = HessianFiles(tmp_path), frozenset(multiplied(model))
+    with walk(model, draw_tokens(model, 2, 32), WalkOptions(2, Recording(plain), files.add)):
+        pass
+    found = {name for names, _ in files.take() for name in names}
+    assert found == plain
+    assert not [name for name in found if "_exps" in name]
+    assert "blk.1.ffn_down_shexp.weight" in found and "blk.1.attn_q.weight" in found
 
 
 @pytest.mark.parametrize(

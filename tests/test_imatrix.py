@@ -22,8 +22,8 @@ from tiny_archs import write_tiny_arch
 
 from nsds_gguf import conversion as convert
 from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.calibration.activations import Moments
 from nsds_gguf.calibration.imatrix import Imatrix, read_imatrix, write_imatrix
+from nsds_gguf.compute.input_moments import Moments
 from nsds_gguf.errors import RecordError
 from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp import ggml, llama
@@ -97,8 +97,8 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     """Experts with their own counts; the keys that llama-imatrix writes."""
     squares = np.array([[1.0, 3.0], [0.0, 0.0], [2.5, 0.5]])
     moments = {
-        "b.weight": Moments(squares, squares, np.array([4, 0, 6])),
-        "a.weight": Moments(squares[2], squares[2], np.array([7])),
+        "b.weight": Moments(squares, np.array([4, 0, 6])),
+        "a.weight": Moments(squares[2], np.array([7])),
     }
     write_imatrix(tmp_path / "i.gguf", moments, source="text", n_chunks=3, n_ctx=8)
     columns = read_imatrix(tmp_path / "i.gguf").columns

@@ -7,10 +7,11 @@ import pytest
 from arrays import random_arrays
 from models import make_model
 
+from nsds_gguf.calibration.column_weights import FLOOR
 from nsds_gguf.errors import ModelError, PlanError
 from nsds_gguf.llamacpp.rules import kept_reason
 from nsds_gguf.sensitivity.blocks import ATTENTION_SHRINK
-from nsds_gguf.sensitivity.moment_propagation import FLOOR_OF_IMPORTANCE, STREAM_WEIGHT, propagate
+from nsds_gguf.sensitivity.moment_propagation import STREAM_WEIGHT, propagate
 from nsds_gguf.sensitivity.moments import Signal, gated_unit_moments
 
 
@@ -130,7 +131,7 @@ def test_a_channel_with_no_gain_keeps_a_little_importance():
     arrays, hparams = random_arrays(seed=3)
     arrays["blk.1.ffn_norm.weight"][4] = 0
     weights = propagate(make_model(arrays, hparams)).importance("sweep")["blk.1.ffn_up.weight"]
-    assert weights[4] == np.float32(FLOOR_OF_IMPORTANCE)
+    assert weights[4] == np.float32(FLOOR)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from command import TINY, call, listing
 from tiny_gguf import tiny_text, write_tiny_gguf
 from tiny_models import write_tiny
 
+from nsds_gguf.calibration import generated_text
 from nsds_gguf.evaluate import texts
 from nsds_gguf.session import session
 from nsds_gguf.session.session import _BASE_MEMORY_BYTES
@@ -23,7 +24,7 @@ QUICK = ("--threads", "1", "--ctx", "64", "--chunks", "2", "--text", "tiny.txt")
 def here(tmp_path, monkeypatch):
     """A working directory with a GGUF, a model folder and a text; the model writes few tokens."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(session, "N_TOKENS", 512)
+    monkeypatch.setattr(generated_text, "N_TOKENS", 512)
     write_tiny_gguf(tmp_path / "tiny.gguf")
     write_tiny(tmp_path / "model", replace(TINY, n_layers=1))
     (tmp_path / "tiny.txt").write_text(tiny_text())

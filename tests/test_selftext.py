@@ -6,8 +6,7 @@ import json
 import os
 import signal
 import threading
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -20,8 +19,10 @@ from tiny_models import Spec, write_tiny
 from nsds_gguf import conversion as convert
 from nsds_gguf import read
 from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.calibration.activations import Moments, collect
-from nsds_gguf.calibration.generated_text import OwnText, draw, own_text, write_tokens
+from nsds_gguf.calibration import generated_text
+from nsds_gguf.calibration.evidence import Evidence, TokenRequest, column_weights
+from nsds_gguf.calibration.generated_text import GeneratedText, draw, generated_tokens, write_tokens
+from nsds_gguf.compute.input_moments import Moments
 from nsds_gguf.errors import OutputError, VerifyError
 from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp.llama import open_context, open_model
@@ -47,7 +48,7 @@ def tiny(folder):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(session, "N_TOKENS", 512)
+    monkeypatch.setattr(generated_text, "N_TOKENS", 512)
 
 
 # Drawing
@@ -103,28 +104,17 @@ def test_seed_and_start(tiny, folder):
 # What is made of it
 
 
-def test_moments_are_those_of_the_text(tiny):
+def test_as_many_tokens_as_wanted(tiny, monkeypatch):
+    monkeypatch.setattr(generated_text, "N_TOKENS", 300)
+    monkeypatch.setattr(generated_text, "LENGTH", 64)
     seen = []
-    text = own_text(tiny, n_tokens=100, length=32, n_threads=1, progress=lambda *at: seen.append(at))
-    assert text.tokens.shape == (4, 32)  # rounded up
-    again = collect(tiny, text.tokens, n_threads=1)
-    assert all(np.array_equal(moments.mean_squares, again[name].mean_squares) for name, moments in text.moments.items())
-    assert seen[-1] == (256, 256)
+    model = read.open_model(tiny, None, False)
+    request = TokenRequest(model, lambda: nullcontext(tiny), n_threads=1, progress=lambda *at: seen.append(at))
+    tokens = generated_tokens(request)
+    assert tokens.shape == (5, 64) and tokens.dtype == np.int64  # rounded up
+    assert np.array_equal(tokens, write_tokens(tiny, n_sequences=5, length=64, n_threads=1))
+    assert seen[-1] == (320, 320)
     assert seen == sorted(seen)
-
-
-def test_full_moments_come_in_groups_that_fit(tiny):
-    text = own_text(tiny, n_tokens=64, length=32, n_threads=1)
-    names = [f"blk.{i}.{role}.weight" for i in (0, 1) for role in ("attn_q", "attn_v", "ffn_up", "ffn_down", "attn_k")]
-    groups = list(text.full_moments(names, 2 * 8 * 64**2, n_threads=1))
-    kinds = [sorted({name.split(".", 1)[1] for name in group}) for group in groups]
-    attention = [f"{i}.attn_{letter}.weight" for i in (0, 1) for letter in "kqv"]
-    assert kinds == [[*attention[:3], "0.ffn_up.weight"], ["0.ffn_down.weight"],
-                     [*attention[3:], "1.ffn_up.weight"], ["1.ffn_down.weight"]]  # fmt: skip
-    for group in groups:
-        for name, moments in group.items():
-            assert np.allclose(np.diag(moments.full), text.moments[name].mean_squares, rtol=1e-5)
-    assert groups[0]["blk.0.attn_q.weight"] is groups[0]["blk.0.attn_k.weight"]
 
 
 def test_weights_of_what_the_text_reaches_and_of_the_rest(folder):
@@ -135,19 +125,19 @@ def test_weights_of_what_the_text_reaches_and_of_the_rest(folder):
     own = rng.lognormal(size=(4, 256))
     own[2] = 0
     moments = {
-        stack: Moments(own, own, np.array([5, 1, 0, 9])),
-        dense: Moments(own[0], own[0], np.array([15])),
+        stack: Moments(own, np.array([5, 1, 0, 9])),
+        dense: Moments(own[0], np.array([15])),
     }
-    sweep = {t.name: rng.lognormal(size=t.n_cols).astype(np.float32) for t in model.tensors if t.is_matrix}
-    text = OwnText(Path(), np.zeros((3, 5), np.int32), 4, moments)
-    weights = text.weights(model, sweep)
+    columns = {t.name: rng.lognormal(size=t.n_cols) for t in model.tensors if t.is_matrix}
+    text = GeneratedText(Evidence(model, np.zeros((3, 5), np.int64), columns, moments=moments))
+    weights = column_weights(text, model)
     assert np.allclose(weights[dense], own[0] / own[0].mean())
     assert np.allclose(weights[stack][[0, 1, 3]], own[[0, 1, 3]] / own[[0, 1, 3]].mean())
-    assert np.array_equal(weights[stack][2], sweep[stack])
-    assert weights[missed] is sweep[missed]
+    assert np.allclose(weights[stack][2], columns[stack] / columns[stack].mean())
+    assert np.allclose(weights[missed], columns[missed] / columns[missed].mean())
     assert all(array.dtype == np.float32 for array in weights.values())
-    note = text.note(model)
-    assert note.startswith("Column importance comes from 15 tokens that the model generated (seed 4, sequences of 5);")
+    note = text.note()
+    assert note.startswith("Column importance comes from 15 tokens that the model generated (seed 0, sequences of 5);")
     assert note.endswith(" 1 matrices of experts, which take that of --importance sweep.")
     assert "token_embd" not in note
 
@@ -156,8 +146,8 @@ def test_columns_that_stay_zero_weigh_little(folder):
     model = read.open_model(write_tiny(folder / "zero", WIDE), None, False)
     name, squares = "blk.0.ffn_down.weight", np.ones(256)
     squares[7] = 0
-    text = OwnText(Path(), np.zeros((1, 5), np.int32), 0, {name: Moments(squares, squares, np.array([5]))})
-    weights = text.weights(model, {})[name]
+    moments = {name: Moments(squares, np.array([5]))}
+    weights = GeneratedText(Evidence(model, np.zeros((1, 5), np.int64), moments=moments)).column_weights(name)
     assert weights[7] == np.float32(1e-4)
     assert weights.min() > 0
 
@@ -198,8 +188,8 @@ def test_a_gguf_writes_its_own_text(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scores = convert.score_model(file.path, ScoreOptions(), importance=SELF, n_threads=1)
     assert scores.importance == SELF
-    own = own_text(file.path, n_tokens=512, n_threads=1)
-    assert own.note(read.open_model(file.path, None, False)) == scores.notes[-1]
+    assert scores.notes[-1].startswith("Column importance comes from 512 tokens that the model generated (seed 0, seq")
+    assert "They do not reach" not in scores.notes[-1]
     planned = convert.plan(file.path, [PlanOptions(Target("bpw", 4), importance=SELF)], given=scores, n_threads=1)
     assert planned.plans[0].notes.count(scores.notes[-1]) == 1
     uniform = [PlanOptions(Target("none", 0), "uniform", uniform="Q4_K", importance=SELF)]
@@ -226,7 +216,7 @@ def test_the_command(folder, tmp_path, monkeypatch):
 def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch):
     source = write_tiny(folder / "wide4", WIDE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(session, "N_TOKENS", 1 << 20)
+    monkeypatch.setattr(generated_text, "N_TOKENS", 1 << 20)
 
     timers = []
 

@@ -27,6 +27,8 @@ from models import make_tensor, read_by
 from plans import cycled_types, plan_of, uniform_plan, writable_model
 
 from nsds_gguf import __version__
+from nsds_gguf.calibration.random_tokens import draw_tokens
+from nsds_gguf.compute.walk import WalkOptions
 from nsds_gguf.errors import ModelError, OutputError
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.llamacpp.llama import logits
@@ -115,7 +117,7 @@ def test_a_whole_decoder_is_llama_cpps_and_runs(tmp_path):
     source = written(model, uniform_plan(model, "F32"), tmp_path / "F32.gguf")
     types = cycled_types(model)
     assert set(types.values()) == set(ggml.TYPES)
-    importance = sensitivities(model, 1).importance("sweep")
+    importance = sensitivities(model, draw_tokens(model), WalkOptions(4)).importance("sweep")
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
     written(model, plan_of(model, types, importance="sweep"), ours, importance)
     llama_quantize(source, theirs, name_patterns(types), importance)

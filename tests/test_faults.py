@@ -416,7 +416,7 @@ def test_an_import_that_fails_for_memory():
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts the address space")
 def test_a_limit_of_the_address_space_is_a_limit_of_memory():
     code = (
-        "import resource; from nsds_gguf.resources import available_memory_bytes as free\n"
+        "import resource; from nsds_gguf.system.resources import available_memory_bytes as free\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + (100 << 20), -1)); print(free() >> 20)"
     )

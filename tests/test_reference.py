@@ -11,7 +11,6 @@ from command import TINY, call, listing
 from tiny_gguf import tiny_text, write_tiny_gguf
 from tiny_models import write_tiny
 
-from nsds_gguf import convert
 from nsds_gguf.evaluate import texts
 from nsds_gguf.session import session
 from nsds_gguf.session.session import _BASE_MEMORY_BYTES
@@ -104,8 +103,9 @@ def test_the_time_told_counts_both(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("available", "wanted"), [(None, ""), (2**31, ""), (2**30, "2.00 GiB of memory, 1.00 GiB are available")]
-)
+    ("available", "wanted"), [(2**31, ""), (2**31 - 1, "2.00 GiB of memory, 2.00 GiB are available"),
+                              (2**30, "2.00 GiB of memory, 1.00 GiB are available")]
+)  # fmt: skip
 def test_memory_that_lacks(monkeypatch, available, wanted):
     monkeypatch.setattr(resources, "available_memory_bytes", lambda: available)
     assert resources.lacks_memory(2**31) == wanted

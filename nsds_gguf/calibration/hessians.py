@@ -98,7 +98,7 @@ def disk_bytes(model: Model) -> int:
 
 
 def _budget_bytes() -> int:
-    return max(LEAST_BYTES, int(SHARE_OF_MEMORY * (available_memory_bytes() or 0)))
+    return max(LEAST_BYTES, int(SHARE_OF_MEMORY * available_memory_bytes()))
 
 
 def _written(model: Model, text: OwnText, n_threads: int) -> Iterator[Found]:

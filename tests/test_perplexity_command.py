@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.progress import Task, TaskID
 from tiny_gguf import N_VOCAB, tiny_text, tiny_weights, write_tiny_gguf
 
-from nsds_gguf import convert
 from nsds_gguf.cli import display, screen, verbs
 from nsds_gguf.errors import OutputError
 from nsds_gguf.evaluate.perplexity import perplexity

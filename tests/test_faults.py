@@ -47,7 +47,7 @@ def names(folder):
 def dead(folder, name="out.gguf", n_bytes=3 << 20):
     """Leave the work folder of a run that was killed."""
     code = (
-        "import os, sys; from pathlib import Path; from nsds_gguf.workfolder import WorkFolder\n"
+        "import os, sys; from pathlib import Path; from nsds_gguf.system.workfolder import WorkFolder\n"
         "files = WorkFolder(Path(sys.argv[1]), [sys.argv[2]])\n"
         f"(files.path / 'original.gguf').write_bytes(bytes({n_bytes}))\n"
         "os.kill(os.getpid(), 9)"

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import re
 import struct
 from collections import deque
@@ -43,6 +42,7 @@ from ..records import (
     kv,
     no_progress,
 )
+from ..system.atomic import sync
 from ..system.workfolder import output_error
 from . import rounding
 from .rounding import Feedback, Feedbacks
@@ -147,7 +147,7 @@ def write_gguf(
             stream.write(header)
             _write_tensors(stream, pool, model, plan, importance, n_threads, progress, feedbacks)
             stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream.fileno())
     except OSError as error:
         raise output_error(path, error) from error
 

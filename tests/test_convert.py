@@ -55,6 +55,7 @@ def test_original_precision_is_the_checkpoint_bit_for_bit(reference):
     assert found["blk.2.ffn_down.weight"].data.tobytes() == raw[8 + n_header :][begin:end]
 
 
+@pytest.mark.slow
 def test_one_run_makes_several_files_and_checks_them(tmp_path, scores, reference):
     stages = []
 
@@ -98,6 +99,7 @@ def test_target_size_counts_the_whole_file(tmp_path, scores):
     assert 2_000_000 * 0.999 < result.path.stat().st_size <= 2_000_000
 
 
+@pytest.mark.slow
 def test_scores_and_plans_come_back_from_files(tmp_path, scores):
     kept = Scores.from_json(json.loads(json.dumps(scores.to_json())))
     (plan,) = convert.plan(DEMO, [bpw(3.3)], given=kept).plans
@@ -145,6 +147,7 @@ def test_files_say_where_they_come_from(tmp_path, scores, allocator):
     assert keys["general.quantization_version"] == 2 and keys["general.size_label"] == "4.6M"
 
 
+@pytest.mark.slow
 def test_default_plan_beats_whole_layers_at_the_same_bytes(tmp_path, scores, reference):
     """The reason for all this: less divergence at the same bytes."""
 

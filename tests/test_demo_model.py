@@ -107,6 +107,7 @@ def test_evaluation_text_is_plain_prose():
     assert all(line == line.strip() for line in text.splitlines())
 
 
+@pytest.mark.slow
 def test_model_was_trained(tokenizer, tmp_path):
     """Bits per byte of text it never saw, by llama.cpp; an untrained model of this vocabulary has about 3.6."""
     file = tmp_path / "model.gguf"

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nsds_gguf import __version__
 from nsds_gguf.cli import build_parser
@@ -34,14 +35,42 @@ def test_main_command_parses():
 
 
 def test_links_lead_somewhere():
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_changelog_knows_the_version():
+def test_the_index_names_every_page():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert set(re.findall(r"\]\((\w[\w-]*\.md)\)", index)) == pages
+
+
+def test_changelog_and_citation_know_the_version():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == __version__ and "2603.17354" in citation["preferred-citation"]["url"]
+
+
+def ci_command(name):
+    return subprocess.run(["bash", ".ci/readme-command", name], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the script names other folders there")
+def test_commands_of_the_readme_are_what_ci_runs():
+    for name in ("main-command", "test-command"):
+        assert ci_command(name).stdout == re.search(rf"<!-- {name} -->\n```sh\n(.+\n)```", README)[1]
+    lacking = ci_command("no-command")
+    assert (lacking.returncode, lacking.stderr) == (1, "README.md holds no no-command\n")
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob(".github/**/*.yml")), ids=lambda path: path.name)
+def test_forge_files_are_yaml(file):
+    found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if file.name in ("bug.yml", "model.yml"):
+        assert found["name"] and found["description"] and all(part["type"] for part in found["body"])
+        assert "nsds-gguf --version" in str(found["body"]) and "config.json" in str(found["body"])
 
 
 @pytest.mark.parametrize("verb", ["convert", "score", "plan", "perplexity", "inspect"])

@@ -135,6 +135,7 @@ def test_nothing_is_changed_without_need(tmp_path: Path) -> None:
     assert not any(name.startswith("blk.0.") for name in found) and "blk.1.attn_q.weight" in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "how", [{}, {"effort": "high"}, {"effort": "high", "importance": SELF}, {"importance": "none"}]
 )

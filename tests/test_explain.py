@@ -121,6 +121,7 @@ def test_scores_that_lack_the_type() -> None:
         why(plan_of(tensor), scores_of(tensor), tensor.name)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     written = tmp_path / "plan.json"
     outcome = call("plan", DEMO, "--target-bpw", "3.2", "--threads", 1, "--why", "output.weight", "--json", written)

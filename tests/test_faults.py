@@ -46,7 +46,7 @@ def names(folder):
 def dead(folder, name="out.gguf", n_bytes=3 << 20):
     """Leave the work folder of a run that was killed."""
     code = (
-        "import os, sys; from pathlib import Path; from nsds_gguf.workfolder import WorkFolder\n"
+        "import os, sys; from pathlib import Path; from nsds_gguf.system.workfolder import WorkFolder\n"
         "files = WorkFolder(Path(sys.argv[1]), [sys.argv[2]])\n"
         f"(files.path / 'original.gguf').write_bytes(bytes({n_bytes}))\n"
         "os.kill(os.getpid(), 9)"
@@ -415,7 +415,7 @@ def test_an_import_that_fails_for_memory():
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts the address space")
 def test_a_limit_of_the_address_space_is_a_limit_of_memory():
     code = (
-        "import resource; from nsds_gguf.resources import available_memory_bytes as free\n"
+        "import resource; from nsds_gguf.system.resources import available_memory_bytes as free\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + (100 << 20), -1)); print(free() >> 20)"
     )

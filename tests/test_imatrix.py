@@ -138,6 +138,7 @@ def test_stock_with_an_importance_matrix(tmp_path: Path) -> None:
     assert n_changed > 20
 
 
+@pytest.mark.slow
 def test_quantized_bytes_are_llama_quantizes(tmp_path: Path) -> None:
     """The tensors that the matrix speaks of, in five types, against llama.cpp with the same numbers."""
     imatrix = read_imatrix(GOLDEN / "imatrix.gguf")
@@ -162,6 +163,7 @@ def swept() -> dict[str, np.ndarray]:
     return Work(model, 1, Silent()).columns("sweep")
 
 
+@pytest.mark.slow
 def test_the_plan_says_where_importance_comes_from(tmp_path: Path) -> None:
     imatrix = read_imatrix(GOLDEN / "imatrix.dat")
     options = [PlanOptions(Target("bpw", 3.6), importance=imatrix.name)]
@@ -201,6 +203,7 @@ def test_a_stack_of_experts(tmp_path: Path) -> None:
 # The command
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path) -> None:
     arguments = ["--target-bpw", "3.6", "--imatrix", GOLDEN / "imatrix.gguf", "--threads", 1]
     assert call("plan", DEMO, *arguments, "--json", tmp_path / "plan.json", "-q").code == 0

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -276,6 +278,21 @@ def test_the_end_of_a_pipe():
     for cut in (0, 4, 12, len(stream.getvalue()) - 1):
         with pytest.raises(EOFError):
             receive(io.BytesIO(stream.getvalue()[:cut]))
+
+
+@pytest.mark.parametrize(
+    ("code", "wanted"),
+    [
+        (0xC0000005, "llama.cpp crashed (0xC0000005): last words"),
+        (255, "the process that ran llama.cpp ended with exit code 255: last words"),
+    ],
+)
+def test_windows_names_a_crash_by_its_status(code, wanted):
+    ended = object.__new__(process.LlamaProcess)
+    ended._process = SimpleNamespace(wait=lambda: code, stdin=io.BytesIO(), stdout=io.BytesIO(), stderr=io.BytesIO())
+    ended._lines, ended._drain = deque(["last words"]), threading.Thread()
+    ended._drain.start()
+    assert ended._cause_of_death() == wanted
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])

@@ -14,6 +14,7 @@ LIMIT_BYTES = 3 * LARGEST_TENSOR_BYTES + 600_000_000
 ALLOWED_GROWTH_BYTES = 8_000_000  # of 113 MB of float32 that 12 layers more hold
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells anonymous memory from the page cache")
 def test_conversion_does_not_grow_with_layers(tmp_path):
     """Read, score, measure, plan, write: one file of 4 layers, one of 16."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
+import psutil
 import pytest
 from llama_perplexity_oracle import exact_scores, flat, rounded_scores, statistics
 from perplexity_cases import CASES, case_file, case_text, scored_logits
@@ -554,7 +555,7 @@ def test_ctrl_c_stops_a_run(tiny):
 
 
 def test_import_does_not_load_llama_cpp():
-    code = "import sys, nsds_gguf.perplexity; sys.exit('llama_cpp' in sys.modules)"
+    code = "import sys, nsds_gguf.evaluate.perplexity; sys.exit('llama_cpp' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -604,6 +605,9 @@ def test_default_threads(monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {10**6, 10**6 + 1})  # not in /sys: a core each
         assert default_threads() == 2
         monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: 9 if logical else 5)
+    assert default_threads() == 5
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical: None)  # the system does not say
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     assert default_threads() == 7
 

@@ -121,6 +121,7 @@ def test_one_tensor_is_quantized_and_the_others_are_not(bench: ModelBench) -> No
     assert set(types.values()) == {"F32"}
 
 
+@pytest.mark.slow
 def test_measured_sensitivities_are_divergence_over_error(result: dict) -> None:
     names = [t["name"] for t in result["sensitivities"]]
     assert len(names) == len(set(names)) == 2 + 3 * 7
@@ -130,6 +131,7 @@ def test_measured_sensitivities_are_divergence_over_error(result: dict) -> None:
             assert m["alpha"] == pytest.approx(m["kld"] / m["e"]) and m["kld"] > 0
 
 
+@pytest.mark.slow
 def test_the_oracle_is_best_by_its_own_lights(result: dict) -> None:
     """No plan at the same bytes can have less measured sensitivity times error."""
     assert len(result["regret"]) == 9
@@ -137,6 +139,7 @@ def test_the_oracle_is_best_by_its_own_lights(result: dict) -> None:
         assert all(ratio > 1 - 1e-3 for ratio in entry["ratios"].values())
 
 
+@pytest.mark.slow
 def test_what_single_errors_add_up_to(bench: ModelBench, result: dict) -> None:
     """Of the plan with every matrix at Q3_K: the sum of what was measured of its tensors' sensitivities and errors."""
     (row,) = [row for row in result["rows"] if row["kind"] == UNIFORM]
@@ -145,6 +148,7 @@ def test_what_single_errors_add_up_to(bench: ModelBench, result: dict) -> None:
     assert row["expected"] == pytest.approx(sum(terms), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_bytes_are_equal(result: dict) -> None:
     rows = [row for row in result["rows"] if row["budget"] == "Q3_K_M"]
     (stock,) = [row for row in rows if row["kind"] == STOCK]
@@ -159,6 +163,7 @@ def test_layers_of_the_paper_have_the_mean_bits_asked_for(bench: ModelBench) -> 
     assert {t.type for t in plan.tensors if t.name in quality_measure.OUTSIDE} == {"Q4_K"}
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_twice(bench: ModelBench, result: dict, settings: Settings, folder: Path) -> None:
     log = folder / "work" / "measured.jsonl"
     before = log.read_text()
@@ -215,6 +220,7 @@ def test_ours_is_compared_with_the_mean_of_the_seeds() -> None:
     assert quality_figures.ratio(result, "t", "b", STOCK) is None
 
 
+@pytest.mark.slow
 def test_the_page_has_every_table(result: dict) -> None:
     facts = {"texts": ["novel"], "n_chunks": 6, "sensitivity_chunks": 4, "n_ctx": N_CTX, "commit": "abc1234",
              "build": "b", "command": "c", "missing": ["big"], "trial": False, "imatrix": "collected."}  # fmt: skip

@@ -104,8 +104,9 @@ def test_the_time_told_counts_both(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("available", "wanted"), [(None, ""), (2**31, ""), (2**30, "2.00 GiB of memory, 1.00 GiB are available")]
-)
+    ("available", "wanted"), [(2**31, ""), (2**31 - 1, "2.00 GiB of memory, 2.00 GiB are available"),
+                              (2**30, "2.00 GiB of memory, 1.00 GiB are available")]
+)  # fmt: skip
 def test_memory_that_lacks(monkeypatch, available, wanted):
     monkeypatch.setattr(resources, "available_memory_bytes", lambda: available)
     assert resources.lacks_memory(2**31) == wanted

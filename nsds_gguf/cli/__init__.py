@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _address_space_mib() -> int | None:
-    """Return the limit of the address space, ``None`` without one."""
-    if sys.platform == "win32":
+    """Return the limit of the address space, ``None`` without one, and on macOS, which does not hold to it."""
+    if sys.platform in ("win32", "darwin"):
         return None
     import resource
 

@@ -18,6 +18,7 @@ from .signals import SIGNAL_EXIT, Stopped, Watch, handled, message, restore_defa
 
 _MAX_MESSAGE = 2000  # characters of an error line: damaged files can hold names of any length
 
+_BROKEN_PIPE = 13  # SIGPIPE, which Windows has not
 _NO_THREAD = "can't start new thread"  # Python's words
 _REMEDY = "lower --threads or close other programs"
 
@@ -56,7 +57,7 @@ def _run(given: list[str]) -> int:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:  # whoever read our output has seen enough
         drop_output()
-        return SIGNAL_EXIT + signal.SIGPIPE
+        return SIGNAL_EXIT + _BROKEN_PIPE
     except (MemoryError, OSError, RuntimeError) as error:
         line = _system_error(error)
         if line is None:

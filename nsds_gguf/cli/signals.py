@@ -20,7 +20,8 @@ from ..system.workfolder import release_all
 
 SIGNAL_EXIT = 128  # plus the number of the signal, as shells have it
 
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # those that would kill the process without a chance to clean up
+# Those that would kill the process without a chance to clean up; SIGBREAK is Windows' SIGHUP, and its Ctrl-Break.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
 _PATIENCE_S = 0.7  # for the orderly way
 
 
@@ -55,7 +56,7 @@ def handled(restore: bool = True) -> Iterator[None]:
             stopped.append(number)
             raise Stopped(number)
 
-    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
     numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop) for number in numbers}
     hook = sys.unraisablehook

@@ -46,11 +46,15 @@ def _take_streams() -> tuple[BinaryIO, BinaryIO]:
 
 
 def _ignore_terminal() -> None:
-    """Leave Ctrl-C and a closing terminal to the parent, and no core file behind."""
-    for name in ("SIGINT", "SIGHUP"):
+    """Leave Ctrl-C and a closing terminal to the parent; no core file stays behind, no dialog waits for a click."""
+    for name in ("SIGINT", "SIGHUP", "SIGBREAK"):
         with suppress(AttributeError, ValueError):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if sys.platform != "win32":
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.SetErrorMode(msvcrt.SEM_FAILCRITICALERRORS | msvcrt.SEM_NOGPFAULTERRORBOX)
+    else:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -106,5 +110,5 @@ class _Server:
                 self._send(("busy", None))
 
     def _send(self, reply: tuple[str, Any]) -> None:
-        with self._lock, suppress(BrokenPipeError):  # the parent has gone: the other thread ends the process
+        with self._lock, suppress(OSError):  # the parent has gone: the other thread ends the process
             send(self._replies, reply)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from ..errors import OutputError, TextError, VerifyError
 from ..records import Float32
@@ -67,7 +68,7 @@ def default_threads() -> int:
     """
     if hasattr(os, "sched_getaffinity"):
         return len({_core(cpu) for cpu in os.sched_getaffinity(0)})
-    return os.cpu_count() or 1
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 def logits(file: Path, tokens: Sequence[int], *, n_threads: int | None = None) -> Float32:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import mmap
 import os
 import pickle
+import secrets
 import struct
 import sys
 import tempfile
@@ -58,7 +59,7 @@ class SharedBuffer:
     """Memory that both processes see, for logits. Pages take memory once they are written to.
 
     Attributes:
-        path: what the other process opens.
+        path: what the other process opens: ``map_shared``.
         data: the mapped bytes.
 
     """
@@ -66,11 +67,18 @@ class SharedBuffer:
     def __init__(self, n_bytes: int) -> None:
         """Create and map ``n_bytes``; raises ``OSError`` when the system refuses.
 
-        On Linux the memory belongs to no file system (containers give ``/dev/shm`` 64 MiB); elsewhere it is a
-        temporary file.
+        On Linux and Windows the memory belongs to no file system (containers give ``/dev/shm`` 64 MiB); elsewhere it
+        is a temporary file.
         """
+        self._fd: int | None = None
+        self._file: Path | None = None
+        if sys.platform == "win32":  # a file could not be removed while it is mapped
+            name = f"nsds-gguf-logits-{secrets.token_hex(8)}"
+            self.path = f"{name}:{max(n_bytes, 1)}"
+            self.data = mmap.mmap(-1, max(n_bytes, 1), tagname=name)
+            return
         if sys.platform == "linux" and Path("/proc/self/fd").is_dir():
-            self._fd, self._file = os.memfd_create("nsds-gguf-logits"), None
+            self._fd = os.memfd_create("nsds-gguf-logits")
             self.path = f"/proc/{os.getpid()}/fd/{self._fd}"
         else:
             self._fd, self.path = tempfile.mkstemp(prefix="nsds-gguf-logits-")
@@ -84,12 +92,16 @@ class SharedBuffer:
 
     def close(self) -> None:
         """Give the memory back; arrays that look into it keep their part until they go."""
-        os.close(self._fd)
+        if self._fd is not None:
+            os.close(self._fd)
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
 
 def map_shared(path: str) -> mmap.mmap:
     """Map the buffer that the other process made."""
+    if sys.platform == "win32":
+        name, _, n_bytes = path.partition(":")
+        return mmap.mmap(-1, int(n_bytes), tagname=name)
     with open(path, "r+b") as stream:  # noqa: PTH123 - /proc/N/fd/N is no path to a file with a name
         return mmap.mmap(stream.fileno(), 0)

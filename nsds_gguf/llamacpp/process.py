@@ -33,6 +33,7 @@ _STARTER = (
 )
 _KEPT_LINES = 200  # of what the process prints
 _CLOSE_SECONDS = 5
+_MAX_EXIT_CODE = 255  # that a program ends with of its own accord
 
 # Lines of standard error that say why a process ends, rather than what it was doing (ggml.c, ggml_abort; libstdc++).
 _REASON = re.compile(r"GGML_ASSERT|GGML_ABORT|fatal error|insufficient memory|what\(\):|error", re.IGNORECASE)
@@ -165,6 +166,8 @@ class LlamaProcess:
                     "programs, or convert on a machine with more memory")  # fmt: skip
         if code < 0:
             return f"llama.cpp crashed ({signal.Signals(-code).name}){said}"
+        if code > _MAX_EXIT_CODE:  # Windows: an NTSTATUS, 0xC0000005 for an access violation
+            return f"llama.cpp crashed (0x{code:08X}){said}"
         return f"the process that ran llama.cpp ended with exit code {code}{said}"
 
     def _last_words(self) -> str:

@@ -98,11 +98,12 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 def serve() -> None:
     """Answer requests until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asked, whose end ends the input
-    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no such limits, macOS refuses them
+    if sys.platform != "win32":
         import resource
 
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
+        with contextlib.suppress(ValueError, OSError):  # macOS refuses a limit of the address space
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
     alarm = getattr(signal, "alarm", lambda seconds: None)  # ends this process if who asked is no longer there to do so
     for line in sys.stdin.buffer:
         alarm(_LAST_RESORT_SECONDS)

@@ -9,7 +9,6 @@ The output appears under its name only when it is complete: it is written to a h
 
 from __future__ import annotations
 
-import os
 import re
 from collections import deque
 from collections.abc import Generator, Iterator
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 from ..errors import ModelError, OutputError
 from ..llamacpp import ggml
 from ..records import Model, Plan, PlannedTensor, Progress, Tensor, no_progress
+from ..system.atomic import sync
 from ..system.workfolder import output_error
 from .header import plan_header
 from .quantizer import Quantizer, Quantizers
@@ -76,7 +76,7 @@ def write_gguf(
                 n_written += slab.n_weights
                 progress(n_written, plan.n_weights)
             stream.flush()
-            os.fsync(stream.fileno())
+            sync(stream.fileno())
     except OSError as error:
         raise output_error(path, error) from error
 

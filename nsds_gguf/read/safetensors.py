@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..errors import ModelError, UnsupportedError
 from ..records import Float32, Rows
+from .small_dtypes import to_float32
 from .spans import read_spans, row_runs
 from .stored import StoredTensor
 
@@ -38,28 +39,6 @@ _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F8_E8M0": np.dtype("u1"),
 }  # fmt: skip
 LFS_MARK = b"version https://git-lfs"
-
-
-def _e4m3() -> Float32:
-    """Return the value of every F8_E4M3 code: sign, 4 bits of exponent with bias 7, 3 of mantissa, NaN and no infinity.
-
-    Source: Micikevicius et al. 2022, "FP8 formats for deep learning", table 1.
-    """
-    code = np.arange(128)
-    exponent, mantissa = code >> 3, code & 7
-    values = np.where(exponent > 0, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(1.0 * mantissa, -9))
-    values[127] = np.nan
-    return np.concatenate([values, -values]).astype(np.float32)
-
-
-def _e8m0() -> Float32:
-    """Return the value of every F8_E8M0 code: powers of two with bias 127, 255 is NaN (OCP MX formats 1.0, 5.4.1)."""
-    values = np.ldexp(1.0, np.arange(256) - 127)
-    values[255] = np.nan
-    return values.astype(np.float32)
-
-
-FP8_VALUES = {"F8_E4M3": _e4m3(), "F8_E8M0": _e8m0()}
 
 
 @dataclass(frozen=True)
@@ -108,17 +87,6 @@ class SafetensorsTensor(StoredTensor):
         with self.file.open("rb") as stream:
             stream.seek(self.offset_bytes)
             return stream.read(min(n_bytes, self.n_bytes))
-
-
-def to_float32(data: NDArray[Any], dtype: str) -> Float32:
-    """Convert stored values to float32, exactly: BF16 is the upper half of a float32, FP8 has a table of its values."""
-    if dtype in FP8_VALUES:
-        return np.take(FP8_VALUES[dtype], data)
-    if dtype == "BF16":
-        wide = data.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    return data.astype(np.float32, copy=False)
 
 
 def read_header(file: Path) -> dict[str, SafetensorsTensor]:

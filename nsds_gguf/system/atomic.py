@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import OutputError
@@ -49,12 +50,23 @@ def _publish(temporary: Path, path: Path) -> None:
         raise output_error(path, error) from error
 
 
+def sync(descriptor: int) -> None:
+    """Wait until what was written to an open file is on the disk; raises ``OSError`` when it cannot get there."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        with suppress(OSError):  # not on every file system
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # macOS's fsync leaves it in the cache of the drive
+            return
+    os.fsync(descriptor)
+
+
 def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":
+    if sys.platform == "win32":
         return  # Windows cannot open folders
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -7,9 +7,11 @@ import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import psutil
 import threadpoolctl
 
 from ..errors import OutputError
+from .cgroups import memory_left_bytes
 
 # Width of the residual stream from which a matrix product is worth more than one BLAS thread. Below it, threads that
 # spin for one another on a busy machine cost far more than they save: 33 s against 1.4 s at d 256 (docs/log.md).
@@ -18,33 +20,24 @@ THREADED_WIDTH = 1024
 _GIB = 2**30
 
 
-def available_memory_bytes() -> int | None:
-    """Return the memory that this process can still take, or ``None`` where the system does not say (not Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-    limits = [
-        n_bytes for n_bytes in (None if kib is None else kib * 1024, _address_space_left()) if n_bytes is not None
-    ]
-    return min(limits, default=None)
+def available_memory_bytes() -> int:
+    """Return the memory that this process can still take: what the machine has free, or less where a limit is set."""
+    found = (int(psutil.virtual_memory().available), memory_left_bytes(), _address_space_left())
+    return min(n_bytes for n_bytes in found if n_bytes is not None)
 
 
 def _address_space_left() -> int | None:
     """Return what a limit on the address space (``ulimit -v``) leaves, ``None`` without one.
 
-    Where that runs out, BLAS hangs or ends the process without an error that Python could see.
+    Where that runs out, BLAS hangs or ends the process without an error that Python could see. Linux alone holds
+    processes to it.
     """
-    if sys.platform == "win32":
+    if sys.platform != "linux":
         return None
     import resource
 
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if limit == resource.RLIM_INFINITY:
-        return None
-    n_pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    return max(0, limit - n_pages * resource.getpagesize())
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - int(psutil.Process().memory_info().vms))
 
 
 def check_disk(folder: Path, n_bytes: int, what: str) -> None:
@@ -60,13 +53,13 @@ def check_disk(folder: Path, n_bytes: int, what: str) -> None:
 def lacks_memory(n_bytes: int) -> str:
     """Return what is wanted and what there is when less than ``n_bytes`` of memory are available, or nothing."""
     available = available_memory_bytes()
-    if available is None or available >= n_bytes:
+    if available >= n_bytes:
         return ""
     return f"{n_bytes / _GIB:.2f} GiB of memory, {available / _GIB:.2f} GiB are available"
 
 
 def check_memory(n_bytes: int, what: str, remedy: str) -> None:
-    """Raise ``OutputError`` when less than ``n_bytes`` of memory are available; silent where that is unknown."""
+    """Raise ``OutputError`` when less than ``n_bytes`` of memory are available."""
     lacking = lacks_memory(n_bytes)
     if lacking:
         raise OutputError(f"{what} takes {lacking}: {remedy}")

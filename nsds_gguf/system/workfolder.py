@@ -191,9 +191,7 @@ class _Claim:
         with suppress(OSError):
             _remove(self.path)
         if self._lock is not None:
-            os.close(self._lock)
-            if sys.platform == "win32":  # where the open lock could not go
-                shutil.rmtree(self.path, ignore_errors=True)
+            _unlock(self._lock, self.path, is_done=True)
 
 
 _held: set[_Claim] = set()  # by this process
@@ -202,7 +200,7 @@ _guard = Lock()  # of the set
 
 def _claim(folder: Path, name: str) -> _Claim:
     """Make and lock the work folder of an output; raises ``OutputError`` when another run has it."""
-    path = folder / (PREFIX + hashlib.sha256(os.fsencode(name)).hexdigest()[:16])
+    path = folder / (PREFIX + hashlib.sha256(os.fsencode(os.path.normcase(name))).hexdigest()[:16])
     for _ in range(_TRIES):
         path.mkdir(mode=0o700, exist_ok=True)
         if not _is_own_folder(path):
@@ -313,6 +311,7 @@ def _removed_bytes(path: Path) -> int | str | None:
         return "it holds no lock of ours" if path.exists() else None
     except OSError as error:
         return str(error.strerror)
+    is_done = False
     try:
         if not _try_lock(lock) or not _is_at(lock, path / LOCK):
             return None
@@ -323,13 +322,21 @@ def _removed_bytes(path: Path) -> int | str | None:
         if record is not None and not _is_of_this_machine(record):
             return f"a run on {record['host']} made it; if none is going on there, remove it ({size_text(n_bytes)})"
         _remove(path)
+        is_done = True
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return "its file system has no locks; if no run is going on, remove it"
         return str(error.strerror)
     finally:
-        os.close(lock)
+        _unlock(lock, path, is_done)
     return n_bytes
+
+
+def _unlock(lock: int, path: Path, is_done: bool) -> None:
+    """Let go of a lock; on Windows, which keeps open files, remove it now with its folder when that is to go."""
+    os.close(lock)
+    if sys.platform == "win32" and is_done:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _remove(path: Path) -> None:
@@ -341,5 +348,6 @@ def _remove(path: Path) -> None:
             shutil.rmtree(entry)
         elif entry.name != LOCK:
             entry.unlink()
-    (path / LOCK).unlink(missing_ok=True)
-    path.rmdir()
+    if sys.platform != "win32":
+        (path / LOCK).unlink(missing_ok=True)
+        path.rmdir()

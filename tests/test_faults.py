@@ -22,10 +22,11 @@ from nsds_gguf.errors import ModelError, NsdsError, OutputError
 from nsds_gguf.quantize import write
 from nsds_gguf.read import open_model
 from nsds_gguf.read.spans import read_span, row_runs
-from nsds_gguf.session import outputs
-from nsds_gguf.system import workfolder
+from nsds_gguf.system import atomic, folder_lock, leftovers, workfolder
 from nsds_gguf.system.filestate import check_unchanged, file_states, unchanged
-from nsds_gguf.system.workfolder import LOCK, WorkFolder, remove_stale
+from nsds_gguf.system.folder_lock import LOCK
+from nsds_gguf.system.leftovers import remove_stale
+from nsds_gguf.system.workfolder import WorkFolder, release_all
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def names(folder):
 def dead(folder, name="out.gguf", n_bytes=3 << 20):
     """Leave the work folder of a run that was killed."""
     code = (
-        "import os, sys; from pathlib import Path; from nsds_gguf.workfolder import WorkFolder\n"
+        "import os, sys; from pathlib import Path; from nsds_gguf.system.workfolder import WorkFolder\n"
         "files = WorkFolder(Path(sys.argv[1]), [sys.argv[2]])\n"
         f"(files.path / 'original.gguf').write_bytes(bytes({n_bytes}))\n"
         "os.kill(os.getpid(), 9)"
@@ -69,7 +70,7 @@ def test_a_work_folder_is_there_for_a_block(out):
         (files.path / "large").write_bytes(b"data")
         assert files.path.parent == out and len(names(out)) == 2
         record = json.loads((files.path / LOCK).read_text())
-        assert (record["format"], record["output"], record["pid"]) == (workfolder.FORMAT, "a.gguf", os.getpid())
+        assert (record["format"], record["output"], record["pid"]) == (folder_lock.FORMAT, "a.gguf", os.getpid())
     assert names(out) == []
 
 
@@ -87,14 +88,14 @@ def test_several_leftovers_are_counted_together(out):
         (out / f"{i}").mkdir()
         dead(out / f"{i}", n_bytes=1 << 19).rename(out / f".nsds-gguf-{i}")
         (out / f"{i}").rmdir()
-    assert remove_stale(out) == ["Removed 1.5 MiB of temporary files left by 3 interrupted runs."]
+    assert remove_stale(out).notes == ["Removed 1.5 MiB of temporary files left by 3 interrupted runs."]
     assert names(out) == []
 
 
 def test_a_live_run_keeps_its_files(out):
     with WorkFolder(out, ["a.gguf"]) as live:
         (live.path / "large").write_bytes(b"data")
-        assert remove_stale(out) == []
+        assert remove_stale(out).notes == []
         assert names(live.path) == ["large", "lock"]
 
 
@@ -105,7 +106,7 @@ def test_the_second_run_to_an_output_is_refused(out, monkeypatch):
         with pytest.raises(OutputError) as caught:
             second.open()
         assert names(out) == [first.path.name]
-    host = workfolder.platform.node()
+    host = folder_lock.platform.node()
     assert str(caught.value) == (
         f"{out}/a.gguf: another run (process {os.getpid()} on {host}) is writing it; wait for that run, or choose "
         "another name"
@@ -121,7 +122,7 @@ def test_what_is_not_ours_is_left_alone_and_named(out):
     with_lock.mkdir()
     (with_lock / LOCK).write_text("not a record")
     (with_lock / "data").write_text("kept")
-    assert remove_stale(out) == [
+    assert remove_stale(out).notes == [
         f"{out}/.nsds-gguf-link: left alone: no folder of this user.",
         f"{out}/.nsds-gguf-mine: left alone: it holds no lock of ours.",
         f"{out}/.nsds-gguf-other: left alone: it holds no lock of ours.",
@@ -137,8 +138,8 @@ def test_files_of_another_machine_are_left(out, monkeypatch, host, boot, is_left
     path = dead(out)
     record = json.loads((path / LOCK).read_text())
     (path / LOCK).write_text(json.dumps({**record, "host": host, "boot": boot}))
-    monkeypatch.setattr(workfolder, "_machine", lambda: {"host": "here", "boot": "0"})
-    (note,) = remove_stale(out)
+    monkeypatch.setattr(folder_lock, "_machine", lambda: {"host": "here", "boot": "0"})
+    (note,) = remove_stale(out).notes
     assert path.exists() == is_left
     if is_left:
         assert note == f"{path}: left alone: a run on there made it; if none is going on there, remove it (3.0 MiB)."
@@ -148,10 +149,11 @@ def test_where_there_are_no_locks_runs_do_not_meet(out, monkeypatch):
     def refuse(_descriptor):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(workfolder, "_try_lock", refuse)
+    monkeypatch.setattr(workfolder, "try_lock", refuse)
+    monkeypatch.setattr(leftovers, "try_lock", refuse)
     with WorkFolder(out, ["a.gguf"]) as first, WorkFolder(out, ["a.gguf"]) as second:
         assert first.path != second.path
-        (note, _) = remove_stale(out)
+        (note, _) = remove_stale(out).notes
         assert note.endswith(": left alone: its file system has no locks; if no run is going on, remove it.")
         assert first.path.exists() and second.path.exists()
     assert names(out) == []
@@ -161,7 +163,7 @@ def test_a_full_disk_leaves_no_lock(out, monkeypatch):
     def refuse(*_arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(workfolder.os, "write", refuse)
+    monkeypatch.setattr(folder_lock.os, "write", refuse)
     with pytest.raises(OutputError, match=r"disk full or file too large while writing: No space left"):
         WorkFolder(out, ["a.gguf"]).open()
     assert names(out) == []
@@ -177,7 +179,7 @@ def test_a_folder_that_disappears(out):
 def test_all_work_folders_go_from_any_thread(out):
     with WorkFolder(out, ["a.gguf"]) as files, (files.path / "large").open("wb") as stream:
         stream.write(b"half")
-        thread = threading.Thread(target=workfolder.release_all)
+        thread = threading.Thread(target=release_all)
         thread.start()
         thread.join()
         assert names(out) == []
@@ -219,7 +221,7 @@ def test_a_name_of_255_bytes(model, out):
 
 def test_small_files_are_whole_or_not_there(out, monkeypatch):
     path = out / "plan.json"
-    outputs.write_small(path, "old\n")
+    atomic.write_small(path, "old\n")
     path.chmod(0o640)
 
     def half(temporary, *_arguments, **_options):
@@ -227,14 +229,14 @@ def test_small_files_are_whole_or_not_there(out, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(outputs.Path, "write_text", half)
+        patch.setattr(atomic.Path, "write_text", half)
         with pytest.raises(OutputError, match=r"plan.json: cannot write: No space left on device$"):
-            outputs.write_small(path, "new\n")
+            atomic.write_small(path, "new\n")
     assert path.read_text() == "old\n" and names(out) == ["plan.json"]
     (out / "link.json").symlink_to("plan.json")
-    outputs.write_small(out / "link.json", "new\n")
+    atomic.write_small(out / "link.json", "new\n")
     assert path.read_text() == "new\n" and (out / "link.json").is_symlink() and path.stat().st_mode & 0o777 == 0o640
-    outputs.write_small(Path(os.devnull), "nowhere\n")
+    atomic.write_small(Path(os.devnull), "nowhere\n")
 
 
 # --- inputs that change ----------------------------------------------------------------------------------------------
@@ -324,7 +326,7 @@ def test_every_weight_file_is_watched(model):
 def test_a_signal_ends_the_program_within_a_second_even_inside_a_library(model, out, name):
     """Where the orderly way leads nowhere, the watch ends the process and removes the files."""
     code = (
-        "import sys, threading; from nsds_gguf import convert; from nsds_gguf.cli import main\n"
+        "import sys, threading; from nsds_gguf.session import session; from nsds_gguf.cli import main\n"
         "def stuck(*arguments, **options):\n"
         "    print('stuck', flush=True)\n"
         "    while True:\n"
@@ -332,7 +334,7 @@ def test_a_signal_ends_the_program_within_a_second_even_inside_a_library(model, 
         "            threading.Event().wait()\n"
         "        except KeyboardInterrupt:\n"
         "            pass\n"  # as if the signal had never arrived
-        "convert.write_gguf = stuck\n"
+        "session.write_gguf = stuck\n"
         "sys.exit(main())"
     )
     command = [sys.executable, "-c", code, "convert", model, *PLAIN, "--no-verify", "-o", out / "a.gguf"]
@@ -416,7 +418,7 @@ def test_an_import_that_fails_for_memory():
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts the address space")
 def test_a_limit_of_the_address_space_is_a_limit_of_memory():
     code = (
-        "import resource; from nsds_gguf.resources import available_memory_bytes as free\n"
+        "import resource; from nsds_gguf.system.resources import available_memory_bytes as free\n"
         "size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size + (100 << 20), -1)); print(free() >> 20)"
     )

@@ -60,7 +60,9 @@ def sign(lock: int, path: Path, name: str) -> None:
     found = read_owner(path / LOCK)
     others = any(entry.name != LOCK for entry in path.iterdir())
     if others and not (found and is_of_this_machine(found)):
-        where = f"of a run on {found['host']}, which may still be going on" if found else "no temporary files of ours"
+        where = (
+            f"files of a run on {found['host']}, which may still be going on" if found else "no temporary files of ours"
+        )
         raise OutputError(f"{path}: is in the way: it holds {where}; move it away or choose another name")
     record = {"format": FORMAT, "output": name, "pid": os.getpid(), **_machine()}
     line = json.dumps(record).encode() + b"\n"

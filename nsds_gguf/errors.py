@@ -94,3 +94,13 @@ def told_of(path: Path, temporary: Path) -> Iterator[None]:
         if str(temporary) not in str(error):
             raise
         raise type(error)(str(error).replace(str(temporary), str(path))) from error
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Add a note to an exception, as ``add_note`` does from Python 3.11 on."""
+    error.__dict__.setdefault("__notes__", []).append(note)
+
+
+def notes_of(error: BaseException) -> list[str]:
+    """Return the notes that were added to an exception."""
+    return list(getattr(error, "__notes__", ()))

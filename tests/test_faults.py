@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +21,15 @@ from tiny_models import write_tiny
 
 from nsds_gguf import conversion as convert
 from nsds_gguf.cli import _is_lack_of_memory, run, signals
-from nsds_gguf.errors import ModelError, NsdsError, OutputError
+from nsds_gguf.errors import ModelError, NsdsError, OutputError, notes_of
 from nsds_gguf.quantize import write
 from nsds_gguf.read import open_model
 from nsds_gguf.read.spans import read_span, row_runs
-from nsds_gguf.system import atomic, workfolder
+from nsds_gguf.system import atomic, folder_lock, leftovers, workfolder
 from nsds_gguf.system.filestate import check_unchanged, file_states, unchanged
-from nsds_gguf.system.workfolder import LOCK, WorkFolder, remove_stale
+from nsds_gguf.system.folder_lock import LOCK, RECORDS
+from nsds_gguf.system.leftovers import remove_stale
+from nsds_gguf.system.workfolder import WorkFolder, release_all
 
 
 @pytest.fixture
@@ -43,32 +48,38 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def dead(folder, name="out.gguf", n_bytes=3 << 20):
-    """Leave the work folder of a run that was killed."""
+def dead(folder, name="out.gguf", n_bytes=3 << 20, n_record_bytes=0):
+    """Leave the work folder of a run that was killed, with a temporary file and perhaps a record."""
     code = (
         "import os, sys; from pathlib import Path; from nsds_gguf.system.workfolder import WorkFolder\n"
-        "files = WorkFolder(Path(sys.argv[1]), [sys.argv[2]])\n"
+        "files = WorkFolder(Path(sys.argv[1]), [sys.argv[2]], resume=True)\n"
         f"(files.path / 'original.gguf').write_bytes(bytes({n_bytes}))\n"
+        f"if {n_record_bytes}: (files.records / 'a.record').write_bytes(bytes({n_record_bytes}))\n"
         "os.kill(os.getpid(), 9)"
     )
     subprocess.run(
         [sys.executable, "-c", code, folder, name], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     )
-    (path,) = folder.glob(".nsds-gguf-*")
-    assert names(path) == ["lock", "original.gguf"]
+    path = folder / (folder_lock.PREFIX + hashlib.sha256(name.encode()).hexdigest()[:16])
+    assert names(path) == ["lock", "original.gguf"] + ["records"] * (n_record_bytes > 0)
     return path
+
+
+def record(files, n_bytes=2 << 20):
+    """Finish something in a run."""
+    (files.records / "a.record").write_bytes(bytes(n_bytes))
 
 
 # --- the work folder -------------------------------------------------------------------------------------------------
 
 
 def test_a_work_folder_is_there_for_a_block(out):
-    with WorkFolder(out, ["a.gguf", "b.gguf"]) as files:
+    with WorkFolder(out, ["a.gguf", "b.gguf"], resume=True) as files:
         assert names(out) == []
         (files.path / "large").write_bytes(b"data")
         assert files.path.parent == out and len(names(out)) == 2
         record = json.loads((files.path / LOCK).read_text())
-        assert (record["format"], record["output"], record["pid"]) == (workfolder.FORMAT, "a.gguf", os.getpid())
+        assert (record["format"], record["output"], record["pid"]) == (folder_lock.FORMAT, "a.gguf", os.getpid())
     assert names(out) == []
 
 
@@ -86,14 +97,14 @@ def test_several_leftovers_are_counted_together(out):
         (out / f"{i}").mkdir()
         dead(out / f"{i}", n_bytes=1 << 19).rename(out / f".nsds-gguf-{i}")
         (out / f"{i}").rmdir()
-    assert remove_stale(out) == ["Removed 1.5 MiB of temporary files left by 3 interrupted runs."]
+    assert remove_stale(out).notes == ["Removed 1.5 MiB of temporary files left by 3 interrupted runs."]
     assert names(out) == []
 
 
 def test_a_live_run_keeps_its_files(out):
     with WorkFolder(out, ["a.gguf"]) as live:
         (live.path / "large").write_bytes(b"data")
-        assert remove_stale(out) == []
+        assert remove_stale(out).notes == []
         assert names(live.path) == ["large", "lock"]
 
 
@@ -104,7 +115,7 @@ def test_the_second_run_to_an_output_is_refused(out, monkeypatch):
         with pytest.raises(OutputError) as caught:
             second.open()
         assert names(out) == [first.path.name]
-    host = workfolder.platform.node()
+    host = folder_lock.platform.node()
     assert str(caught.value) == (
         f"{out}/a.gguf: another run (process {os.getpid()} on {host}) is writing it; wait for that run, or choose "
         "another name"
@@ -120,7 +131,7 @@ def test_what_is_not_ours_is_left_alone_and_named(out):
     with_lock.mkdir()
     (with_lock / LOCK).write_text("not a record")
     (with_lock / "data").write_text("kept")
-    assert remove_stale(out) == [
+    assert remove_stale(out).notes == [
         f"{out}/.nsds-gguf-link: left alone: no folder of this user.",
         f"{out}/.nsds-gguf-mine: left alone: it holds no lock of ours.",
         f"{out}/.nsds-gguf-other: left alone: it holds no lock of ours.",
@@ -136,8 +147,8 @@ def test_files_of_another_machine_are_left(out, monkeypatch, host, boot, is_left
     path = dead(out)
     record = json.loads((path / LOCK).read_text())
     (path / LOCK).write_text(json.dumps({**record, "host": host, "boot": boot}))
-    monkeypatch.setattr(workfolder, "_machine", lambda: {"host": "here", "boot": "0"})
-    (note,) = remove_stale(out)
+    monkeypatch.setattr(folder_lock, "_machine", lambda: {"host": "here", "boot": "0"})
+    (note,) = remove_stale(out).notes
     assert path.exists() == is_left
     if is_left:
         assert note == f"{path}: left alone: a run on there made it; if none is going on there, remove it (3.0 MiB)."
@@ -147,10 +158,11 @@ def test_where_there_are_no_locks_runs_do_not_meet(out, monkeypatch):
     def refuse(_descriptor):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(workfolder, "_try_lock", refuse)
+    monkeypatch.setattr(workfolder, "try_lock", refuse)
+    monkeypatch.setattr(leftovers, "try_lock", refuse)
     with WorkFolder(out, ["a.gguf"]) as first, WorkFolder(out, ["a.gguf"]) as second:
         assert first.path != second.path
-        (note, _) = remove_stale(out)
+        (note, _) = remove_stale(out).notes
         assert note.endswith(": left alone: its file system has no locks; if no run is going on, remove it.")
         assert first.path.exists() and second.path.exists()
     assert names(out) == []
@@ -160,7 +172,7 @@ def test_a_full_disk_leaves_no_lock(out, monkeypatch):
     def refuse(*_arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(workfolder.os, "write", refuse)
+    monkeypatch.setattr(folder_lock.os, "write", refuse)
     with pytest.raises(OutputError, match=r"disk full or file too large while writing: No space left"):
         WorkFolder(out, ["a.gguf"]).open()
     assert names(out) == []
@@ -176,13 +188,263 @@ def test_a_folder_that_disappears(out):
 def test_all_work_folders_go_from_any_thread(out):
     with WorkFolder(out, ["a.gguf"]) as files, (files.path / "large").open("wb") as stream:
         stream.write(b"half")
-        thread = threading.Thread(target=workfolder.release_all)
+        thread = threading.Thread(target=release_all)
         thread.start()
         thread.join()
         assert names(out) == []
 
 
+# --- records of interrupted runs -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OutputError("disk full"), MemoryError(), SystemExit()])
+def test_an_interrupted_run_keeps_its_records_and_success_removes_them(out, error):
+    with pytest.raises(type(error)), WorkFolder(out, ["a.gguf"], resume=True) as files:
+        record(files)
+        (files.path / "original.gguf").write_bytes(b"data")
+        path = files.path
+        raise error
+    assert names(out) == [path.name] and names(path) == ["lock", "records"]
+    note = f"2.0 MiB of finished work is kept in {path.name}: the same command goes on from there"
+    assert notes_of(error) == [note]
+    said = []
+    with WorkFolder(out, ["a.gguf"], said.append, resume=True) as files:
+        assert names(files.path) == ["lock", "records"] and names(files.records) == ["a.record"]
+    assert names(out) == []
+    assert said == ["Going on from 2.0 MiB of finished work that an interrupted run left."]
+
+
+def test_a_killed_run_is_taken_over_by_the_next_to_its_output(out):
+    path = dead(out, "a.gguf", n_record_bytes=1 << 19)
+    said = []
+    with WorkFolder(out, ["a.gguf"], said.append, resume=True) as files:
+        assert files.path == path and names(path) == ["lock", "records"] and names(files.records) == ["a.record"]
+    assert names(out) == []
+    assert said == [
+        "Removed 3.0 MiB of temporary files left by an interrupted run.",
+        "Going on from 0.5 MiB of finished work that an interrupted run left.",
+    ]
+
+
+def test_a_run_that_hears_nothing_takes_over_too(out):
+    path = dead(out, "a.gguf", n_record_bytes=1)
+    with WorkFolder(out, ["a.gguf"], resume=True) as files:
+        assert names(files.records) == ["a.record"] and names(path) == ["lock", "records"]
+    assert names(out) == []
+
+
+def test_a_run_that_starts_anew_removes_records_and_keeps_its_own(out):
+    dead(out, "a.gguf", n_record_bytes=1)
+    said = []
+    with pytest.raises(KeyboardInterrupt), WorkFolder(out, ["a.gguf"], said.append, resume=False) as files:
+        assert names(files.path) == ["lock"] and names(files.records) == []
+        (files.records / "b.record").write_bytes(b"data")
+        raise KeyboardInterrupt
+    assert [path.name for path in out.rglob("*.record")] == ["b.record"]
+    assert said == ["Removed 3.0 MiB of temporary files left by an interrupted run."]
+
+
+def test_a_run_without_records_leaves_those_it_finds(out):
+    path = dead(out, "a.gguf", n_record_bytes=1)
+    for error in (None, KeyboardInterrupt()):
+        with suppress(KeyboardInterrupt), WorkFolder(out, ["a.gguf"]) as files:
+            assert names(files.path) == ["lock", "records"]
+            (files.path / "large").write_bytes(b"data")
+            with pytest.raises(ValueError, match="has no records"):
+                _ = files.records
+            if error:
+                raise error
+        assert names(path) == ["lock", "records"] and names(path / "records") == ["a.record"]
+    with pytest.raises(ValueError, match="has no records"), WorkFolder(out, resume=True) as files:
+        _ = files.records
+    with WorkFolder(out, ["a.gguf"], resume=True) as files:
+        assert names(files.records) == ["a.record"]
+
+
+@pytest.mark.parametrize("error", [OutputError("no room"), KeyboardInterrupt()])
+def test_a_run_that_fails_before_it_finished_anything_leaves_nothing(out, error):
+    with pytest.raises(type(error)), WorkFolder(out, ["a.gguf"], resume=True) as files:
+        (files.records / "a.bin").write_bytes(b"a payload without its head")
+        raise error
+    assert names(out) == [] and notes_of(error) == []
+
+
+@pytest.mark.parametrize(("cause", "is_kept"), [(None, False), (ValueError(), False), (OSError(5, "I/O error"), True)])
+def test_a_bad_model_leaves_nothing_but_one_that_cannot_be_read_now_does(out, cause, is_kept):
+    with pytest.raises(ModelError), WorkFolder(out, ["a.gguf"], resume=True) as files:
+        record(files)
+        try:
+            raise ModelError("the cause") from cause
+        except ModelError as error:
+            raise ModelError("NaN, or a disk that was unplugged") from error
+    assert len(names(out)) == is_kept
+
+
+def test_records_of_other_outputs_are_kept_and_told_in_one_note(out):
+    first, second = dead(out, "a.gguf", 1 << 20, n_record_bytes=1 << 20), dead(out, "b.gguf", 0, n_record_bytes=2 << 20)
+    paths = sorted([first, second])
+    outputs = ["a.gguf", "b.gguf"] if paths[0] == first else ["b.gguf", "a.gguf"]
+    for said in ([], []):
+        with WorkFolder(out, ["c.gguf"], said.append, resume=True) as files:
+            files.open()
+        assert names(out) == [path.name for path in paths]
+        assert names(first) == names(second) == ["lock", "records"]
+        assert said[-1] == (
+            f"Kept 3.0 MiB of finished work for interrupted runs to {', '.join(outputs)}, up to 7 days; if you do not "
+            f"want to run them again, remove {paths[0]}, {paths[1]}."
+        )
+        assert len(said) <= 2
+    said = []
+    with WorkFolder(out, ["b.gguf"], said.append, resume=True) as files:
+        files.open()
+    assert said == [
+        "Kept 1.0 MiB of finished work for interrupted runs to a.gguf, up to 7 days; if you do not want to run them "
+        f"again, remove {first}.",
+        "Going on from 2.0 MiB of finished work that an interrupted run left.",
+    ]
+    assert names(out) == [first.name]
+
+
+@pytest.mark.parametrize(("days", "is_kept"), [(6.9, True), (7.1, False), (-3, True)])
+def test_records_are_kept_for_seven_days(out, days, is_kept):
+    path = dead(out, n_record_bytes=1 << 20)
+    (path / RECORDS / "b.bin").touch()
+    for file in path.rglob("*"):
+        os.utime(file, (1, 1))
+    changed = time.time() - days * 24 * 3600
+    os.utime(path / RECORDS / "b.bin", (changed, changed))
+    left = remove_stale(out)
+    assert names(out) == [path.name] * is_kept
+    assert [found.output for found in left.kept] == ["out.gguf"] * is_kept
+    kept = "3.0" if is_kept else "4.0"
+    assert left.notes == [f"Removed {kept} MiB of temporary files left by an interrupted run."]
+
+
+def test_a_removal_that_was_killed_is_finished(out):
+    """The run had succeeded; its records are in the folder still."""
+    dead(out, n_record_bytes=1 << 20).rename(out / ".nsds-gguf-removed-0123456789abcdef")
+    left = remove_stale(out)
+    assert names(out) == [] and left.kept == []
+
+
+def test_records_of_another_machine_are_not_taken_over(out, monkeypatch):
+    path = dead(out, "a.gguf", n_record_bytes=1 << 20)
+    monkeypatch.setattr(folder_lock, "_machine", lambda: {"host": "here", "boot": "0"})
+    host = json.loads((path / LOCK).read_text())["host"]
+    with pytest.raises(OutputError) as caught:
+        WorkFolder(out, ["a.gguf"], resume=True).open()
+    assert str(caught.value) == (
+        f"{path}: is in the way: it holds files of a run on {host}, which may still be going on; move it "
+        "away or choose another name"
+    )
+    assert names(path / RECORDS) == ["a.record"]
+
+
+def test_where_there_are_no_locks_nothing_is_kept(out, monkeypatch):
+    def refuse(_descriptor):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workfolder, "try_lock", refuse)
+    error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt), WorkFolder(out, ["a.gguf"], resume=True) as files:
+        record(files)
+        raise error
+    assert names(out) == [] and notes_of(error) == []
+    path = dead(out, "a.gguf", n_record_bytes=1)  # where there were locks, from another machine perhaps
+    with WorkFolder(out, ["a.gguf"], resume=True) as files:
+        assert names(files.records) == [] and names(path / RECORDS) == ["a.record"]
+    assert names(out) == [path.name]
+
+
+def test_a_full_disk_does_not_make_records_nobodys(out, monkeypatch):
+    def refuse(*_arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = dead(out, "a.gguf", n_record_bytes=1)
+    before = (path / LOCK).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_lock.os, "write", refuse)
+        with pytest.raises(OutputError, match="disk full"):
+            WorkFolder(out, ["a.gguf"], resume=True).open()
+    assert (path / LOCK).read_text() == before and names(path / RECORDS) == ["a.record"]
+    (path / LOCK).write_text(before + "the rest of an older, longer line")  # killed between two steps
+    with WorkFolder(out, ["a.gguf"], resume=True) as files:
+        assert names(files.records) == ["a.record"]
+        assert json.loads((path / LOCK).read_text())["pid"] == os.getpid()
+    assert names(out) == []
+
+
+def test_a_records_folder_that_cannot_be_made(out):
+    message = r"out: cannot write: File exists$"
+    with pytest.raises(OutputError, match=message), WorkFolder(out, ["a.gguf"], resume=True) as files:
+        (files.path / RECORDS).write_text("a file")
+        _ = files.records
+    assert names(out) == []
+
+
+def test_a_run_to_several_outputs_has_its_records_with_the_first(out):
+    def run(outputs):
+        with WorkFolder(out, outputs, resume=True) as files:
+            found = names(files.records)
+            record(files)
+            raise KeyboardInterrupt
+
+        return found
+
+    for outputs in (["a.gguf", "b.gguf"], ["b.gguf"]):
+        with pytest.raises(KeyboardInterrupt):
+            run(outputs)
+    assert len(names(out)) == 2
+    with WorkFolder(out, ["b.gguf", "a.gguf"], resume=True) as files:
+        assert names(files.records) == ["a.record"]
+    assert names(out) == []
+
+
+def test_all_work_folders_keep_their_records_from_any_thread(out):
+    with WorkFolder(out, ["a.gguf"], resume=True) as files:
+        record(files)
+        (files.path / "large").write_bytes(b"half")
+        told = []
+        thread = threading.Thread(target=lambda: told.append(release_all()))
+        thread.start()
+        thread.join()
+        (name,) = names(out)
+        assert told == [f"2.0 MiB of finished work is kept in {name}: the same command goes on from there"]
+        assert names(out / name) == ["lock", "records"]
+    assert release_all() == ""
+    with WorkFolder(out, ["a.gguf"], resume=True) as files:
+        assert names(files.records) == ["a.record"]
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (OutputError("no room"), 5, "no room"),
+        (OSError(errno.EIO, "Input/output error"), 5, "Input/output error"),
+        (MemoryError(), 5, "out of memory; lower --threads or close other programs"),
+        (signals.Stopped(signal.SIGINT), 130, "stopped by SIGINT"),
+    ],
+)
+def test_an_error_tells_what_is_kept(model, out, monkeypatch, error, code, line):
+    def fail(*_arguments, **_options):
+        with WorkFolder(out, ["a.gguf"], resume=True) as files:
+            record(files)
+            raise error
+
+    monkeypatch.setattr(convert, "open_model", fail)
+    told = message(call("convert", model, *PLAIN), code)
+    (name,) = names(out)
+    assert told == f"{line}; 2.0 MiB of finished work is kept in {name}: the same command goes on from there"
+
+
+def test_a_bundle_folder_with_records_of_its_file_alone_is_empty(model, out):
+    dead(out, "a.gguf", n_record_bytes=1)
+    call("convert", model, *PLAIN, "--no-verify", "--bundle", out, "-q")
+    assert "Modelfile" in names(out)
+    assert "is not empty" in message(call("convert", model, *PLAIN, "--no-verify", "--bundle", out, "-q"), 5)
 
 
 def test_a_conversion_tells_what_it_removed(model, out):
@@ -319,12 +581,16 @@ def test_every_weight_file_is_watched(model):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
-@pytest.mark.parametrize("name", ["SIGINT"])
-def test_a_signal_ends_the_program_within_a_second_even_inside_a_library(model, out, name):
-    """Where the orderly way leads nowhere, the watch ends the process and removes the files."""
+@pytest.mark.parametrize(("name", "has_records"), [("SIGINT", False), ("SIGTERM", True)])
+def test_a_signal_ends_the_program_within_a_second_even_inside_a_library(model, out, name, has_records):
+    """Where the orderly way leads nowhere, the watch ends the process and removes the files, but no records."""
     code = (
         "import sys, threading; from nsds_gguf.session import session; from nsds_gguf.cli import main\n"
+        "from pathlib import Path; from nsds_gguf.system.workfolder import WorkFolder\n"
         "def stuck(*arguments, **options):\n"
+        f"    if {has_records}:\n"
+        f"        files = WorkFolder(Path({str(out)!r}), ['b.gguf'], resume=True)\n"
+        "        (files.records / 'a.record').write_bytes(bytes(1 << 20))\n"
         "    print('stuck', flush=True)\n"
         "    while True:\n"
         "        try:\n"
@@ -338,14 +604,16 @@ def test_a_signal_ends_the_program_within_a_second_even_inside_a_library(model, 
     environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stdout.readline() == "stuck\n"
-    assert len(names(out)) == 1
+    assert len(names(out)) == 1 + has_records
     number = getattr(signal, name)
     process.send_signal(number)
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 128 + number
-    assert err.strip() == f"error: stopped by {name}; no unfinished file is left"
-    assert names(out) == []
+    left, is_kept = names(out), ": the same command goes on from there"
+    assert len(left) == has_records
+    what = f"1.0 MiB of finished work is kept in {left[0]}{is_kept}" if has_records else "no unfinished file is left"
+    assert err.strip() == f"error: stopped by {name}; {what}"
 
 
 def test_only_the_first_signal_counts():

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from ..errors import NsdsError, OutputError
+from ..errors import NsdsError, OutputError, notes_of
 from .options import check_destinations
 from .parser import build_parser
 from .screen import Screen, drop_output, standard_output
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(sys.argv[1:] if argv is None else list(argv))
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        code = _fail(message(number), SIGNAL_EXIT + number)
+        code = _fail(message(number, "; ".join(notes_of(stop))), SIGNAL_EXIT + number)
         if watch is not None:
             watch.has_told = True
         return code
@@ -54,7 +54,7 @@ def _run(given: list[str]) -> int:
         with standard_output():  # a full disk or a closed pipe shows here, not at exit
             print(end="", flush=True)
     except NsdsError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail("; ".join((str(error), *notes_of(error))), error.exit_code)
     except BrokenPipeError:  # whoever read our output has seen enough
         drop_output()
         return SIGNAL_EXIT + _BROKEN_PIPE
@@ -62,7 +62,7 @@ def _run(given: list[str]) -> int:
         line = _system_error(error)
         if line is None:
             raise
-        return _fail(line, OutputError.exit_code)
+        return _fail("; ".join((line, *notes_of(error))), OutputError.exit_code)
     return 0
 
 

@@ -34,10 +34,9 @@ class Stopped(KeyboardInterrupt):
         self.number = number
 
 
-def message(number: int, is_clean: bool = True) -> str:
-    """Return what the user reads when a signal has ended the program."""
-    left = "no unfinished file is left" if is_clean else "temporary files are left, which the next run removes"
-    return f"stopped by {signal.Signals(number).name}; {left}"
+def message(number: int, left: str = "") -> str:
+    """Return what the user reads when a signal has ended the program, with what is left of it."""
+    return f"stopped by {signal.Signals(number).name}; {left or 'no unfinished file is left'}"
 
 
 @contextmanager
@@ -109,8 +108,8 @@ class Watch:
         self._end(number)
 
     def _end(self, number: int) -> NoReturn:
-        is_clean = release_all()
+        left = release_all()
         if not self.has_told:
             with suppress(OSError):  # standard error may be closed
-                os.write(2, f"\nerror: {message(number, is_clean)}\n".encode())
+                os.write(2, f"\nerror: {message(number, left)}\n".encode())
         os._exit(SIGNAL_EXIT + number)

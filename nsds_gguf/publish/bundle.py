@@ -34,8 +34,9 @@ from ..read.tokenizer.json_files import read_json
 from ..records import Plan, Progress, Scores
 from ..session.run import Reporter, Silent
 from ..system.atomic import unfinished
+from ..system.leftovers import remove_stale
 from ..system.resources import check_disk
-from ..system.workfolder import WorkFolder, output_error, remove_stale
+from ..system.workfolder import WorkFolder, output_error
 from .chat import KNOWS_TOOLS, ChatFormat
 from .model_card import Facts, Origin, find_origin, model_card
 from .modelfile import Metadata, chat_format, go_template, modelfile
@@ -115,9 +116,10 @@ def bundle_folder(folder: Path, force: bool, report: Reporter) -> Iterator[Path]
     existed = folder.exists()
     if existed and not folder.is_dir():
         raise OutputError(f"{folder}: is a file; wanted a folder for the bundle")
-    for note in remove_stale(folder):
+    left = remove_stale(folder)
+    for note in left.notes:
         report.say(note)
-    if existed and not force and any(folder.iterdir()):
+    if existed and not force and set(folder.iterdir()) - {found.path for found in left.kept}:
         raise OutputError(f"{folder}: is not empty; pass --force to replace the bundle in it")
     try:
         folder.mkdir(exist_ok=True)

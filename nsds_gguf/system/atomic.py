@@ -10,17 +10,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import OutputError
+from .store import file_name
 from .workfolder import WorkFolder, output_error
 
 
 @contextmanager
-def unfinished(path: Path, files: WorkFolder | None = None, keep_failed: bool = False) -> Iterator[Path]:
+def unfinished(
+    path: Path, files: WorkFolder | None = None, keep_failed: bool = False, resumable: bool = False
+) -> Iterator[Path]:
     """Give a hidden path on the file system of ``path``, renamed to it on success and removed on any failure.
 
     Args:
         path: what the file will be called.
         files: the work folder beside it; ``None`` for one of its own.
         keep_failed: leave what was written as ``path`` + ``.failed`` when an ordinary error ends the block.
+        resumable: the path is that of a ``PartFile`` among the records of ``files``, and stays after a failure.
 
     Raises:
         OutputError: the file cannot be given its name, or another run is writing it.
@@ -30,7 +34,7 @@ def unfinished(path: Path, files: WorkFolder | None = None, keep_failed: bool = 
         with WorkFolder(path.parent, [path.name]) as own, unfinished(path, own, keep_failed) as temporary:
             yield temporary
         return
-    temporary = files.path / path.name
+    temporary = files.records / f"{file_name(path.name)}.part" if resumable else files.path / path.name
     try:
         yield temporary
         _publish(temporary, path)
@@ -39,7 +43,8 @@ def unfinished(path: Path, files: WorkFolder | None = None, keep_failed: bool = 
             _publish(temporary, path.with_name(path.name + ".failed"))
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if not resumable:
+            temporary.unlink(missing_ok=True)
 
 
 def _publish(temporary: Path, path: Path) -> None:

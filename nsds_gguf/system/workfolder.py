@@ -1,22 +1,18 @@
-"""The hidden folder that holds a run's temporary files, locked for as long as the run lives.
+"""The hidden folder that holds a run's records and temporary files, locked for as long as the run lives.
 
 It lies beside the file that the run writes and is called ``.nsds-gguf-`` and a digest of that file's name, so that two
 runs that write one file meet there, and the second is refused. The system drops the lock with the process, however
-that ends: a folder whose lock can be taken is a dead run's, and the next run in the same place removes it.
-
-Layout: ``lock``, which is locked and says who made the folder (JSON), and whatever the run puts beside it.
+that ends: a folder whose lock can be taken is a dead run's. The next run to the same file takes over its records; the
+next run to another file in the same place removes it, unless it holds records of the last days.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
-import platform
 import secrets
 import shutil
-import stat
 import sys
 import tempfile
 import time
@@ -25,45 +21,35 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
-from typing import Any
 
-from ..errors import NsdsError, OutputError
-
-PREFIX = ".nsds-gguf-"
-LOCK = "lock"
-FORMAT = "nsds-gguf work folder 1"
+from ..errors import ModelError, NsdsError, OutputError, add_note
+from .folder_lock import (
+    LOCK,
+    NO_LOCKS,
+    PREFIX,
+    RECORDS,
+    empty,
+    holds_records,
+    is_at,
+    is_own_folder,
+    n_bytes_below,
+    open_lock,
+    read_owner,
+    remove,
+    sign,
+    size_text,
+    try_lock,
+)
+from .leftovers import Leftovers, remove_stale
 
 _TRIES, _PAUSE_S = 20, 0.05  # a lock may be held for a moment by a run that looks whether its owner is dead
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FAR = 1 << 30  # Windows locks bytes, which nobody else can read then: one behind the record
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _try_lock(descriptor: int) -> bool:
-        """Lock an open file for this process, unless another has; raises ``OSError`` where there are no locks."""
-        os.lseek(descriptor, _FAR, os.SEEK_SET)
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except PermissionError:
-            return False
-        return True
-
-else:
-    import fcntl
-
-    def _try_lock(descriptor: int) -> bool:
-        """Lock an open file for this process, unless another has; raises ``OSError`` where there are no locks."""
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
 
 
 class WorkFolder:
-    """The temporary files of one run: made and locked when first needed, removed when the ``with`` block ends.
+    """The files of one run beside its output: made and locked when first needed, removed when the ``with`` block ends.
+
+    Records outlive the death of the process and a block that an exception ends, other than that of a bad model.
 
     Attributes:
         folder: where it lies.
@@ -71,9 +57,24 @@ class WorkFolder:
 
     """
 
-    def __init__(self, folder: Path, outputs: Sequence[str] = (), say: Callable[[str], None] | None = None) -> None:
-        """Take the folder and the names; ``say`` hears what dead runs left, which is removed; ``None``: it is not."""
-        self.folder, self.outputs, self._say = folder, tuple(outputs), say
+    def __init__(
+        self,
+        folder: Path,
+        outputs: Sequence[str] = (),
+        say: Callable[[str], None] | None = None,
+        resume: bool | None = None,
+    ) -> None:
+        """Take the folder and the names of the outputs.
+
+        Args:
+            folder: the folder of the outputs.
+            outputs: their names; a run without any keeps no records.
+            say: told what was found of earlier runs; ``None`` leaves what dead runs to other outputs left.
+            resume: ``True`` takes over the records of an interrupted run to the first output, ``False`` removes them;
+                both leave their own when interrupted. ``None``: this run has no records, and leaves those it finds.
+
+        """
+        self.folder, self.outputs, self._say, self._resume = folder, tuple(outputs), say, resume
         self._claims: list[_Claim] = []
 
     @property
@@ -83,25 +84,39 @@ class WorkFolder:
         return self._claims[0].path
 
     @property
+    def records(self) -> Path:
+        """The folder for records; raises ``OutputError`` when it cannot be made, ``ValueError`` in a run without."""
+        if self._resume is None or not self.outputs:
+            raise ValueError("a run that neither resumes nor starts anew has no records")
+        path = self.path / RECORDS
+        try:
+            if not path.is_dir():
+                path.mkdir()
+                self._claims[0].sync()
+        except OSError as error:
+            raise output_error(path, error) from error
+        return path
+
+    @property
     def is_open(self) -> bool:
         """Whether the folder is there already."""
         return bool(self._claims)
 
     def open(self) -> None:
-        """Remove what dead runs left and make the folder.
+        """Make the folder, or take over that of an interrupted run, and remove what other dead runs left.
 
         Raises ``OutputError`` when another run writes one of the outputs, or nothing can be written there.
         """
         if self._claims:
             return
         try:
-            if self._say is not None:
-                for note in remove_stale(self.folder):
-                    self._say(note)
+            left = remove_stale(self.folder) if self._say is not None else Leftovers()
             for name in self.outputs or (secrets.token_hex(8),):
                 self._claims.append(_claim(self.folder, name))
+                self._claims[-1].clear(with_records=self._resume is False)
+            self._tell(left)
         except OSError as error:
-            self.close()
+            self._release(keep=True)
             wanted = self.folder / self.outputs[0] if self.outputs else self.folder
             if error.errno in _FULL:
                 raise output_error(wanted, error) from error
@@ -109,13 +124,25 @@ class WorkFolder:
                 f"{wanted}: cannot be written: {error.strerror}; choose another name or folder"
             ) from error
         except BaseException:
-            self.close()
+            self._release(keep=True)
             raise
 
+    def _tell(self, left: Leftovers) -> None:
+        if self._say is None:
+            return
+        for note in (*left.notes, *left.kept_notes([claim.path for claim in self._claims])):
+            self._say(note)
+        path = self._claims[0].path
+        if self._resume and holds_records(path):
+            self._say(f"Going on from {size_text(n_bytes_below(path))} of finished work that an interrupted run left.")
+
     def close(self) -> None:
-        """Remove the folder with all that is in it."""
+        """Remove the folder with all that is in it: the run has succeeded."""
+        self._release(keep=self._resume is None)
+
+    def _release(self, keep: bool) -> None:
         while self._claims:
-            self._claims.pop().release()
+            self._claims.pop().release(keep)
 
     def __enter__(self) -> WorkFolder:
         """Return itself."""
@@ -124,46 +151,54 @@ class WorkFolder:
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
-        """Close; where somebody else removed the folder, an error says that instead of what followed from it."""
+        """Close, or after an exception keep the records and note that on it.
+
+        Where somebody else removed the folder, an error says that instead of what followed from it.
+        """
         is_gone = self.is_open and not self._claims[0].path.is_dir()
-        self.close()
+        if error is None or _is_of_bad_model(error):
+            self.close()
+        else:
+            note = _kept_note(self._claims) if self._resume is not None else ""
+            self._release(keep=True)
+            if note:
+                add_note(error, note)
         if is_gone and isinstance(error, NsdsError | OSError):
             what = "the temporary files" if self.folder.is_dir() else "it"
             raise OutputError(f"{self.folder}: {what} disappeared while the run wrote there: run again") from error
 
 
-def release_all() -> bool:
-    """Remove the work folders of this process, from whatever thread; return whether nothing is left of them."""
+def release_all() -> str:
+    """Release the work folders of this process, from whatever thread, keeping records; return what the user must know.
+
+    That is empty when nothing is left of them.
+    """
     with _guard:
         claims = list(_held)
+    note = _kept_note(claims)
     for claim in claims:
-        claim.release()
-    return not any(claim.path.exists() for claim in claims)
+        claim.release(keep=True)
+    is_clean = not any(claim.path.exists() and not holds_records(claim.path) for claim in claims)
+    return note if is_clean else "temporary files are left, which the next run removes"
 
 
-def remove_stale(folder: Path) -> list[str]:
-    """Remove work folders of dead runs from a folder, and return what the user must know, one sentence each.
-
-    Folders of live runs are passed over; those that may be somebody else's are left alone and named.
-    """
-    n_bytes = n_removed = 0
-    notes: list[str] = []
-    with suppress(OSError):  # a folder that cannot be listed has nothing that could be removed
-        for path in sorted(folder.glob(PREFIX + "*")):
-            found = _removed_bytes(path)
-            if isinstance(found, str):
-                notes.append(f"{path}: left alone: {found}.")
-            elif found is not None:
-                n_bytes, n_removed = n_bytes + found, n_removed + 1
-    if n_removed:
-        runs = "an interrupted run" if n_removed == 1 else f"{n_removed} interrupted runs"
-        notes.append(f"Removed {size_text(n_bytes)} of temporary files left by {runs}.")
-    return notes
+def _is_of_bad_model(error: BaseException | None) -> bool:
+    """Tell whether an error says that the model must change, and not that the system could not read it just now."""
+    if not isinstance(error, ModelError):
+        return False
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__
+    return error is None
 
 
-def size_text(n_bytes: int) -> str:
-    """Return bytes for people."""
-    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+def _kept_note(claims: Sequence[_Claim]) -> str:
+    """Return what to say of the records that folders will keep; empty when there are none."""
+    with suppress(OSError):  # somebody else removes them
+        for claim in claims:
+            if claim.is_locked and holds_records(claim.path):
+                size = size_text(n_bytes_below(claim.path / RECORDS))
+                return f"{size} of finished work is kept in {claim.path.name}: the same command goes on from there"
+    return ""
 
 
 def output_error(path: Path, error: OSError) -> OutputError:
@@ -182,16 +217,39 @@ class _Claim:
         with _guard:
             _held.add(self)
 
-    def release(self) -> None:
-        """Remove the folder, then let go of the lock; what cannot be removed is for the next run."""
+    @property
+    def is_locked(self) -> bool:
+        """Whether a later run can tell that this one is dead."""
+        return self._lock is not None
+
+    def sync(self) -> None:
+        """Write the lock's own record to the disk: after a power loss a folder without it is nobody's."""
+        if self._lock is not None:
+            os.fsync(self._lock)
+
+    def clear(self, with_records: bool) -> None:
+        """Remove what a dead run left in the folder."""
+        empty(self.path, (LOCK,) if with_records else (LOCK, RECORDS))
+
+    def release(self, keep: bool) -> None:
+        """Remove the folder, then let go of the lock; what cannot be removed is for the next run.
+
+        With ``keep`` a folder that holds records stays, with nothing else in it.
+        """
         with _guard:
             if self not in _held:
                 return
             _held.remove(self)
         with suppress(OSError):
-            _remove(self.path)
+            keep = keep and self.is_locked and holds_records(self.path)
+            if keep:
+                empty(self.path, (LOCK, RECORDS))
+            else:
+                remove(self.path)
         if self._lock is not None:
-            _unlock(self._lock, self.path, is_done=True)
+            os.close(self._lock)
+            if sys.platform == "win32" and not keep:  # where the open lock could not go
+                shutil.rmtree(self.path, ignore_errors=True)
 
 
 _held: set[_Claim] = set()  # by this process
@@ -203,28 +261,28 @@ def _claim(folder: Path, name: str) -> _Claim:
     path = folder / (PREFIX + hashlib.sha256(os.fsencode(os.path.normcase(name))).hexdigest()[:16])
     for _ in range(_TRIES):
         path.mkdir(mode=0o700, exist_ok=True)
-        if not _is_own_folder(path):
+        if not is_own_folder(path):
             raise OutputError(f"{path}: is in the way of temporary files and not of this user; move it away")
         try:
-            lock = _open_lock(path, os.O_CREAT)
+            lock = open_lock(path, os.O_CREAT)
         except FileNotFoundError:  # removed by another run between the two
             continue
         try:
-            if _try_lock(lock) and _is_at(lock, path / LOCK):
-                _sign(lock, path, name)
+            if try_lock(lock) and is_at(lock, path / LOCK):
+                sign(lock, path, name)
                 return _Claim(path, lock)
         except OSError as error:
-            if error.errno in _NO_LOCKS:
+            if error.errno in NO_LOCKS:
                 os.close(lock)
                 return _unlocked(path)
-            _Claim(path, lock).release()  # locked, but there is no room for the record
+            _Claim(path, lock).release(keep=True)  # locked, but there is no room for the record
             raise
         except BaseException:
             os.close(lock)
             raise
         os.close(lock)
         time.sleep(_PAUSE_S)
-    owner = _read_record(path / LOCK)
+    owner = read_owner(path / LOCK)
     who = f"another run (process {owner['pid']} on {owner['host']})" if owner else "another run"
     raise OutputError(f"{folder / name}: {who} is writing it; wait for that run, or choose another name")
 
@@ -234,120 +292,6 @@ def _unlocked(path: Path) -> _Claim:
     own = Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=path.parent))
     (own / LOCK).touch()
     with suppress(OSError):  # another run may be doing the same
-        _remove(path)
+        if not holds_records(path):
+            remove(path)
     return _Claim(own, None)
-
-
-def _sign(lock: int, path: Path, name: str) -> None:
-    """Say in the lock who made the folder, after checking that nobody else did."""
-    found = _read_record(path / LOCK)
-    others = any(entry.name != LOCK for entry in path.iterdir())
-    if others and not (found and _is_of_this_machine(found)):
-        where = f"of a run on {found['host']}, which may still be going on" if found else "no temporary files of ours"
-        raise OutputError(f"{path}: is in the way: it holds {where}; move it away or choose another name")
-    record = {"format": FORMAT, "output": name, "pid": os.getpid(), **_machine()}
-    os.ftruncate(lock, 0)
-    os.lseek(lock, 0, os.SEEK_SET)
-    os.write(lock, json.dumps(record).encode())
-
-
-def _machine() -> dict[str, str]:
-    """Return what tells this machine from another: its name, and on Linux the boot of its kernel."""
-    boot = ""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return {"host": platform.node(), "boot": boot}
-
-
-def _is_of_this_machine(record: dict[str, Any]) -> bool:
-    """Tell whether a record was made here: locks of other machines may not be seen on shared file systems.
-
-    A container has a name of its own but the kernel of its host; a machine that was started again keeps its name.
-    """
-    here = _machine()
-    return bool(record["host"] == here["host"] or (here["boot"] and record["boot"] == here["boot"]))
-
-
-def _read_record(file: Path) -> dict[str, Any] | None:
-    """Return what a lock says, ``None`` when it is not one of ours."""
-    try:
-        record = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
-    is_ours = isinstance(record, dict) and record.get("format") == FORMAT and {"host", "boot", "pid"} <= record.keys()
-    return record if is_ours else None
-
-
-def _is_own_folder(path: Path) -> bool:
-    """Tell whether a path is a folder, and no link to one, of the user who runs this."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return True  # gone in between: it will be made again
-    return stat.S_ISDIR(found.st_mode) and (not hasattr(os, "getuid") or found.st_uid == os.getuid())
-
-
-def _open_lock(path: Path, flags: int = 0) -> int:
-    return os.open(path / LOCK, os.O_RDWR | flags | getattr(os, "O_NOFOLLOW", 0), 0o600)
-
-
-def _is_at(descriptor: int, file: Path) -> bool:
-    """Tell whether an open file is still the one that its path names: it may have been removed and made anew."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _removed_bytes(path: Path) -> int | str | None:
-    """Remove a dead run's folder and return its bytes; ``None`` for a live one, a reason for one that is left."""
-    if not _is_own_folder(path):
-        return "no folder of this user"
-    try:
-        lock = _open_lock(path)
-    except FileNotFoundError:  # a run is just making it, or has just ended; or not ours
-        with suppress(OSError):
-            path.rmdir()
-        return "it holds no lock of ours" if path.exists() else None
-    except OSError as error:
-        return str(error.strerror)
-    is_done = False
-    try:
-        if not _try_lock(lock) or not _is_at(lock, path / LOCK):
-            return None
-        n_bytes = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir() and file.name != LOCK)
-        record = _read_record(path / LOCK)
-        if record is None and any(entry.name != LOCK for entry in path.iterdir()):
-            return "it holds no lock of ours"
-        if record is not None and not _is_of_this_machine(record):
-            return f"a run on {record['host']} made it; if none is going on there, remove it ({size_text(n_bytes)})"
-        _remove(path)
-        is_done = True
-    except OSError as error:
-        if error.errno in _NO_LOCKS:
-            return "its file system has no locks; if no run is going on, remove it"
-        return str(error.strerror)
-    finally:
-        _unlock(lock, path, is_done)
-    return n_bytes
-
-
-def _unlock(lock: int, path: Path, is_done: bool) -> None:
-    """Let go of a lock; on Windows, which keeps open files, remove it now with its folder when that is to go."""
-    os.close(lock)
-    if sys.platform == "win32" and is_done:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder whose lock this process holds: out of the way first, the lock last, so that it stays known."""
-    with suppress(OSError):  # Windows does not rename folders with open files
-        path = path.rename(path.with_name(f"{PREFIX}removed-{secrets.token_hex(8)}"))
-    for entry in list(path.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        elif entry.name != LOCK:
-            entry.unlink()
-    if sys.platform != "win32":
-        (path / LOCK).unlink(missing_ok=True)
-        path.rmdir()

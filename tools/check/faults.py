@@ -35,8 +35,8 @@ try:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if 0 <= limit < 400 << 20:  # where the program does not import more either
         raise MemoryError
-    from nsds_gguf import convert
-    convert.N_TOKENS = 512
+    from nsds_gguf.session import session
+    session.N_TOKENS = 512
 except KeyboardInterrupt:
     sys.exit(130)
 except (MemoryError, ImportError, OSError) as error:  # the program itself says what it is
@@ -51,6 +51,7 @@ SECTIONS = ("kills", "signals", "disk", "memory", "inputs", "places", "pairs")
 KILLS_A_RUN = 10  # then one is left to end
 ALLOWED_S = 1.0  # from a signal to the end
 TIME_LIMIT_S = 120
+KEPT = ["lock", "records"]  # of an interrupted run
 
 Process = subprocess.Popen[str]
 
@@ -144,11 +145,19 @@ class Bench:
         """Return a moment of a run, in seconds from its start."""
         return self.random.uniform(0.0, self.seconds)
 
-    def state(self) -> str:
-        """Return what is wrong with the folder: a partial output, or temporary files; empty when nothing is."""
+    def state(self, err: str = "") -> str:
+        """Return what is wrong with the folder: a partial output, or temporary files; empty when nothing is.
+
+        Records may be there where the run's last line ``err`` says so, but nothing beside them.
+        """
         if self.output.exists() and self.output.read_bytes() != self.whole:
             return "a partial or different file under the final name"
-        others = [path.name for path in self.work.iterdir() if path != self.output]
+        kept = [
+            path
+            for path in self.work.iterdir()
+            if path.name in err and sorted(entry.name for entry in path.iterdir()) == KEPT
+        ]
+        others = [path.name for path in self.work.iterdir() if path not in (self.output, *kept)]
         return f"left: {', '.join(others)}" if others else ""
 
     def clear(self) -> None:
@@ -160,7 +169,7 @@ class Bench:
 def judged(section: Section, bench: Bench, found: Outcome, expected: tuple[int, ...], what: str) -> None:
     """Count a run that should end with one line and nothing left, or well with the whole file."""
     lines = [line for line in found.err.splitlines() if line]
-    problem = bench.state()
+    problem = bench.state(found.err if found.code else "")
     if found.code == 0:
         problem = problem or ("" if bench.output.exists() else "no output")
     elif found.code not in expected:
@@ -198,15 +207,16 @@ def signals(bench: Bench, count: int) -> Section:
         number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[i % 3]
         found = bench.end(bench.start(), number, bench.moment())
         section.longest_s = max(section.longest_s, found.waited_s)
-        name, problem = number.name, bench.state()
+        name, problem = number.name, bench.state(found.err if found.code else "")
         if found.code in (-number, 130) and not found.err.strip():
             section.add(f"{name} before the program began", problem)
         elif found.code == 0:
             section.add("had ended", problem)
         else:
-            if (
-                found.code != 128 + number
-                or found.err.strip() != f"error: stopped by {name}; no unfinished file is left"
+            ends = ("no unfinished file is left", "the same command goes on from there")
+            line = found.err.strip()
+            if found.code != 128 + number or not (
+                line.startswith(f"error: stopped by {name}; ") and line.endswith(ends)
             ):
                 problem = problem or f"{name}: exit code {found.code}: {found.err[-300:]!r}"
             if found.waited_s > ALLOWED_S:
@@ -331,7 +341,8 @@ def places(bench: Bench, _count: int) -> Section:
             time.sleep(0.01)
         time.sleep(after * bench.seconds)
         moved = bench.work.with_name("moved")
-        shutil.rmtree(bench.work)
+        while bench.work.exists():  # the run may be removing its files too
+            shutil.rmtree(bench.work, ignore_errors=True)
         found = bench.end(process)
         bench.work.mkdir()
         is_true = found.code == 5 and "disappeared while the run wrote there" in found.err

@@ -264,8 +264,8 @@ def _check_trained_context(arguments: argparse.Namespace, screen: Screen) -> Non
     n_ctx_train = metadata.get(f"{metadata.get('general.architecture')}.context_length")
     if isinstance(n_ctx_train, int) and arguments.ctx_size > n_ctx_train:
         screen.warn(
-            f"{arguments.file}: trained for {n_ctx_train} tokens, --ctx-size {arguments.ctx_size} asked: beyond the first "
-            f"{n_ctx_train} of a chunk the numbers say little about the file"
+            f"{arguments.file}: was trained for {n_ctx_train} tokens, --ctx-size is {arguments.ctx_size}: beyond the "
+            f"first {n_ctx_train} tokens of a chunk the numbers say little about the file"
         )
 
 

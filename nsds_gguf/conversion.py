@@ -122,7 +122,9 @@ def convert(
     check_not_input(paths, model)
     results = []
     with ExitStack() as stack:
-        files = stack.enter_context(WorkFolder(paths[0].parent, [path.name for path in paths], run.report.say))
+        files = stack.enter_context(
+            WorkFolder(paths[0].parent, [path.name for path in paths], run.report.say, run.resume)
+        )
         stack.enter_context(unchanged(model.inputs))
         files.open()
         check_vocabulary(model, verifying, text, files)
@@ -136,8 +138,8 @@ def convert(
         plans = _plans(session, jobs, loaded)
         reference = stack.enter_context(reference_file(session, comparing))
         for target, plan in zip(paths, plans, strict=True):
-            with unfinished(target, files, output.keep_failed) as temporary, named(target, temporary, output):
-                session.write(plan, temporary)
+            with unfinished(target, files, output.keep_failed, True) as temporary, named(target, temporary, output):
+                session.write(plan, temporary, resumes=True)
                 notes = () if comparing is verifying else lacks_room_for_original(model, plan, verifying.n_ctx)
                 found = session.verify(plan, temporary, verifying, text, None if notes else reference)
                 check_unchanged(model.inputs)

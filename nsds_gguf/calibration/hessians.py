@@ -135,7 +135,7 @@ def factor_hessians(
             hessian = equalization.moments(names[0], hessian)
         if model.is_tied and head in names:
             hessian = mixed_roles(hessian, looked_up)
-        if hessian.diagonal().mean() > 0:
+        if hessian.diagonal().mean() > 0 and not factors.recall(names):
             factors.add(names, hessian, shrinkage)
         progress(len(factors.names), total)
     progress(total, total)

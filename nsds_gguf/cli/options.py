@@ -38,7 +38,8 @@ def options_of(arguments: argparse.Namespace) -> list[Options]:
 
 def run_of(arguments: argparse.Namespace, screen: Screen) -> Run:
     """Return how the run goes about its work."""
-    return Run(arguments.threads, screen) if arguments.threads else Run(report=screen)
+    chosen = {"n_threads": arguments.threads} if arguments.threads else {}
+    return Run(**chosen, report=screen, resume=not getattr(arguments, "no_resume", False))
 
 
 def is_open(arguments: argparse.Namespace) -> bool:

@@ -185,6 +185,8 @@ def _add_convert(verbs: Any) -> None:
         "--keep-failed", action="store_true", help="keep a file that failed verification as FILE.failed"
     )
     parser.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
+    parser.add_argument("--no-resume", action="store_true",
+                        help="start anew instead of going on from what an interrupted run finished")  # fmt: skip
     _add_page(parser)
     _add_budget(parser)
     _add_rounding(parser)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import ModelError
 from ..records import Float32, Float64
+from ..system.store import Store
 from ..system.workfolder import output_error
 
 _IN_MEMORY = 3  # factors: of the tensor being written, of the next one, and one to spare
@@ -84,11 +85,14 @@ def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, da
 
 
 class FactorStore:
-    """Hessian factors by tensor name. Files lie in a folder of the caller's, who removes it."""
+    """Hessian factors by tensor name. Files lie in a folder of the caller's, who removes it, or are records.
 
-    def __init__(self, folder: Path) -> None:
-        """Take an existing folder."""
-        self._folder = folder
+    As records they outlive the run: an input whose factors are known is not factored again.
+    """
+
+    def __init__(self, folder: Path, records: Store | None = None) -> None:
+        """Take an existing folder, and a store for records in place of it."""
+        self._folder, self._records = folder, records
         self._files: dict[str, Path] = {}
         self._recent: OrderedDict[Path, HessianFactors] = OrderedDict()
         self._lock = Lock()
@@ -99,12 +103,25 @@ class FactorStore:
         Raises ``OutputError`` when the disk is full.
         """
         factors = factor_hessian(hessian, shrinkage=shrinkage)
+        arrays = {f.name: getattr(factors, f.name) for f in fields(HessianFactors)}
+        if self._records is not None:
+            with self._records.put_file(_record_name(names)) as path, path.open("wb") as stream:
+                np.savez(stream, **arrays)
+            self.recall(names)
+            return
         path = self._folder / f"{len(self._files)}.npz"
         try:
-            np.savez(path, **{f.name: getattr(factors, f.name) for f in fields(HessianFactors)})
+            np.savez(path, **arrays)
         except OSError as error:
             raise output_error(path, error) from error
         self._files.update(dict.fromkeys(names, path))
+
+    def recall(self, names: Collection[str]) -> bool:
+        """Take over the factors of an input from the records; return whether they are there."""
+        path = None if self._records is None else self._records.get_file(_record_name(names))
+        if path is not None:
+            self._files.update(dict.fromkeys(names, path))
+        return path is not None
 
     def of(self, name: str) -> HessianFactors | None:
         """Return the factors of a tensor, ``None`` where it has none."""
@@ -121,6 +138,18 @@ class FactorStore:
             return self._recent[path]
 
     @property
+    def inputs(self) -> list[list[str]]:
+        """Tensors that have factors, those with one input together."""
+        alike: dict[Path, list[str]] = {}
+        for name, path in self._files.items():
+            alike.setdefault(path, []).append(name)
+        return list(alike.values())
+
+    @property
     def names(self) -> Collection[str]:
         """Tensors that have factors."""
         return self._files.keys()
+
+
+def _record_name(names: Collection[str]) -> str:
+    return f"Hessian factors/{' '.join(sorted(names))}"

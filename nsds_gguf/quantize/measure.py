@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -26,12 +26,16 @@ SAMPLED_ROWS_MIN, SAMPLED_ROWS_MAX = 64, 1024
 _DIGITS = 7  # kept in records, so that the last bits of a BLAS do not change digests
 
 
+OnCost = Callable[[TensorCost], None]
+
+
 def measure(
     tensors: Sequence[tuple[Tensor, Sequence[str]]],
     quantizers: Quantizers,
     sensitivity: Mapping[str, float],
     n_threads: int,
     progress: Progress = no_progress,
+    on_cost: OnCost | None = None,
 ) -> tuple[TensorCost, ...]:
     """Measure tensors in types.
 
@@ -41,6 +45,7 @@ def measure(
         sensitivity: by tensor name, what becomes part of its cost; 0 for tensors that are absent.
         n_threads: threads; each works on one tensor at a time.
         progress: called with weights done and weights in all.
+        on_cost: called with each cost once it is known, in order.
 
     Returns:
         One cost per tensor, in order.
@@ -60,6 +65,8 @@ def measure(
         try:
             for (tensor, _), job in zip(tensors, jobs, strict=True):
                 costs.append(job.result())
+                if on_cost is not None:
+                    on_cost(costs[-1])
                 done += tensor.n_weights
                 progress(done, total)
         except BaseException:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -23,14 +23,30 @@ from numpy.typing import NDArray
 from ..errors import ModelError, OutputError
 from ..llamacpp import ggml
 from ..records import Model, Plan, PlannedTensor, Progress, Tensor, no_progress
-from ..system.atomic import sync
-from ..system.workfolder import output_error
+from ..system.partfile import PartFile, PlainFile
 from .header import plan_header
 from .quantizer import Quantizer, Quantizers
 
 _SLAB_BYTES = 2 << 20  # float32 rows of one job: stays in the cache, hides Python's 0.1 ms a slab
 _IN_FLIGHT_PER_THREAD = 2
 _LARGEST_F16 = 65504.0  # scales are float16: only weights above can overflow a type
+
+
+_HEADER = "header"  # the first piece of a file; no tensor is called so
+
+
+@dataclass(frozen=True)
+class Resume:
+    """How a file goes on that an interrupted run began.
+
+    Attributes:
+        key: what its bytes depend on; a file of another key is written anew.
+        say: told when tensors must be written again.
+
+    """
+
+    key: str
+    say: Callable[[str], None] | None = None
 
 
 def write_gguf(
@@ -41,6 +57,7 @@ def write_gguf(
     *,
     n_threads: int,
     progress: Progress = no_progress,
+    resume: Resume | None = None,
 ) -> None:
     """Write the file that the plan describes.
 
@@ -53,6 +70,8 @@ def write_gguf(
         path: file to create, usually that of ``unfinished``.
         n_threads: threads that read and quantize.
         progress: called with weights done and weights in all.
+        resume: go on behind the last complete tensor of an interrupted run, with a journal beside the file; ``None``
+            writes all of it.
 
     Raises:
         ModelError: a tensor holds NaN or infinite values, or values that its type cannot hold.
@@ -62,23 +81,22 @@ def write_gguf(
     header = plan_header(model, plan)
     if len(header) != plan.header_bytes:
         raise OutputError(f"{path}: header takes {len(header)} bytes, the plan says {plan.header_bytes}: plan again")
-    try:
-        with (
-            path.open("wb") as stream,
-            ThreadPoolExecutor(n_threads) as pool,
-            closing(_quantized(pool, _slabs(model, plan, quantizers), n_threads)) as quantized,
-        ):
-            stream.write(header)
-            n_written = 0
+    with PlainFile(path) if resume is None else PartFile(path, resume.key, resume.say) as file:
+        if not file.names:
+            file.write(header)
+            file.complete(_HEADER)
+        done = set(file.names)
+        n_written = sum(tensor.n_weights for tensor in plan.tensors if tensor.name in done)
+        slabs = _slabs(model, plan, quantizers, done)
+        with ThreadPoolExecutor(n_threads) as pool, closing(_quantized(pool, slabs, n_threads)) as quantized:
             for data, slab in quantized:
-                stream.write(data.data)
-                stream.write(b"\0" * slab.n_padding)
+                file.write(data.data)
+                if slab.is_last:
+                    file.write(bytes(slab.planned.padded_bytes - slab.planned.n_bytes))
+                    file.complete(slab.tensor.name)
                 n_written += slab.n_weights
                 progress(n_written, plan.n_weights)
-            stream.flush()
-            sync(stream.fileno())
-    except OSError as error:
-        raise output_error(path, error) from error
+        file.finish()
 
 
 @dataclass(frozen=True)
@@ -96,15 +114,19 @@ class _Slab:
         return (self.stop - self.start) * self.tensor.n_cols
 
     @property
-    def n_padding(self) -> int:
-        """Zeros to write behind it."""
-        is_last = self.stop == self.tensor.n_rows
-        return self.planned.padded_bytes - self.planned.n_bytes if is_last else 0
+    def is_last(self) -> bool:
+        """Whether the tensor ends with it."""
+        return self.stop == self.tensor.n_rows
 
 
-def _slabs(model: Model, plan: Plan, quantizers: Quantizers) -> Iterator[_Slab]:
-    """Yield the slabs of all tensors in the order of the file; a quantizer is made when its tensor's turn comes."""
+def _slabs(model: Model, plan: Plan, quantizers: Quantizers, done: Collection[str]) -> Iterator[_Slab]:
+    """Yield the slabs of all tensors in the order of the file; a quantizer is made when its tensor's turn comes.
+
+    Tensors that are ``done`` are left out.
+    """
     for tensor, planned in zip(model.tensors, plan.tensors, strict=True):
+        if tensor.name in done:
+            continue
         quantizer = quantizers(tensor)
         for rows in tensor.row_slices(_SLAB_BYTES, quantizer.tile_rows):
             yield _Slab(tensor, planned, quantizer, rows.start, rows.stop)

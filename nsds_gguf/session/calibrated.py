@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from ..allocate import ALLOCATORS
+from ..calibration import generated_text
 from ..calibration.activations import collect
 from ..calibration.evidence import Calibration, Evidence, TokenRequest, column_weights
-from ..calibration.generated_text import N_TOKENS
 from ..calibration.hessians import HessianFiles, callback_hessians, disk_bytes, factor_hessians, multiplied
 from ..calibration.imatrix import IMATRIX, Imatrix
 from ..calibration.kinds import CalibrationKind, find_calibration
@@ -21,14 +21,17 @@ from ..compute.decoder import what_is_missing
 from ..compute.input_moments import Moments, NamedHessian, Recording
 from ..compute.walk import WalkOptions, walk
 from ..errors import PlanError, RecordError
+from ..llamacpp import llama
 from ..quantize.equalization import Equalization, find_equalization
 from ..quantize.hessian_factors import FactorStore
 from ..records import Float32, Model, Recipe
 from ..sensitivity.moment_propagation import Propagation
 from ..sensitivity.sensitivities import sensitivities
 from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
+from ..system.store import Store
 from ..system.workfolder import WorkFolder
 from .estimate import duration, own_text_seconds
+from .finished import kept_moments, kept_sensitivities, kept_tokens
 from .run import Run
 from .settle import rounds_by_hessians, weighs_columns
 
@@ -43,11 +46,29 @@ class Calibrated:
     """
 
     def __init__(
-        self, model: Model, run: Run, files: WorkFolder, original: Original, imatrix: Imatrix | None = None
+        self,
+        model: Model,
+        run: Run,
+        files: WorkFolder,
+        original: Original,
+        imatrix: Imatrix | None = None,
+        store: Store | None = None,
     ) -> None:
-        """Take a model, how to work, where files go, what gives the original as a GGUF, and an importance matrix."""
+        """Take a model and how to work on it.
+
+        Args:
+            model: the model.
+            run: threads, and who is told.
+            files: where temporary files go.
+            original: gives the original as a GGUF for the length of a ``with`` block.
+            imatrix: an importance matrix that recipes name; raises ``RecordError`` when it is of another model.
+            store: records of finished work; ``None`` where none are kept.
+
+        """
+        if imatrix is not None:
+            imatrix.weights(model)
         self.model, self.imatrix = model, imatrix
-        self._run, self._files, self._original = run, files, original
+        self._run, self._files, self._original, self._store = run, files, original, store
         self._tokens: dict[tuple[str, bool], Tokens] = {}
         self._sensitivities: dict[str, Propagation] = {}
         self._callback_moments: dict[str, dict[str, Moments]] = {}
@@ -61,10 +82,21 @@ class Calibrated:
         key = _tokens_key(kind)
         if key not in self._sensitivities:
             for_hessians = rounds_by_hessians(recipe)
-            tokens, options = self._drawn(kind, recipe, for_hessians), self._walk_options(kind, recipe, for_hessians)
-            with self._run.report.stage("find sensitivities") as progress, blas_threads(1):
-                self._sensitivities[key] = sensitivities(self.model, tokens, options, progress)
+            tokens = self._drawn(kind, recipe, for_hessians)
+
+            def compute() -> Propagation:
+                options = self._walk_options(kind, recipe, for_hessians)
+                with self._run.report.stage("find sensitivities") as progress, blas_threads(1):
+                    return sensitivities(self.model, tokens, options, progress)
+
+            store = self._keyed(kind, recipe, recipe.device, for_hessians)
+            self._sensitivities[key] = kept_sensitivities(store, f"sensitivities on {kind.name} tokens", compute)
         return self._sensitivities[key]
+
+    def _keyed(self, kind: CalibrationKind, recipe: Recipe, *parts: object) -> Store | None:
+        """Return the store of what depends on the tokens of a calibration."""
+        made_by = llama.llama_build() if kind.is_generated else ""
+        return self._store and self._store.keyed(_tokens_key(kind), recipe.seed, made_by, *parts)
 
     def equalization(self, recipe: Recipe) -> Equalization:
         """Return the channel equalization: where costs count, and the pass over tokens sees outliers."""
@@ -94,12 +126,17 @@ class Calibrated:
             folder = self._files.path / f"factors-{len(self._factors)}"
             folder.mkdir(exist_ok=True)
             check_disk(folder, disk_bytes(self.model), "the Hessian factors")
+            store = self._keyed(kind, recipe, recipe.device, "factors", key)
+            self._factors[key] = factors = FactorStore(folder, store)
+            recorded = None if store is None else store.get("Hessian factors")
+            if recorded is not None and all(factors.recall(names) for names in recorded):
+                return factors
             self._find_hessians(kind, recipe)
             hessians = self.calibration(recipe).hessians()
             with self._run.report.stage("factor Hessians") as progress, blas_threads(1):
-                self._factors[key] = factor_hessians(
-                    self.model, hessians, FactorStore(folder), kind.shrinkage, looked_up, equalization, progress
-                )
+                factor_hessians(self.model, hessians, factors, kind.shrinkage, looked_up, equalization, progress)
+            if store is not None:
+                store.put("Hessian factors", factors.inputs)
         return self._factors[key]
 
     def calibration(self, recipe: Recipe) -> Calibration:
@@ -128,22 +165,35 @@ class Calibrated:
             request = TokenRequest(
                 self.model, self._original, for_hessians, n_threads=self._run.n_threads, seed=recipe.seed
             )
-            self._tokens[key] = self._generated(kind, request) if kind.is_generated else kind.tokens(request)
+            if kind.is_generated:
+                store = self._keyed(kind, recipe)
+                self._tokens[key] = kept_tokens(store, "generated text", lambda: self._generated(kind, request))
+                if what_is_missing(self.model):
+                    self._read_by_llama_cpp(kind, recipe, self._tokens[key])
+            else:
+                self._tokens[key] = kind.tokens(request)
         return self._tokens[key]
 
     def _generated(self, kind: CalibrationKind, request: TokenRequest) -> Tokens:
-        seconds = own_text_seconds(self.model, N_TOKENS)
-        self._run.report.say(f"Generating {N_TOKENS:,} tokens of calibration text: about {duration(seconds)}.")
+        seconds = own_text_seconds(self.model, generated_text.N_TOKENS)
+        self._run.report.say(
+            f"Generating {generated_text.N_TOKENS:,} tokens of calibration text: about {duration(seconds)}."
+        )
         n_blas = self._run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
-        with self._original() as path, blas_threads(n_blas):
-            with self._run.report.stage("generate text") as progress:
-                tokens = kind.tokens(replace(request, progress=progress))
-            if what_is_missing(self.model):
-                with self._run.report.stage("read generated text") as progress:
-                    self._callback_moments[kind.name] = collect(
-                        path, tokens.astype(np.int32), n_threads=self._run.n_threads, progress=progress
-                    )
-        return tokens
+        with self._original(), blas_threads(n_blas), self._run.report.stage("generate text") as progress:
+            return kind.tokens(replace(request, progress=progress))
+
+    def _read_by_llama_cpp(self, kind: CalibrationKind, recipe: Recipe, tokens: Tokens) -> None:
+        """Collect moments by llama.cpp's callback, of a model that the pass over tokens cannot follow."""
+
+        def compute() -> dict[str, Moments]:
+            n_blas = self._run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
+            stage = self._run.report.stage("read generated text")
+            with self._original() as path, blas_threads(n_blas), stage as progress:
+                return collect(path, tokens.astype(np.int32), n_threads=self._run.n_threads, progress=progress)
+
+        store = self._keyed(kind, recipe)
+        self._callback_moments[kind.name] = kept_moments(store, "column statistics of generated text", compute)
 
     def _walk_options(self, kind: CalibrationKind, recipe: Recipe, for_hessians: bool) -> WalkOptions:
         """Return how tokens go through the model; Hessians go to new files."""

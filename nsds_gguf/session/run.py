@@ -40,8 +40,10 @@ class Run:
     Attributes:
         n_threads: CPU threads for everything.
         report: who is told.
+        resume: whether a conversion goes on from the records of one that was interrupted.
 
     """
 
     n_threads: int = field(default_factory=llama.default_threads)
     report: Reporter = field(default_factory=Silent)
+    resume: bool = True

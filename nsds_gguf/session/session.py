@@ -20,12 +20,14 @@ from ..llamacpp import ggml
 from ..quantize import TensorQuantizers
 from ..quantize.header import header_bytes
 from ..quantize.measure import measure
-from ..quantize.write import write_gguf
+from ..quantize.write import Resume, write_gguf
 from ..records import Model, Plan, Recipe, Scores
 from ..system.filestate import check_unchanged
 from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
+from ..system.store import Store
 from ..system.workfolder import WorkFolder
 from .calibrated import Calibrated
+from .finished import keep_cost, kept_cost, kept_layers
 from .original import is_own_original, original_plan
 from .run import Run
 from .settle import GENERATED, Settled, weighs_columns
@@ -39,6 +41,7 @@ class Session:
         run: threads, and who is told.
         files: the folder for large temporary files.
         calibrated: what calibration finds of the model.
+        store: records of finished work, where the run keeps any.
         scores: those that the last plans were made from.
 
     """
@@ -46,7 +49,10 @@ class Session:
     def __init__(self, model: Model, run: Run, files: WorkFolder, imatrix: Imatrix | None = None) -> None:
         """Take a model, how to work, where temporary files go, and an importance matrix that recipes name."""
         self.model, self.run, self.files = model, run, files
-        self.calibrated = Calibrated(model, run, files, self.original, imatrix)
+        self.store: Store | None = None
+        if files.has_records:
+            self.store = Store(files.records, Store.key(model.inputs, model.model_id), run.report.say)
+        self.calibrated = Calibrated(model, run, files, self.original, imatrix, self.store)
         self.scores: Scores | None = None
         self._original: Path | None = None
 
@@ -87,7 +93,10 @@ class Session:
         if recipe.metric is not None:
             n_threads = self.run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
             with self.run.report.stage(f"score layers ({recipe.metric})") as progress, blas_threads(n_threads):
-                layers, notes = metrics.score_layers(self.model, recipe.metric, recipe.se, progress)
+                layers, notes = kept_layers(
+                    self.store and self.store.keyed(recipe.metric, recipe.se),
+                    lambda: metrics.score_layers(self.model, str(recipe.metric), recipe.se, progress),
+                )
         scores = Scores(
             recipe=replace(recipe, target=None),
             layers=layers,
@@ -104,14 +113,26 @@ class Session:
         candidates = allocate.candidates(equalization.applied(self.model), recipe.types, recipe.tensor_types)
         columns, factors = self.calibrated.column_weights(recipe, set(recipe.types)), self.calibrated.factors(recipe)
         quantizers, tensors = TensorQuantizers(recipe.rounding, columns, factors), allocate.measurable(candidates)
+        store = self.store and self.store.keyed(recipe.to(None), ggml.version())
+        known = {tensor.name: kept_cost(store, tensor.name) for tensor, _ in tensors}
+        unknown = [each for each in tensors if known[each[0].name] is None]
         with self.run.report.stage("measure tensors") as progress, blas_threads(1):
-            costs = measure(tensors, quantizers, found.sensitivity, self.run.n_threads, progress)
+            costs = measure(
+                unknown,
+                quantizers,
+                found.sensitivity,
+                self.run.n_threads,
+                progress,
+                lambda cost: keep_cost(store, cost),
+            )
+        known |= {cost.name: cost for cost in costs}
         notes = [*scores.notes, *found.notes]
         if equalization:
             notes.append(equalization.note)
         notes += self._calibration_notes(recipe, set(recipe.types))
         versions = {**scores.versions, "ggml": ggml.version()}
-        return replace(scores, costs=costs, notes=tuple(notes), versions=versions)
+        in_order = tuple(cost for tensor, _ in tensors if (cost := known[tensor.name]) is not None)
+        return replace(scores, costs=in_order, notes=tuple(notes), versions=versions)
 
     def plans(self, settled: Sequence[Settled], scores: Scores | None) -> list[Plan]:
         """Score once, unless scores are given, and allocate for every budget; the scores are kept."""
@@ -146,14 +167,15 @@ class Session:
 
     # --- the file -------------------------------------------------------------------------------------------------
 
-    def write(self, plan: Plan, path: Path, name: str = "quantize and write") -> None:
-        """Write the file."""
+    def write(self, plan: Plan, path: Path, name: str = "quantize and write", resumes: bool = False) -> None:
+        """Write the file; one that ``resumes`` goes on behind the last tensor that an interrupted run completed."""
         recipe, types = plan.recipe, {tensor.type for tensor in plan.tensors}
         columns, factors = self.calibrated.column_weights(recipe, types), self.calibrated.factors(recipe)
         quantizers = TensorQuantizers(recipe.rounding, columns, factors)
         model = self.calibrated.equalization(recipe).applied(self.model)
         with self.run.report.stage(name) as progress, blas_threads(1):
-            write_gguf(model, plan, quantizers, path, n_threads=self.run.n_threads, progress=progress)
+            resume = Resume(Store.key(plan.digest, ggml.version()), self.run.report.say) if resumes else None
+            write_gguf(model, plan, quantizers, path, n_threads=self.run.n_threads, progress=progress, resume=resume)
         check_unchanged(model.inputs)
 
     def verify(

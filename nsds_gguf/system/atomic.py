@@ -6,11 +6,11 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from ..errors import OutputError
-from .store import file_name
+from ..errors import OutputError, VerifyError
+from .store import file_name, sync
 from .workfolder import WorkFolder, output_error
 
 
@@ -38,7 +38,9 @@ def unfinished(
     try:
         yield temporary
         _publish(temporary, path)
-    except Exception:
+    except Exception as error:
+        if resumable and isinstance(error, VerifyError) and not keep_failed:
+            temporary.unlink(missing_ok=True)  # it is complete, and wrong
         if keep_failed and temporary.exists():
             _publish(temporary, path.with_name(path.name + ".failed"))
         raise
@@ -53,17 +55,6 @@ def _publish(temporary: Path, path: Path) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         raise output_error(path, error) from error
-
-
-def sync(descriptor: int) -> None:
-    """Wait until what was written to an open file is on the disk; raises ``OSError`` when it cannot get there."""
-    if sys.platform == "darwin":
-        import fcntl
-
-        with suppress(OSError):  # not on every file system
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # macOS's fsync leaves it in the cache of the drive
-            return
-    os.fsync(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from .store import seal, unseal
+from .store import seal, sync, unseal
 from .workfolder import output_error
 
 FORMAT = "nsds-gguf part file 1"
@@ -84,7 +85,7 @@ class PartFile:
     def finish(self) -> None:
         """Write everything to the disk and close; raises ``OutputError`` when that fails."""
         try:
-            os.fsync(self._data.fileno())
+            sync(self._data.fileno())
         except OSError as error:
             raise output_error(self.path, error) from error
         finally:
@@ -147,6 +148,49 @@ class PartFile:
         except OSError as error:
             self.close()
             raise output_error(self.path, error) from error
+
+
+class PlainFile:
+    """A file that is written in one go, with the calls of ``PartFile``: without a journal."""
+
+    def __init__(self, path: Path) -> None:
+        """Create the file; raises ``OutputError`` when that cannot be."""
+        self.path, self.names = path, list[str]()
+        try:
+            self._data = path.open("wb")
+        except OSError as error:
+            raise output_error(path, error) from error
+
+    def write(self, data: Buffer) -> None:
+        """Append bytes; raises ``OutputError`` when the disk is full."""
+        try:
+            self._data.write(data)
+        except OSError as error:
+            raise output_error(self.path, error) from error
+
+    def complete(self, name: str) -> None:
+        """End a piece."""
+        self.names.append(name)
+
+    def finish(self) -> None:
+        """Write everything to the disk and close; raises ``OutputError`` when that fails."""
+        try:
+            self._data.flush()
+            sync(self._data.fileno())
+            self._data.close()
+        except OSError as error:
+            raise output_error(self.path, error) from error
+
+    def __enter__(self) -> PlainFile:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        """Close; what cannot be written any more was told already."""
+        with suppress(OSError):
+            self._data.close()
 
 
 def _checked(line: bytes, data: IO[bytes], start: int) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -203,6 +204,17 @@ def file_crc32(path: Path) -> int:
         while data := stream.read(_CHUNK_BYTES):
             found = zlib.crc32(data, found)
     return found
+
+
+def sync(descriptor: int) -> None:
+    """Wait until what was written to an open file is on the disk; raises ``OSError`` when it cannot get there."""
+    if sys.platform == "darwin":
+        import fcntl
+
+        with suppress(OSError):  # not on every file system
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # macOS's fsync leaves it in the cache of the drive
+            return
+    os.fsync(descriptor)
 
 
 def _check_payload(path: Path, head: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ class WorkFolder:
     @property
     def records(self) -> Path:
         """The folder for records; raises ``OutputError`` when it cannot be made, ``ValueError`` in a run without."""
-        if self._resume is None or not self.outputs:
+        if not self.has_records:
             raise ValueError("a run that neither resumes nor starts anew has no records")
         path = self.path / RECORDS
         try:
@@ -96,6 +96,11 @@ class WorkFolder:
         except OSError as error:
             raise output_error(path, error) from error
         return path
+
+    @property
+    def has_records(self) -> bool:
+        """Whether this run keeps records."""
+        return self._resume is not None and bool(self.outputs)
 
     @property
     def is_open(self) -> bool:

@@ -1,0 +1,126 @@
+"""Finished work of a session as records, from which the next run of the same command goes on; see ``system.store``.
+
+Each function returns what an earlier run recorded, or computes and records it. Without a store nothing is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..compute.backend import Tokens
+from ..compute.input_moments import Moments
+from ..records import LayerScore, TensorCost
+from ..records.json_records import built
+from ..sensitivity.moment_propagation import Propagation
+from ..system.store import Store
+
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is not an array of ``Propagation``."""
+
+    sensitivity: Mapping[str, float]
+    notes: tuple[str, ...]
+    looked_up: float
+
+
+def kept_tokens(store: Store | None, name: str, compute: Callable[[], Tokens]) -> Tokens:
+    """Return ``(n_sequences, n_positions)`` ids."""
+    found = None if store is None else store.get_arrays(name)
+    if found is not None:
+        return found["tokens"].astype(np.int64)
+    tokens = compute()
+    if store is not None:
+        store.put_arrays(name, {"tokens": tokens})
+    return tokens
+
+
+def kept_moments(store: Store | None, name: str, compute: Callable[[], dict[str, Moments]]) -> dict[str, Moments]:
+    """Return moments of matrices' inputs by stored name."""
+    found = None if store is None else store.get_arrays(name)
+    if found is not None:
+        return _moments(found)
+    moments = compute()
+    if store is not None:
+        store.put_arrays(name, _moment_arrays(moments))
+    return moments
+
+
+def kept_sensitivities(store: Store | None, name: str, compute: Callable[[], Propagation]) -> Propagation:
+    """Return sensitivities and what was found with them."""
+    if store is not None:
+        facts, arrays = store.get(f"{name}/facts"), store.get_arrays(f"{name}/arrays")
+        if facts is not None and arrays is not None:
+            return _sensitivities(facts, arrays)
+    found = compute()
+    if store is not None:
+        parts = {"inputs": found.inputs, "gains": found.gains}
+        arrays = {f"{part} {key}": array for part, values in parts.items() for key, array in values.items()}
+        store.put_arrays(f"{name}/arrays", {**arrays, **_moment_arrays(found.moments)})
+        facts = {"sensitivity": dict(found.sensitivity), "notes": list(found.notes), "looked_up": found.looked_up}
+        store.put(f"{name}/facts", facts)
+    return found
+
+
+def kept_cost(store: Store | None, name: str) -> TensorCost | None:
+    """Return the cost of a tensor that an earlier run recorded; ``None`` where it did not."""
+    found = None if store is None else store.get(f"measured errors/{name}")
+    cost: TensorCost | None = None if found is None else built(TensorCost, found, "measured errors")
+    return cost
+
+
+def keep_cost(store: Store | None, cost: TensorCost) -> None:
+    """Record the cost of a tensor."""
+    if store is not None:
+        store.put(f"measured errors/{cost.name}", asdict(cost))
+
+
+def kept_layers(
+    store: Store | None, compute: Callable[[], tuple[tuple[LayerScore, ...], tuple[str, ...]]]
+) -> tuple[tuple[LayerScore, ...], tuple[str, ...]]:
+    """Return layer scores and notes on them."""
+    found = None if store is None else store.get("layer scores")
+    if found is not None:
+        return tuple(built(LayerScore, value, "layer scores") for value in found["layers"]), tuple(found["notes"])
+    layers, notes = compute()
+    if store is not None:
+        store.put("layer scores", {"layers": [asdict(layer) for layer in layers], "notes": list(notes)})
+    return layers, notes
+
+
+def _sensitivities(facts: Mapping[str, object], arrays: Arrays) -> Propagation:
+    def part(name: str) -> dict[str, NDArray[np.float64]]:
+        prefix = f"{name} "
+        return {key.removeprefix(prefix): array.astype("f8") for key, array in arrays.items() if key.startswith(prefix)}
+
+    values = built(_Facts, dict(facts), "sensitivities")
+    return Propagation(
+        values.sensitivity, part("inputs"), part("gains"), values.notes, values.looked_up, _moments(arrays)
+    )
+
+
+def _moment_arrays(moments: Mapping[str, Moments]) -> Arrays:
+    """Return what ``_moments`` reads; matrices with one input share its arrays."""
+    arrays: Arrays = {}
+    for name, found in moments.items():
+        alike = "\n".join(found.names or (name,))
+        arrays[f"squares {alike}"], arrays[f"counts {alike}"] = found.mean_squares, found.counts
+    return arrays
+
+
+def _moments(arrays: Arrays) -> dict[str, Moments]:
+    found: dict[str, Moments] = {}
+    for key, squares in arrays.items():
+        kind, _, alike = key.partition(" ")
+        if kind == "squares":
+            names = tuple(alike.split("\n"))
+            counts = arrays[f"counts {alike}"].astype(np.int64)
+            found |= dict.fromkeys(names, Moments(squares.astype("f8"), counts, names=names))
+    return found

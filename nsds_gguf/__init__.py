@@ -1,5 +1,94 @@
-"""nsds-gguf: the best small GGUF of a model, without calibration data."""
+"""nsds-gguf: the best small GGUF of a model, without calibration data.
+
+    from nsds_gguf import Options, convert
+
+    (result,) = convert("model/", Options(target_bpw=3.0))
+    print(result.path, result.plan.bpw)
+
+What ``__all__`` names is public; everything else may change. Nothing is imported before it is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from .comparison import Budgets, Comparison, compare
+    from .conversion import Converted, Planned, convert, plan, score
+    from .errors import NsdsError
+    from .evaluate.perplexity import Perplexity, perplexity
+    from .evaluate.texts import VerifyOptions
+    from .records import Model, Options, Plan, Recipe, Scores, Target, TensorType
+    from .session.outputs import Output
+    from .session.run import Reporter, Run
+    from .session.source import Source, open_model
+
+__all__ = [
+    "Budgets",
+    "Comparison",
+    "Converted",
+    "Model",
+    "NsdsError",
+    "Options",
+    "Output",
+    "Perplexity",
+    "Plan",
+    "Planned",
+    "Recipe",
+    "Reporter",
+    "Run",
+    "Scores",
+    "Source",
+    "Target",
+    "TensorType",
+    "VerifyOptions",
+    "__version__",
+    "compare",
+    "convert",
+    "open_model",
+    "perplexity",
+    "plan",
+    "score",
+]
+
+_HOMES = {
+    "Budgets": "comparison",
+    "Comparison": "comparison",
+    "Converted": "conversion",
+    "Model": "records",
+    "NsdsError": "errors",
+    "Options": "records",
+    "Output": "session.outputs",
+    "Perplexity": "evaluate.perplexity",
+    "Plan": "records",
+    "Planned": "conversion",
+    "Recipe": "records",
+    "Reporter": "session.run",
+    "Run": "session.run",
+    "Scores": "records",
+    "Source": "session.source",
+    "Target": "records",
+    "TensorType": "records",
+    "VerifyOptions": "evaluate.texts",
+    "compare": "comparison",
+    "convert": "conversion",
+    "open_model": "session.source",
+    "perplexity": "evaluate.perplexity",
+    "plan": "conversion",
+    "score": "conversion",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return sorted(__all__)

@@ -130,7 +130,7 @@ def test_every_type_of_gguf_reads_the_same_in_another_process(
     data = {"I32": rows.astype("<i4"), "F64": rows.astype("<f8")}.get(type_name)
     data = ggml.quantize(rows, type_name) if data is None else data.view(np.uint8)
     (tmp_path / "data").write_bytes(b"before" + data.tobytes())
-    stored = GgufTensor(tmp_path / "data", "up", type_name, (6, 512), 6)
+    stored = GgufTensor("up", type_name, (6, 512), tmp_path / "data", 6)
     tensor = tensor_of(stored, (6, 512), type_name)
     assert other.reads_the_same([tensor, rows_of(tensor, 2, 5)])
     order = np.array([5, 0, 0, 4, 3, 1])

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from models import make_tensor
 from plans import uniform_plan
-from test_balance import uneven
 from test_fp8 import checkpoint, codes, floats, random_scales
 from tiny_gguf import write_tiny_gguf
 from zoo_specs import SPECS, write_spec
@@ -106,7 +105,8 @@ def test_every_class_reads_the_same_in_another_process(name: str, other: OtherPr
     """As a folder, layer by layer in views, with channels equalized, and as a GGUF."""
     model = open_model(write_spec(tmp_path / "model", name))
     assert pickle.loads(pickle.dumps(model)) == model
-    equalized = find_balance(model, uneven(model)).applied(model)
+    spread = {tensor.n_cols: np.exp2(np.linspace(-20, 20, tensor.n_cols)) for tensor in model.tensors}
+    equalized = find_balance(model, {tensor.name: spread[tensor.n_cols] for tensor in model.tensors}).applied(model)
     views = [matrix for i in range(model.hparams.n_layers) for matrix in view_layer(model, i).matrices()]
     plan = uniform_plan(model, "F16")
     write_gguf(model, plan, {}, tmp_path / "model.gguf", n_threads=1)

@@ -24,7 +24,7 @@ from nsds_gguf.cli import _is_lack_of_memory, run, signals
 from nsds_gguf.errors import ModelError, NsdsError, OutputError, notes_of
 from nsds_gguf.quantize import write
 from nsds_gguf.read import open_model
-from nsds_gguf.read.spans import read_span, row_runs
+from nsds_gguf.read.spans import read_spans, row_runs
 from nsds_gguf.system import atomic, folder_lock, leftovers, workfolder
 from nsds_gguf.system.filestate import check_unchanged, file_states, unchanged
 from nsds_gguf.system.folder_lock import LOCK, RECORDS
@@ -550,9 +550,9 @@ def test_weights_that_change_while_they_are_read(model, out, monkeypatch, kind, 
 def test_a_span_that_is_not_there(tmp_path):
     file = tmp_path / "weights"
     file.write_bytes(bytes(range(10)))
-    assert read_span(file, "a", 3, 4).tolist() == [3, 4, 5, 6]
+    assert read_spans(file, "a", [(3, 4)], 4).tolist() == [3, 4, 5, 6]
     with pytest.raises(ModelError, match=r"weights: tensor a can no longer be read: the file ends before byte 11, it"):
-        read_span(file, "a", 3, 8)
+        read_spans(file, "a", [(3, 8)], 8)
 
 
 def test_runs_of_rows():

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from models import make_tensor
 from plans import uniform_plan
-from test_balance import uneven
 from test_fp8 import checkpoint, codes, floats, random_scales
 from tiny_gguf import write_tiny_gguf
 from zoo_specs import SPECS, write_spec
@@ -106,7 +105,8 @@ def test_every_class_reads_the_same_in_another_process(name: str, other: OtherPr
     """As a folder, layer by layer in views, with channels equalized, and as a GGUF."""
     model = open_model(write_spec(tmp_path / "model", name))
     assert pickle.loads(pickle.dumps(model)) == model
-    equalized = find_balance(model, uneven(model)).applied(model)
+    spread = {tensor.n_cols: np.exp2(np.linspace(-20, 20, tensor.n_cols)) for tensor in model.tensors}
+    equalized = find_balance(model, {tensor.name: spread[tensor.n_cols] for tensor in model.tensors}).applied(model)
     views = [matrix for i in range(model.hparams.n_layers) for matrix in view_layer(model, i).matrices()]
     plan = uniform_plan(model, "F16")
     write_gguf(model, plan, {}, tmp_path / "model.gguf", n_threads=1)
@@ -130,7 +130,7 @@ def test_every_type_of_gguf_reads_the_same_in_another_process(
     data = {"I32": rows.astype("<i4"), "F64": rows.astype("<f8")}.get(type_name)
     data = ggml.quantize(rows, type_name) if data is None else data.view(np.uint8)
     (tmp_path / "data").write_bytes(b"before" + data.tobytes())
-    stored = GgufTensor(tmp_path / "data", "up", type_name, (6, 512), 6)
+    stored = GgufTensor("up", type_name, (6, 512), tmp_path / "data", 6)
     tensor = tensor_of(stored, (6, 512), type_name)
     assert other.reads_the_same([tensor, rows_of(tensor, 2, 5)])
     order = np.array([5, 0, 0, 4, 3, 1])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +23,12 @@ from numpy.typing import NDArray
 from ..errors import ModelError, UnsupportedError
 from ..llamacpp import ggml
 from ..llamacpp.gguf_header import GgufPart, TensorEntry, read_gguf_parts
-from ..records import COPIED_TYPES, Float32, Model, Rows, Source, Tensor, kv, role_and_layer
+from ..records import COPIED_TYPES, Float32, Model, Rows, Tensor, kv, role_and_layer
 from ..system.filestate import file_states
 from .gguf_repair import Header, mended
 from .hparams import read_hparams
-from .spans import read_span, read_spans, row_runs
+from .spans import read_spans, row_runs
+from .stored import FileTensor
 
 # Types that hold the weights as good as they were: quantizing again loses nothing to speak of.
 SOURCE_TYPES = (*ggml.FLOAT_TYPES, "Q8_0")
@@ -63,49 +63,32 @@ _IDENTITY_BYTES = 4096  # of every tensor
 
 
 @dataclass(frozen=True)
-class GgufTensor(Source):
-    """A tensor that lies in a GGUF file, ``offset`` bytes from its beginning, in one of ggml's types."""
+class GgufTensor(FileTensor):
+    """A tensor that lies in a GGUF file, ``offset_bytes`` from its beginning; ``dtype`` is one of ggml's types."""
 
-    file: Path
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    offset: int
-
-    @property
-    def where(self) -> str:
-        """File and name of the tensor, for messages."""
-        return f"{self.file}: tensor {self.name}"
-
-    @property
-    def n_rows(self) -> int:
-        """Rows: the product of all sizes but the last."""
-        return math.prod(self.shape[:-1])
-
-    @property
-    def n_cols(self) -> int:
-        """Weights of a row."""
-        return self.shape[-1]
+    offset_bytes: int
 
     def values(self, rows: Rows, columns: slice) -> Float32:
         """Return some rows and columns, dequantized by ggml; blocks are read whole."""
         data = self.stored_rows(rows)
-        if self.type in _NUMPY_DTYPES:
-            values: Float32 = data.view(_NUMPY_DTYPES[self.type]).astype(np.float32)
+        if self.dtype in _NUMPY_DTYPES:
+            values: Float32 = data.view(_NUMPY_DTYPES[self.dtype]).astype(np.float32)
         else:
-            values = ggml.dequantize(data, self.type, self.n_cols)
+            values = ggml.dequantize(data, self.dtype, self.n_cols)
         return values if columns == slice(0, self.n_cols) else values[:, columns].copy()
 
     def stored_rows(self, rows: Rows) -> NDArray[np.uint8]:
         """Return rows as they are stored, ``(n, row bytes)`` uint8, fresh."""
-        n_bytes = ggml.row_bytes(self.type, self.n_cols)
         if isinstance(rows, slice):
-            n = rows.stop - rows.start
-            return read_span(self.file, self.name, self.offset + rows.start * n_bytes, n * n_bytes).reshape(n, n_bytes)
+            return self._read([(rows.start, rows.stop - rows.start)])
         distinct, at = np.unique(rows, return_inverse=True)
-        spans = [(self.offset + first * n_bytes, n * n_bytes) for first, n in row_runs(distinct)]
-        data = read_spans(self.file, self.name, spans, len(distinct) * n_bytes)
-        return data.reshape(len(distinct), n_bytes)[at]
+        return self._read(row_runs(distinct))[at]
+
+    def _read(self, runs: list[tuple[int, int]]) -> NDArray[np.uint8]:
+        """Read runs of rows, given as first row and number of rows."""
+        n_bytes, n_rows = ggml.row_bytes(self.dtype, self.n_cols), sum(n for _, n in runs)
+        spans = [(self.offset_bytes + first * n_bytes, n * n_bytes) for first, n in runs]
+        return read_spans(self.file, self.name, spans, n_rows * n_bytes).reshape(n_rows, n_bytes)
 
 
 def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False) -> Model:
@@ -215,7 +198,7 @@ def _tensor(file: Path, entry: TensorEntry) -> Tensor:
     if 0 in entry.shape:
         raise ModelError(f"{file}: tensor {entry.name}: has no weights, shape {entry.shape}; download it again")
     role, layer = role_and_layer(entry.name)
-    stored = GgufTensor(file, entry.name, entry.type, entry.shape, entry.offset)
+    stored = GgufTensor(entry.name, entry.type, entry.shape, file, entry.offset)
     return Tensor(entry.name, role, layer, entry.shape, entry.type, entry.name, stored)
 
 

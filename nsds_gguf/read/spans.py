@@ -14,11 +14,6 @@ from numpy.typing import NDArray
 from ..errors import ModelError
 
 
-def read_span(file: Path, name: str, offset: int, n_bytes: int) -> NDArray[np.uint8]:
-    """Return ``n_bytes`` bytes of a file as a fresh array; see ``read_spans``."""
-    return read_spans(file, name, [(offset, n_bytes)], n_bytes)
-
-
 def read_spans(file: Path, name: str, spans: Iterable[tuple[int, int]], n_bytes: int) -> NDArray[np.uint8]:
     """Return stretches of a file one after another, as a fresh ``(n_bytes,)`` uint8 array.
 

@@ -18,11 +18,10 @@ READABLE = ("F32", "F16", "BF16", "F8_E4M3", "F8_E8M0")  # the last holds scales
 
 
 @dataclass(frozen=True)
-class StoredTensor(Source):
-    """One tensor of a checkpoint: ``shape`` is in numpy order, ``dtype`` in the spelling of safetensors.
+class FileTensor(Source):
+    """A tensor that lies in a file: ``shape`` is in numpy order, ``dtype`` as the format spells it.
 
-    As a matrix it is ``(n_rows, n_cols)``: leading dimensions flattened, a vector or a number one row. Any dtype may
-    be listed; those that are not ``READABLE`` fail when they are read.
+    As a matrix it is ``(n_rows, n_cols)``: leading dimensions flattened, a vector or a number one row.
     """
 
     name: str
@@ -44,6 +43,14 @@ class StoredTensor(Source):
     def n_cols(self) -> int:
         """Weights of a row."""
         return self.shape[-1] if self.shape else 1
+
+
+@dataclass(frozen=True)
+class StoredTensor(FileTensor):
+    """One tensor of a checkpoint; ``dtype`` is in the spelling of safetensors.
+
+    Any dtype may be listed; those that are not ``READABLE`` fail when they are read.
+    """
 
     @abstractmethod
     def first_bytes(self, n_bytes: int) -> bytes:

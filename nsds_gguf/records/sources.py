@@ -68,8 +68,10 @@ class Source(Weights):
 
         ``index`` is a slice of step 1, whose ends may be left out, or ``(n,)`` row numbers.
         """
-        bounded = slice(*index.indices(self.n_rows)) if isinstance(index, slice) else index
-        return finite(self.values(bounded, slice(0, self.n_cols)), self)
+        wanted = bounded(index, self.n_rows)
+        if wanted is None:
+            return np.empty((0, self.n_cols), np.float32)
+        return finite(self.values(wanted, slice(0, self.n_cols)), self)
 
     def stored_rows(self, rows: Rows) -> NDArray[np.uint8]:
         """Return rows as they are stored, ``(n, row bytes)`` uint8; only sources of GGUF files have such rows."""
@@ -141,6 +143,25 @@ class FromArray(Source):
         """Return a copy of some rows and columns."""
         matrix = self.array.reshape(self.n_rows, self.n_cols)
         return np.array(matrix[rows, columns], order="C")
+
+
+def bounded(index: Rows, n_rows: int) -> Rows | None:
+    """Return a slice with both ends for rows that lie together, row numbers for others, ``None`` for no rows.
+
+    Raises ``IndexError`` for slices of another step than 1 and numbers of rows that there are not.
+    """
+    if isinstance(index, slice):
+        start, stop, step = index.indices(n_rows)
+        if step != 1:
+            raise IndexError(f"wanted rows with step 1, got step {step}")
+        return slice(start, stop) if start < stop else None
+    if not len(index):
+        return None
+    if index.min() < 0 or index.max() >= n_rows:
+        raise IndexError(f"wanted rows 0 to {n_rows - 1}, got {index.min()} to {index.max()}")
+    if index[-1] - index[0] == len(index) - 1 and (np.diff(index) == 1).all():
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return index
 
 
 def matrices_of(rows: slice, n_rows: int) -> list[tuple[int, slice]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .sources import SLAB_BYTES, Float32, Rows, Source, Weights, finite
+from .sources import SLAB_BYTES, Float32, Rows, Source, Weights, bounded, finite
 from .transforms import Transform, Transformed
 
 # Types of tables and indices, not of weights: such tensors are copied as they are (ggml.h, enum ggml_type).
@@ -100,7 +100,7 @@ class Tensor:
             index: a slice of step 1, whose ends may be left out, or ``(n,)`` row numbers in any order.
 
         """
-        wanted = _bounded(index, self.n_rows)
+        wanted = bounded(index, self.n_rows)
         if wanted is None:
             return np.empty((0, self.n_cols), np.float32)
         weights: Weights = self.stored
@@ -143,19 +143,3 @@ class Tensor:
         if not self.is_copied or self.transforms:
             raise ValueError(f"{self.name}: stored rows of {self.dtype} are not the rows of the tensor")
         return self.stored.stored_rows(slice(*rows.indices(self.n_rows)))
-
-
-def _bounded(index: Rows, n_rows: int) -> Rows | None:
-    """Return a slice with both ends, or row numbers that are no run; ``None`` for no rows."""
-    if isinstance(index, slice):
-        start, stop, step = index.indices(n_rows)
-        if step != 1:
-            raise IndexError(f"wanted rows with step 1, got step {step}")
-        return slice(start, stop) if start < stop else None
-    if not len(index):
-        return None
-    if index.min() < 0 or index.max() >= n_rows:
-        raise IndexError(f"wanted rows 0 to {n_rows - 1}, got {index.min()} to {index.max()}")
-    if index[-1] - index[0] == len(index) - 1 and (np.diff(index) == 1).all():
-        return slice(int(index[0]), int(index[-1]) + 1)
-    return index

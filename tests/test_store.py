@@ -115,6 +115,20 @@ def test_a_block_that_fails_leaves_no_record(store, tmp_path):
     assert names(tmp_path) == [] and store.get_file("scores/1") is None
 
 
+@pytest.mark.parametrize("kind", ["arrays", "file"])
+def test_a_record_that_is_being_replaced_is_missing_and_not_damaged(store, tmp_path, said, kind, monkeypatch):
+    def die(*_arguments):
+        raise KeyboardInterrupt
+
+    put(store, kind)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "_put_head", die)
+        put(store, kind)
+    assert not get(store, kind) and said == []
+    put(store, kind)
+    assert get(store, kind)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_of_another_key_is_removed_and_told_once(store, tmp_path, said, kind):
     put(store, kind)

@@ -336,7 +336,13 @@ def part():
     with PartFile(Path(sys.argv[1]) / "d.part", "key") as part:
         part.write(bytes(900))
         part.complete("one")
-        part.write(bytes(900))
+        try:
+            part.write(bytes(900))
+        finally:
+            try:
+                part.complete("torn")
+            except ValueError:
+                print("closed")
 for put in (lambda: store.put("a", "x" * 2000), lambda: store.put_arrays("b", {"a": np.zeros(500)}), put_file, part):
     try:
         put()
@@ -352,7 +358,7 @@ def test_a_full_disk_is_an_output_error(tmp_path):
     out, err = in_child(FULL, tmp_path).communicate()
     told = f"{tmp_path}: disk full or file too large while writing: File too large\n"
     assert err == ""
-    assert out == told * 4 + "None None None xxxxxxxxxx\n['one']\n"
+    assert out == told * 3 + "closed\n" + told + "None None None xxxxxxxxxx\n['one']\n"
     kept = ["d.part", "d.part.journal", f"{file_name('small')}.record"]
     assert names(tmp_path) == kept
 

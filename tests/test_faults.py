@@ -591,9 +591,9 @@ def test_a_signal_ends_the_program_within_a_second_even_inside_a_library(model, 
         f"    if {has_records}:\n"
         f"        files = WorkFolder(Path({str(out)!r}), ['b.gguf'], resume=True)\n"
         "        (files.records / 'a.record').write_bytes(bytes(1 << 20))\n"
-        "    print('stuck', flush=True)\n"
         "    while True:\n"
         "        try:\n"
+        "            print('stuck', flush=True)\n"
         "            threading.Event().wait()\n"
         "        except KeyboardInterrupt:\n"
         "            pass\n"  # as if the signal had never arrived

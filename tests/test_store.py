@@ -115,6 +115,20 @@ def test_a_block_that_fails_leaves_no_record(store, tmp_path):
     assert names(tmp_path) == [] and store.get_file("scores/1") is None
 
 
+@pytest.mark.parametrize("kind", ["arrays", "file"])
+def test_a_record_that_is_being_replaced_is_missing_and_not_damaged(store, tmp_path, said, kind, monkeypatch):
+    def die(*_arguments):
+        raise KeyboardInterrupt
+
+    put(store, kind)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store, "_put_head", die)
+        put(store, kind)
+    assert not get(store, kind) and said == []
+    put(store, kind)
+    assert get(store, kind)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_of_another_key_is_removed_and_told_once(store, tmp_path, said, kind):
     put(store, kind)
@@ -322,7 +336,13 @@ def part():
     with PartFile(Path(sys.argv[1]) / "d.part", "key") as part:
         part.write(bytes(900))
         part.complete("one")
-        part.write(bytes(900))
+        try:
+            part.write(bytes(900))
+        finally:
+            try:
+                part.complete("torn")
+            except ValueError:
+                print("closed")
 for put in (lambda: store.put("a", "x" * 2000), lambda: store.put_arrays("b", {"a": np.zeros(500)}), put_file, part):
     try:
         put()
@@ -338,7 +358,7 @@ def test_a_full_disk_is_an_output_error(tmp_path):
     out, err = in_child(FULL, tmp_path).communicate()
     told = f"{tmp_path}: disk full or file too large while writing: File too large\n"
     assert err == ""
-    assert out == told * 4 + "None None None xxxxxxxxxx\n['one']\n"
+    assert out == told * 3 + "closed\n" + told + "None None None xxxxxxxxxx\n['one']\n"
     kept = ["d.part", "d.part.journal", f"{file_name('small')}.record"]
     assert names(tmp_path) == kept
 

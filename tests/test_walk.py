@@ -173,6 +173,20 @@ def test_a_layer_is_decoded_once_forward_and_once_back(available, wanted, monkey
         assert {counts[tensor.name] / tensor.n_weights for tensor in matrices} == {2}
 
 
+@pytest.mark.parametrize("name", ["phi-3", "gpt-neox", "qwen2moe"])
+def test_squared_norms_of_columns(name, tmp_path):
+    """Of parts of a fused matrix together, of stacks not at all: what equalization would read the weights for."""
+    model = open_model(write_spec(tmp_path / "checkpoint", name))
+    with walk(model, tokens_of(model), WalkOptions(5, Recording(column_squares=True))) as found:
+        squares = found.column_squares
+    assert squares.keys() == set(multiplied(model))
+    for matrix, values in squares.items():
+        weights = model.by_name[matrix].load().astype("f8")
+        np.testing.assert_allclose(values, (weights**2).sum(axis=0), rtol=1e-12)
+    with walk(model, tokens_of(model), WalkOptions(5)) as found:
+        assert not found.column_squares
+
+
 def test_damage_is_named_by_layer():
     arrays, hparams = random_arrays(5, n_layers=2)
     arrays["blk.1.ffn_up.weight"][3] = np.inf

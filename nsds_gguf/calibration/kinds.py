@@ -41,6 +41,11 @@ class CalibrationKind:
     is_generated: bool = False
     n_sequences: Callable[[Model], int] = n_sequences_for
 
+    @property
+    def token_source(self) -> str:
+        """Name of the calibration whose tokens it takes: sensitivities are the same for all of one source."""
+        return "random" if self.tokens is random_tokens else self.name
+
 
 @dataclass(frozen=True)
 class NoCalibration(RandomTokens):

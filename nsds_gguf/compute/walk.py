@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ModelError
-from ..records import Float32, Model, Progress, no_progress
+from ..records import Float32, Float64, Model, Progress, no_progress
 from ..system.resources import check_memory
 from .backend import DEFAULT_BACKEND, Backend, LayerPass, OutputPass, Tokens, find_backend
 from .input_moments import InputSums, Recording
@@ -61,6 +61,7 @@ class Walk:
         backend: what computed it.
         inputs: sums over all tokens, by stored name; matrices with one input share an entry.
         first_inputs: sums over the first batch alone.
+        column_squares: squared norms of the columns of matrices, ``(n_cols,)`` by stored name, where asked for.
         streams: what every layer read of the first batch, and behind the last layer its output, by index.
 
     """
@@ -70,6 +71,7 @@ class Walk:
     backend: Backend
     inputs: Mapping[str, InputSums]
     first_inputs: Mapping[str, InputSums]
+    column_squares: Mapping[str, Float64]
     streams: StreamFile
 
 
@@ -105,7 +107,7 @@ def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress 
         sweep = _Sweep(model, batches, backend, file, options)
         progress(0, (model.hparams.n_layers + 1) * len(batches))
         sweep.run(progress)
-        yield Walk(model, batches[0], backend, sweep.inputs, sweep.first_inputs, file)
+        yield Walk(model, batches[0], backend, sweep.inputs, sweep.first_inputs, sweep.column_squares, file)
 
 
 def working_bytes(model: Model, n_tokens: int) -> int:
@@ -128,6 +130,7 @@ class _Sweep:
         self._options = options
         self.inputs: dict[str, InputSums] = {}
         self.first_inputs: dict[str, InputSums] = {}
+        self.column_squares: dict[str, Float64] = {}
 
     def run(self, progress: Progress) -> None:
         """Go forward through all layers and the output."""
@@ -151,6 +154,8 @@ class _Sweep:
                 self.first_inputs.update(_by_name(stage.input_sums()))
             progress(batch + 1, len(self._batches))
         self.inputs.update(_by_name(stage.input_sums()))
+        if self._options.recording.column_squares:
+            self.column_squares.update(stage.column_squares())
         for names, hessian in stage.hessians():
             if self._options.on_hessian is not None:
                 self._options.on_hessian(names, hessian)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,12 +107,16 @@ class Balance:
         )
 
 
-def find_balance(model: Model, inputs: Mapping[str, Float64]) -> Balance:
+def find_balance(
+    model: Model, inputs: Mapping[str, Float64], column_squares: Mapping[str, Float64] = MappingProxyType({})
+) -> Balance:
     """Return the factors that even out a model's channels; nothing where none stands out.
 
     Args:
         model: any model; layers with tensors that are not known here, and what belongs to experts, stay as they are.
         inputs: mean squares of what each matrix multiplies, ``(n_cols,)`` by stored name.
+        column_squares: squared norms of the matrices' columns, ``(n_cols,)`` by stored name; of those that are not
+            given the weights are read.
 
     """
     columns, rows = dict[str, Exponents](), dict[str, Exponents]()
@@ -120,7 +125,7 @@ def find_balance(model: Model, inputs: Mapping[str, Float64]) -> Balance:
         moments = inputs.get(readers[0].name)
         if moments is None or moments.ndim != 1:
             continue
-        exponents = _exponents(moments, readers)
+        exponents = _exponents(moments, readers, column_squares)
         if not exponents.any():
             continue
         n_channels, n_places = n_channels + int(np.count_nonzero(exponents)), n_places + 1
@@ -160,9 +165,11 @@ def _place(
         yield reading, writing
 
 
-def _exponents(moments: Float64, readers: Sequence[Tensor]) -> Exponents:
+def _exponents(
+    moments: Float64, readers: Sequence[Tensor], column_squares: Mapping[str, Float64]
+) -> Exponents:
     """Return the exponents of the columns of ``readers``, ``(n_cols,)``; zeros where no channel stands out."""
-    energy = np.sum([_column_energy(reader) for reader in readers], axis=0)
+    energy = np.sum([_column_share(reader, column_squares.get(reader.name)) for reader in readers], axis=0)
     alive = (moments > 0) & (energy > 0)
     if not alive.any():
         return np.zeros(len(moments), np.int64)
@@ -176,11 +183,16 @@ def _exponents(moments: Float64, readers: Sequence[Tensor]) -> Exponents:
     return exponents
 
 
-def _column_energy(tensor: Tensor) -> Float64:
-    """Return the energy of each column as a share of the matrix's, ``(n_cols,)``."""
+def _column_share(tensor: Tensor, squares: Float64 | None) -> Float64:
+    """Return the squared norm of each column as a share of the matrix's, ``(n_cols,)``; ``squares`` where known."""
+    total = _column_squares(tensor) if squares is None else squares
+    share: Float64 = total / total.sum() if total.any() else total
+    return share
+
+
+def _column_squares(tensor: Tensor) -> Float64:
     total, step = np.zeros(tensor.n_cols), max(1, _SLAB_WEIGHTS // tensor.n_cols)
     for start in range(0, tensor.n_rows, step):
         rows = tensor.read_rows(start, min(start + step, tensor.n_rows))
         total += np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
-    share: Float64 = total / total.sum() if total.any() else total
-    return share
+    return total

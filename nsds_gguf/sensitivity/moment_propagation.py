@@ -75,7 +75,8 @@ class Propagation:
     second moments of what each matrix multiplies, ``(n_experts, n_cols)`` where stacked matrices multiply different
     things; ``gains`` the squared gain of the norm in front of it where there is one; ``notes`` says what the sweep did
     not reach, ``looked_up`` which share of a tied embedding's sensitivity is not the output's, ``moments`` those of all
-    tokens that went through the model, empty where none did.
+    tokens that went through the model and ``column_squares`` the squared norms of the matrices' columns, ``(n_cols,)``;
+    both are empty where no tokens went through.
     """
 
     sensitivity: Mapping[str, float]
@@ -84,6 +85,7 @@ class Propagation:
     notes: tuple[str, ...] = ()
     looked_up: float = 0.0
     moments: Mapping[str, Moments] = field(default_factory=dict)
+    column_squares: Mapping[str, Float64] = field(default_factory=dict)
 
     def importance(self, kind: str) -> dict[str, Float32]:
         """Return float32 weights of mean 1 by tensor name, shaped as ``inputs``; no entry where columns weigh alike.

@@ -44,7 +44,7 @@ def sensitivities(model: Model, tokens: Tokens, options: WalkOptions, progress: 
         n_forward = (model.hparams.n_layers + 1) * -(-len(tokens) // options.n_first)
         found = walk_back(forward, 0, lambda done, _: progress(n_forward + done, n_forward + n_back))
         moments = {name: sums.moments(first_positions=True) for name, sums in forward.inputs.items()}
-    return replace(_of_all_tensors(model, found), moments=moments)
+        return replace(_of_all_tensors(model, found), moments=moments, column_squares=forward.column_squares)
 
 
 def _of_all_tensors(model: Model, found: Fisher) -> Propagation:

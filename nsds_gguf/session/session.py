@@ -118,7 +118,7 @@ class Work:
 
     def tokens(self, kind: CalibrationKind, for_hessians: bool) -> Tokens:
         """Return the tokens of a calibration; generated text takes long, and more where llama.cpp reads it too."""
-        key = kind.name, for_hessians and not kind.is_generated
+        key = kind.token_source, for_hessians and not kind.is_generated
         if key not in self._tokens:
             if kind.is_generated:
                 self._tokens[key] = self._generated(kind)
@@ -145,7 +145,7 @@ class Work:
     def propagation(self, importance: str, for_hessians: bool = False) -> Propagation:
         """Return sensitivities and column moments on the tokens of a calibration; Hessians too if they are wanted."""
         kind = _calibration_kind(importance)
-        key = kind.name if kind.is_generated else "random"
+        key = kind.token_source
         if key not in self._propagations:
             tokens = self.tokens(kind, for_hessians)
             options = self._walk_options(kind, for_hessians)
@@ -156,24 +156,25 @@ class Work:
     def _walk_options(self, kind: CalibrationKind, for_hessians: bool) -> WalkOptions:
         """Return how tokens go through the model; Hessians go to new files."""
         folder = self.files.path if self.files.is_open else None
-        options = WalkOptions(kind.n_sequences(self.model), n_threads=self.n_threads, folder=folder)
+        recording = Recording(column_squares=True)
+        options = WalkOptions(kind.n_sequences(self.model), recording, None, self.n_threads, folder)
         if not for_hessians or what_is_missing(self.model):
             return options
         folder = self.files.path / f"hessians-{kind.name}"
         folder.mkdir(exist_ok=True)
         check_disk(folder, disk_bytes(self.model), "GPTQ rounding")
         self._hessians[kind.name] = files = HessianFiles(folder)
-        recording = Recording(frozenset(multiplied(self.model)), kind.first_positions)
+        recording = Recording(frozenset(multiplied(self.model)), kind.first_positions, column_squares=True)
         return replace(options, recording=recording, on_hessian=files.add)
 
     def balance(self, job: PlanOptions | Plan) -> Balance:
         """Return the channel equalization for a job: for ``nsds``, where the pass over tokens sees outliers."""
         if job.allocator != "nsds" or what_is_missing(self.model):
             return Balance()
-        key = "generated" if _calibration_kind(job.importance).is_generated else "random"
+        key = _calibration_kind(job.importance).token_source
         if key not in self._balances:
-            inputs = self.propagation(job.importance, _rounds_with_feedback(job)).inputs
-            self._balances[key] = find_balance(self.model, inputs)
+            found = self.propagation(job.importance, _rounds_with_feedback(job))
+            self._balances[key] = find_balance(self.model, found.inputs, found.column_squares)
         return self._balances[key]
 
     def feedbacks(self, job: PlanOptions | Plan) -> Feedbacks | None:

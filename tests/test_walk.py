@@ -16,7 +16,7 @@ from zoo_specs import write_spec
 
 from nsds_gguf.calibration.activations import collect
 from nsds_gguf.calibration.hessians import multiplied
-from nsds_gguf.compute import numpy_backend
+from nsds_gguf.compute import numpy_backend, weights
 from nsds_gguf.compute.backend import BACKENDS, BackendEntry, find_backend
 from nsds_gguf.compute.input_moments import Recording
 from nsds_gguf.compute.numpy_backend import NumpyBackend, open_numpy
@@ -161,7 +161,7 @@ def counted(model):
 @pytest.mark.parametrize(("available", "wanted"), [(None, 1), (1 << 40, 1), (1 << 16, 4)])
 def test_a_layer_is_decoded_once_forward_and_once_back(available, wanted, monkeypatch):
     """For all batches together; where the weights of a layer do not fit in memory, once for each of four batches."""
-    monkeypatch.setattr(numpy_backend, "available_memory_bytes", lambda: available)
+    monkeypatch.setattr(weights, "available_memory_bytes", lambda: available)
     model, counts = counted(make_model(*random_arrays(5, n_layers=2)))
     matrices = [tensor for tensor in model.tensors if tensor.is_matrix and tensor.layer is not None]
     tokens = tokens_of(model, 8)
@@ -181,8 +181,8 @@ def test_squared_norms_of_columns(name, tmp_path):
         squares = found.column_squares
     assert squares.keys() == set(multiplied(model))
     for matrix, values in squares.items():
-        weights = model.by_name[matrix].load().astype("f8")
-        np.testing.assert_allclose(values, (weights**2).sum(axis=0), rtol=1e-12)
+        stored = model.by_name[matrix].load().astype("f8")
+        np.testing.assert_allclose(values, (stored**2).sum(axis=0), rtol=1e-12)
     with walk(model, tokens_of(model), WalkOptions(5)) as found:
         assert not found.column_squares
 
@@ -193,6 +193,13 @@ def test_damage_is_named_by_layer():
     model = make_model(arrays, hparams)
     with pytest.raises(ModelError, match="layer 1: its output is not finite"):
         walked(model, tokens_of(model))
+
+
+def test_hessians_need_a_taker():
+    model = make_model(*random_arrays(5, n_layers=1))
+    options = WalkOptions(5, Recording(frozenset(multiplied(model))))
+    with pytest.raises(ValueError, match="nothing takes them"), walk(model, tokens_of(model), options):
+        pass
 
 
 def test_progress_ends_where_it_said():

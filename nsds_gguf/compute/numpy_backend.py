@@ -14,16 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records import Float32, Float64, Model, Tensor
-from ..system.resources import available_memory_bytes
 from .decoder import Decoder
 from .embedding import embed, lookup_squared_norm
 from .input_moments import InputSums, NamedHessian, Recording
 from .layers import Layer, view_layer
 from .output import loss_gradient, output_norm
 from .tape import Ids, Node, Tape
-from .weights import LayerWeights, slabs
+from .weights import LayerWeights, held_bytes, slabs
 
-_SHARE_OF_MEMORY = 0.25  # of what is available, that the float32 weights of one layer may take to be held
 _STRIPE = 512  # columns of one job of a sum of squares or of products
 
 
@@ -57,8 +55,7 @@ class NumpyBackend:
 
     def weights_of(self, tensors: Collection[Tensor]) -> LayerWeights:
         """Return the rows of these matrices, held where they fit in memory."""
-        n_bytes, available = 4 * sum(tensor.n_weights for tensor in tensors), available_memory_bytes()
-        return LayerWeights(available is None or n_bytes <= _SHARE_OF_MEMORY * available)
+        return LayerWeights(held_bytes(sum(tensor.n_weights for tensor in tensors)) > 0)
 
     def column_squares(self, matrices: Iterable[Tensor], weights: LayerWeights) -> dict[str, Float64]:
         """Return the squared norms of columns; parts of one stored tensor add up."""

@@ -19,7 +19,9 @@ from ..records import Float32, Float64, Model, Progress, no_progress
 from ..system.resources import check_memory
 from .backend import DEFAULT_BACKEND, Backend, LayerPass, OutputPass, Tokens, find_backend
 from .input_moments import InputSums, Recording
+from .layers import view_layer
 from .stream_file import StreamFile, stream_file
+from .weights import held_bytes
 
 # Copies of the stream's width and of the hidden units that a layer holds at most: 14 and 7 of keys' and values' width
 # were measured, and 8.6 (docs/log.md, 2026-11-25).
@@ -96,7 +98,10 @@ def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress 
     """
     entry, n_positions = find_backend(options.backend), tokens.shape[1]
     batches = [tokens[start : start + options.n_first] for start in range(0, len(tokens), options.n_first)]
-    check_memory(working_bytes(model, batches[0].size), "the pass over tokens", "close other programs")
+    if options.recording.hessians and options.on_hessian is None:
+        raise ValueError("Hessians are asked for, and nothing takes them")
+    n_bytes = working_bytes(model, batches[0].size, options.recording)
+    check_memory(n_bytes, "the pass over tokens", "close other programs")
     slot_bytes = 4 * batches[0].size * model.hparams.n_embd
     with ExitStack() as stack:
         stack.enter_context(np.errstate(over="ignore", invalid="ignore"))  # refused where it appears: finite checks
@@ -110,14 +115,15 @@ def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress 
         yield Walk(model, batches[0], backend, sweep.inputs, sweep.first_inputs, sweep.column_squares, file)
 
 
-def working_bytes(model: Model, n_tokens: int) -> int:
-    """Return about what one layer takes in memory, forward and back: activations of ``n_tokens``, and its weights."""
-    h = model.hparams
-    weights: dict[int, int] = {}
-    for tensor in model.tensors:
-        if tensor.layer is not None:
-            weights[tensor.layer] = weights.get(tensor.layer, 0) + tensor.n_weights
-    return 4 * n_tokens * (_WIDTHS * h.n_embd + _HIDDEN_WIDTHS * h.n_ff) + 4 * max(weights.values(), default=0)
+def working_bytes(model: Model, n_tokens: int, recording: Recording | None = None) -> int:
+    """Return about what one layer takes in memory: activations of ``n_tokens`` there and back, weights, Hessians."""
+    h, weights, hessians = model.hparams, 0, 0
+    for index in range(h.n_layers):
+        view = view_layer(model, index)
+        weights = max(weights, sum(matrix.n_weights for matrix in view.matrices()))
+        wanted = [names for names in view.input_groups() if recording and not recording.hessians.isdisjoint(names)]
+        hessians = max(hessians, sum(model.by_name[names[0]].n_cols ** 2 for names in wanted))
+    return 4 * (n_tokens * (_WIDTHS * h.n_embd + _HIDDEN_WIDTHS * h.n_ff) + hessians) + held_bytes(weights)
 
 
 class _Sweep:

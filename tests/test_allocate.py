@@ -25,7 +25,7 @@ from nsds_gguf.allocate.measurement import measure, ratio_estimate, sample_rows
 from nsds_gguf.errors import ModelError, PlanError, RecordError, TargetError
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.records import UNQUANTIZED, LayerScore, Plan, Scores, Target
-from nsds_gguf.sensitivity.moment_propagation import Propagation, propagate
+from nsds_gguf.sensitivity.moment_propagation import Sensitivities, propagate
 from nsds_gguf.session.session import ScoreOptions
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
@@ -197,7 +197,7 @@ class TestMeasure:
         name = "blk.0.ffn_down_exps.weight"
         _, hparams = random_arrays(seed=0)
         tensor = make_model({name: stack}, hparams).tensors[0]
-        (cost,) = measure([Candidate(tensor, ("Q4_K",))], Propagation({}, {}, {}), {name: weights}, 1)
+        (cost,) = measure([Candidate(tensor, ("Q4_K",))], Sensitivities({}, {}, {}), {name: weights}, 1)
         rows = sample_rows(tensor)
         assert (len(rows) == 150) == (limit > 1) and len(rows) >= 64
         error = energy = 0.0

@@ -22,7 +22,7 @@ from ..llamacpp import ggml
 from ..quantize import rounding
 from ..quantize.rounding import Feedback, Feedbacks
 from ..records import Float32, Float64, Progress, Tensor, TensorCost, no_progress
-from ..sensitivity.moment_propagation import Propagation
+from ..sensitivity.moment_propagation import Sensitivities
 from .candidates import Candidate
 
 WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
@@ -43,7 +43,7 @@ class _Sums:
 
 def measure(
     found: Sequence[Candidate],
-    propagation: Propagation,
+    propagation: Sensitivities,
     importance: Mapping[str, Float32],
     n_threads: int,
     progress: Progress = no_progress,
@@ -99,7 +99,7 @@ def sample_rows(tensor: Tensor) -> NDArray[np.intp]:
 
 
 def _measure_one(
-    candidate: Candidate, propagation: Propagation, importance: Float32 | None, feedbacks: Feedbacks | None
+    candidate: Candidate, propagation: Sensitivities, importance: Float32 | None, feedbacks: Feedbacks | None
 ) -> TensorCost:
     tensor = candidate.tensor
     rows = sample_rows(tensor)

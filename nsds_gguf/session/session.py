@@ -52,7 +52,7 @@ from ..records import (
     Scores,
     Target,
 )
-from ..sensitivity.moment_propagation import Propagation
+from ..sensitivity.moment_propagation import Sensitivities
 from ..sensitivity.sensitivities import sensitivities
 from ..session.effort import effort_note, settled
 from ..session.estimate import duration, estimate_seconds, own_text_seconds
@@ -109,7 +109,7 @@ class Work:
         if files is None:
             weakref.finalize(self, self.files.close)
         self._tokens: dict[tuple[str, bool], Tokens] = {}
-        self._propagations: dict[str, Propagation] = {}
+        self._propagations: dict[str, Sensitivities] = {}
         self._callback_moments: dict[str, dict[str, Moments]] = {}
         self._hessians: dict[str, HessianFiles] = {}
         self._balances: dict[str, Balance] = {}
@@ -142,7 +142,7 @@ class Work:
                     )
         return tokens
 
-    def propagation(self, importance: str, for_hessians: bool = False) -> Propagation:
+    def propagation(self, importance: str, for_hessians: bool = False) -> Sensitivities:
         """Return sensitivities and column moments on the tokens of a calibration; Hessians too if they are wanted."""
         kind = _calibration_kind(importance)
         key = kind.token_source

@@ -9,7 +9,7 @@ from variants import VARIANTS, Simulation, fused, variant_arrays
 
 from nsds_gguf.compute.activation_functions import ACTIVATIONS
 from nsds_gguf.compute.layers import view_layer
-from nsds_gguf.compute.norm_placement import read_wiring
+from nsds_gguf.compute.norm_placement import norm_placement
 from nsds_gguf.compute.norms import Norm
 from nsds_gguf.sensitivity.blocks import ATTENTION_SHRINK, logit_variance
 from nsds_gguf.sensitivity.moment_propagation import STREAM_WEIGHT, propagate
@@ -95,11 +95,11 @@ def test_attention_logits_have_the_variance_that_the_sweep_says(name):
         queries, output = (found.sensitivity[f"blk.0.{role}.weight"] for role in (query_role(model), "attn_output"))
         assert queries / output / ATTENTION_SHRINK == pytest.approx(simulation.logit_square[0], rel=0.06)
         return
-    view, wiring = view_layer(model, 0), read_wiring(model.layer(0), model.hparams)
+    view, placement = view_layer(model, 0), norm_placement(model.layer(0), model.hparams)
     reader = stored_name("blk.0.attn_q.weight", model)
     mean = simulation.seen["blk.0.attn_q.weight"].mean(axis=0) if model.hparams.norm == "layer" else None
     x = Signal(found.inputs[reader], mean)
-    assert wiring.parallel == VARIANTS[name].parallel
+    assert placement.parallel == VARIANTS[name].parallel
     variance = logit_variance(view.attention, view.tensors, x, model.hparams)
     assert variance == pytest.approx(simulation.logit_square[0], rel=0.06)
 

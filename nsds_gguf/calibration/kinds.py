@@ -46,6 +46,11 @@ class CalibrationKind:
         """Whether GPTQ rounding can take its Hessians."""
         return self.shrinkage is not None
 
+    @property
+    def token_source(self) -> str:
+        """Name of the calibration whose tokens it takes: sensitivities are the same for all of one source."""
+        return "random" if self.tokens is random_tokens else self.name
+
 
 @dataclass(frozen=True)
 class NoCalibration(RandomTokens):

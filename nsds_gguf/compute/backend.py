@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import PlanError
-from ..records import Float32, Model
+from ..records import Float32, Float64, Model
 from .input_moments import InputSums, NamedHessian, Recording
 from .numpy_backend import open_numpy
 
@@ -51,6 +51,9 @@ class LayerPass(Protocol):
     def hessians(self) -> Iterator[NamedHessian]:
         """Yield ``E[x x^T]`` over all batches so far, of every input that the recording asks for."""
 
+    def column_squares(self) -> Mapping[str, Float64]:
+        """Return the squared norm of every column of the matrices, ``(n_cols,)`` by stored name, stacks left out."""
+
 
 class OutputPass(Protocol):
     """Output norm and output matrix."""
@@ -71,6 +74,9 @@ class OutputPass(Protocol):
 
     def hessians(self) -> Iterator[NamedHessian]:
         """Yield ``E[x x^T]`` over all batches so far, of every input that the recording asks for."""
+
+    def column_squares(self) -> Mapping[str, Float64]:
+        """Return the squared norm of every column of the matrices, ``(n_cols,)`` by stored name, stacks left out."""
 
 
 class Backend(Protocol):

@@ -1,6 +1,6 @@
 """A decoder's layers on a ``Tape``: which operations a model is made of, from the views of its tensors.
 
-Norm wiring, fused and separate matrices, biases, norms of queries and keys, caps, scales and mixtures of experts are
+Norm placement, fused and separate matrices, biases, norms of queries and keys, caps, scales and mixtures of experts are
 followed. Left out is what only moves attention: sliding windows, layers without rope among those with it, a theta of
 their own of windowed layers, the fine print of yarn and longrope.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from ..records import Float32, Hparams, Model, Tensor
 from .activation_functions import ACTIVATIONS, UP_OFFSETS
 from .layers import DENSE, ROUTED, SHARED, Attention, FeedForward, Layer, Linear, rows_of, view_layer
-from .norm_placement import BlockWiring, has_plain_experts, is_plain_stream, read_wiring
+from .norm_placement import BlockNorms, has_plain_experts, is_plain_stream, norm_placement
 from .norms import Norm
 from .tape import Node, Tape, angles
 
@@ -81,34 +81,34 @@ class Decoder:
 
     def layer(self, tape: Tape, view: Layer, x: Node) -> Node:
         """Return the stream behind a layer."""
-        wiring = read_wiring(view.tensors, self.hparams)
+        placement = norm_placement(view.tensors, self.hparams)
         if view.attention is None:
             raise ValueError("a layer without attention: ask what_is_missing first")
-        attended = self.attention(tape, view.attention, view.tensors, self.read(tape, wiring.attention, x))
-        if wiring.parallel:
-            fed = self.feed_forward(tape, view, self.read(tape, wiring.feed_forward, x))
-            x = self.commit(tape, wiring.attention, x, attended)
+        attended = self.attention(tape, view.attention, view.tensors, self.block_input(tape, placement.attention, x))
+        if placement.parallel:
+            fed = self.feed_forward(tape, view, self.block_input(tape, placement.feed_forward, x))
+            x = self.add_update(tape, placement.attention, x, attended)
         else:
-            x = self.commit(tape, wiring.attention, x, attended)
-            fed = self.feed_forward(tape, view, self.read(tape, wiring.feed_forward, x))
-        x = self.commit(tape, wiring.feed_forward, x, fed)
+            x = self.add_update(tape, placement.attention, x, attended)
+            fed = self.feed_forward(tape, view, self.block_input(tape, placement.feed_forward, x))
+        x = self.add_update(tape, placement.feed_forward, x, fed)
         scale = view.tensors.get("layer_output_scale")
         return x if scale is None else tape.add(Node(np.zeros_like(x.value)), x, float(scale.load().ravel()[0]))
 
-    def read(self, tape: Tape, wiring: BlockWiring, x: Node) -> Node:
+    def block_input(self, tape: Tape, norms: BlockNorms, x: Node) -> Node:
         """Return what a block reads of the stream."""
-        return x if wiring.before is None else self.norm(tape, wiring.before, x)
+        return x if norms.before is None else self.norm(tape, norms.before, x)
 
     def norm(self, tape: Tape, norm: Norm, x: Node) -> Node:
         """Return a norm of the stream's kind."""
         return tape.norm(norm, x, self.hparams.norm, self.hparams.norm_eps)
 
-    def commit(self, tape: Tape, wiring: BlockWiring, x: Node, write: Node) -> Node:
+    def add_update(self, tape: Tape, norms: BlockNorms, x: Node, write: Node) -> Node:
         """Return the stream with what a block writes, normed where the layer says so."""
-        if wiring.behind is not None:
-            write = self.norm(tape, wiring.behind, write)
+        if norms.behind is not None:
+            write = self.norm(tape, norms.behind, write)
         x = tape.add(x, write, self.hparams.residual_scale)
-        return x if wiring.on_stream is None else self.norm(tape, wiring.on_stream, x)
+        return x if norms.on_stream is None else self.norm(tape, norms.on_stream, x)
 
     def attention(self, tape: Tape, a: Attention, tensors: Mapping[str, Tensor], x: Node) -> Node:
         """Return what attention writes."""

@@ -42,11 +42,13 @@ class Recording:
     Attributes:
         hessians: stored names of the matrices whose ``X^T X`` is wanted; stacks have none.
         first_positions: whether the first position of every sequence counts in ``X^T X``.
+        column_squares: whether the squared norms of the matrices' own columns are wanted too.
 
     """
 
     hessians: frozenset[str] = frozenset()
     first_positions: bool = False
+    column_squares: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 llama.cpp has one graph per architecture; what distinguishes them here can be told from which norms a layer has.
 
 =========================================  ====================================================================
-norms of the layer                         wiring
+norms of the layer                         placement
 =========================================  ====================================================================
 attn_norm, ffn_norm                        each block reads the stream through its norm (llama, gpt2, ...)
 ... and post_attention_norm, post_ffw_norm what a block writes is normed too (gemma 2 and 3, glm4, plamo2)
@@ -29,7 +29,7 @@ from .norms import Norm
 
 
 @dataclass(frozen=True)
-class BlockWiring:
+class BlockNorms:
     """Norm in front of a block, norm on what it writes, norm on the stream after it; ``None``: there is none."""
 
     before: Norm | None
@@ -38,16 +38,16 @@ class BlockWiring:
 
 
 @dataclass(frozen=True)
-class Wiring:
-    """Wiring of a layer's two blocks; ``parallel``: the feed-forward block reads what the layer reads."""
+class NormPlacement:
+    """NormPlacement of a layer's two blocks; ``parallel``: the feed-forward block reads what the layer reads."""
 
-    attention: BlockWiring
-    feed_forward: BlockWiring
+    attention: BlockNorms
+    feed_forward: BlockNorms
     parallel: bool
 
 
-def read_wiring(tensors: Mapping[str, Tensor], hparams: Hparams) -> Wiring:
-    """Return the wiring of a layer from its tensors by role."""
+def norm_placement(tensors: Mapping[str, Tensor], hparams: Hparams) -> NormPlacement:
+    """Return the norm placement of a layer from its tensors by role."""
 
     def norm(role: str) -> Norm | None:
         gain = tensors.get(role)
@@ -57,22 +57,22 @@ def read_wiring(tensors: Mapping[str, Tensor], hparams: Hparams) -> Wiring:
     attention_out, layer_out = norm("attn_output_norm"), norm("layer_output_norm")
     after_attention, after_ffn = norm("post_attention_norm"), norm("post_ffw_norm")
     if first is None and attention_out is not None:
-        on_stream = BlockWiring(None, None, attention_out), BlockWiring(None, None, layer_out)
-        return Wiring(*on_stream, parallel=False)
+        on_stream = BlockNorms(None, None, attention_out), BlockNorms(None, None, layer_out)
+        return NormPlacement(*on_stream, parallel=False)
     if own is not None:
-        ahead = BlockWiring(second or first, after_attention or attention_out)
-        return Wiring(ahead, BlockWiring(own, after_ffn or layer_out), hparams.parallel_residual)
+        ahead = BlockNorms(second or first, after_attention or attention_out)
+        return NormPlacement(ahead, BlockNorms(own, after_ffn or layer_out), hparams.parallel_residual)
     if after_ffn is not None:
-        return Wiring(BlockWiring(second or first, after_attention), BlockWiring(None, after_ffn), parallel=False)
+        return NormPlacement(BlockNorms(second or first, after_attention), BlockNorms(None, after_ffn), parallel=False)
     own = after_attention or attention_out
     if own is not None:
-        return Wiring(BlockWiring(second or first), BlockWiring(own), parallel=False)
+        return NormPlacement(BlockNorms(second or first), BlockNorms(own), parallel=False)
     if first is not None:
-        return Wiring(BlockWiring(second or first), BlockWiring(first), parallel=True)
-    return Wiring(BlockWiring(Norm()), BlockWiring(Norm()), parallel=False)
+        return NormPlacement(BlockNorms(second or first), BlockNorms(first), parallel=True)
+    return NormPlacement(BlockNorms(Norm()), BlockNorms(Norm()), parallel=False)
 
 
-# Parts of layers whose wiring is known to be another: several streams mixed (gemma3n, hyper-connections), experts that
+# Parts of layers that are put together in another way: several streams mixed (gemma3n, hyper-connections), experts that
 # read something else than the dense block (gemma4, arctic).
 _OTHER_STREAM = re.compile(r"altup_|hc_|attn_res_score|ffn_res_score")
 _OTHER_EXPERTS = ("pre_ffw_norm_2", "ffn_norm_exps")

@@ -6,7 +6,7 @@ the order of sums depends on the number of threads: nor do results.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -14,16 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..records import Float32, Float64, Model, Tensor
-from ..system.resources import available_memory_bytes
 from .decoder import Decoder
 from .embedding import embed, lookup_squared_norm
 from .input_moments import InputSums, NamedHessian, Recording
 from .layers import Layer, view_layer
 from .output import loss_gradient, output_norm
 from .tape import Ids, Node, Tape
-from .weights import LayerWeights
+from .weights import LayerWeights, held_bytes, slabs
 
-_SHARE_OF_MEMORY = 0.25  # of what is available, that the float32 weights of one layer may take to be held
 _STRIPE = 512  # columns of one job of a sum of squares or of products
 
 
@@ -57,8 +55,17 @@ class NumpyBackend:
 
     def weights_of(self, tensors: Collection[Tensor]) -> LayerWeights:
         """Return the rows of these matrices, held where they fit in memory."""
-        n_bytes, available = 4 * sum(tensor.n_weights for tensor in tensors), available_memory_bytes()
-        return LayerWeights(available is None or n_bytes <= _SHARE_OF_MEMORY * available)
+        return LayerWeights(held_bytes(sum(tensor.n_weights for tensor in tensors)) > 0)
+
+    def column_squares(self, matrices: Iterable[Tensor], weights: LayerWeights) -> dict[str, Float64]:
+        """Return the squared norms of columns; parts of one stored tensor add up."""
+        found: dict[str, Float64] = {}
+        for matrix in matrices:
+            if len(self.model.by_name[matrix.name].shape) == 2:
+                total = found.setdefault(matrix.name, np.zeros(matrix.n_cols))
+                for part in self.pool.map(lambda slab, m=matrix: _squares(weights.rows(m, slab)), slabs(matrix)):
+                    total += part
+        return found
 
     def embed(self, tokens: NDArray[np.int64]) -> Float32:
         """Return the stream in front of the first layer."""
@@ -111,6 +118,10 @@ class NumpyLayer:
         """Yield the Hessians."""
         return self._recorder.hessians()
 
+    def column_squares(self) -> Mapping[str, Float64]:
+        """Return the squared norms of columns."""
+        return self._backend.column_squares(self._view.matrices(), self._weights)
+
 
 class NumpyOutput:
     """An ``OutputPass``."""
@@ -139,6 +150,10 @@ class NumpyOutput:
     def hessians(self) -> Iterator[NamedHessian]:
         """Yield the Hessians."""
         return self._recorder.hessians()
+
+    def column_squares(self) -> Mapping[str, Float64]:
+        """Return the squared norms of columns."""
+        return self._backend.column_squares([self._backend.model.unembedding()], self._weights)
 
 
 class InputRecorder:
@@ -193,7 +208,7 @@ class InputRecorder:
         sums, is_first = self._of(group, x.shape[1], name), tokens % self._backend.n_positions == 0
         for part, mask in enumerate((is_first, ~is_first)):
             rows = x[mask]
-            sums.squares[part, expert] += np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
+            sums.squares[part, expert] += _squares(rows)
             sums.counts[part, expert] += len(rows)
 
     def _of(self, group: tuple[str, ...], n_cols: int, stack: str | None = None) -> InputSums:
@@ -222,7 +237,10 @@ class InputRecorder:
 
         def add(start: int) -> None:
             stop = min(start + _STRIPE, len(total))
-            total[start:stop, :stop] += rows[:, start:stop].T @ rows[:, :stop]
+            stripe = rows[:, start:stop]
+            total[start:stop, start:stop] += stripe.T @ stripe  # numpy calls BLAS's syrk: half the work
+            if start:
+                total[start:stop, :start] += stripe.T @ rows[:, :start]
 
         self._each_stripe(add, len(total))
 
@@ -235,6 +253,12 @@ class InputRecorder:
 
         for _ in self._backend.pool.map(quietly, reversed(range(0, n_cols, _STRIPE))):
             pass
+
+
+def _squares(rows: Float32) -> Float64:
+    """Return the squared norms of columns."""
+    squares: Float64 = np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
+    return squares
 
 
 def _mirror(products: Float32) -> None:

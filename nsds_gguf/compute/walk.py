@@ -15,11 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ModelError
-from ..records import Float32, Model, Progress, no_progress
+from ..records import Float32, Float64, Model, Progress, no_progress
 from ..system.resources import check_memory
 from .backend import DEFAULT_BACKEND, Backend, LayerPass, OutputPass, Tokens, find_backend
 from .input_moments import InputSums, Recording
+from .layers import view_layer
 from .stream_file import StreamFile, stream_file
+from .weights import held_bytes
 
 # Copies of the stream's width and of the hidden units that a layer holds at most: 14 and 7 of keys' and values' width
 # were measured, and 8.6 (docs/log.md, 2026-11-25).
@@ -61,6 +63,7 @@ class Walk:
         backend: what computed it.
         inputs: sums over all tokens, by stored name; matrices with one input share an entry.
         first_inputs: sums over the first batch alone.
+        column_squares: squared norms of the columns of matrices, ``(n_cols,)`` by stored name, where asked for.
         streams: what every layer read of the first batch, and behind the last layer its output, by index.
 
     """
@@ -70,6 +73,7 @@ class Walk:
     backend: Backend
     inputs: Mapping[str, InputSums]
     first_inputs: Mapping[str, InputSums]
+    column_squares: Mapping[str, Float64]
     streams: StreamFile
 
 
@@ -94,7 +98,10 @@ def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress 
     """
     entry, n_positions = find_backend(options.backend), tokens.shape[1]
     batches = [tokens[start : start + options.n_first] for start in range(0, len(tokens), options.n_first)]
-    check_memory(working_bytes(model, batches[0].size), "the pass over tokens", "close other programs")
+    if options.recording.hessians and options.on_hessian is None:
+        raise ValueError("Hessians are asked for, and nothing takes them")
+    n_bytes = working_bytes(model, batches[0].size, options.recording)
+    check_memory(n_bytes, "the pass over tokens", "close other programs")
     slot_bytes = 4 * batches[0].size * model.hparams.n_embd
     with ExitStack() as stack:
         stack.enter_context(np.errstate(over="ignore", invalid="ignore"))  # refused where it appears: finite checks
@@ -103,17 +110,18 @@ def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress 
         sweep = _Sweep(model, batches, backend, file, options)
         progress(0, (model.hparams.n_layers + 1) * len(batches))
         sweep.run(progress)
-        yield Walk(model, batches[0], backend, sweep.inputs, sweep.first_inputs, file)
+        yield Walk(model, batches[0], backend, sweep.inputs, sweep.first_inputs, sweep.column_squares, file)
 
 
-def working_bytes(model: Model, n_tokens: int) -> int:
-    """Return about what one layer takes in memory, forward and back: activations of ``n_tokens``, and its weights."""
-    h = model.hparams
-    weights: dict[int, int] = {}
-    for tensor in model.tensors:
-        if tensor.layer is not None:
-            weights[tensor.layer] = weights.get(tensor.layer, 0) + tensor.n_weights
-    return 4 * n_tokens * (_WIDTHS * h.n_embd + _HIDDEN_WIDTHS * h.n_ff) + 4 * max(weights.values(), default=0)
+def working_bytes(model: Model, n_tokens: int, recording: Recording | None = None) -> int:
+    """Return about what one layer takes in memory: activations of ``n_tokens`` there and back, weights, Hessians."""
+    h, weights, hessians = model.hparams, 0, 0
+    for index in range(h.n_layers):
+        view = view_layer(model, index)
+        weights = max(weights, sum(matrix.n_weights for matrix in view.matrices()))
+        wanted = [names for names in view.input_groups() if recording and not recording.hessians.isdisjoint(names)]
+        hessians = max(hessians, sum(model.by_name[names[0]].n_cols ** 2 for names in wanted))
+    return 4 * (n_tokens * (_WIDTHS * h.n_embd + _HIDDEN_WIDTHS * h.n_ff) + hessians) + held_bytes(weights)
 
 
 class _Sweep:
@@ -126,6 +134,7 @@ class _Sweep:
         self._options = options
         self.inputs: dict[str, InputSums] = {}
         self.first_inputs: dict[str, InputSums] = {}
+        self.column_squares: dict[str, Float64] = {}
 
     def run(self, progress: Progress) -> None:
         """Go forward through all layers and the output."""
@@ -149,6 +158,8 @@ class _Sweep:
                 self.first_inputs.update(_by_name(stage.input_sums()))
             progress(batch + 1, len(self._batches))
         self.inputs.update(_by_name(stage.input_sums()))
+        if self._options.recording.column_squares:
+            self.column_squares.update(stage.column_squares())
         for names, hessian in stage.hessians():
             if self._options.on_hessian is not None:
                 self._options.on_hessian(names, hessian)

@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from ..records import Float32, Tensor
+from ..system.resources import available_memory_bytes
+
+HELD_SHARE = 0.25  # of the memory available, that the decoded weights of one layer may take
 
 Slab = tuple[int, int]
+
+
+def held_bytes(n_weights: int) -> int:
+    """Return what so many weights take decoded where they are held, else 0: where they would take too much memory."""
+    n_bytes, available = 4 * n_weights, available_memory_bytes()
+    return n_bytes if available is None or n_bytes <= HELD_SHARE * available else 0
 
 
 def slabs(tensor: Tensor) -> list[Slab]:

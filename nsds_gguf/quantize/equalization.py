@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,12 +98,16 @@ class Equalization:
         )
 
 
-def find_equalization(model: Model, inputs: Mapping[str, Float64]) -> Equalization:
+def find_equalization(
+    model: Model, inputs: Mapping[str, Float64], column_squares: Mapping[str, Float64] = MappingProxyType({})
+) -> Equalization:
     """Return the factors that equalize a model's channels; nothing where none stands out.
 
     Args:
         model: any model; layers with tensors that are not known here, and experts, stay as they are.
         inputs: mean squares of each matrix's input, ``(n_cols,)`` by stored name.
+        column_squares: squared norms of the matrices' columns, ``(n_cols,)`` by stored name; of those that are not
+            given the weights are read.
 
     """
     columns, rows = dict[str, Exponents](), dict[str, Exponents]()
@@ -111,7 +116,7 @@ def find_equalization(model: Model, inputs: Mapping[str, Float64]) -> Equalizati
         moments = inputs.get(consumers[0].name)
         if moments is None or moments.ndim != 1:
             continue
-        exponents = _exponents(moments, consumers)
+        exponents = _exponents(moments, consumers, column_squares)
         if not exponents.any():
             continue
         n_channels, n_pairs = n_channels + int(np.count_nonzero(exponents)), n_pairs + 1
@@ -151,9 +156,9 @@ def _pair(
         yield producing, consuming
 
 
-def _exponents(moments: Float64, consumers: Sequence[Tensor]) -> Exponents:
+def _exponents(moments: Float64, consumers: Sequence[Tensor], column_squares: Mapping[str, Float64]) -> Exponents:
     """Return the exponents of the columns of ``consumers``, ``(n_cols,)``; zeros where no channel stands out."""
-    shares = np.sum([_squared_norm_shares(consumer) for consumer in consumers], axis=0)
+    shares = np.sum([_squared_norm_shares(each, column_squares.get(each.name)) for each in consumers], axis=0)
     alive = (moments > 0) & (shares > 0)
     if not alive.any():
         return np.zeros(len(moments), np.int64)
@@ -167,10 +172,15 @@ def _exponents(moments: Float64, consumers: Sequence[Tensor]) -> Exponents:
     return exponents
 
 
-def _squared_norm_shares(tensor: Tensor) -> Float64:
-    """Return the squared norm of each column as a share of the matrix's, ``(n_cols,)``."""
-    total = np.zeros(tensor.n_cols)
-    for _, rows in tensor.slabs():
-        total += np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
+def _squared_norm_shares(tensor: Tensor, squares: Float64 | None) -> Float64:
+    """Return the squared norm of each column as a share of the matrix's, ``(n_cols,)``; ``squares`` where known."""
+    total = _column_squares(tensor) if squares is None else squares
     share: Float64 = total / total.sum() if total.any() else total
     return share
+
+
+def _column_squares(tensor: Tensor) -> Float64:
+    total: Float64 = np.zeros(tensor.n_cols)
+    for _, rows in tensor.slabs():
+        total += np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
+    return total

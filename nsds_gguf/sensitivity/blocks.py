@@ -37,7 +37,7 @@ WRITERS: dict[str, Writer] = {"layer": centred_matrix_moments}  # by kind of nor
 
 
 @dataclass(frozen=True)
-class Write:
+class ResidualUpdate:
     """What a block adds to the stream.
 
     Attributes:
@@ -55,21 +55,22 @@ class Write:
     readers: tuple[str, ...]
     inputs: dict[str, Float64]
 
-    def scaled(self, mean_square: float, mean: float) -> Write:
+    def scaled(self, mean_square: float, mean: float) -> ResidualUpdate:
         """Return the write times a factor of these moments."""
         noise = {name: value * mean_square for name, value in self.noise.items()}
         return replace(self, signal=self.signal.scaled(mean_square, mean), noise=noise)
 
-    def normed(self, norm: Norm, eps: float) -> Write:
+    def normed(self, norm: Norm, eps: float) -> ResidualUpdate:
         """Return the write behind a norm: noise keeps its share."""
         factor = norm.gains(len(self.signal.second)) ** 2 / (self.signal.second.mean() + eps)
         noise = {name: value * factor for name, value in self.noise.items()}
         return replace(self, signal=normed(norm, self.signal, eps), noise=noise)
 
-    def plus(self, other: Write) -> Write:
+    def plus(self, other: ResidualUpdate) -> ResidualUpdate:
         """Return the sum of two independent writes; of a tensor that takes part in both the noises add up."""
         readers, inputs = (*self.readers, *other.readers), {**self.inputs, **other.inputs}
-        return Write(self.name, self.signal.plus(other.signal), added(self.noise, other.noise), readers, inputs)
+        noise = added(self.noise, other.noise)
+        return ResidualUpdate(self.name, self.signal.plus(other.signal), noise, readers, inputs)
 
 
 def added(first: Mapping[str, Float64], second: Mapping[str, Float64]) -> dict[str, Float64]:
@@ -113,7 +114,7 @@ def noise_within(linear: Linear, second: Float64) -> Float64:
 # --- attention ------------------------------------------------------------------------------------------------
 
 
-def attention_write(a: Attention, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> Write:
+def attention_update(a: Attention, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> ResidualUpdate:
     """Return what attention writes.
 
     Args:
@@ -144,7 +145,7 @@ def attention_write(a: Attention, tensors: Mapping[str, Tensor], x: Signal, hpar
     of_logits = energy * logit_variance(a, tensors, x, hparams)
     noise |= _of_parts([(a.v, of_values), (a.o, of_output), (a.q, of_logits), (a.k, of_logits)])
     signal = written(a.o, attended, hparams)
-    return Write(a.o.name, signal, noise, tuple(readers), {a.o.name: attended.second})
+    return ResidualUpdate(a.o.name, signal, noise, tuple(readers), {a.o.name: attended.second})
 
 
 def _per_head(value: Signal, a: Attention) -> Signal:
@@ -211,9 +212,9 @@ def has_known_qk_norms(a: Attention, tensors: Mapping[str, Tensor]) -> bool:
 # --- feed-forward ---------------------------------------------------------------------------------------------
 
 
-def feed_forward_write(
+def feed_forward_update(
     blocks: Sequence[FeedForward], tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams
-) -> Write:
+) -> ResidualUpdate:
     """Return what the feed-forward blocks of a layer write together: a dense one, or experts, or both.
 
     Args:
@@ -225,10 +226,10 @@ def feed_forward_write(
     """
     n_experts = sum(block.kind == ROUTED for block in blocks)
     parts = [
-        block_write(block, tensors, x, hparams).scaled(*expected_use(block, tensors, x, hparams, n_experts))
+        block_update(block, tensors, x, hparams).scaled(*expected_use(block, tensors, x, hparams, n_experts))
         for block in blocks
     ]
-    total = functools.reduce(Write.plus, parts)
+    total = functools.reduce(ResidualUpdate.plus, parts)
     routed = [(block.down.name, part) for block, part in zip(blocks, parts, strict=True) if block.kind == ROUTED]
     if not routed:
         return total
@@ -254,7 +255,7 @@ def expected_use(
     return float(weight.second[0]), float(weight.mean[0])
 
 
-def block_write(block: FeedForward, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> Write:
+def block_update(block: FeedForward, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> ResidualUpdate:
     """Return what one dense block or expert writes, as if every token went through it."""
     up = product(block.up, x)
     if block.gate is None:
@@ -277,7 +278,7 @@ def block_write(block: FeedForward, tensors: Mapping[str, Tensor], x: Signal, hp
     through = [(part, noise_through(block.down, value, hparams)) for part, value in noisy]
     noise = _of_parts([*through, (block.down, noise_within(block.down, hidden.second))])
     readers, signal = tuple(part.name for part, _ in noisy), written(block.down, hidden, hparams)
-    return Write(block.down.name, signal, noise, readers, {block.down.name: hidden.second})
+    return ResidualUpdate(block.down.name, signal, noise, readers, {block.down.name: hidden.second})
 
 
 def noise_ratio(linear: Linear, x: Signal, out: Signal, of: Float64) -> Float64 | float:

@@ -17,7 +17,7 @@ import numpy as np
 from ..compute.layers import Linear, rows_of
 from ..compute.norms import Norm
 from ..records import Float64, Hparams, Tensor
-from .blocks import ATTENTION_SHRINK, Write, added, noise_through, written
+from .blocks import ATTENTION_SHRINK, ResidualUpdate, added, noise_through, written
 from .moments import Signal, matrix_moments, normed
 
 
@@ -71,7 +71,7 @@ def _has_key_values(tensors: Mapping[str, Tensor], n_heads: int, n_latent: int, 
     return keys is not None and values is not None and (keys.shape, values.shape) == shapes
 
 
-def latent_write(a: LatentAttention, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> Write:
+def latent_update(a: LatentAttention, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> ResidualUpdate:
     """Return what latent attention writes.
 
     Args:
@@ -100,7 +100,7 @@ def latent_write(a: LatentAttention, tensors: Mapping[str, Tensor], x: Signal, h
         if role in tensors:
             noise = added(noise, {tensors[role].name: part})
     inputs |= _inputs(a, tensors, latent, query_input) | {a.output.name: attended}
-    return Write(
+    return ResidualUpdate(
         a.output.name, written(output, Signal(attended), hparams), noise, (*readers, a.key_values.name), inputs
     )
 

@@ -8,7 +8,7 @@ The theory: divergence is about ``sum_t alpha_t e_t``, additive in small indepen
 with ``alpha_t = E_t / R_l``: the energy of the write that tensor ``t`` takes part in over that of the stream after it.
 Second moments are per channel; channels are treated as uncorrelated, positions as independent draws.
 
-What differs between architectures: ``wiring`` says where the norms sit, ``views`` what the blocks are made of,
+What differs between architectures: ``norm_placement`` says where the norms sit, ``layers`` what the blocks are made of,
 ``Hparams`` the scales. A stream that is read through layer norms alone never shows the mean of its channels: it is
 followed without. Left out: caps on logits, sinks, windows, rope; they bound or move attention, not what values carry.
 
@@ -28,10 +28,10 @@ from ..compute.activation_functions import ACTIVATIONS
 from ..compute.input_moments import Moments
 from ..compute.layers import Layer, view_layer
 from ..compute.norm_placement import (
-    BlockWiring,
+    BlockNorms,
     has_plain_experts,
     is_plain_stream,
-    read_wiring,
+    norm_placement,
     reads_as_attention,
 )
 from ..compute.norms import Norm
@@ -40,16 +40,16 @@ from ..llamacpp.rules import kept_reason
 from ..records import Float32, Float64, Model, Progress, Tensor, no_progress
 from .blocks import (
     ATTENTION_SHRINK,
-    Write,
-    attention_write,
-    feed_forward_write,
+    ResidualUpdate,
+    attention_update,
+    feed_forward_update,
     has_known_gate,
     has_known_qk_norms,
 )
-from .latent import latent_write, view_latent
+from .latent import latent_update, view_latent
 from .moments import Signal, normed, row_moments
 
-__all__ = ["ATTENTION_SHRINK", "IMPORTANCES", "STREAM_WEIGHT", "Propagation", "propagate"]
+__all__ = ["ATTENTION_SHRINK", "IMPORTANCES", "STREAM_WEIGHT", "Sensitivities", "propagate"]
 
 IMPORTANCES = {
     "sweep": "second moment of each column's input, on drawn tokens or swept through the model",
@@ -68,14 +68,15 @@ MAX_SHOWN_ROLES = 4  # in the note on tensors that the sweep does not reach
 
 
 @dataclass(frozen=True)
-class Propagation:
+class Sensitivities:
     """Result of the sweep, by tensor name.
 
     ``sensitivity`` is in units of the output tensor's, from ``fisher`` in nats; ``inputs`` holds ``(n_cols,)`` float64
     second moments of what each matrix multiplies, ``(n_experts, n_cols)`` where stacked matrices multiply different
     things; ``gains`` the squared gain of the norm in front of it where there is one; ``notes`` says what the sweep did
     not reach, ``looked_up`` which share of a tied embedding's sensitivity is not the output's, ``moments`` those of all
-    tokens that went through the model, empty where none did.
+    tokens that went through the model and ``column_squares`` the squared norms of the matrices' columns, ``(n_cols,)``;
+    both are empty where no tokens went through.
     """
 
     sensitivity: Mapping[str, float]
@@ -84,6 +85,7 @@ class Propagation:
     notes: tuple[str, ...] = ()
     looked_up: float = 0.0
     moments: Mapping[str, Moments] = field(default_factory=dict)
+    column_squares: Mapping[str, Float64] = field(default_factory=dict)
 
     def importance(self, kind: str) -> dict[str, Float32]:
         """Return float32 weights of mean 1 by tensor name, shaped as ``inputs``; no entry where columns weigh alike.
@@ -96,7 +98,7 @@ class Propagation:
         return {name: normalized(moment) for name, moment in moments.items()}
 
 
-def propagate(model: Model, progress: Progress = no_progress) -> Propagation:
+def propagate(model: Model, progress: Progress = no_progress) -> Sensitivities:
     """Sweep second moments through the model.
 
     Args:
@@ -119,7 +121,7 @@ def propagate(model: Model, progress: Progress = no_progress) -> Propagation:
     sweep.output()
     missed = [t for t in model.tensors if t.name not in sweep.sensitivity and not kept_reason(t, model.architecture)]
     typical = typical_sensitivities(model, sweep.sensitivity, missed)
-    return Propagation({**sweep.sensitivity, **typical}, sweep.inputs, sweep.gains, _notes(missed))
+    return Sensitivities({**sweep.sensitivity, **typical}, sweep.inputs, sweep.gains, _notes(missed))
 
 
 class _Sweep:
@@ -164,62 +166,62 @@ class _Sweep:
         return "token_embd_norm" if is_odd else "output_norm"
 
     def layer(self, view: Layer) -> None:
-        """Take the stream through one layer, as far as its wiring is known."""
+        """Take the stream through one layer, as far as its norm placement is known."""
         if self.stream is None or not is_plain_stream(view.tensors):
             return
-        wiring, entry = read_wiring(view.tensors, self.hparams), self.stream
-        writes = self.attention(view, wiring.attention, entry)
-        if wiring.parallel:
-            writes += self.feed_forward(view, wiring.feed_forward, entry)
+        placement, entry = norm_placement(view.tensors, self.hparams), self.stream
+        writes = self.attention(view, placement.attention, entry)
+        if placement.parallel:
+            writes += self.feed_forward(view, placement.feed_forward, entry)
         else:
-            entry = self.commit(entry, writes, wiring.attention)
-            writes = self.feed_forward(view, wiring.feed_forward, entry)
-        stream = self.commit(entry, writes, wiring.feed_forward)
+            entry = self.add_updates(entry, writes, placement.attention)
+            writes = self.feed_forward(view, placement.feed_forward, entry)
+        stream = self.add_updates(entry, writes, placement.feed_forward)
         scale = view.tensors.get("layer_output_scale")
         factor = 1.0 if scale is None else float(scale.load().ravel()[0])
         self.stream = stream.scaled(factor**2, factor)
 
-    def attention(self, view: Layer, wiring: BlockWiring, stream: Signal) -> list[Write]:
+    def attention(self, view: Layer, norms: BlockNorms, stream: Signal) -> list[ResidualUpdate]:
         """Return the write of plain or latent attention; nothing where the layer has none that is known."""
-        a, x = view.attention, self.read(wiring, stream)
-        self.record_readers([t.name for t in view.rest if reads_as_attention(t)], wiring, x)
+        a, x = view.attention, self.block_input(norms, stream)
+        self.record_readers([t.name for t in view.rest if reads_as_attention(t)], norms, x)
         latent = view_latent(view.tensors, self.hparams)
         if latent is not None:
-            return [self.finished(latent_write(latent, view.tensors, x, self.hparams), wiring, x)]
+            return [self.finished(latent_update(latent, view.tensors, x, self.hparams), norms, x)]
         known = a is not None and has_known_gate(a, view.tensors) and has_known_qk_norms(a, view.tensors)
         if a is None or not known or self.model.architecture in _OTHER_ATTENTION:
             return []
-        return [self.finished(attention_write(a, view.tensors, x, self.hparams), wiring, x)]
+        return [self.finished(attention_update(a, view.tensors, x, self.hparams), norms, x)]
 
-    def feed_forward(self, view: Layer, wiring: BlockWiring, stream: Signal) -> list[Write]:
+    def feed_forward(self, view: Layer, norms: BlockNorms, stream: Signal) -> list[ResidualUpdate]:
         """Return the write of the feed-forward blocks; nothing where the layer has none that are known."""
         if not view.feed_forward or self.hparams.activation not in ACTIVATIONS or not has_plain_experts(view.tensors):
             return []
-        x = self.read(wiring, stream)
-        return [self.finished(feed_forward_write(view.feed_forward, view.tensors, x, self.hparams), wiring, x)]
+        x = self.block_input(norms, stream)
+        return [self.finished(feed_forward_update(view.feed_forward, view.tensors, x, self.hparams), norms, x)]
 
-    def read(self, wiring: BlockWiring, stream: Signal) -> Signal:
+    def block_input(self, norms: BlockNorms, stream: Signal) -> Signal:
         """Return what a block reads of the stream."""
-        return stream if wiring.before is None else normed(wiring.before, stream, self.hparams.norm_eps)
+        return stream if norms.before is None else normed(norms.before, stream, self.hparams.norm_eps)
 
-    def finished(self, write: Write, wiring: BlockWiring, x: Signal) -> Write:
+    def finished(self, write: ResidualUpdate, norms: BlockNorms, x: Signal) -> ResidualUpdate:
         """Return a block's write as it reaches the stream, normed and scaled; record what its matrices multiply."""
-        self.record_readers(write.readers, wiring, x)
+        self.record_readers(write.readers, norms, x)
         self.inputs.update(write.inputs)
         if not np.isfinite(write.signal.second).all():
             raise ModelError(f"tensor {write.name}: its output has no finite second moment; the weights are damaged")
-        if wiring.behind is not None:
-            write = write.normed(wiring.behind, self.hparams.norm_eps)
+        if norms.behind is not None:
+            write = write.normed(norms.behind, self.hparams.norm_eps)
         return write.scaled(self.hparams.residual_scale**2, self.hparams.residual_scale)
 
-    def record_readers(self, names: Iterable[str], wiring: BlockWiring, x: Signal) -> None:
+    def record_readers(self, names: Iterable[str], norms: BlockNorms, x: Signal) -> None:
         """Record what matrices behind a norm multiply, and its gain."""
         for name in names:
             self.inputs[name] = x.second
-            if wiring.before is not None:
-                self.gains[name] = wiring.before.gains(len(x.second)) ** 2
+            if norms.before is not None:
+                self.gains[name] = norms.before.gains(len(x.second)) ** 2
 
-    def commit(self, stream: Signal, writes: Sequence[Write], wiring: BlockWiring) -> Signal:
+    def add_updates(self, stream: Signal, writes: Sequence[ResidualUpdate], norms: BlockNorms) -> Signal:
         """Return the stream with writes added; their noise becomes sensitivity, relative to the stream with them."""
         for write in writes:
             stream = stream.plus(write.signal if self.centred else Signal(write.signal.second))
@@ -227,7 +229,7 @@ class _Sweep:
         for write in writes:
             for name, noise in write.noise.items():
                 self.sensitivity[name] = STREAM_WEIGHT * float(noise.sum()) / total
-        return stream if wiring.on_stream is None else normed(wiring.on_stream, stream, self.hparams.norm_eps)
+        return stream if norms.on_stream is None else normed(norms.on_stream, stream, self.hparams.norm_eps)
 
     def output(self) -> None:
         """Record the output tensor, or add its part to the embedding that doubles as it."""
@@ -236,8 +238,8 @@ class _Sweep:
         tensor, norm = self.model.unembedding(), self.norm(self.output_norm_role())
         if norm is None and self.hparams.norm == "layer":
             norm = Norm()
-        wiring = BlockWiring(norm)
-        self.record_readers([tensor.name], wiring, self.read(wiring, self.stream))
+        norms = BlockNorms(norm)
+        self.record_readers([tensor.name], norms, self.block_input(norms, self.stream))
         self.sensitivity[tensor.name] = 1.0 + (STREAM_WEIGHT if self.model.is_tied else 0.0)
 
 

@@ -15,10 +15,12 @@ from ..compute.walk import WalkOptions, walk
 from ..llamacpp.rules import kept_reason
 from ..records import Model, Progress, no_progress
 from .fisher import Fisher, steps_back, walk_back
-from .moment_propagation import Propagation, propagate, typical_sensitivities
+from .moment_propagation import Sensitivities, propagate, typical_sensitivities
 
 
-def sensitivities(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress = no_progress) -> Propagation:
+def sensitivities(
+    model: Model, tokens: Tokens, options: WalkOptions, progress: Progress = no_progress
+) -> Sensitivities:
     """Return the sensitivity of every matrix that may be quantized and the moments of its columns.
 
     One walk forward over the layers, one back: in memory one layer, its activations and its Hessians.
@@ -44,10 +46,10 @@ def sensitivities(model: Model, tokens: Tokens, options: WalkOptions, progress: 
         n_forward = (model.hparams.n_layers + 1) * -(-len(tokens) // options.n_first)
         found = walk_back(forward, 0, lambda done, _: progress(n_forward + done, n_forward + n_back))
         moments = {name: sums.moments(first_positions=True) for name, sums in forward.inputs.items()}
-    return replace(_of_all_tensors(model, found), moments=moments)
+        return replace(_of_all_tensors(model, found), moments=moments, column_squares=forward.column_squares)
 
 
-def _of_all_tensors(model: Model, found: Fisher) -> Propagation:
+def _of_all_tensors(model: Model, found: Fisher) -> Sensitivities:
     """Return what was found, with typical sensitivities where the pass has none."""
     quantized = [tensor for tensor in model.tensors if not kept_reason(tensor, model.architecture)]
     known = {t.name: found.sensitivity[t.name] for t in quantized if t.name in found.sensitivity}
@@ -59,4 +61,4 @@ def _of_all_tensors(model: Model, found: Fisher) -> Propagation:
             f"None of the tokens read visits {found.n_missed} of {found.n_experts} experts: their columns weigh as "
             "those of the others of their layer do on average.",
         )
-    return Propagation(sensitivity, found.inputs, squared_gains(model), notes, found.looked_up)
+    return Sensitivities(sensitivity, found.inputs, squared_gains(model), notes, found.looked_up)

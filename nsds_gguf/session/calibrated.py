@@ -25,7 +25,7 @@ from ..llamacpp import llama
 from ..quantize.equalization import Equalization, find_equalization
 from ..quantize.hessian_factors import FactorStore
 from ..records import Float32, Model, Recipe
-from ..sensitivity.moment_propagation import Propagation
+from ..sensitivity.moment_propagation import Sensitivities
 from ..sensitivity.sensitivities import sensitivities
 from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
 from ..system.store import Store
@@ -70,21 +70,21 @@ class Calibrated:
         self.model, self.imatrix = model, imatrix
         self._run, self._files, self._original, self._store = run, files, original, store
         self._tokens: dict[tuple[str, bool], Tokens] = {}
-        self._sensitivities: dict[str, Propagation] = {}
+        self._sensitivities: dict[str, Sensitivities] = {}
         self._callback_moments: dict[str, dict[str, Moments]] = {}
         self._hessians: dict[str, HessianFiles] = {}
         self._equalizations: dict[str, Equalization] = {}
         self._factors: dict[tuple[str, bool], FactorStore] = {}
 
-    def sensitivities(self, recipe: Recipe) -> Propagation:
+    def sensitivities(self, recipe: Recipe) -> Sensitivities:
         """Return sensitivities and column moments on the recipe's tokens; Hessians too where it rounds with them."""
         kind = _kind(recipe)
-        key = _tokens_key(kind)
+        key = kind.token_source
         if key not in self._sensitivities:
             for_hessians = rounds_by_hessians(recipe)
             tokens = self._drawn(kind, recipe, for_hessians)
 
-            def compute() -> Propagation:
+            def compute() -> Sensitivities:
                 options = self._walk_options(kind, recipe, for_hessians)
                 with self._run.report.stage("find sensitivities") as progress, blas_threads(1):
                     return sensitivities(self.model, tokens, options, progress)
@@ -96,15 +96,16 @@ class Calibrated:
     def _keyed(self, kind: CalibrationKind, recipe: Recipe, *parts: object) -> Store | None:
         """Return the store of what depends on the tokens of a calibration."""
         made_by = llama.llama_build() if kind.is_generated else ""
-        return self._store and self._store.keyed(_tokens_key(kind), recipe.seed, made_by, *parts)
+        return self._store and self._store.keyed(kind.token_source, recipe.seed, made_by, *parts)
 
     def equalization(self, recipe: Recipe) -> Equalization:
         """Return the channel equalization: where costs count, and the pass over tokens sees outliers."""
         if not ALLOCATORS[recipe.allocator].needs_costs or what_is_missing(self.model):
             return Equalization()
-        key = _tokens_key(_kind(recipe))
+        key = _kind(recipe).token_source
         if key not in self._equalizations:
-            self._equalizations[key] = find_equalization(self.model, self.sensitivities(recipe).inputs)
+            found = self.sensitivities(recipe)
+            self._equalizations[key] = find_equalization(self.model, found.inputs, found.column_squares)
         return self._equalizations[key]
 
     def column_weights(self, recipe: Recipe, types: set[str]) -> Mapping[str, Float32]:
@@ -160,7 +161,7 @@ class Calibrated:
 
     def _drawn(self, kind: CalibrationKind, recipe: Recipe, for_hessians: bool) -> Tokens:
         """Return the tokens of a calibration; generated text takes long, and more where llama.cpp reads it too."""
-        key = kind.name, for_hessians and not kind.is_generated
+        key = kind.token_source, for_hessians and not kind.is_generated
         if key not in self._tokens:
             request = TokenRequest(
                 self.model, self._original, for_hessians, n_threads=self._run.n_threads, seed=recipe.seed
@@ -199,6 +200,7 @@ class Calibrated:
         """Return how tokens go through the model; Hessians go to new files."""
         options = WalkOptions(
             kind.n_sequences(self.model),
+            Recording(column_squares=True),
             n_threads=self._run.n_threads,
             folder=self._files.path if self._files.is_open else None,
             backend=recipe.device,
@@ -209,7 +211,7 @@ class Calibrated:
         folder.mkdir(exist_ok=True)
         check_disk(folder, disk_bytes(self.model), "the Hessians")
         self._hessians[kind.name] = files = HessianFiles(folder)
-        recording = Recording(frozenset(multiplied(self.model)), kind.first_positions)
+        recording = Recording(frozenset(multiplied(self.model)), kind.first_positions, column_squares=True)
         return replace(options, recording=recording, on_hessian=files.add)
 
     def _find_hessians(self, kind: CalibrationKind, recipe: Recipe) -> None:

@@ -16,7 +16,7 @@ from ..compute.backend import Tokens
 from ..compute.input_moments import Moments
 from ..records import LayerScore, TensorCost
 from ..records.json_records import built
-from ..sensitivity.moment_propagation import Propagation
+from ..sensitivity.moment_propagation import Sensitivities
 from ..system.store import Store
 
 Arrays = dict[str, NDArray[Any]]
@@ -24,7 +24,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is not an array of ``Propagation``."""
+    """What is not an array of ``Sensitivities``."""
 
     sensitivity: Mapping[str, float]
     notes: tuple[str, ...]
@@ -53,7 +53,7 @@ def kept_moments(store: Store | None, name: str, compute: Callable[[], dict[str,
     return moments
 
 
-def kept_sensitivities(store: Store | None, name: str, compute: Callable[[], Propagation]) -> Propagation:
+def kept_sensitivities(store: Store | None, name: str, compute: Callable[[], Sensitivities]) -> Sensitivities:
     """Return sensitivities and what was found with them."""
     if store is not None:
         facts, arrays = store.get(f"{name}/facts"), store.get_arrays(f"{name}/arrays")
@@ -61,7 +61,7 @@ def kept_sensitivities(store: Store | None, name: str, compute: Callable[[], Pro
             return _sensitivities(facts, arrays)
     found = compute()
     if store is not None:
-        parts = {"inputs": found.inputs, "gains": found.gains}
+        parts = {"inputs": found.inputs, "gains": found.gains, "columns": found.column_squares}
         arrays = {f"{part} {key}": array for part, values in parts.items() for key, array in values.items()}
         store.put_arrays(f"{name}/arrays", {**arrays, **_moment_arrays(found.moments)})
         facts = {"sensitivity": dict(found.sensitivity), "notes": list(found.notes), "looked_up": found.looked_up}
@@ -95,14 +95,20 @@ def kept_layers(
     return layers, notes
 
 
-def _sensitivities(facts: Mapping[str, object], arrays: Arrays) -> Propagation:
+def _sensitivities(facts: Mapping[str, object], arrays: Arrays) -> Sensitivities:
     def part(name: str) -> dict[str, NDArray[np.float64]]:
         prefix = f"{name} "
         return {key.removeprefix(prefix): array.astype("f8") for key, array in arrays.items() if key.startswith(prefix)}
 
     values = built(_Facts, dict(facts), "sensitivities")
-    return Propagation(
-        values.sensitivity, part("inputs"), part("gains"), values.notes, values.looked_up, _moments(arrays)
+    return Sensitivities(
+        sensitivity=values.sensitivity,
+        inputs=part("inputs"),
+        gains=part("gains"),
+        notes=values.notes,
+        looked_up=values.looked_up,
+        moments=_moments(arrays),
+        column_squares=part("columns"),
     )
 
 

@@ -21,10 +21,9 @@ ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
 
 TINY = Spec("LlamaForCausalLM", n_embd=256, n_ff=256, dtype="F16")  # rows fit K-quants; 0.9 M weights, 286 tokens
 PLAIN = ("--uniform", "Q8_0")  # no scoring
-QUICK = ("--threads", "1", "--ctx", "32", "--chunks", "2")  # a check that takes no time
+QUICK = ("--threads", "1", "--ctx-size", "32", "--chunks", "2")  # a check that takes no time
 
-
-VERBS_WITH_EFFORT = ("convert", "plan", "score", "compare")
+VERBS_THAT_ROUND = ("convert", "plan", "score", "compare")
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,10 @@ class Outcome:
 
 
 def words(arguments: tuple[object, ...], as_told: bool = False) -> list[str]:
-    """Return a command line, with normal effort unless it is told: what is not about effort need not wait for text."""
+    """Return a command line, with round-to-nearest unless it is told: what is not about GPTQ need not wait for text."""
     found = [str(argument) for argument in arguments]
-    quick = not as_told and found and found[0] in VERBS_WITH_EFFORT and "--effort" not in found
-    return [*found, "--effort", "normal"] if quick else found
+    quick = not as_told and found and found[0] in VERBS_THAT_ROUND and "--rounding" not in found
+    return [*found, "--rounding", "rtn"] if quick else found
 
 
 def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
@@ -57,7 +56,7 @@ def run(*arguments: object, **options: object) -> Outcome:
 
 
 def call(*arguments: object, as_told: bool = False) -> Outcome:
-    """Run the command line in this process; ``as_told`` leaves effort to it."""
+    """Run the command line in this process; ``as_told`` leaves the rounding to it."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

@@ -14,12 +14,11 @@ from gguf import GGUFReader
 from numpy.typing import NDArray
 from tiny_gguf import tiny_text, write_tiny_gguf
 
-from nsds_gguf import conversion as convert
-from nsds_gguf.allocate import PlanOptions
+from nsds_gguf.conversion import convert
 from nsds_gguf.evaluate.texts import VerifyOptions, evaluation_text
 from nsds_gguf.llamacpp.llama import open_context, open_model
-from nsds_gguf.records import Target
-from nsds_gguf.session.outputs import Output
+from nsds_gguf.records import Options
+from nsds_gguf.session.run import Run
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 
@@ -80,8 +79,8 @@ def case_file(folder: Path, model: str) -> Path:
     source, bos, type_name = model.split("-")
     if source == "tiny":
         return write_tiny_gguf(path, type_name, add_bos=bos == "bos")
-    options = PlanOptions(Target("none", 0), "uniform", uniform=type_name, importance="none")
-    convert.convert(DEMO, [options], output=Output(path), verifying=VerifyOptions(enabled=False), n_threads=1)
+    options = Options(uniform=type_name, rounding="rtn", calibration="none")
+    convert(DEMO, options, output=path, verifying=VerifyOptions(enabled=False), run=Run(1))
     GGUFReader(path, "r+").fields["tokenizer.ggml.add_bos_token"].parts[-1][0] = bos == "bos"
     return path
 

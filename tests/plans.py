@@ -10,13 +10,12 @@ from gguf import GGUFWriter, TokenType
 from gguf.gguf_writer import GGUFValue
 from models import make_model
 from numpy.typing import NDArray
+from recipes import recipe
 from tiny_gguf import tiny_vocabulary
 
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.quantize.header import header_bytes
 from nsds_gguf.records import Hparams, Model, Plan, PlannedTensor, Target
-
-NO_TARGET = Target("none", 0)
 
 
 def writable_model(arrays: Mapping[str, NDArray[np.floating]], hparams: Hparams) -> Model:
@@ -58,25 +57,27 @@ def vocabulary_keys(n_vocab: int) -> dict[str, GGUFValue]:
 
 
 def plan_of(
-    model: Model, types: Mapping[str, str], *, target: Target = NO_TARGET, importance: str = "none", scores: str = ""
+    model: Model,
+    types: Mapping[str, str],
+    *,
+    target: Target | None = None,
+    calibration: str = "none",
+    scores: str = "",
 ) -> Plan:
     """Return a plan of the given types by tensor name; the other tensors stay F32. ``scores`` is a digest."""
     tensors = [
-        PlannedTensor(t.name, t.role, t.layer, t.shape, name, t.n_rows * ggml.row_bytes(name, t.n_cols), "chosen")
+        PlannedTensor(t.name, t.role, t.layer, t.shape, name, n_bytes, "chosen", "test")
         for t in model.tensors
         for name in [types.get(t.name, "F32")]
+        for n_bytes in [t.n_rows * ggml.row_bytes(name, t.n_cols)]
     ]
-    n_header = header_bytes(model, allocator="nsds", target=target, importance=importance, metric="nsds")
+    asked = recipe(target, types=tuple(sorted(set(types.values()))), calibration=calibration)
     return Plan(
-        allocator="nsds",
-        target=target,
-        types=tuple(sorted(set(types.values()))),
-        importance=importance,
+        recipe=asked,
         tensors=tuple(tensors),
-        header_bytes=n_header,
+        header_bytes=header_bytes(model, asked),
         model_id=model.model_id,
         model_name=model.name,
-        metric="nsds",
         scores_digest=scores,
     )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+from recipes import recipe
+
 from nsds_gguf.evaluate.divergence import PERCENTILES, Divergence
 from nsds_gguf.evaluate.perplexity import Perplexity
 from nsds_gguf.llamacpp import ggml
-from nsds_gguf.records import LayerScore, Plan, PlannedTensor, Scores, Target
+from nsds_gguf.records import LayerScore, Plan, PlannedTensor, Scores
 
 HOSTILE_NAME = (
     """</script><script>alert(1)</script><img src=x onerror=alert(2)> "'&amp;$data \u2028 \U0001f642 <!-- é"""
@@ -30,7 +32,7 @@ EXPERTS = {
 
 
 def made_up_plan(n_layers: int, roles: dict[str, tuple[int, ...]] = DENSE, name: str = "Made Up 405B") -> Plan:
-    """Return a plan whose numbers differ from tensor to tensor; one tensor in eleven is pinned."""
+    """Return a plan whose numbers differ from tensor to tensor; the type of one tensor in eleven is fixed."""
     n_embd = roles["attn_norm"][0]
     tensors = [_planned(0, "token_embd.weight", "token_embd", None, (32000, n_embd))]
     for layer in range(n_layers):
@@ -40,15 +42,11 @@ def made_up_plan(n_layers: int, roles: dict[str, tuple[int, ...]] = DENSE, name:
     tensors.append(_planned(len(tensors), "output_norm.weight", "output_norm", None, (n_embd,)))
     tensors.append(_planned(len(tensors), "output.weight", "output", None, (32000, n_embd)))
     return Plan(
-        allocator="nsds",
-        target=Target("bpw", 3.5),
-        types=("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-        importance="sweep",
+        recipe=recipe(3.5, metric="nsds", se="ratio", score_weight=1.0),
         tensors=tuple(tensors),
         header_bytes=49024,
         model_id="0" * 64,
         model_name=name,
-        metric="nsds",
         gap=1.2e-5,
         notes=(f"A note about {name}.",),
         scores_digest="1" * 64,
@@ -64,7 +62,7 @@ def made_up_scores(plan: Plan) -> Scores:
         p_nv, p_se = (0.5 + 0.45 * math.sin(rate * layer + 1) for rate in (0.7, 0.31))
         parts = {part: 0.1 + 0.01 * layer + 0.1 * i for i, part in enumerate(("qk", "ov", "gate", "up", "down"))}
         layers.append(LayerScore(layer, 1 - (1 - p_nv) * (1 - p_se), parts, parts, p_nv, p_se))
-    return Scores("nsds", tuple(layers), plan.model_id, plan.model_name, settings={"se": "ratio"})
+    return Scores(plan.recipe.to(None), tuple(layers), plan.model_id, plan.model_name)
 
 
 def made_up_perplexity() -> Perplexity:
@@ -87,15 +85,17 @@ def made_up_perplexity() -> Perplexity:
 def _planned(index: int, name: str, role: str, layer: int | None, shape: tuple[int, ...]) -> PlannedTensor:
     n_weights = math.prod(shape)
     if len(shape) == 1:
-        return PlannedTensor(name, role, layer, shape, "F32", 4 * n_weights, "kept F32: vector")
-    type_name, reason = TYPES[(3 * (layer or 0) // 7 + index) % len(TYPES)], "optimum"
+        return PlannedTensor(name, role, layer, shape, "F32", 4 * n_weights, "unquantized", "vector")
+    type_name, kind, reason = TYPES[(3 * (layer or 0) // 7 + index) % len(TYPES)], "chosen", "optimum"
     if shape[-1] % 256:
-        type_name, reason = ("Q4_0", "IQ4_NL", "Q5_0")[index % 3], f"fallback: row {shape[-1]} is no multiple of 256"
+        type_name, kind = ("Q4_0", "IQ4_NL", "Q5_0")[index % 3], "fallback"
+        reason = f"rows of {shape[-1]} are not a multiple of 256"
     elif index % 11 == 0:
-        type_name, reason = ("Q6_K", "Q8_0")[index % 2], "pinned"
+        type_name, kind, reason = ("Q6_K", "Q8_0")[index % 2], "fixed", "fixed by --tensor-type"
     n_bytes = n_weights * ggml.block(type_name)[1] // ggml.block(type_name)[0]
     error = 0.5 ** (2 * ggml.bits_per_weight(type_name)) * (1.5 + math.sin(index))
     sensitivity = 0.03 * (1.2 + math.sin(0.37 * index)) / (1 + (layer or 0))
+    stderr = error / 50 if index % 2 else 0.0
     return PlannedTensor(
-        name, role, layer, shape, type_name, n_bytes, reason, error, error / 50 if index % 2 else 0.0, 512, sensitivity
-    )
+        name, role, layer, shape, type_name, n_bytes, kind, reason, error, stderr, 512, sensitivity
+    )  # fmt: skip

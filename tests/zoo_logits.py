@@ -11,15 +11,16 @@ from pathlib import Path
 import numpy as np
 from mutations import mutations
 from numpy.typing import NDArray
+from recipes import uniform
 from zoo import EXACT, ZooSpec, zoo_tokens
 
-from nsds_gguf.allocate import PlanOptions, make_plan
+from nsds_gguf.allocate import make_plan
 from nsds_gguf.errors import VerifyError
 from nsds_gguf.llamacpp.llama import logits
 from nsds_gguf.quantize import TensorQuantizers
 from nsds_gguf.quantize.header import header_bytes
 from nsds_gguf.quantize.write import write_gguf
-from nsds_gguf.records import Float32, Model, Target
+from nsds_gguf.records import Float32, Model
 
 GOLDEN = Path(__file__).parent / "golden" / "logits.npz"
 
@@ -28,7 +29,7 @@ BITE = 20 * EXACT  # what every error must move, as a part of the largest logit
 N_POSITIONS = 8
 STRIDE = 5
 
-F32 = PlanOptions(Target("none", 0), "uniform", uniform="F32", importance="none")
+F32 = uniform("F32")
 
 
 def positions(n_tokens: int) -> NDArray[np.intp]:
@@ -55,8 +56,8 @@ def difference(rows: Float32, wanted: Float32, largest: float | None = None) -> 
 
 def model_logits(model: Model, path: Path, tokens: list[int]) -> Float32:
     """Write a model as F32 GGUF to ``path`` and return llama.cpp's logits."""
-    n_header = header_bytes(model, allocator="uniform", target=F32.target, importance="none", metric=None)
-    write_gguf(model, make_plan(model, None, F32, n_header), TensorQuantizers(), path, n_threads=1)
+    plan = make_plan(model, None, F32, header_bytes(model, F32))
+    write_gguf(model, plan, TensorQuantizers(), path, n_threads=1)
     return logits(path, tokens, n_threads=1)
 
 

@@ -76,7 +76,7 @@ class Imatrix:
         lacking = [name for name in matrices if name not in self.columns]
         rest = f" It has no entry for {', '.join(lacking[:3])}" if lacking else ""
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        swept = f"{rest}{more}: there it is that of --importance sweep." if lacking else ""
+        swept = f"{rest}{more}: there it is that of --calibration random." if lacking else ""
         return f"Column importance comes from {self.path.name} (SHA-256 {self.sha256[:12]}…).{swept}"
 
 

@@ -245,7 +245,7 @@ def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
 
 def run_perplexity(arguments: argparse.Namespace, screen: Screen) -> None:
     """Measure perplexity, and with ``--reference`` the divergence; an interrupted run shows what it found."""
-    text = evaluation_text(VerifyOptions(arguments.text, arguments.ctx))
+    text = evaluation_text(VerifyOptions(arguments.text, arguments.ctx_size))
     _check_trained_context(arguments, screen)
     if arguments.reference is not None and not arguments.reference.is_dir():
         inspect_gguf(arguments.reference)

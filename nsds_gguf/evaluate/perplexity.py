@@ -245,7 +245,9 @@ def check_comparable(file: Path, reference: Path, text: str, n_ctx: int) -> None
 
 def _check_options(n_ctx: int, n_chunks: int | None, n_batch: int) -> None:
     if n_ctx < MIN_CTX:
-        raise TextError(f"perplexity: wanted a context of at least {MIN_CTX} tokens, got {n_ctx}; use a larger --ctx")
+        raise TextError(
+            f"perplexity: wanted a context of at least {MIN_CTX} tokens, got {n_ctx}; use a larger --ctx-size"
+        )
     if n_chunks is not None and n_chunks < 1:
         raise TextError(f"perplexity: wanted at least 1 chunk, got {n_chunks}; leave out --chunks to take all")
     if n_batch < 1:
@@ -276,7 +278,7 @@ def _tokenize(models: Sequence[LlamaModel], text: str, n_ctx: int) -> Int32:
     if len(tokens[0]) < 2 * n_ctx:
         raise TextError(
             f"text: too short: wanted at least {2 * n_ctx} tokens for a context of {n_ctx}, got {len(tokens[0])}; "
-            "use a longer text or a smaller --ctx"
+            "use a longer text or a smaller --ctx-size"
         )
     for model, others in zip(models[1:], tokens[1:], strict=True):
         _check_same_vocabulary(models[0], model, np.array_equal(tokens[0], others))

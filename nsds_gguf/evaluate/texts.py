@@ -60,7 +60,7 @@ def evaluation_text(verifying: VerifyOptions) -> str:
     if n_bytes + _EXTRA_TOKENS < 2 * verifying.n_ctx:
         raise TextError(
             f"{verifying.text or SHIPPED_TEXT}: text too short: wanted at least {2 * verifying.n_ctx} tokens for a "
-            f"context of {verifying.n_ctx}, got {n_bytes} bytes; use a longer text or a smaller --ctx"
+            f"context of {verifying.n_ctx}, got {n_bytes} bytes; use a longer text or a smaller --ctx-size"
         )
     return text
 
@@ -100,7 +100,7 @@ def check_vocabulary(model: Model, verifying: VerifyOptions, text: str, files: W
     if n_tokens < 2 * verifying.n_ctx:
         raise TextError(
             f"{verifying.text or SHIPPED_TEXT}: text too short: wanted at least {2 * verifying.n_ctx} tokens for a "
-            f"context of {verifying.n_ctx}, got {n_tokens}; use a longer text or a smaller --ctx"
+            f"context of {verifying.n_ctx}, got {n_tokens}; use a longer text or a smaller --ctx-size"
         )
     _check_reference(model, verifying, n_vocab)
 

@@ -140,6 +140,6 @@ def _quantize_slab(slab: _Slab) -> NDArray[np.uint8]:
     if largest > _LARGEST_F16 and not np.isfinite(ggml.dequantize(data, name, tensor.n_cols)).all():
         raise ModelError(
             f"tensor {tensor.source}: weights up to {largest:g} overflow {name}: "
-            f"give it a type that holds them, --pin '{re.escape(tensor.name)}=F32'"
+            f"give it a type that holds them, --tensor-type '{re.escape(tensor.name)}=F32'"
         )
     return data

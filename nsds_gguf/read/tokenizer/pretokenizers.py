@@ -199,7 +199,9 @@ def check_name(name: str) -> None:
     """Raise ``UnsupportedError`` unless llama.cpp knows the pre-tokenizer ``name``."""
     if name not in NAMES:
         near = get_close_matches(name, NAMES, n=3, cutoff=0.5) or [known.name for known in KNOWN[:5]]
-        raise UnsupportedError(f"--pre {name}: llama.cpp knows no such pre-tokenizer; near it: {', '.join(near)}")
+        raise UnsupportedError(
+            f"--pre-tokenizer {name}: llama.cpp knows no such pre-tokenizer; near it: {', '.join(near)}"
+        )
 
 
 def table_digests() -> dict[str, str]:
@@ -234,13 +236,14 @@ def recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
         name = same_cut[0].name
         raise UnsupportedError(
             f"{path}: pre-tokenizer of {name!r} with ignore_merges {str(ignore_merges).lower()}, which llama.cpp has "
-            f"only with {str(not ignore_merges).lower()}; --pre {name} converts it nevertheless, some words then "
-            "get other ids"
+            f"only with {str(not ignore_merges).lower()}; --pre-tokenizer {name} converts it nevertheless, some "
+            "words then get other ids"
         )
     nearest, likeness = _nearest(chain)
     raise UnsupportedError(
         f"{path}: unknown pre-tokenizer {_shortened(_spelled(chain))}; the nearest known one is {nearest!r} "
-        f"({likeness:.0%} alike); if text is to be split that way, say so with --pre {nearest}; {_ROUTE_THROUGH_GGUF}"
+        f"({likeness:.0%} alike); if text is to be split that way, say so with --pre-tokenizer {nearest}; "
+        f"{_ROUTE_THROUGH_GGUF}"
     )
 
 

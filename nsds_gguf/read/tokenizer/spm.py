@@ -194,5 +194,5 @@ def _check_normalizer(proto: ModelProto) -> None:
     if found:
         raise UnsupportedError(
             f"{proto.path}: {', '.join(found)}: llama.cpp does not apply it, ids of such text would differ; "
-            "--pre default converts it nevertheless"
+            "--pre-tokenizer default converts it nevertheless"
         )

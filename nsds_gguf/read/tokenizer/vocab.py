@@ -145,7 +145,8 @@ def _byte_level(files: TokenizerFiles, pre: str | None) -> _Kind:
 def _sentencepiece(files: TokenizerFiles, pre: str | None) -> _Kind:
     if pre not in (None, _SPM_PRE):
         raise UnsupportedError(
-            f"--pre {pre}: {files.folder} has a sentencepiece tokenizer, which has no pre-tokenizer; leave it out"
+            f"--pre-tokenizer {pre}: {files.folder} has a sentencepiece tokenizer, which has no pre-tokenizer; leave it "
+            "out"
         )
     reason = _why_not_model(files)
     if reason is None:
@@ -212,7 +213,7 @@ def _check_normalizer(files: TokenizerFiles) -> bool:
     if any(kind != "NFC" for kind in kinds):
         raise UnsupportedError(
             f"{files.json_path}: normalizer {' > '.join(kinds)}: llama.cpp does not apply it, ids would differ; "
-            "known: none and NFC; --pre NAME converts it nevertheless"
+            "known: none and NFC; --pre-tokenizer NAME converts it nevertheless"
         )
     return bool(kinds)
 

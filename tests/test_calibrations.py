@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from arrays import random_arrays
 from models import make_model
+from nsds_gguf.session.reporter import Silent
 from recorded_inputs import recorded_inputs, without_first
 from tiny_gguf import write_tiny_gguf
 
@@ -18,7 +19,6 @@ from nsds_gguf.calibration.random_tokens import RandomTokens, draw_tokens
 from nsds_gguf.errors import PlanError
 from nsds_gguf.read import open_model
 from nsds_gguf.records import SELF
-from nsds_gguf.session.reporter import Silent
 from nsds_gguf.session.session import Work
 
 

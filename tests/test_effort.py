@@ -16,6 +16,8 @@ from command import TINY, call, message
 from gguf import GGUFReader, GGUFValueType
 from gguf.gguf_writer import GGUFValue
 from llama_forward import matrix_inputs
+from nsds_gguf.session.effort import AUTO, against_high, settled
+from nsds_gguf.session.reporter import Silent
 from recorded_inputs import recorded_inputs, without_first
 from tiny_archs import write_tiny_arch
 from tiny_gguf import tiny_weights, write_tiny_gguf
@@ -33,11 +35,9 @@ from nsds_gguf.evaluate.texts import (
 )
 from nsds_gguf.records import SELF, UNQUANTIZED, Plan, Target
 from nsds_gguf.session import session
-from nsds_gguf.session.effort import AUTO, against_high, settled
 from nsds_gguf.session.outputs import (
     Output,
 )
-from nsds_gguf.session.reporter import Silent
 
 UNCHECKED = VerifyOptions(enabled=False)
 HIGH = ("--effort", "high", "--importance", "sweep", "--threads", 1)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from arrays import expert_arrays, random_arrays
 from models import make_model
+from nsds_gguf.session.reporter import Silent
 from recorded_inputs import recorded_inputs, without_first
 from zoo_specs import write_spec
 
@@ -25,7 +26,6 @@ from nsds_gguf.compute.walk import WalkOptions, walk
 from nsds_gguf.errors import ModelError, PlanError
 from nsds_gguf.read import open_model
 from nsds_gguf.sensitivity.fisher import fisher
-from nsds_gguf.session.reporter import Silent
 from nsds_gguf.session.session import Work, reference_plan
 
 # Dense, experts with and without a shared one, parallel blocks with one norm and with two, norms behind blocks, layer

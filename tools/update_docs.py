@@ -20,7 +20,7 @@ from nsds_gguf.read.architectures.families import FAMILIES, TEXT_MODELS, WRAPPER
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(nsds_gguf.__file__).parent
-FILES = (ROOT / "README.md", ROOT / "docs" / "cli.md", ROOT / "docs" / "architecture.md")
+FILES = (ROOT / "docs" / "models.md", ROOT / "docs" / "cli.md", ROOT / "docs" / "architecture.md")
 
 
 def models_table() -> str:

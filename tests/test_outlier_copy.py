@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nsds_gguf.session.reporter import Silent
 from outlier_copy import N_FIXED, N_OTHER, N_UNITS, outlier_copy
 from tiny_models import SPECS, Spec, write_tiny
 
 from nsds_gguf.llamacpp import llama
 from nsds_gguf.read import open_model
 from nsds_gguf.records import Float32
-from nsds_gguf.session.session import Work, reference_plan
+from nsds_gguf.session.original import original_plan
+from nsds_gguf.session.run import Run
+from nsds_gguf.session.session import Session
+from nsds_gguf.system.workfolder import WorkFolder
 
 TOKENS = np.random.default_rng(3).integers(0, 280, 48).tolist()
 
@@ -29,8 +31,9 @@ CASES = {
 
 def logits(folder: Path, path: Path) -> Float32:
     """Return llama.cpp's logits of a folder's file at its own precision."""
-    work = Work(open_model(folder), 1, Silent())
-    work.write(reference_plan(work.model), path)
+    with WorkFolder(path.parent) as files:
+        session = Session(open_model(folder), Run(1), files)
+        session.write(original_plan(session.model), path)
     return llama.logits(path, TOKENS, n_threads=1)
 
 

@@ -13,7 +13,6 @@ import pytest
 from gguf import GGUFReader
 from imatrix_cases import CASES, case_file, case_tokens
 from llama_forward import matrix_inputs
-from nsds_gguf.session.reporter import Silent
 from tiny_archs import N_EXPERTS
 from tiny_gguf import N_VOCAB, tiny_weights, write_tiny_gguf
 
@@ -21,7 +20,11 @@ from nsds_gguf.calibration.activations import collect
 from nsds_gguf.calibration.imatrix import read_imatrix
 from nsds_gguf.errors import GgmlError, TextError, VerifyError
 from nsds_gguf.llamacpp import ggml
-from nsds_gguf.session.session import Work, open_model, reference_plan
+from nsds_gguf.session.original import original_plan
+from nsds_gguf.session.run import Run
+from nsds_gguf.session.session import Session
+from nsds_gguf.session.source import open_model
+from nsds_gguf.system.workfolder import WorkFolder
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 GOLDEN = Path(__file__).parent / "golden"
@@ -62,8 +65,8 @@ def test_mean_squares_are_llama_imatrix(case, folder):
 
 def test_mean_squares_of_a_trained_model_are_llama_imatrix(folder):
     """The demo in BF16 over eight chunks, whose token ids are kept: ``golden/imatrix.gguf`` of llama-imatrix."""
-    work = Work(open_model(DEMO, None, False, Silent()), 1, Silent())
-    work.write(reference_plan(work.model), folder / "demo.gguf")
+    session = Session(open_model(DEMO), Run(1), WorkFolder(folder))
+    session.write(original_plan(session.model), folder / "demo.gguf")
     tokens = np.load(GOLDEN / "imatrix-tokens.npy").astype(np.int32)
     found = collect(folder / "demo.gguf", tokens, n_threads=1)
     wanted = read_imatrix(GOLDEN / "imatrix.gguf").columns

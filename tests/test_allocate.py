@@ -10,26 +10,30 @@ import numpy as np
 import pytest
 from arrays import random_arrays
 from models import make_model
+from recipes import recipe, uniform
 
-from nsds_gguf import allocate
-from nsds_gguf import conversion as convert
+from nsds_gguf import conversion
 from nsds_gguf.allocate import (
-    FAST_MARGIN,
+    ALLOCATORS,
     PREFERENCES,
-    PlanOptions,
-    check_options,
+    candidates,
+    check_recipe,
+    layer_factors,
     make_plan,
     measurable,
+    parse_tensor_type,
 )
-from nsds_gguf.allocate.candidates import Pin, candidates, check_target
+from nsds_gguf.allocate.allocators import FAST_MARGIN
+from nsds_gguf.allocate.candidates import check_target
+from nsds_gguf.calibration.column_weights import normalized
 from nsds_gguf.errors import ModelError, PlanError, RecordError, TargetError
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.quantize import TensorQuantizers
 from nsds_gguf.quantize import measure as measuring
 from nsds_gguf.quantize.measure import measure, ratio_estimate, sample_rows
-from nsds_gguf.records import UNQUANTIZED, LayerScore, Plan, Scores, Target, Tensor
+from nsds_gguf.records import K_TYPES, UNQUANTIZED, LayerScore, Options, Plan, Scores, Target, Tensor, TensorType
 from nsds_gguf.sensitivity.moment_propagation import propagate
-from nsds_gguf.session.session import ScoreOptions
+from nsds_gguf.session.run import Run
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 
@@ -48,12 +52,17 @@ def scores(model):
     return scored(model)
 
 
-def scored(model, types=allocate.DEFAULT_TYPES, importance="sweep"):
+def scored(model, types=K_TYPES):
     propagation = propagate(model)
-    costs = measured(model, types, propagation.importance(importance), propagation.sensitivity)
+    costs = measured(model, types, weights_of(propagation), propagation.sensitivity)
     values = np.linspace(0.2, 0.9, model.hparams.n_layers)
     layers = tuple(LayerScore(i, float(v)) for i, v in enumerate(values))
-    return Scores("nsds", layers, model.model_id, "tiny", importance=importance, costs=costs)
+    return Scores(recipe(metric="nsds", se="product", types=types), layers, model.model_id, "tiny", costs=costs)
+
+
+def weights_of(propagation):
+    """Return column weights of mean 1 from swept moments."""
+    return {name: normalized(moments) for name, moments in propagation.inputs.items()}
 
 
 def measured(model, types, weights, sensitivity, n_threads=2):
@@ -62,11 +71,7 @@ def measured(model, types, weights, sensitivity, n_threads=2):
     return measure(tensors, TensorQuantizers("rtn", weights), sensitivity, n_threads)
 
 
-def bpw(value, **options):
-    return PlanOptions(Target("bpw", value), **options)
-
-
-def floor_and_ceiling(model, types=allocate.DEFAULT_TYPES):
+def floor_and_ceiling(model, types=K_TYPES):
     found = candidates(model, types)
     sizes = [[c.n_bytes(name) for name in c.types] for c in found]
     return sum(map(min, sizes)) * 8 / model.n_weights, sum(map(max, sizes)) * 8 / model.n_weights
@@ -78,14 +83,14 @@ class TestCandidates:
         assert found["blk.0.attn_q.weight"].types == ("Q2_K", "Q4_K")
         assert found["token_embd.weight"].types == ("Q2_K", "Q4_K")
         assert found["blk.0.attn_norm.weight"].types == ("F32",)
-        assert found["blk.0.attn_norm.weight"].reason == "kept F32: vector"
+        assert found["blk.0.attn_norm.weight"].reason == "vector"
 
     def test_misaligned_rows_choose_among_narrow_types(self):
         model = make_model(*random_arrays(seed=2, **MISALIGNED))
-        found = {c.tensor.name: c for c in candidates(model, allocate.DEFAULT_TYPES)}
+        found = {c.tensor.name: c for c in candidates(model, K_TYPES)}
         q = found["blk.0.attn_q.weight"]
         assert q.types == ("Q4_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
-        assert q.reason == "fallback: row 96 is no multiple of 256"
+        assert q.kind == "fallback" and q.reason == "rows of 96 are not a multiple of 256"
         assert q.n_bytes("Q4_0") == q.n_bytes("IQ4_NL") == 96 * 96 // 32 * 18
 
     def test_narrow_types_alone_need_no_fallback(self):
@@ -112,55 +117,63 @@ class TestCandidates:
                 ("position_embd.weight", "positions"),
             ):
                 stays = "F32" if why == "vector" else kept  # the only type of llama.cpp's kernels there
-                assert found[name].is_kept and found[name].types == (stays,)
-                assert found[name].reason == f"kept {stays}: {why}"
+                assert found[name].types == (stays,)
+                assert (found[name].kind, found[name].reason) == ("unquantized", why)
             assert found["blk.0.ffn_gate_exps.weight"].types == ("Q2_K", "Q4_K")
         with pytest.raises(PlanError, match=r"only position_embd\.weight and its like, which stay BF16"):
-            candidates(from_gguf, ("Q2_K",), [Pin.parse("position_embd.weight=Q4_K")])
+            candidates(from_gguf, ("Q2_K",), [parse_tensor_type("position_embd.weight=Q4_K")])
 
     def test_rows_that_no_block_divides_stay_f16(self):
         model = make_model(*random_arrays(seed=3, n_embd=40, n_ff=40))
-        found = {c.tensor.name: c for c in candidates(model, allocate.DEFAULT_TYPES)}
+        found = {c.tensor.name: c for c in candidates(model, K_TYPES)}
         assert found["blk.0.ffn_up.weight"].types == ("F16",)
-        assert found["blk.0.ffn_up.weight"].reason == "fallback: row 40 is no multiple of 32"
+        assert found["blk.0.ffn_up.weight"].kind == "fallback"
+        assert found["blk.0.ffn_up.weight"].reason == "rows of 40 are not a multiple of 32"
 
-    def test_pins_match_whole_names_first_pin_wins(self, model):
-        pins = [Pin.parse(r"blk\.1\.ffn_.*=q6_k"), Pin.parse(r"blk\.1\..*=Q2_K"), Pin.parse("output.weight=F16")]
-        found = {c.tensor.name: c for c in candidates(model, allocate.DEFAULT_TYPES, pins)}
+    def test_fixed_types_match_whole_names_and_the_first_counts(self, model):
+        fixed = [
+            parse_tensor_type(r"blk\.1\.ffn_.*=q6_k"),
+            parse_tensor_type(r"blk\.1\..*=Q2_K"),
+            parse_tensor_type("output.weight=F16"),
+        ]
+        found = {c.tensor.name: c for c in candidates(model, K_TYPES, fixed)}
         assert found["blk.1.attn_q.weight"].types == ("Q2_K",)
         assert found["blk.1.ffn_up.weight"].types == ("Q6_K",)
         assert found["blk.1.ffn_norm.weight"].types == ("F32",)
-        assert found["output.weight"].types == ("F16",) and found["output.weight"].reason == "pinned"
+        assert found["output.weight"].types == ("F16",) and found["output.weight"].kind == "fixed"
 
     @pytest.mark.parametrize(
-        ("pin", "message"),
+        ("text", "message"),
         [
-            ("attn_q=Q4_K", "pin 'attn_q=Q4_K' matches no tensor (the whole name must match)"),
+            ("attn_q=Q4_K", "--tensor-type 'attn_q=Q4_K' matches no tensor (the whole name must match)"),
             (
                 ".*norm.*=Q4_K",
-                "pin '.*norm.*=Q4_K' matches only blk.0.attn_norm.weight and its like, which stay F32 "
+                "--tensor-type '.*norm.*=Q4_K' matches only blk.0.attn_norm.weight and its like, which stay F32 "
                 "(the whole name must match)",
             ),
-            ("(=Q4_K", "pin '(=Q4_K': not a regular expression: missing ), unterminated subpattern at position 0"),
-            ("Q4_K", "pin 'Q4_K': wanted REGEX=TYPE, for example 'blk\\.0\\..*=Q6_K'"),
-            ("a=Q9", f"pin 'a=Q9': type 'Q9' is not known; wanted one of {', '.join(ggml.TYPES)}"),
+            (
+                "(=Q4_K",
+                "--tensor-type '(=Q4_K': not a regular expression: missing ), unterminated subpattern at position 0",
+            ),
+            ("Q4_K", "--tensor-type 'Q4_K': wanted REGEX=TYPE, for example 'blk\\.0\\..*=Q6_K'"),
+            ("a=Q9", f"--tensor-type 'a=Q9': type 'Q9' is not known; wanted one of {', '.join(ggml.TYPES)}"),
         ],
     )
-    def test_bad_pins(self, model, pin, message):
+    def test_bad_fixed_types(self, model, text, message):
         with pytest.raises(PlanError) as caught:
-            candidates(model, allocate.DEFAULT_TYPES, [Pin.parse(pin)])
+            candidates(model, K_TYPES, [parse_tensor_type(text)])
         assert str(caught.value) == message
 
-    def test_pin_that_rows_do_not_fit(self):
+    def test_a_fixed_type_that_rows_do_not_fit(self):
         model = make_model(*random_arrays(seed=2, **MISALIGNED))
-        with pytest.raises(PlanError, match=r"token_embd\.weight has rows of 96, no multiple of 256$"):
-            candidates(model, allocate.DEFAULT_TYPES, [Pin("token_embd.weight", "Q4_K")])
+        with pytest.raises(PlanError, match=r"token_embd\.weight has rows of 96 weights, .* not a multiple of 256$"):
+            candidates(model, K_TYPES, [TensorType("token_embd.weight", "Q4_K")])
 
 
 class TestTarget:
     @pytest.mark.parametrize("dims", [ALIGNED, MISALIGNED], ids=["aligned", "misaligned"])
     def test_the_nearest_target_named_is_feasible_and_a_bit_less_is_not(self, dims):
-        found = candidates(make_model(*random_arrays(seed=4, **dims)), allocate.DEFAULT_TYPES)
+        found = candidates(make_model(*random_arrays(seed=4, **dims)), K_TYPES)
         for kind, option, step in (("bpw", "--target-bpw ", 0.001), ("size", "--target-size ", 1)):
             with pytest.raises(TargetError) as caught:
                 check_target(found, Target(kind, 0.5), HEADER)
@@ -170,27 +183,27 @@ class TestTarget:
                 check_target(found, Target(kind, nearest - step), HEADER)
 
     def test_message_says_what_sets_the_floor(self, model):
-        found = candidates(model, ("Q2_K",), [Pin("output.weight", "F16")])
+        found = candidates(model, ("Q2_K",), [TensorType("output.weight", "F16")])
         with pytest.raises(TargetError) as caught:
             check_target(found, Target("bpw", 2.0), HEADER)
         text = str(caught.value)
         floor = sum(c.n_bytes(c.types[0]) for c in found)
         assert text.startswith(f"target 2 bpw is out of reach: the floor is {floor * 8 / model.n_weights:.3f} bpw, ")
-        assert f"{floor} bytes for the tensors, set by layers at Q2_K (" in text and "pins (" in text
+        assert f"{floor} bytes for the tensors, set by layers at Q2_K (" in text and "--tensor-type (" in text
 
 
 class TestMeasure:
     def test_whole_tensors_equal_gguf_pys_dequantization(self, model):
         propagation = propagate(model)
-        importance = propagation.importance("sweep")
-        costs = {c.name: c for c in measured(model, ("Q3_K", "Q6_K"), importance, propagation.sensitivity)}
+        weights_by_name = weights_of(propagation)
+        costs = {c.name: c for c in measured(model, ("Q3_K", "Q6_K"), weights_by_name, propagation.sensitivity)}
         for name in ("blk.0.attn_q.weight", "blk.2.ffn_down.weight", "token_embd.weight"):
-            tensor, weights = model.by_name[name], importance.get(name, np.ones(1, "f4")).astype(np.float64)
+            tensor, weights = model.by_name[name], weights_by_name.get(name, np.ones(1, "f4")).astype(np.float64)
             x = tensor.load().astype(np.float64)
             cost = costs[name]
             assert cost.n_rows_sampled == tensor.n_rows and set(cost.stderr.values()) == {0.0}
             for type_name, error in cost.errors.items():
-                data = ggml.quantize(x.astype("f4"), type_name, importance.get(name))
+                data = ggml.quantize(x.astype("f4"), type_name, weights_by_name.get(name))
                 y = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[type_name]).astype(np.float64)
                 assert error == pytest.approx((weights * (x - y) ** 2).sum() / (weights * x**2).sum(), rel=1e-4)
 
@@ -248,7 +261,7 @@ class TestMeasure:
 
     def test_threads_do_not_change_anything(self, model):
         found, types = propagate(model), ("Q2_K", "Q5_K")
-        one, several = (measured(model, types, found.importance("sweep"), found.sensitivity, n) for n in (1, 3))
+        one, several = (measured(model, types, weights_of(found), found.sensitivity, n) for n in (1, 3))
         assert one == several
 
 
@@ -259,14 +272,14 @@ class TestPlans:
         low, high = floor_and_ceiling(model)
         value = low + (high - low) * share + 1e-9
         target = Target(kind, value if kind == "bpw" else int(value * model.n_weights / 8) + HEADER + 64 * 32)
-        plan = make_plan(model, scores, PlanOptions(target), HEADER)
+        plan = make_plan(model, scores, recipe(target), HEADER)
         assert plan.unused_bytes >= 0
         used = plan.tensor_bytes if kind == "bpw" else plan.file_bytes
         assert used == sum(t.n_bytes if kind == "bpw" else t.padded_bytes for t in plan.tensors) + (
             0 if kind == "bpw" else HEADER
         )
         for tensor in plan.tensors:  # no feasible upgrade is left
-            for name in allocate.DEFAULT_TYPES if tensor.reason == "optimum" else ():
+            for name in K_TYPES if tensor.reason == "optimum" else ():
                 extra = math.prod(tensor.shape[:-1]) * ggml.row_bytes(name, tensor.shape[-1]) - tensor.n_bytes
                 assert extra <= 0 or extra > plan.unused_bytes
 
@@ -275,7 +288,7 @@ class TestPlans:
             costs = tuple(
                 dataclasses.replace(c, sensitivity=value) if c.name == "output.weight" else c for c in scores.costs
             )
-            plan = make_plan(model, dataclasses.replace(scores, costs=costs), bpw(3.6), HEADER)
+            plan = make_plan(model, dataclasses.replace(scores, costs=costs), recipe(3.6), HEADER)
             return next(t.n_bytes for t in plan.tensors if t.name == "output.weight")
 
         sizes = [with_output_sensitivity(value) for value in (1e-6, 0.01, 0.1, 1.0, 100.0)]
@@ -283,71 +296,77 @@ class TestPlans:
 
     def test_layer_scores_are_a_factor_when_asked(self, model, scores):
         """Of exp(weight (S - mean S)); scores of metrics that are no shares span 0 to 1 first."""
-        factors = allocate.layer_factors(scores, 1.5)
+        factors = layer_factors(scores, 1.5)
         assert factors == {i: pytest.approx(math.exp(1.5 * x)) for i, x in enumerate((-0.35, 0.0, 0.35))}
-        other = dataclasses.replace(scores, metric="mse", layers=tuple(LayerScore(i, 100.0 * i) for i in range(3)))
-        assert allocate.layer_factors(other, 1.5)[2] / allocate.layer_factors(other, 1.5)[0] == pytest.approx(
-            math.exp(1.5)
+        other = dataclasses.replace(
+            scores, recipe=recipe(metric="mse"), layers=tuple(LayerScore(i, 100.0 * i) for i in range(3))
         )
+        assert layer_factors(other, 1.5)[2] / layer_factors(other, 1.5)[0] == pytest.approx(math.exp(1.5))
         costs = {cost.name: cost.sensitivity for cost in scores.costs}
-        for weight, expected in ((1.5, factors), (allocate.SCORE_WEIGHT, dict.fromkeys(range(3), 1.0))):
-            options = bpw(3.5) if weight == allocate.SCORE_WEIGHT else bpw(3.5, score_weight=weight)
-            for tensor in make_plan(model, scores, options, HEADER).tensors:
+        for weight, expected in ((1.5, factors), (Options().score_weight, dict.fromkeys(range(3), 1.0))):
+            asked = recipe(3.5, metric="nsds", se="product", score_weight=weight)
+            for tensor in make_plan(model, scores, asked, HEADER).tensors:
                 if tensor.name in costs:
                     assert tensor.sensitivity == pytest.approx(costs[tensor.name] * expected.get(tensor.layer, 1.0))
-        assert allocate.SCORE_WEIGHT == 0
+        assert Options().score_weight == 0
 
     def test_what_scoring_could_not_see_is_said(self, model, scores):
-        plan = make_plan(model, dataclasses.replace(scores, notes=("Unseen.",)), bpw(4), HEADER)
+        plan = make_plan(model, dataclasses.replace(scores, notes=("Unseen.",)), recipe(4), HEADER)
         assert "Unseen." in plan.notes
 
     def test_ceiling_is_said(self, model, scores):
-        plan = make_plan(model, scores, bpw(9), HEADER)
+        plan = make_plan(model, scores, recipe(9), HEADER)
         assert {t.type for t in plan.tensors} == {"Q6_K", "F32"}
         assert any(note.startswith("The target 9 bpw is above what the types can use") for note in plan.notes)
 
     def test_fallbacks_are_said(self):
         model = make_model(*random_arrays(seed=2, **MISALIGNED))
-        plan = make_plan(model, scored(model), bpw(5), HEADER)
+        plan = make_plan(model, scored(model), recipe(5), HEADER)
         assert {t.type for t in plan.tensors} <= {"F32", *ggml.NARROW_TYPES}
-        assert any("rows that are no multiple of 256" in note for note in plan.notes)
+        assert any("rows that are not a multiple of 256" in note for note in plan.notes)
         for tensor in plan.tensors:  # the better codebook at the same bytes
             assert tensor.type != "Q4_0" or tensor.sensitivity == 0
 
     @pytest.mark.parametrize("n_high", [0, 1, 2, 3])
     def test_paper_gives_the_most_sensitive_layers_four_bits(self, model, n_high):
         values = [0.2, 0.9, 0.5]
-        scores = Scores("nsds", tuple(LayerScore(i, v) for i, v in enumerate(values)), model.model_id, "tiny")
+        scores = Scores(
+            recipe(metric="nsds", se="product"),
+            tuple(LayerScore(i, v) for i, v in enumerate(values)),
+            model.model_id,
+            "tiny",
+        )
         found = candidates(model, ("Q2_K", "Q4_K"))
         high = {1: [], 2: [1], 3: [1, 2], 4: [0, 1, 2]}[n_high + 1]
         allowed = sum(
             c.n_bytes(c.types[-1] if c.tensor.layer is None or c.tensor.layer in high else c.types[0]) for c in found
         )
-        plan = make_plan(model, scores, bpw(allowed * 8 / model.n_weights + 1e-9, allocator="paper"), HEADER)
+        plan = make_plan(model, scores, recipe(allowed * 8 / model.n_weights + 1e-9, allocator="paper"), HEADER)
         at_four = {t.layer for t in plan.tensors if t.type == "Q4_K" and t.layer is not None}
         assert at_four == set(high) and plan.tensor_bytes == allowed
-        assert f"{n_high} of 3 layers are at 4 bit." in plan.notes
+        assert f"{n_high} of 3 layers are at 4 bits." in plan.notes
 
     @pytest.mark.parametrize(
         ("name", "expected"), [("Q4_K", "Q5_0"), ("Q2_K", "IQ4_NL"), ("Q8_0", "Q8_0"), ("F16", "F16")]
     )
     def test_uniform_with_fallback(self, name, expected):
         model = make_model(*random_arrays(seed=2, **MISALIGNED))
-        plan = make_plan(model, None, PlanOptions(Target("none", 0), "uniform", uniform=name), HEADER)
+        plan = make_plan(model, None, uniform(name), HEADER)
         assert {t.type for t in plan.tensors if len(t.shape) > 1} == {expected}
-        says = [t.reason for t in plan.tensors if t.name == "token_embd.weight"]
-        assert says == ["uniform" if expected == name else "fallback: row 96 is no multiple of 256"]
+        says = [(t.kind, t.reason) for t in plan.tensors if t.name == "token_embd.weight"]
+        fallback = ("fallback", "rows of 96 are not a multiple of 256")
+        assert says == [("chosen", "uniform") if expected == name else fallback]
 
     def test_plans_are_deterministic_and_round_trip(self, model, scores):
-        first, second = (make_plan(model, scores, bpw(3.3), HEADER) for _ in range(2))
+        first, second = (make_plan(model, scores, recipe(3.3), HEADER) for _ in range(2))
         assert first == second and first.digest == second.digest
         again = Plan.from_json(json.loads(json.dumps(first.to_json())))
         assert again == first and again.digest == first.digest
         kept = Scores.from_json(json.loads(json.dumps(scores.to_json())))
-        assert make_plan(model, kept, bpw(3.3), HEADER).tensors == first.tensors
+        assert make_plan(model, kept, recipe(3.3), HEADER).tensors == first.tensors
 
     def test_three_ways_to_count_bits(self, model, scores):
-        plan = make_plan(model, scores, bpw(3.3), HEADER)
+        plan = make_plan(model, scores, recipe(3.3), HEADER)
         matrices = [t for t in plan.tensors if len(t.shape) > 1]
         assert plan.bpw == sum(t.n_bytes for t in plan.tensors) * 8 / model.n_weights <= 3.3
         assert plan.quantized_bpw == sum(t.n_bytes for t in matrices) * 8 / sum(t.n_weights for t in matrices)
@@ -356,19 +375,30 @@ class TestPlans:
     @pytest.mark.parametrize(
         ("change", "options", "message"),
         [
-            ({"model_id": "f" * 64}, {}, "scores are of another model (tiny); score arrays again"),
+            ({"model_id": "f" * 64}, {}, "the scores are of another model (tiny); score arrays again"),
             ({"costs": ()}, {}, "the scores hold no tensor costs; score again without --layers-only"),
             (
-                {"importance": "norm"},
+                {"recipe": recipe(calibration="norm")},
                 {},
-                "the scores were measured with importance norm, the plan asks for sweep; "
-                "score again or pass --importance norm",
+                "the scores were measured with calibration norm, the plan asks for random; "
+                "score again or pass --calibration norm",
             ),
             (
-                {"effort": "high"},
+                {"recipe": recipe(rounding="gptq")},
                 {},
-                "the scores were measured with --effort high, the plan asks for normal; "
-                "score again or pass --effort high",
+                "the scores were measured with rounding gptq, the plan asks for rtn; "
+                "score again or pass --rounding gptq",
+            ),
+            (
+                {"recipe": recipe(calibration="imatrix:0123456789ab")},
+                {},
+                "the scores were measured with calibration imatrix:0123456789ab, the plan asks for random; "
+                "score again or pass that file with --imatrix",
+            ),
+            (
+                {"layers": ()},
+                {"score_weight": 1.0},
+                "the scores hold no layer scores, which --score-weight multiplies; score again with it",
             ),
             (
                 {},
@@ -379,38 +409,36 @@ class TestPlans:
     )
     def test_scores_that_do_not_fit(self, model, scores, change, options, message):
         with pytest.raises(RecordError) as caught:
-            make_plan(model, dataclasses.replace(scores, **change), bpw(5, **options), HEADER)
+            make_plan(model, dataclasses.replace(scores, **change), recipe(5, **options), HEADER)
         assert str(caught.value) == message
 
     @pytest.mark.parametrize(
-        ("options", "message"),
+        ("asked", "message"),
         [
-            (PlanOptions(Target("none", 0)), "allocator nsds needs a target: --target-bpw or --target-size"),
-            (PlanOptions(Target("none", 0), "uniform"), "allocator uniform needs a type: --uniform TYPE"),
-            (bpw(3, allocator="x"), "allocator 'x' is not known; wanted one of nsds, paper, random, uniform"),
-            (bpw(-1), "target -1 bpw: wanted a positive number"),
-            (bpw(3, importance="x"), "importance 'x' is not known; wanted one of sweep, norm, none, self"),
-            (bpw(3, effort="x"), "effort 'x' is not known; wanted one of normal, high"),
-            (bpw(3, score_weight=math.nan), "score weight nan: wanted a number"),
+            (recipe(), "allocator fisher needs a target: --target-bpw or --target-size"),
+            (recipe(3, allocator="x"), f"allocator 'x' is not known; wanted one of {', '.join(ALLOCATORS)}"),
+            (recipe(-1), "target -1 bpw: wanted a positive number"),
+            (recipe(math.nan), "target nan bpw: wanted a positive number"),
+            (recipe(3, types=()), "--types: wanted at least one type"),
             (
-                bpw(3, effort="high", importance="norm"),
-                "--effort high needs more of what matrices multiply than importance norm holds; wanted importance "
-                "sweep or self",
+                recipe(3, types=("Q4_K", "Q9")),
+                f"--types: type 'Q9' is not known; wanted one of {', '.join(ggml.TYPES)}",
             ),
+            (recipe(3, score_weight=math.nan), "score weight nan: wanted a finite number"),
         ],
     )
-    def test_contradicting_options(self, model, scores, options, message):
+    def test_contradicting_recipes(self, model, scores, asked, message):
         with pytest.raises(PlanError) as caught:
-            make_plan(model, scores, options, HEADER)
+            make_plan(model, scores, asked, HEADER)
         assert str(caught.value) == message
 
 
 @pytest.fixture(scope="module")
 def both():
     """Return a plan of the demo, and the one that prefers types that ggml is fast with."""
-    scores = convert.score_model(DEMO, ScoreOptions(), n_threads=1)
-    wishes = [PlanOptions(Target("bpw", 3.6), prefer=prefer) for prefer in PREFERENCES]
-    return convert.plan(DEMO, wishes, given=scores).plans
+    scores = conversion.score(DEMO, Options(rounding="rtn"), run=Run(1))
+    wishes = [Options(target_bpw=3.6, prefer=prefer) for prefer in PREFERENCES]
+    return conversion.plan(DEMO, wishes, loaded=scores).plans
 
 
 class TestPreferFast:
@@ -424,24 +452,23 @@ class TestPreferFast:
 
     def test_the_margin_bounds_the_cost(self, model, scores):
         for value in np.arange(3.0, 6.0, 0.25):
-            plain, fast = (make_plan(model, scores, bpw(value, prefer=prefer), HEADER) for prefer in PREFERENCES)
+            plain, fast = (make_plan(model, scores, recipe(value, prefer=prefer), HEADER) for prefer in PREFERENCES)
             assert fast.predicted_divergence <= (1 + FAST_MARGIN) * plain.predicted_divergence
 
     def test_what_is_still_slow_is_named(self, both):
         plain, fast = both
         slow = [t.name for t in fast.tensors if t.type == "Q3_K"]
-        (note,) = [note for note in fast.notes if "slow types" in note]
-        assert note.endswith(f"the weights: {', '.join(slow)}.")
-        assert not any("slow types" in note for note in plain.notes)
+        (note,) = [note for note in fast.notes if "without fast CPU kernels" in note]
+        assert note.startswith(f"{len(slow)} tensors ") and note.endswith(f"ggml: {', '.join(slow)}.")
+        assert not any("without fast CPU kernels" in note for note in plain.notes)
 
     def test_nothing_slow_is_told_too(self):
-        options = PlanOptions(Target("none", 0), "uniform", uniform="Q4_K", prefer="fast")
-        (plan,) = convert.plan(DEMO, [options]).plans
-        assert "Every quantized tensor is of a type that ggml has fast CPU kernels for." in plan.notes
+        (plan,) = conversion.plan(DEMO, Options(uniform="Q4_K", prefer="fast", rounding="rtn")).plans
+        assert "Every quantized tensor has a type with fast CPU kernels in ggml." in plan.notes
 
     def test_a_wish_that_is_not_known(self):
         with pytest.raises(PlanError, match="preference 'speed' is not known; wanted one of quality, fast"):
-            check_options(PlanOptions(Target("bpw", 3), prefer="speed"))
+            check_recipe(recipe(3, prefer="speed"))
 
 
 def slow_weights(plan):

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 from command import call
+from recipes import recipe
 
 from nsds_gguf.errors import PlanError, RecordError
 from nsds_gguf.publish.explain import exchange_rate, in_a_word, sensitivity_per_weight, steps, why
-from nsds_gguf.records import Plan, PlannedTensor, Scores, Target, TensorCost
+from nsds_gguf.records import Plan, PlannedTensor, Scores, TensorCost
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 ERRORS = {"Q2_K": 0.08, "Q3_K": 0.02, "Q4_K": 0.005}
@@ -23,18 +24,19 @@ def planned(name: str, type_name: str = "Q3_K", sensitivity: float = 0.1, n_rows
     role = name.removesuffix(".weight").split(".", 2)[-1]
     n_bytes = n_rows * BYTES.get(type_name, 1024)
     tensor = PlannedTensor(
-        name, role, layer, (n_rows, 256), type_name, n_bytes, "optimum", ERRORS.get(type_name), 0.0, n_rows, sensitivity
-    )
+        name, role, layer, (n_rows, 256), type_name, n_bytes, "chosen", "optimum", ERRORS.get(type_name), 0.0, n_rows,
+        sensitivity,
+    )  # fmt: skip
     return replace(tensor, **values)
 
 
 def plan_of(*tensors: PlannedTensor) -> Plan:
-    return Plan("nsds", Target("bpw", 3), ("Q2_K", "Q3_K", "Q4_K"), "sweep", tensors, 0, "id", "model")
+    return Plan(recipe(3, types=("Q2_K", "Q3_K", "Q4_K")), tensors, 0, "id", "model")
 
 
 def scores_of(*tensors: PlannedTensor) -> Scores:
     costs = tuple(TensorCost(t.name, t.sensitivity or 0, ERRORS, dict.fromkeys(ERRORS, 0.0), 1) for t in tensors)
-    return Scores("nsds", (), "id", "model", importance="sweep", costs=costs)
+    return Scores(recipe(types=("Q2_K", "Q3_K", "Q4_K")), (), "id", "model", costs=costs)
 
 
 AVERAGE = planned("blk.0.ffn_up.weight", "Q2_K", 0.1)
@@ -48,11 +50,11 @@ AVERAGE = planned("blk.0.ffn_up.weight", "Q2_K", 0.1)
         (planned("token_embd.weight", "Q2_K", 0.01), "tolerant: 0.10 x the median weight"),
         (planned("blk.1.attn_v.weight", "Q4_K", 0.5), "sensitive: 5.0 x the median weight"),
         (planned("blk.1.attn_v.weight", "Q2_K", 0.1), "as most: 1.00 x the median weight"),
-        (planned("blk.1.attn_q.weight", reason="pinned"), "pinned"),
-        (planned("blk.1.attn_norm.weight", "F32", reason="kept F32: vector"), "vector, stays as it is"),
+        (planned("blk.1.attn_q.weight", kind="fixed", reason="fixed by --tensor-type"), "fixed by --tensor-type"),
+        (planned("blk.1.attn_norm.weight", "F32", kind="unquantized", reason="vector"), "vector: not quantized"),
         (
-            planned("blk.1.ffn_down.weight", "Q5_0", reason="fallback: row 896 is no multiple of 256"),
-            "row 896 is no multiple of 256: Q5_0 at 5.5 bpw",
+            planned("blk.1.ffn_down.weight", "Q5_0", kind="fallback", reason="rows of 896 are not a multiple of 256"),
+            "rows of 896 are not a multiple of 256: Q5_0 at 5.5 bpw",
         ),
     ],
 )  # fmt: skip

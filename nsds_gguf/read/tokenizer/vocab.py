@@ -145,8 +145,8 @@ def _byte_level(files: TokenizerFiles, pre: str | None) -> _Kind:
 def _sentencepiece(files: TokenizerFiles, pre: str | None) -> _Kind:
     if pre not in (None, _SPM_PRE):
         raise UnsupportedError(
-            f"--pre-tokenizer {pre}: {files.folder} has a sentencepiece tokenizer, which has no pre-tokenizer; leave it "
-            "out"
+            f"--pre-tokenizer {pre}: {files.folder} has a sentencepiece tokenizer, which has no pre-tokenizer; "
+            "leave it out"
         )
     reason = _why_not_model(files)
     if reason is None:

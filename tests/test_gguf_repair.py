@@ -10,7 +10,6 @@ import pytest
 from command import PLAIN, QUICK, call, message
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType
 from gguf.quants import quantize
-from nsds_gguf.session.reporter import Silent
 from test_gguf_source import NO_CHECK, converted, tensor_bytes, uniform
 from tiny_archs import write_tiny_arch
 from tiny_gguf import N_EMBD, N_VOCAB, tiny_text, tiny_weights, write_tiny_gguf
@@ -26,7 +25,8 @@ from nsds_gguf.read.gguf_repair import OLLAMA_NAMES
 from nsds_gguf.read.gguf_source import open_gguf
 from nsds_gguf.records import kv
 from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.session import Work
+from nsds_gguf.session.run import Run
+from nsds_gguf.session.session import Session
 from nsds_gguf.system.workfolder import WorkFolder
 
 TOKENS, SCORES, TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type"
@@ -137,12 +137,13 @@ def test_which_tensors_need_f32(name, shape, wanted):
 def test_the_original_of_a_mended_file_is_written_anew(tiny):
     vectors = {name: "F16" for name, array in tiny_weights().items() if array.ndim == 1}
     source = rewritten(tiny, tiny.with_name("norms.gguf"), types=vectors)
-    work = Work(open_gguf(source), 1, report=Silent())
-    with work.original() as path:
-        assert path != source and np.isfinite(llama.logits(path, [1, 5], n_threads=1)).all()
-        with pytest.raises(VerifyError, match=r"^\S+norms\.gguf: no such"), work.original() as same:
-            raise VerifyError(f"{same}: no such")
-    assert not path.exists()
+    with WorkFolder(tiny.parent) as files:
+        session = Session(open_gguf(source), Run(1), files)
+        with session.original() as path:
+            assert path != source and np.isfinite(llama.logits(path, [1, 5], n_threads=1)).all()
+            with pytest.raises(VerifyError, match=r"^\S+norms\.gguf: no such"), session.original() as same:
+                raise VerifyError(f"{same}: no such")
+        assert not path.exists()
 
 
 # --- other parts -----------------------------------------------------------------------------------------------------
@@ -284,7 +285,7 @@ def healed(source):
     """Return the model after its vocabulary was mended, having checked that llama.cpp runs what is made of it."""
     model = open_gguf(source)
     out = Path("healed.gguf")
-    convert(source, uniform("Q8_0"), verifying=NO_CHECK, output=Output(out, force=True), n_threads=1)
+    convert(source, uniform("Q8_0"), verifying=NO_CHECK, output=Output(out, force=True), run=Run(1))
     assert llama.logits(out, [1, 5], n_threads=1).shape == (2, model.hparams.n_vocab)
     return model
 
@@ -324,7 +325,7 @@ def test_scores_beyond_the_tokens_are_left_out(tiny):
 def test_a_sound_file_is_left_as_it_is(tiny):
     model = open_gguf(tiny)
     assert not model.notes and not model.is_mended
-    with Work(model, 1, report=Silent()).original() as path:
+    with WorkFolder(tiny.parent) as files, Session(model, Run(1), files).original() as path:
         assert path == tiny
 
 

@@ -19,29 +19,28 @@ from tiny_gguf import add_vocabulary, tiny_text, tiny_vocabulary, tiny_weights, 
 from tiny_models import Spec, write_tiny
 
 from nsds_gguf import read
-from nsds_gguf.allocate import PlanOptions
-from nsds_gguf.conversion import convert, plan, score_model
+from nsds_gguf.conversion import convert, plan, score
 from nsds_gguf.errors import ModelError, UnsupportedError
 from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.llamacpp.gguf_header import read_gguf_header
 from nsds_gguf.llamacpp.llama import logits
 from nsds_gguf.read.gguf_source import LEFT_OUT, open_gguf
-from nsds_gguf.records import COPIED_TYPES, Plan, Target, role_and_layer
-from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.session import ScoreOptions
+from nsds_gguf.records import COPIED_TYPES, Options, Plan, role_and_layer
+from nsds_gguf.session.run import Run
+from nsds_gguf.session.source import Source
 
 NO_CHECK = VerifyOptions(enabled=False)
 WIDE = {"n_embd": 256, "n_ff": 256}  # rows fit K-quants
 
 
 def uniform(name):
-    return [PlanOptions(Target("none", 0), "uniform", uniform=name, importance="none")]
+    return Options(uniform=name, calibration="none")
 
 
 def converted(source, path, options, **settings):
     """Convert without the check by perplexity and return the path."""
-    convert(source, options, verifying=NO_CHECK, output=Output(path), n_threads=1, **settings)
+    convert(source, options, verifying=NO_CHECK, output=path, run=Run(1), **settings)
     return path
 
 
@@ -107,7 +106,7 @@ def pair(request, tmp_path):
 
 
 def test_scores_of_folder_and_gguf_agree(pair):
-    of_folder, of_gguf = (score_model(path, ScoreOptions(), n_threads=1) for path in pair)
+    of_folder, of_gguf = (score(path, Options(rounding="rtn"), run=Run(1)) for path in pair)
     assert len(of_folder.layers) == len(of_gguf.layers) == 2
     for first, second in zip(of_folder.layers, of_gguf.layers, strict=True):
         assert first.score == pytest.approx(second.score, rel=1e-6)
@@ -120,7 +119,7 @@ def test_scores_of_folder_and_gguf_agree(pair):
 
 
 def test_folder_and_gguf_become_the_same_bytes(pair, tmp_path):
-    options = [PlanOptions(Target("bpw", 4.5))]
+    options = Options(target_bpw=4.5, rounding="rtn")
     files = [converted(path, tmp_path / f"{i}.gguf", options) for i, path in enumerate(pair)]
     first, second = map(tensor_bytes, files)
     assert first == second and len({kind for kind, _, _ in first.values()}) > 2
@@ -302,7 +301,7 @@ def test_names_in_a_file_cannot_lead_elsewhere(name, file, tmp_path, monkeypatch
         writer.add_array("general.finetune", ["../x"])
 
     written(Path("in.gguf"), {"output.weight": np.ones((2, 32), "f4")}, keys=[keys])
-    (made,) = convert(Path("in.gguf"), uniform("Q8_0"), verifying=NO_CHECK, n_threads=1)
+    (made,) = convert(Path("in.gguf"), uniform("Q8_0"), verifying=NO_CHECK, run=Run(1))
     assert made.path.name == file
     assert {path.name for path in tmp_path.rglob("*")} == {"here", "in.gguf", file}
     assert made.plan.model_name.isprintable()
@@ -460,7 +459,7 @@ def test_quantized_input_is_refused_unless_allowed(tmp_path):
     assert shown.code == 0 and "quantized already" in shown.out
     made = Plan.from_json(json.loads((tmp_path / "plan.json").read_text()))
     assert any(line.startswith(note) for line in made.notes)
-    out = converted(source, tmp_path / "o.gguf", uniform("F32"), allow_requantize=True)
+    out = converted(Source(source, allow_requantize=True), tmp_path / "o.gguf", uniform("F32"))
     wanted = {t.name: dequantize(t.data, t.tensor_type) for t in GGUFReader(source).tensors}
     for tensor in GGUFReader(out).tensors:
         np.testing.assert_allclose(tensor.data, wanted[tensor.name], rtol=1e-6)
@@ -484,10 +483,11 @@ def test_tables_of_integers_are_copied(tmp_path):
     writer.write_tensors_to_file()
     writer.close()
     (made,) = plan(path, uniform("Q8_0")).plans
-    assert {t.type: t.reason for t in made.tensors if t.type in dtypes} == {n: f"kept {n}: no weights" for n in dtypes}
+    stays = {t.type: (t.kind, t.reason) for t in made.tensors if t.type in dtypes}
+    assert stays == dict.fromkeys(dtypes, ("unquantized", "no weights"))
     assert made.quantized_bpw == 8.5
     again = Plan.from_json(json.loads(json.dumps(made.to_json())))
-    out = converted(path, tmp_path / "b.gguf", [], given=again)
+    out = converted(path, tmp_path / "b.gguf", (), loaded=again)
     found = tensor_bytes(out)
     for name, table in tables.items():
         kind, _, data = found[f"blk.0.{name.lower()}_table.weight"]
@@ -521,8 +521,8 @@ def test_other_architectures_decode_after_quantization(architecture, tmp_path):
     text = tmp_path / "a.txt"
     text.write_text(tiny_text(), encoding="utf-8")
     check = VerifyOptions(text, n_ctx=64, n_chunks=2, reference="original")
-    options = [PlanOptions(Target("bpw", bpw)) for bpw in (5, 7)]
-    low, high = convert(source, options, verifying=check, output=Output(tmp_path), n_threads=1)
+    options = [Options(target_bpw=bpw, rounding="rtn") for bpw in (5, 7)]
+    low, high = convert(source, options, verifying=check, output=tmp_path, run=Run(1))
     assert 0 < high.perplexity.divergence.kld_mean < low.perplexity.divergence.kld_mean < 1
     assert 4.9 < low.plan.bpw <= 5 and len({tensor.type for tensor in low.plan.tensors}) > 3
 
@@ -539,7 +539,7 @@ def test_the_input_is_never_replaced(tiny):
         assert text == f"{Path(name)}: is the input, which is never replaced; choose another name"
     text = message(call("convert", "soft.gguf", *PLAIN, "--force", "-o", "tiny.gguf"), 5)
     assert "is the input" in text
-    for flag in ("--json", "--tensor-types"):
+    for flag in ("--json", "--tensor-type-file"):
         text = message(call("plan", "tiny.gguf", "--target-bpw", "6", flag, "tiny.gguf"), 5)
         assert text == f"{flag} tiny.gguf: is a GGUF file, which is not replaced; choose another name"
     assert Path("tiny.gguf").read_bytes() == before

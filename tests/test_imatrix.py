@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,19 +18,20 @@ from command import call, message
 from gguf import GGUFReader, GGUFWriter
 from llama_quantize import assert_same_bytes, llama_quantize, name_patterns, read_tensors
 from models import make_model
-from nsds_gguf.session.reporter import Silent
+from recipes import recipe
 from tiny_archs import write_tiny_arch
 
-from nsds_gguf import conversion as convert
-from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.calibration.imatrix import Imatrix, read_imatrix, write_imatrix
 from nsds_gguf.compute.input_moments import Moments
+from nsds_gguf.conversion import convert, plan
 from nsds_gguf.errors import RecordError
 from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp import ggml, llama
-from nsds_gguf.records import Target
-from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.session import Work, open_model
+from nsds_gguf.read import open_model
+from nsds_gguf.records import Options
+from nsds_gguf.session.run import Run
+from nsds_gguf.session.session import Session
+from nsds_gguf.system.workfolder import WorkFolder
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 GOLDEN = Path(__file__).parent / "golden"
@@ -112,7 +114,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 # What it is good for
 
 
-def test_stock_with_an_importance_matrix(tmp_path: Path) -> None:
+def test_presets_with_an_importance_matrix(tmp_path: Path) -> None:
     """Tensor by tensor what ggml makes of the same rows and columns; only the choice of types is llama.cpp's."""
     source = write_tiny_arch(tmp_path / "f32.gguf", "deepseek2")
     rng = np.random.default_rng(1)
@@ -142,43 +144,42 @@ def test_stock_with_an_importance_matrix(tmp_path: Path) -> None:
 def test_quantized_bytes_are_llama_quantizes(tmp_path: Path) -> None:
     """The tensors that the matrix speaks of, in five types, against llama.cpp with the same numbers."""
     imatrix = read_imatrix(GOLDEN / "imatrix.gguf")
-    options = [PlanOptions(Target("bpw", 3.6), importance=imatrix.name)]
-    output = Output(tmp_path / "ours.gguf")
-    (ours,) = convert.convert(DEMO, options, imatrix=imatrix, verifying=UNCHECKED, output=output, n_threads=1)
+    options = Options(target_bpw=3.6, imatrix=imatrix.path)
+    (ours,) = convert(DEMO, options, verifying=UNCHECKED, output=tmp_path / "ours.gguf", run=Run(1))
     kept = tuple(t.name for t in ours.plan.tensors if t.name in imatrix.columns)
-    plain = Output(tmp_path / "bf16.gguf")
-    as_it_is = [PlanOptions(Target("none", 0), "uniform", uniform="BF16", importance="none")]
-    convert.convert(DEMO, as_it_is, verifying=UNCHECKED, output=plain)
+    plain = tmp_path / "bf16.gguf"
+    convert(DEMO, Options(uniform="BF16", calibration="none"), verifying=UNCHECKED, output=plain)
     types = {t.name: t.type for t in ours.plan.tensors if len(t.shape) > 1}
     assert len({types[name] for name in kept}) >= 3
     columns = {name: imatrix.columns[name][0] for name in kept}
-    rest = {name: values for name, values in swept().items() if name not in columns}
-    llama_quantize(plain.path, tmp_path / "theirs.gguf", name_patterns(types), {**columns, **rest})
+    rest = {name: values for name, values in on_random_tokens(tmp_path).items() if name not in columns}
+    llama_quantize(plain, tmp_path / "theirs.gguf", name_patterns(types), {**columns, **rest})
     assert_same_bytes(ours.path, tmp_path / "theirs.gguf")
 
 
-def swept() -> dict[str, np.ndarray]:
-    """Return the moment sweep's importance of the demo."""
-    model = open_model(DEMO, None, False, Silent())
-    return Work(model, 1, Silent()).columns("sweep")
+def on_random_tokens(folder: Path) -> dict[str, np.ndarray]:
+    """Return the demo's column weights on random tokens."""
+    with WorkFolder(folder) as files:
+        session = Session(open_model(DEMO), Run(1), files)
+        return dict(session.calibrated.column_weights(recipe(), {"Q4_K"}))
 
 
 @pytest.mark.slow
 def test_the_plan_says_where_importance_comes_from(tmp_path: Path) -> None:
     imatrix = read_imatrix(GOLDEN / "imatrix.dat")
-    options = [PlanOptions(Target("bpw", 3.6), importance=imatrix.name)]
-    planned = convert.plan(DEMO, options, imatrix=imatrix, n_threads=1)
-    (plan,) = planned.plans
-    assert plan.importance == imatrix.name
-    assert plan.notes[-1] == (
+    options = Options(target_bpw=3.6, imatrix=imatrix.path)
+    planned = plan(DEMO, options, run=Run(1))
+    (made,) = planned.plans
+    assert (made.recipe.calibration, made.recipe.rounding) == (imatrix.name, "rtn")
+    assert made.notes[-1] == (
         f"Column importance comes from imatrix.dat (SHA-256 {imatrix.sha256[:12]}…). It has no entry for "
-        "token_embd.weight, output.weight: there it is that of --importance sweep."
+        "token_embd.weight, output.weight: there it is that of --calibration random."
     )
     with pytest.raises(RecordError, match=f"importance matrix {imatrix.name}: pass that file with --imatrix"):
-        convert.convert(DEMO, [], given=plan, verifying=UNCHECKED, output=Output(tmp_path / "x.gguf"))
+        convert(DEMO, (), loaded=made, verifying=UNCHECKED, output=tmp_path / "x.gguf")
     with pytest.raises(RecordError, match="pass that file with --imatrix"):
-        convert.plan(DEMO, options, n_threads=1)
-    again = convert.plan(DEMO, options, imatrix=imatrix, given=planned.scores, n_threads=1)
+        plan(DEMO, replace(options, imatrix=None), loaded=planned.scores, run=Run(1))
+    again = plan(DEMO, options, loaded=planned.scores, run=Run(1))
     assert again.plans == planned.plans
 
 
@@ -207,10 +208,10 @@ def test_a_stack_of_experts(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     arguments = ["--target-bpw", "3.6", "--imatrix", GOLDEN / "imatrix.gguf", "--threads", 1]
     assert call("plan", DEMO, *arguments, "--json", tmp_path / "plan.json", "-q").code == 0
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    assert plan["importance"].startswith("imatrix:")
-    outcome = call("plan", DEMO, *arguments, "--importance", "norm")
-    assert message(outcome, 4) == "--imatrix and --importance norm contradict each other; drop one"
+    made = json.loads((tmp_path / "plan.json").read_text())
+    assert made["recipe"]["calibration"].startswith("imatrix:")
+    outcome = call("plan", DEMO, *arguments, "--calibration", "norm")
+    assert message(outcome, 4) == "--imatrix and --calibration norm contradict each other; drop one"
     outcome = call("convert", DEMO, "--plan", tmp_path / "plan.json", "-o", tmp_path / "x.gguf", "--no-verify")
     assert message(outcome, 4).endswith("pass that file with --imatrix")
     assert not (tmp_path / "x.gguf").exists()
@@ -253,9 +254,9 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
 def test_a_matrix_of_another_model(tmp_path: Path) -> None:
     path = tmp_path / "i.dat"
     path.write_bytes(legacy(("blk.0.attn_q.weight", 1, [1.0] * 64)))
-    options = [PlanOptions(Target("bpw", 4), importance=read_imatrix(path).name)]
+    options = Options(target_bpw=4, imatrix=path)
     with pytest.raises(RecordError, match=r"blk\.0\.attn_q\.weight: wanted 1 x 256 columns, got 1 x 64"):
-        convert.plan(DEMO, options, imatrix=read_imatrix(path))
+        plan(DEMO, options)
     path.write_bytes(legacy(("h.0.weight", 1, [1.0])))
     with pytest.raises(RecordError, match=r"speaks of no tensor of Books 4\.6m; it is of another model"):
-        convert.plan(DEMO, options, imatrix=read_imatrix(path))
+        plan(DEMO, options)

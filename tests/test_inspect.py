@@ -17,11 +17,10 @@ from test_gguf_source import converted, split_tiny, uniform, written
 from tiny_archs import write_tiny_arch
 from tiny_gguf import N_LAYERS, tiny_weights, write_tiny_gguf
 
-from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.cli.inspect_view import inspection_view
 from nsds_gguf.errors import ModelError
 from nsds_gguf.evaluate.inspect import VECTORS, inspect_gguf
-from nsds_gguf.records import Target
+from nsds_gguf.records import Options
 
 
 def shown(path, width=80, colours=False):
@@ -110,10 +109,10 @@ def test_layers_are_coloured_by_their_bits_on_a_terminal(tmp_path):
 
 def test_our_files_say_how_they_were_made(tmp_path):
     source = write_tiny_gguf(tmp_path / "a.gguf")
-    path = converted(source, tmp_path / "b.gguf", [PlanOptions(Target("bpw", 6.5))])
+    path = converted(source, tmp_path / "b.gguf", Options(target_bpw=6.5, rounding="rtn"))
     made = inspect_gguf(path).made_by_us
     text = shown(path, 120)
-    assert "allocator nsds, metric nsds, importance sweep, effort normal, target 6.5 bpw" in text
+    assert "allocator fisher, metric none, rounding rtn, calibration random, target 6.5 bpw" in text
     assert made["plan_sha256"][:16] + "…" in text and made["scores_sha256"][:16] + "…" in text
     assert "made by" not in shown(source)
     plain = shown(converted(source, tmp_path / "c.gguf", uniform("Q8_0")), 120)

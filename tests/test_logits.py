@@ -14,7 +14,7 @@ import pytest
 from mutations import mutations
 from numpy.typing import NDArray
 from zoo import digest, packed, unpacked, zoo_config, zoo_shapes, zoo_tokens
-from zoo_logits import BITE, F32, GOLDEN, difference, model_logits, moves, recorded
+from zoo_logits import BITE, GOLDEN, difference, model_logits, moves, recorded
 from zoo_specs import SPECS, write_spec
 
 from nsds_gguf.conversion import convert
@@ -22,7 +22,8 @@ from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.read import open_model, supported_classes
 from nsds_gguf.read.architectures.families import FAMILIES
 from nsds_gguf.read.config import canonical
-from nsds_gguf.session.outputs import Output
+from nsds_gguf.records import Options
+from nsds_gguf.session.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +52,10 @@ def test_llama_cpp_computes_what_transformers_computes(
 def test_the_whole_conversion_writes_the_file_that_is_compared(source_class: str, tmp_path: Path) -> None:
     name = next(name for name, spec in SPECS.items() if spec.source_class == source_class)
     folder = write_spec(tmp_path / "checkpoint", name)
-    unverified, output = VerifyOptions(enabled=False), Output(tmp_path / "converted.gguf")
-    convert(folder, [F32], verifying=unverified, output=output, n_threads=1)
+    options = Options(uniform="F32", rounding="rtn", calibration="none")
+    convert(
+        folder, options, output=tmp_path / "converted.gguf", verifying=VerifyOptions(enabled=False), run=Run(1)
+    )
     model_logits(open_model(folder), tmp_path / "compared.gguf", zoo_tokens(SPECS[name]))
     assert (tmp_path / "converted.gguf").read_bytes() == (tmp_path / "compared.gguf").read_bytes()
 

@@ -24,7 +24,7 @@ def test_conversion_does_not_grow_with_layers(tmp_path):
     for n_layers in (4, 16):
         spec = Spec("LlamaForCausalLM", n_layers=n_layers, n_embd=N_EMBD, n_ff=N_FF, n_heads=8, dtype="BF16")
         folder, target = write_tiny(tmp_path / f"{n_layers}", spec), tmp_path / f"{n_layers}.gguf"
-        arguments = ("--target-bpw", "3.5", "--effort", "normal", "--no-verify", "--threads", "2", "-o", target)
+        arguments = ("--target-bpw", "3.5", "--rounding", "rtn", "--no-verify", "--threads", "2", "-o", target)
         probed = run_probed([COMMAND, "convert", folder, *arguments], LIMIT_BYTES)
         assert probed.returncode == 0, probed.stderr
         assert target.stat().st_size > n_layers * 500_000

@@ -352,7 +352,7 @@ def test_short_text(tiny):
         perplexity(tiny, "a" * 100, n_ctx=512)
     assert str(caught.value) == (
         "text: too short: wanted at least 1024 tokens for a context of 512, got 102; "
-        "use a longer text or a smaller --ctx"
+        "use a longer text or a smaller --ctx-size"
     )
 
 
@@ -365,7 +365,7 @@ def test_text_of_exactly_two_chunks(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_ctx": 4}, "perplexity: wanted a context of at least 8 tokens, got 4; use a larger --ctx"),
+        ({"n_ctx": 4}, "perplexity: wanted a context of at least 8 tokens, got 4; use a larger --ctx-size"),
         ({"n_chunks": 0}, "perplexity: wanted at least 1 chunk, got 0; leave out --chunks to take all"),
         ({"n_batch": 0}, "perplexity: wanted batches of at least 1 token, got 0"),
     ],

@@ -22,7 +22,7 @@ from nsds_gguf.evaluate.texts import VerifyOptions, evaluation_text
 from nsds_gguf.session import session
 from nsds_gguf.system import resources, workfolder
 
-SHORT = ("--ctx", "128", "--chunks", "3", "--threads", "1")
+SHORT = ("--ctx-size", "128", "--chunks", "3", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +127,11 @@ def test_too_little_memory_names_the_way_out(here, monkeypatch):
 
 def test_context_beyond_the_trained_one_warns(here):
     (here / "tiny.txt").write_text(tiny_text())
-    options = ("perplexity", "tiny-bos-F32.gguf", "--text", "tiny.txt", "--threads", "1", "--ctx")
+    options = ("perplexity", "tiny-bos-F32.gguf", "--text", "tiny.txt", "--threads", "1", "--ctx-size")
     assert call(*options, "512").err == ""
     outcome = call(*options, "513")
     assert outcome.code == 0 and outcome.err == (
-        "warning: tiny-bos-F32.gguf: trained for 512 tokens, --ctx 513 asked: beyond the first 512 of a chunk the "
+        "warning: tiny-bos-F32.gguf: trained for 512 tokens, --ctx-size 513 asked: beyond the first 512 of a chunk the "
         "numbers say little about the file\n"
     )
 
@@ -162,7 +162,7 @@ def test_split_files_are_read_as_one(here):
 def test_an_interrupted_run_shows_what_it_found(here, number):
     before = listing(here)
     process = start(
-        "perplexity", "demo-bos-Q4_K.gguf", "--reference", DEMO, "--threads", "1", "--ctx", "64", "--batch", "64",
+        "perplexity", "demo-bos-Q4_K.gguf", "--reference", DEMO, "--threads", "1", "--ctx-size", "64", "--batch", "64",
         "--json", "out.json", "-v", cwd=here, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     for line in process.stderr:
@@ -241,7 +241,7 @@ def test_a_sentence_without_a_reference(files):
 
 def test_a_terminal_gets_the_running_estimate_and_the_time_left(here):
     master, slave = os.openpty()
-    with start("perplexity", "demo-bos-Q4_K.gguf", "--ctx", "64", "--batch", "64", "--chunks", "9", "--threads", "1",
+    with start("perplexity", "demo-bos-Q4_K.gguf", "--ctx-size", "64", "--batch", "64", "--chunks", "9", "--threads", "1",
                stderr=slave, cwd=here) as process:  # fmt: skip
         os.close(slave)
         seen = b""

@@ -10,14 +10,12 @@ from gguf import GGUFReader
 from tiny_models import write_tiny
 from zoo_specs import write_spec
 
-from nsds_gguf import conversion as convert
 from nsds_gguf import read
-from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.allocate.presets import PRESETS, preset_bytes, preset_types
+from nsds_gguf.conversion import convert
 from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp import llama
-from nsds_gguf.records import Target
-from nsds_gguf.session.outputs import Output
+from nsds_gguf.records import Options
 
 # Seventeen layers: enough for every rule by layer. Of the zoo: experts, a fused qkv, rows that fit no K-quant.
 MODELS = ("many layers", "mixtral", "gpt-neox", "deepseek2")
@@ -33,11 +31,10 @@ def write_model(folder, name):
 def originals(tmp_path_factory):
     """Return the models, and as F32 GGUFs."""
     folder = tmp_path_factory.mktemp("originals")
-    options = [PlanOptions(Target("none", 0), "uniform", uniform="F32")]
     for name in MODELS:
         write_model(folder / name, name)
-        output = Output(folder / f"{name}.gguf")
-        convert.convert(folder / name, options, output=output, verifying=VerifyOptions(enabled=False))
+        path = folder / f"{name}.gguf"
+        convert(folder / name, Options(uniform="F32"), output=path, verifying=VerifyOptions(enabled=False))
     return folder
 
 

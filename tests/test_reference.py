@@ -13,11 +13,11 @@ from tiny_models import write_tiny
 
 from nsds_gguf.calibration import generated_text
 from nsds_gguf.evaluate import texts
-from nsds_gguf.session import session
-from nsds_gguf.session.session import _BASE_MEMORY_BYTES
+from nsds_gguf.session import room, session
+from nsds_gguf.session.room import BASE_MEMORY_BYTES
 from nsds_gguf.system import resources
 
-QUICK = ("--threads", "1", "--ctx", "64", "--chunks", "2", "--text", "tiny.txt")
+QUICK = ("--threads", "1", "--ctx-size", "64", "--chunks", "2", "--text", "tiny.txt")
 
 
 @pytest.fixture(autouse=True)
@@ -50,16 +50,16 @@ def test_a_gguf_is_compared_with_itself():
     assert screen.count("│ original ") == 1
 
 
-def test_a_folder_is_compared_with_the_original_that_wrote_the_text(here):
+def test_a_folder_is_compared_with_the_original_that_generated_the_text(here):
     before = listing(here)
-    found, screen = converted("model", "--target-bpw", "4", "--importance", "self")
+    found, screen = converted("model", "--target-bpw", "4", "--calibration", "generated")
     assert found["reference"] == "original" and 0 < found["perplexity"]["divergence"]["kld_mean"] < 1
     assert "KL divergence from the original: " in screen
     assert set(listing(here)) - set(before) == {"out.gguf", "out.json"}
 
 
 def test_the_original_of_a_folder_is_not_written_for_this_alone(monkeypatch):
-    monkeypatch.setattr(session, "reference_plan", None)
+    monkeypatch.setattr(session, "original_plan", None)
     found, screen = converted("model", "--uniform", "Q8_0")
     assert found["reference"] is None and "divergence" not in found["perplexity"] and "KL divergence" not in screen
 
@@ -79,25 +79,25 @@ def test_q8_0_counts_as_the_original():
 def test_without_memory_for_both_the_check_goes_on_without_the_original(monkeypatch):
     """Free memory holds what the check of the file alone takes, and not the original beside it."""
     n_vocab, both = 260, []
-    monkeypatch.setattr(session, "lacks_memory", lambda n_bytes: both.append(n_bytes) or "3 GiB of memory, 2 are there")
+    monkeypatch.setattr(room, "lacks_memory", lambda n_bytes: both.append(n_bytes) or "3 GiB of memory, 2 are there")
     found, screen = converted("tiny.gguf", "--uniform", "Q4_0")
     assert found["reference"] is None and "divergence" not in found["perplexity"]
     note = "The KL divergence from the original is not measured: it takes 3 GiB of memory, 2 are there."
     assert found["notes"] == [note] and f"\nnote: {note}\n" in screen
     files = Path("tiny.gguf").stat().st_size + Path("out.gguf").stat().st_size
     n_rows = 2048 // 64 * 32 + 512  # logits of a batch, second halves of its chunks, and those being computed
-    assert both == [_BASE_MEMORY_BYTES + files + 2 * n_rows * n_vocab * 4]
+    assert both == [BASE_MEMORY_BYTES + files + 2 * n_rows * n_vocab * 4]
 
 
 def test_asked_for_it_is_no_longer_given_up(monkeypatch):
-    monkeypatch.setattr(session, "lacks_memory", lambda _: "3 GiB of memory, 2 are there")
+    monkeypatch.setattr(room, "lacks_memory", lambda _: "3 GiB of memory, 2 are there")
     assert converted("tiny.gguf", "--uniform", "Q4_0", "--reference", "original")[0]["reference"] == "original"
     assert converted("tiny.gguf", "--uniform", "Q4_0", "--reference", "tiny.gguf")[0]["reference"] == "tiny.gguf"
 
 
 def test_the_time_told_counts_both(monkeypatch):
     tokens = []
-    monkeypatch.setattr(session, "estimate_seconds", lambda *_, n_tokens, **__: tokens.append(n_tokens) or 1.0)
+    monkeypatch.setattr(room, "estimate_seconds", lambda _, work, __: tokens.append(work.n_tokens) or 1.0)
     converted("tiny.gguf", "--uniform", "Q4_0")
     converted("model", "--uniform", "Q8_0")
     assert tokens == [2 * 2 * 64, 2 * 64]

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 from command import PLAIN, QUICK, TINY, call, message
+from recipes import recipe
 from report_plans import DENSE, EXPERTS, HOSTILE_NAME, made_up_perplexity, made_up_plan, made_up_scores
 from tiny_gguf import write_tiny_gguf
 from tiny_models import write_tiny
 
 from nsds_gguf.cli import build_parser
-from nsds_gguf.cli.options import plan_options
+from nsds_gguf.cli.options import options_of
 from nsds_gguf.errors import OutputError, PlanError, RecordError
 from nsds_gguf.evaluate.inspect import inspect_gguf
 from nsds_gguf.publish import report
@@ -32,7 +33,7 @@ from nsds_gguf.publish.report import (
     template,
     write_report,
 )
-from nsds_gguf.records import Plan, Target
+from nsds_gguf.records import Plan, Target, TensorType
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "report.json").read_text(encoding="utf-8"))
 
@@ -136,23 +137,31 @@ def test_file_report_tells_what_the_file_tells(tmp_path):
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", [Target("bpw", 3.1), Target("size", 700_000_000), Target("none", 0)], ids=str)
-@pytest.mark.parametrize("allocator", ["nsds", "paper", "uniform"])
-def test_command_parses_to_the_options_of_the_plan(plan, target, allocator):
-    types = ("Q4_K",) if allocator == "uniform" else plan.types
-    made = replace(
-        plan, target=target, allocator=allocator, types=types, metric=None if allocator == "uniform" else "zd"
-    )
-    scores = None if allocator == "uniform" else replace(made_up_scores(plan), metric="zd")
-    arguments = build_parser().parse_args(shlex.split(command(made, scores, "a model; rm"))[1:])
-    (options,) = plan_options(arguments)
-    assert (options.target, options.allocator, options.importance) == (target, allocator, "sweep")
+@pytest.mark.parametrize("target", [Target("bpw", 3.1), Target("size", 700_000_000), None], ids=str)
+@pytest.mark.parametrize("allocator", ["fisher", "paper", "uniform"])
+def test_command_parses_to_the_recipe_of_the_plan(plan, target, allocator):
+    changes = {
+        "fisher": {"types": ("IQ4_NL", "Q4_K"), "metric": "zd", "se": None, "score_weight": 0.7, "prefer": "fast"},
+        "paper": {"types": ("Q2_K", "Q4_K"), "metric": "nsds", "se": "ratio", "seed": 3},
+        "uniform": {"types": ("Q4_K",), "calibration": "norm"},
+    }[allocator]
+    fixed = (TensorType(r"blk\.0\.attn_(q|k)\.weight", "Q6_K"), TensorType("output.weight", "Q8_0"))
+    asked = recipe(target, allocator=allocator, tensor_types=fixed, **changes)
+    words = shlex.split(command(replace(plan, recipe=asked), "a model; rm"))
+    arguments = build_parser().parse_args(words[1:])
+    (options,) = options_of(arguments)
+    assert arguments.model == "a model; rm" and options.target == target
     assert options.uniform == ("Q4_K" if allocator == "uniform" else None)
-    assert allocator == "uniform" or (options.types, arguments.metric, arguments.se) == (types, "zd", "ratio")
-    for tensor in plan.tensors:
-        types = [pin.type for pin in options.pins if re.fullmatch(pin.pattern, tensor.name)]
-        assert types == ([tensor.type] if tensor.reason == "pinned" else []), tensor.name
-    assert len(options.pins) > 1
+    names = {"allocator", "types"} if allocator != "uniform" else set()
+    for name in names | {"tensor_types", "rounding", "calibration", "score_weight", "prefer", "seed", "device"}:
+        assert getattr(options, name) == getattr(asked, name), name
+    layers = ("auto", "auto") if allocator == "uniform" else (asked.metric, asked.se or "auto")
+    assert (options.metric, options.se) == layers
+
+
+def test_command_names_an_importance_matrix(plan):
+    text = command(replace(plan, recipe=recipe(3.0, calibration="imatrix:0123456789ab")), "model")
+    assert "--imatrix FILE" in text and "--calibration" not in text
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -259,7 +268,7 @@ def test_convert_writes_a_report_of_what_it_made(folder):
     assert data["tensors"]["type"] == [tensor["type"] for tensor in made["plan"]["tensors"]]
     assert data["file_bytes"] == Path(made["path"]).stat().st_size
     assert data["given"].startswith("nsds-gguf convert model --uniform Q8_0")
-    assert data["command"] == "nsds-gguf convert model --uniform Q8_0 --importance sweep --effort normal"
+    assert data["command"] == "nsds-gguf convert model --uniform Q8_0 --rounding rtn --calibration random"
     done = call("convert", "model", *PLAIN, "--dry-run", "--report", "planned.html")
     assert done.code == 0 and Page(Path("planned.html").read_text(encoding="utf-8")).data["perplexity"] is None
 

@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import nsds_oracle
 import numpy as np
 import pytest
 from models import make_model
+from recipes import recipe
 
 from nsds_gguf.errors import ModelError, PlanError
 from nsds_gguf.metrics import METRICS, SE_READINGS, baselines, nsds, score_layers, stats
 from nsds_gguf.records import Hparams, Model, Scores
+from nsds_gguf.session.run import Run
+from nsds_gguf.session.session import Session
+from nsds_gguf.system.workfolder import WorkFolder
 
 TOLERANCE = 1e-4
 N_LAYERS = 5
@@ -145,9 +150,9 @@ def test_every_nsds_value_is_that_of_naive_float64_full_svds(name: str, se: str,
     shape = SHAPES[name]
     layers, unembedding = random_layers(shape)
     wanted = nsds_oracle.nsds(layers, unembedding, shape.n_heads, shape.n_kv_heads, shape.head_dim, se)
-    scores = score_layers(model_of(shape, layers, unembedding), "nsds", se)
-    assert len(scores.layers) == len(wanted)
-    for index, (layer, want) in enumerate(zip(scores.layers, wanted, strict=True)):
+    scores, _ = score_layers(model_of(shape, layers, unembedding), "nsds", se)
+    assert len(scores) == len(wanted)
+    for index, (layer, want) in enumerate(zip(scores, wanted, strict=True)):
         assert layer.layer == index
         assert set(layer.nv) == set(layer.se) == set(want["nv"])
         off = {
@@ -168,9 +173,9 @@ def test_every_nsds_value_is_that_of_naive_float64_full_svds(name: str, se: str,
 @pytest.mark.parametrize("name", ["mqa, n_ff below d", "no gate"])
 def test_every_baseline_value_is_that_of_the_formula(name: str, metric: str, small_tiles: None) -> None:
     layers, unembedding = random_layers(SHAPES[name])
-    scores = score_layers(model_of(SHAPES[name], layers, unembedding), metric)
+    scores, _ = score_layers(model_of(SHAPES[name], layers, unembedding), metric)
     wanted = nsds_oracle.BASELINES[metric](layers)
-    assert [layer.score for layer in scores.layers] == pytest.approx(wanted, rel=1e-6)
+    assert [layer.score for layer in scores] == pytest.approx(wanted, rel=1e-6)
 
 
 # --- by hand --------------------------------------------------------------------------------------------------
@@ -349,15 +354,16 @@ RIGS = {
 }
 
 
-def scores_of_plain_model(metric: str) -> Scores:
+def scores_of_plain_model(metric: str, se: str | None = None) -> Scores:
     shape, layers, unembedding = plain_layers()
-    return score_layers(model_of(shape, layers, unembedding), metric)
+    session = Session(model_of(shape, layers, unembedding), Run(1), WorkFolder(Path()))
+    return session.score(recipe(metric=metric, se=se), measures=False)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_metric_gives_every_layer_a_finite_score(metric: str) -> None:
     scores = scores_of_plain_model(metric)
-    assert scores.metric == metric
+    assert scores.recipe.metric == metric
     assert [layer.layer for layer in scores.layers] == list(range(N_LAYERS))
     assert all(type(layer.score) is float and math.isfinite(layer.score) for layer in scores.layers)
     assert len({layer.score for layer in scores.layers}) == N_LAYERS
@@ -375,16 +381,16 @@ def test_higher_means_more_sensitive(metric: str) -> None:
     shape, layers, unembedding = plain_layers()
     rng = np.random.default_rng(9)
     layers[3] = {role: RIGS[metric](weights, rng) for role, weights in layers[3].items()}
-    scores = score_layers(model_of(shape, layers, unembedding), metric)
-    assert max(scores.layers, key=lambda layer: layer.score).layer == 3
+    scores, _ = score_layers(model_of(shape, layers, unembedding), metric)
+    assert max(scores, key=lambda layer: layer.score).layer == 3
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_layer_of_zeros_has_a_finite_score(metric: str) -> None:
     shape, layers, unembedding = plain_layers()
     layers[2] = {role: np.zeros_like(weights) for role, weights in layers[2].items()}
-    scores = score_layers(model_of(shape, layers, unembedding), metric)
-    assert all(math.isfinite(layer.score) for layer in scores.layers)
+    scores, _ = score_layers(model_of(shape, layers, unembedding), metric)
+    assert all(math.isfinite(layer.score) for layer in scores)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -426,8 +432,8 @@ def test_order_of_rows_within_heads_does_not_matter() -> None:
         for layer in layers
         for role in ["attn_q"]
     ]
-    one, other = (score_layers(model_of(shape, each, unembedding)) for each in (layers, permuted))
-    for a, b in zip(one.layers, other.layers, strict=True):
+    (one, _), (other, _) = (score_layers(model_of(shape, each, unembedding)) for each in (layers, permuted))
+    for a, b in zip(one, other, strict=True):
         assert [a.score, *a.nv.values(), *a.se.values()] == pytest.approx([b.score, *b.nv.values(), *b.se.values()])
 
 
@@ -435,18 +441,16 @@ def test_one_layer_alone_is_neither_sensitive_nor_not() -> None:
     shape, layers, unembedding = plain_layers()
     arrays = {f"blk.0.{role}.weight": weights for role, weights in layers[0].items()}
     hparams = Hparams(1, shape.d, shape.n_ff, shape.n_heads, shape.n_kv_heads, shape.head_dim, 64, 64, 1e-5)
-    scores = score_layers(make_model({"token_embd.weight": unembedding, **arrays}, hparams))
-    assert scores.layers[0].score == 0.5
+    scores, _ = score_layers(make_model({"token_embd.weight": unembedding, **arrays}, hparams))
+    assert scores[0].score == 0.5
 
 
 def test_the_record_says_how_it_was_made() -> None:
-    shape, layers, unembedding = plain_layers()
-    model = model_of(shape, layers, unembedding)
-    scores = score_layers(model, "nsds", "product")
-    assert scores.settings == {"se": "product"}
+    scores = scores_of_plain_model("nsds", "product")
+    assert (scores.recipe.metric, scores.recipe.se, scores.recipe.target) == ("nsds", "product", None)
     assert set(scores.versions) == {"nsds-gguf", "numpy", "scipy"}
-    assert (scores.model_id, scores.model_name, scores.costs) == (model.model_id, "arrays", ())
-    assert score_layers(model, "zd").settings == {}
+    assert (scores.model_id, scores.model_name, scores.costs) == ("0" * 64, "arrays", ())
+    assert scores_of_plain_model("zd").recipe.se is None
 
 
 def test_stored_values_have_seven_digits() -> None:

@@ -15,7 +15,7 @@ from tiny_models import write_tiny
 from nsds_gguf.session import sizes
 from nsds_gguf.session.sizes import Size, Sizes
 
-NORMAL = ("--effort", "normal", "--threads", "1")
+RTN = ("--rounding", "rtn", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def table(*arguments):
 
 def test_rows_are_the_plans_of_their_budgets(models, here):
     found = table("convert", models / "wide")
-    assert listing(here) == {} and found["format"] == "nsds-gguf sizes 1"
+    assert listing(here) == {} and found["format"] == "nsds-gguf sizes 2"
     assert [row["target_bpw"] for row in found["sizes"]] == [
         2.666, 3, 3.25, 3.5, 3.75, 4, 4.5, 5, 5.5, 6, 6.598
     ]  # fmt: skip
     budgets = ",".join(str(row["target_bpw"]) for row in found["sizes"])
-    assert call("plan", models / "wide", "--target-bpw", budgets, *NORMAL, "--json", "plans.json").code == 0
+    assert call("plan", models / "wide", "--target-bpw", budgets, *RTN, "--json", "plans.json").code == 0
     for row, plan in zip(found["sizes"], json.loads(Path("plans.json").read_text()), strict=True):
         predicted = sum(t["sensitivity"] * t["error"] for t in plan["tensors"] if t["error"] is not None)
         assert row["predicted"] == pytest.approx(predicted, rel=1e-9)
@@ -68,7 +68,7 @@ def test_the_table_and_the_next_command(models, here):
     (row,) = (line for line in lines if line.startswith("│   4.5 │ "))
     assert re.fullmatch(r"│   4.5 │ 0.50 MiB │ +0\.\d+ │ Q4_K \d+, Q\d_\w \d+, Q\d_\w \d+ │ Q3_K_L \(4.45\) │", row)
     assert "│ Q2_K 100 " in outcome.out and "│ Q8_0 100 " in outcome.out and "original: 1.79 MiB" in outcome.out
-    assert "note: Predicted for round-to-nearest. convert rounds this model by GPTQ (--effort high)" in outcome.out
+    assert "note: Predicted for round-to-nearest. convert rounds this model by GPTQ (--rounding gptq)" in outcome.out
     assert lines[-2] == "Nothing was written. This command makes the smallest of them below 0.05 nats per token:"
     command, bpw = lines[-1].rsplit(" ", 1)
     assert command == f"nsds-gguf convert {models}/wide --threads 1 --types Q2_K,Q4_K,Q8_0 --target-bpw"
@@ -82,16 +82,16 @@ def test_a_gguf_whose_rows_fit_no_k_quant(models):
     found = table("plan", models / "narrow.gguf")
     first, *inner, last = (row["target_bpw"] for row in found["sizes"])
     assert inner == [5, 5.5, 6, 6.5, 7, 7.5, 8] and set(found["sizes"][-1]["types"]) == {"Q8_0", "F32"}
-    assert call("plan", models / "narrow.gguf", "--target-bpw", first, *NORMAL).code == 0
-    line = message(call("plan", models / "narrow.gguf", "--target-bpw", first - 0.001, *NORMAL), 4)
+    assert call("plan", models / "narrow.gguf", "--target-bpw", first, *RTN).code == 0
+    line = message(call("plan", models / "narrow.gguf", "--target-bpw", first - 0.001, *RTN), 4)
     assert line.endswith(f"nearest feasible: --target-bpw {first:g}")
-    (plan,) = (json.loads(call("plan", models / "narrow.gguf", "--target-bpw", last + 1, *NORMAL, "--json", "-").out),)
+    (plan,) = (json.loads(call("plan", models / "narrow.gguf", "--target-bpw", last + 1, *RTN, "--json", "-").out),)
     assert plan["sums"]["bpw"] == found["sizes"][-1]["bpw"]
     assert found["original_bytes"] == (models / "narrow.gguf").stat().st_size and found["in_nats"]
 
 
 def test_a_model_whose_divergence_is_not_known_in_nats(models):
-    outcome = call("convert", models / "latent.gguf", *NORMAL, "--json", "sizes.json")
+    outcome = call("convert", models / "latent.gguf", *RTN, "--json", "sizes.json")
     found = json.loads(Path("sizes.json").read_text())
     assert not found["in_nats"] and found["sizes"][0]["predicted"] == 1 and found["sizes"][-1]["predicted"] < 0.1
     assert found["notes"][-1] == (
@@ -107,22 +107,22 @@ def test_one_type_is_one_size(models):
 
 
 def test_scores_make_the_table_without_measuring(models, monkeypatch):
-    assert call("score", models / "wide", *NORMAL, "--json", "scores.json", "-q").code == 0
+    assert call("score", models / "wide", *RTN, "--json", "scores.json", "-q").code == 0
     measured = table("plan", models / "wide")
-    monkeypatch.setattr(sizes.Work, "measure", None)
+    monkeypatch.setattr(sizes.Session, "measure", None)
     known = table("plan", models / "wide", "--scores", "scores.json")
-    assert known["sizes"] == measured["sizes"] and known["effort"] == "normal"
+    assert known["sizes"] == measured["sizes"] and known["rounding"] == "rtn"
 
 
-@pytest.mark.parametrize("words", [("--tensor-types", "types.txt"), ("--why", "output.weight")])
+@pytest.mark.parametrize("words", [("--tensor-type-file", "types.txt"), ("--why", "output.weight")])
 def test_what_wants_one_plan_is_refused(models, words):
     line = message(call("plan", models / "wide", *words), 4)
     assert line == f"{words[0]} needs a plan, and a plan a budget: pass --target-bpw or --target-size"
 
 
-def test_pins_that_match_nothing_are_refused(models):
-    assert message(call("convert", models / "wide", "--pin", "nothing=Q4_K"), 4).startswith(
-        "pin 'nothing=Q4_K' matches"
+def test_fixed_types_that_match_nothing_are_refused(models):
+    assert message(call("convert", models / "wide", "--tensor-type", "nothing=Q4_K"), 4).startswith(
+        "--tensor-type 'nothing=Q4_K' matches"
     )
 
 
@@ -133,4 +133,4 @@ def test_pins_that_match_nothing_are_refused(models):
 def test_proposed_size(predicted, in_nats, proposed):
     budgets = (3, 3.5, 4, 4.4)
     rows = tuple(Size(bpw, bpw, 1, p, {}, "Q4_K_S", 4.5) for bpw, p in zip(budgets, predicted, strict=True))
-    assert Sizes("m", "0", 1, in_nats, "normal", "sweep", rows, ()).proposed.target_bpw == proposed
+    assert Sizes("m", "0", 1, in_nats, "rtn", "random", rows, ()).proposed.target_bpw == proposed

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from models import make_tensor
 from plans import uniform_plan
-from test_balance import uneven
+from test_equalization import uneven
 from test_fp8 import checkpoint, codes, floats, random_scales
 from tiny_gguf import write_tiny_gguf
 from zoo_specs import SPECS, write_spec
@@ -25,7 +25,8 @@ from zoo_specs import SPECS, write_spec
 from nsds_gguf.compute.layers import entries_of, rows_of, view_layer
 from nsds_gguf.errors import ModelError
 from nsds_gguf.llamacpp import ggml
-from nsds_gguf.quantize.equalization import find_balance
+from nsds_gguf.quantize import TensorQuantizers
+from nsds_gguf.quantize.equalization import find_equalization
 from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.read import open_model
 from nsds_gguf.read.gguf_source import GgufTensor
@@ -106,10 +107,10 @@ def test_every_class_reads_the_same_in_another_process(name: str, other: OtherPr
     """As a folder, layer by layer in views, with channels equalized, and as a GGUF."""
     model = open_model(write_spec(tmp_path / "model", name))
     assert pickle.loads(pickle.dumps(model)) == model
-    equalized = find_balance(model, uneven(model)).applied(model)
+    equalized = find_equalization(model, uneven(model)).applied(model)
     views = [matrix for i in range(model.hparams.n_layers) for matrix in view_layer(model, i).matrices()]
     plan = uniform_plan(model, "F16")
-    write_gguf(model, plan, {}, tmp_path / "model.gguf", n_threads=1)
+    write_gguf(model, plan, TensorQuantizers(), tmp_path / "model.gguf", n_threads=1)
     again = open_model(tmp_path / "model.gguf")
     assert pickle.loads(pickle.dumps(again)) == again
     assert other.reads_the_same([*model.tensors, *views, *equalized.tensors, *again.tensors])

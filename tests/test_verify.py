@@ -205,7 +205,7 @@ def test_the_budget_is_checked_in_bytes(kind, excess, model, tmp_path):
     plan = plan_of(model, types, target=Target(kind, value))
     write_gguf(model, plan, TensorQuantizers(), path, n_threads=1)
     if excess:
-        assert refusal(path, model, plan) == f"{used} bytes exceed the target {plan.target} ({used - 1} bytes)"
+        assert refusal(path, model, plan) == f"{used} bytes exceed the target {plan.recipe.target} ({used - 1} bytes)"
     else:
         verify_structure(path, model, plan)
 

@@ -517,7 +517,7 @@ def test_ignore_merges_that_llama_cpp_has_not_is_refused() -> None:
         recognise(tokenizer, Path("tokenizer.json"))
     assert str(error.value) == (
         "tokenizer.json: pre-tokenizer of 'qwen2' with ignore_merges true, which llama.cpp has only with false; "
-        "--pre qwen2 converts it nevertheless, some words then get other ids"
+        "--pre-tokenizer qwen2 converts it nevertheless, some words then get other ids"
     )
 
 
@@ -526,7 +526,7 @@ def test_an_unknown_pattern_names_the_nearest_and_the_override(trained: Callable
     folder = edited(trained("Llama 3"), tmp_path / "model", pre_tokenizer=two_digits)
     with pytest.raises(UnsupportedError, match=r"unknown pre-tokenizer Split\(.*the nearest known one is 'llama-bpe'"):
         read_vocab(folder, 2000, {})
-    with pytest.raises(UnsupportedError, match=r"say so with --pre llama-bpe; if llama.cpp's.* MODEL"):
+    with pytest.raises(UnsupportedError, match=r"say so with --pre-tokenizer llama-bpe; if llama.cpp's.* MODEL"):
         read_vocab(folder, 2000, {})
     assert read_vocab(folder, 2000, {}, pre="llama-bpe")["tokenizer.ggml.pre"].value == "llama-bpe"
     assert read_vocab(folder, 2000, {}, pre="jais-2")["tokenizer.ggml.pre"].value == "jais-2"
@@ -551,7 +551,7 @@ def test_other_options_are_another_pre_tokenizer(pre_tokenizer: Any) -> None:
 def test_an_override_must_be_a_name_of_llama_cpp(trained: Callable[[str], Path]) -> None:
     with pytest.raises(UnsupportedError) as error:
         read_vocab(trained("Qwen 3"), 2000, {}, pre="qwen3")
-    assert str(error.value) == "--pre qwen3: llama.cpp knows no such pre-tokenizer; near it: qwen35, qwen2"
+    assert str(error.value) == "--pre-tokenizer qwen3: llama.cpp knows no such pre-tokenizer; near it: qwen35, qwen2"
 
 
 def test_llama_cpp_knows_every_name_of_the_table() -> None:

@@ -25,19 +25,21 @@ from llama_quantize import (
 )
 from models import make_tensor, read_by
 from plans import cycled_types, plan_of, uniform_plan, writable_model
+from recipes import recipe
 
 from nsds_gguf import __version__
-from nsds_gguf.calibration.random_tokens import draw_tokens
+from nsds_gguf.calibration.evidence import Evidence, column_weights
+from nsds_gguf.calibration.random_tokens import RandomTokens, draw_tokens
 from nsds_gguf.compute.walk import WalkOptions
 from nsds_gguf.errors import ModelError, OutputError
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.llamacpp.llama import logits
+from nsds_gguf.publish.tensor_type_file import tensor_type_file
 from nsds_gguf.quantize import TensorQuantizers, header, write
 from nsds_gguf.quantize.header import header_bytes
 from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.records import Hparams, Scores, Target, kv
 from nsds_gguf.sensitivity.sensitivities import sensitivities
-from nsds_gguf.session.session import tensor_types_file
 from nsds_gguf.system.atomic import unfinished
 
 HPARAMS = Hparams(1, 256, 512, 4, 2, 64, 300, 128, 1e-5)
@@ -112,14 +114,16 @@ def test_rows_that_no_block_divides_are_llama_cpps(type_name, tmp_path):
 
 
 def test_a_whole_decoder_is_llama_cpps_and_runs(tmp_path):
-    """All types in one file, with the importance that the program itself computes."""
+    """All types in one file, with column weights on random tokens."""
     model = small_decoder()
     source = written(model, uniform_plan(model, "F32"), tmp_path / "F32.gguf")
     types = cycled_types(model)
     assert set(types.values()) == set(ggml.TYPES)
-    importance = sensitivities(model, draw_tokens(model), WalkOptions(4)).importance("sweep")
+    tokens = draw_tokens(model)
+    found = sensitivities(model, tokens, WalkOptions(4))
+    importance = column_weights(RandomTokens(Evidence(model, tokens, found.inputs)), model)
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
-    written(model, plan_of(model, types, importance="sweep"), ours, importance)
+    written(model, plan_of(model, types, calibration="random"), ours, importance)
     llama_quantize(source, theirs, name_patterns(types), importance)
     assert_same_bytes(ours, theirs)
     tokens = [1, *range(3, 40)]
@@ -132,7 +136,7 @@ def test_llama_quantize_takes_the_plan_as_a_file(tmp_path):
     model = small_decoder(n_layers=12, n_embd=32, n_ff=64, head_dim=8)
     source = written(model, uniform_plan(model, "F32"), tmp_path / "F32.gguf")
     plan = plan_of(model, cycled_types(model, ("F32", "F16", "BF16", *ggml.NARROW_TYPES)))
-    words = tensor_types_file(plan).split()  # llama-quantize reads words, lower-cases what is left of "="
+    words = tensor_type_file(plan).split()  # llama-quantize reads words, lower-cases what is left of "="
     patterns = [(word.partition("=")[0].lower(), word.partition("=")[2].upper()) for word in words]
     theirs = tmp_path / "theirs.gguf"
     llama_quantize(source, theirs, patterns)
@@ -191,18 +195,19 @@ def test_gguf_reader_sees_every_key_with_its_value_and_type(tmp_path):
 
 def test_our_own_keys(tmp_path):
     model = small_decoder()
-    scores = Scores("nsds", (), model.model_id, model.name)
+    scores = Scores(recipe(metric="nsds", se="product"), (), model.model_id, model.name)
     target = Target("size", 1_500_000)
     types = dict.fromkeys((tensor.name for tensor in model.tensors if tensor.is_matrix), "Q4_K")
-    plan = plan_of(model, types, target=target, importance="sweep", scores=scores.digest)
+    plan = plan_of(model, types, target=target, calibration="random", scores=scores.digest)
     reader = GGUFReader(written(model, plan, tmp_path / "model.gguf"))
     found = {key: reader.fields[key].contents() for key in reader.fields if key.startswith("nsds_gguf.")}
     assert found == {
         "nsds_gguf.version": __version__,
-        "nsds_gguf.metric": "nsds",
-        "nsds_gguf.allocator": "nsds",
-        "nsds_gguf.importance": "sweep",
-        "nsds_gguf.effort": "normal",
+        "nsds_gguf.metric": "none",
+        "nsds_gguf.allocator": "fisher",
+        "nsds_gguf.rounding": "rtn",
+        "nsds_gguf.calibration": "random",
+        "nsds_gguf.recipe": plan.recipe.to_json(),
         "nsds_gguf.target": "1500000 bytes",
         "nsds_gguf.scores_sha256": scores.digest,
         "nsds_gguf.plan_sha256": plan.digest,
@@ -232,7 +237,7 @@ def test_file_type_is_that_of_most_bytes(embedding, output, number, tmp_path):
 def test_the_header_is_as_long_as_foreseen(tmp_path):
     """The header's length is asked for before there is a plan, and is where the first tensor begins."""
     model = small_decoder()
-    n_bytes = header_bytes(model, allocator="nsds", target=Target("none", 0), importance="none", metric="nsds")
+    n_bytes = header_bytes(model, recipe(calibration="none", types=("Q3_K",)))
     path = written(model, uniform_plan(model, "Q3_K"), tmp_path / "model.gguf")
     reader = GGUFReader(path)
     assert reader.data_offset == reader.tensors[0].data_offset == n_bytes
@@ -367,7 +372,7 @@ def test_weights_beyond_their_type_are_refused(type_name, value, tmp_path):
     model, plan = damaged({(3, 7): value}, type_name)
     message = (
         f"tensor checkpoint.blk.0.ffn_up.weight: weights up to {abs(value):g} overflow {type_name}: "
-        r"give it a type that holds them, --pin 'blk\.0\.ffn_up\.weight=F32'"
+        r"give it a type that holds them, --tensor-type 'blk\.0\.ffn_up\.weight=F32'"
     )
     with pytest.raises(ModelError, match=f"^{re.escape(message)}$"):
         written(model, plan, tmp_path / "model.gguf")

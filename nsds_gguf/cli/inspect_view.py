@@ -71,7 +71,7 @@ def _origin(made: Mapping[str, str]) -> list[tuple[str, str]]:
     """Return how we made a file."""
     if not made:
         return []
-    how = [f"{key} {made[key]}" for key in ("allocator", "metric", "importance", "effort", "target") if key in made]
+    how = [f"{key} {made[key]}" for key in ("allocator", "metric", "rounding", "calibration", "target") if key in made]
     digests = [
         f"{name} {made[key][:_DIGEST_LETTERS]}…"
         for name, key in (("plan", "plan_sha256"), ("scores", "scores_sha256"))

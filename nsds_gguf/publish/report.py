@@ -2,7 +2,7 @@
 
 The page is one file and loads nothing: its data, its script and Vega-Lite, which draws the charts, are inside; its
 content security policy allows these two scripts and no request. Vega-Lite comes out of the installed vl-convert-python
-(the extra ``report``) when a page is written. The page itself is in ``data/report``.
+(the extra ``report``) when a page is written. The page itself is in ``publish/page``.
 
 What is not known is ``None`` or empty in the record, and the page says so in place of drawing it.
 """

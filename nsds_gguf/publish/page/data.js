@@ -2,8 +2,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const isPlan = data.kind === "plan";
 const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
-const MARKS = { pinned: "◆", fallback: "▲" };
-const MARK_SHAPES = { pinned: "diamond", fallback: "triangle-up" };
+const MARKS = { fixed: "◆", fallback: "▲" };
+const MARK_SHAPES = { fixed: "diamond", fallback: "triangle-up" };
 const NARROW = 560; // pixels of a chart below which layers run down the page
 
 const $ = (id) => document.getElementById(id);
@@ -49,7 +49,7 @@ const tensors = data.tensors.name.map((_, i) => {
   tensor.plain = data.unquantized.includes(tensor.type);
   tensor.share = tensor.n_bytes / data.file_bytes;
   tensor.loss = known(tensor.error) && known(tensor.sensitivity) ? tensor.error * tensor.sensitivity : null;
-  tensor.mark = tensor.reason === "pinned" ? "pinned" : tensor.reason?.startsWith("fallback") ? "fallback" : "";
+  tensor.mark = tensor.kind in MARKS ? tensor.kind : "";
   tensor.tip = tipOf(tensor);
   tensor.label = `${tensor.name}: ${Object.entries(tensor.tip)
     .slice(1)

@@ -210,7 +210,7 @@ function fillMapChoices() {
     }),
   );
   $("map-colours").hidden = measured.length < 2;
-  const words = { pinned: "pinned by the user", fallback: "fallback: no K-type fits the length of its rows" };
+  const words = { fixed: "fixed by --tensor-type", fallback: "fallback: no K-type fits the length of its rows" };
   const used = Object.keys(MARKS).filter((name) => tensors.some((tensor) => tensor.mark === name));
   $("map-marks").append(...used.map((name) => el("span", {}, `${MARKS[name]} ${words[name]}`)));
   const byBits = types.map((type) => tensors.find((tensor) => tensor.type === type)).sort((a, b) => a.bpw - b.bpw);

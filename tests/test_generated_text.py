@@ -1,4 +1,4 @@
-"""Importance from text that the model writes: how tokens are drawn, what is made of them, and the way to a file."""
+"""Calibration text that the model generates: how tokens are drawn, what is made of them, and the way to a file."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from contextlib import contextmanager, nullcontext
 import numpy as np
 import pytest
 from command import call, message
-from nsds_gguf.session.reporter import Silent
 from tiny_archs import write_tiny_arch
 from tiny_gguf import BOS, EOS, write_tiny_gguf
 from tiny_models import Spec, write_tiny
 
-from nsds_gguf import conversion as convert
 from nsds_gguf import read
-from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.calibration import generated_text
 from nsds_gguf.calibration.evidence import Evidence, TokenRequest, column_weights
 from nsds_gguf.calibration.generated_text import GeneratedText, draw, generated_tokens, write_tokens
 from nsds_gguf.compute.input_moments import Moments
+from nsds_gguf.conversion import convert, plan, score
 from nsds_gguf.errors import OutputError, VerifyError
 from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp.llama import open_context, open_model
-from nsds_gguf.records import SELF, Plan, Target, no_progress
-from nsds_gguf.session import session
-from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.session import ScoreOptions
+from nsds_gguf.records import Options, Plan, no_progress
+from nsds_gguf.session import calibrated, room, session
+from nsds_gguf.session.run import Run, Silent
 
 WIDE = Spec("LlamaForCausalLM", n_embd=256, n_ff=256)  # rows fit K-quants; no BOS is added
 UNCHECKED = VerifyOptions(enabled=False)
 NONE = np.array([], np.intp)
+GENERATED = {"rounding": "rtn", "calibration": "generated"}
+NOTE = "Column importance comes from 512 tokens that the model generated (sequences of "
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("selftext")
+    return tmp_path_factory.mktemp("generated_text")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +47,8 @@ def tiny(folder):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(generated_text, "N_TOKENS", 512)
+    for module in (generated_text, calibrated, room):
+        monkeypatch.setattr(module, "N_TOKENS", 512)
 
 
 # Drawing
@@ -118,7 +118,7 @@ def test_as_many_tokens_as_wanted(tiny, monkeypatch):
 
 
 def test_weights_of_what_the_text_reaches_and_of_the_rest(folder):
-    """An expert that no token went to has the sweep's columns, in the measure of the others."""
+    """An expert that no token went to has the columns of random tokens, in the measure of the others."""
     model = read.open_model(write_tiny_arch(folder / "deepseek2.gguf", "deepseek2"), None, False)
     stack, dense, missed = "blk.1.ffn_up_exps.weight", "blk.0.attn_q_a.weight", "blk.0.ffn_down.weight"
     rng = np.random.default_rng(1)
@@ -137,8 +137,8 @@ def test_weights_of_what_the_text_reaches_and_of_the_rest(folder):
     assert np.allclose(weights[missed], columns[missed] / columns[missed].mean())
     assert all(array.dtype == np.float32 for array in weights.values())
     note = text.note()
-    assert note.startswith("Column importance comes from 15 tokens that the model generated (seed 0, sequences of 5);")
-    assert note.endswith(" 1 matrices of experts, which take that of --importance sweep.")
+    assert note.startswith("Column importance comes from 15 tokens that the model generated (sequences of 5);")
+    assert note.endswith(" 1 matrices of experts, which take that of random tokens.")
     assert "token_embd" not in note
 
 
@@ -161,39 +161,37 @@ def test_one_original_serves_text_and_check(folder, tmp_path, monkeypatch):
     written = []
     real = session.write_gguf
     monkeypatch.setattr(session, "write_gguf", lambda *a, **k: (written.append(a[3].name), real(*a, **k)))
-    options = [PlanOptions(Target("bpw", bpw), importance=SELF) for bpw in (4, 6)]
+    options = [Options(target_bpw=bpw, **GENERATED) for bpw in (4, 6)]
     checked = VerifyOptions(reference="original", n_chunks=1, n_ctx=64)
-    done = convert.convert(source, options, verifying=checked, output=Output(tmp_path), n_threads=1)
+    done = convert(source, options, verifying=checked, output=tmp_path, run=Run(1))
     assert len(written) == 3
     assert sorted(tmp_path.iterdir()) == sorted(item.path for item in done)
-    plan = done[0].plan
-    assert plan.importance == SELF
-    assert plan.notes[-1].startswith("Column importance comes from 512 tokens that the model generated (seed 0, seq")
-    again = convert.convert(
-        source, [], given=Plan.from_json(plan.to_json()), verifying=UNCHECKED, output=Output(tmp_path / "b.gguf"),
-        n_threads=1,
-    )  # fmt: skip
+    made = done[0].plan
+    assert made.recipe.calibration == "generated"
+    assert made.notes[-1].startswith(NOTE)
+    loaded = Plan.from_json(made.to_json())
+    again = convert(source, (), loaded=loaded, verifying=UNCHECKED, output=tmp_path / "b.gguf", run=Run(1))
     assert again[0].path.read_bytes() == done[0].path.read_bytes()
-    swept = convert.convert(source, [PlanOptions(Target("bpw", 4))], verifying=UNCHECKED,
-                            output=Output(tmp_path / "swept.gguf"), n_threads=1)  # fmt: skip
-    assert swept[0].path.read_bytes() != done[0].path.read_bytes()
+    options = Options(target_bpw=4, rounding="rtn", calibration="random")
+    on_random = convert(source, options, verifying=UNCHECKED, output=tmp_path / "c.gguf", run=Run(1))
+    assert on_random[0].path.read_bytes() != done[0].path.read_bytes()
 
 
-def test_a_gguf_writes_its_own_text(folder, tmp_path, monkeypatch):
+def test_a_gguf_generates_its_own_text(folder, tmp_path, monkeypatch):
     """No temporary file; scores are measured with the text, which planning and a uniform file tell of too."""
     source = write_tiny(folder / "wide2", WIDE)
-    plain = [PlanOptions(Target("none", 0), "uniform", uniform="F32", importance=SELF)]
-    file = convert.convert(source, plain, verifying=UNCHECKED, output=Output(tmp_path / "f32.gguf"))[0]
+    plain = Options(uniform="F32", **GENERATED)
+    file = convert(source, plain, verifying=UNCHECKED, output=tmp_path / "f32.gguf")[0]
     assert file.plan.notes == ()  # nothing is quantized: no text
     monkeypatch.chdir(tmp_path)
-    scores = convert.score_model(file.path, ScoreOptions(), importance=SELF, n_threads=1)
-    assert scores.importance == SELF
-    assert scores.notes[-1].startswith("Column importance comes from 512 tokens that the model generated (seed 0, seq")
+    scores = score(file.path, Options(**GENERATED), run=Run(1))
+    assert scores.recipe.calibration == "generated"
+    assert scores.notes[-1].startswith(NOTE)
     assert "They do not reach" not in scores.notes[-1]
-    planned = convert.plan(file.path, [PlanOptions(Target("bpw", 4), importance=SELF)], given=scores, n_threads=1)
+    planned = plan(file.path, Options(target_bpw=4), loaded=scores, run=Run(1))
     assert planned.plans[0].notes.count(scores.notes[-1]) == 1
-    uniform = [PlanOptions(Target("none", 0), "uniform", uniform="Q4_K", importance=SELF)]
-    assert convert.plan(file.path, uniform, n_threads=1).plans[0].notes[-1] == scores.notes[-1]
+    uniform = Options(uniform="Q4_K", **GENERATED)
+    assert plan(file.path, uniform, run=Run(1)).plans[0].notes[-1] == scores.notes[-1]
     assert list(tmp_path.iterdir()) == [file.path]
 
 
@@ -201,16 +199,16 @@ def test_the_command(folder, tmp_path, monkeypatch):
     source = write_tiny(folder / "wide3", WIDE)
     monkeypatch.chdir(tmp_path)
     outcome = call(
-        "plan", source, "--target-bpw", "4", "--importance", "self", "--json", "plan.json", "--threads", 1, "-v"
+        "plan", source, "--target-bpw", "4", "--calibration", "generated", "--json", "plan.json", "--threads", 1, "-v"
     )
     assert outcome.code == 0
     assert "Generating 512 tokens of calibration text: about 1 s." in outcome.err.replace("\n", " ")
     assert "Writing the original as a temporary F32 GGUF" in outcome.err
-    assert json.loads((tmp_path / "plan.json").read_text())["importance"] == "self"
+    assert json.loads((tmp_path / "plan.json").read_text())["recipe"]["calibration"] == "generated"
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     assert call("convert", source, "--plan", "plan.json", "-o", "x.gguf", "--no-verify", "--threads", 1).code == 0
-    outcome = call("plan", source, "--target-bpw", "4", "--importance", "self", "--imatrix", "x.gguf")
-    assert message(outcome, 4) == "--imatrix and --importance self contradict each other; drop one"
+    outcome = call("plan", source, "--target-bpw", "4", "--calibration", "generated", "--imatrix", "x.gguf")
+    assert message(outcome, 4) == "--imatrix and --calibration generated contradict each other; drop one"
 
 
 def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch):
@@ -233,11 +231,11 @@ def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch):
                 timers[0].start()
 
     with pytest.raises(KeyboardInterrupt):
-        convert.plan(source, [PlanOptions(Target("bpw", 4), importance=SELF)], n_threads=1, report=Impatient())
+        plan(source, Options(target_bpw=4, **GENERATED), run=Run(1, Impatient()))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_no_room_for_the_original(folder, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(OutputError, match="the original takes"):
-        convert.plan(write_tiny(folder / "wide5", WIDE), [PlanOptions(Target("bpw", 4), importance=SELF)], n_threads=1)
+        plan(write_tiny(folder / "wide5", WIDE), Options(target_bpw=4, **GENERATED), run=Run(1))

@@ -241,8 +241,8 @@ def test_a_sentence_without_a_reference(files):
 
 def test_a_terminal_gets_the_running_estimate_and_the_time_left(here):
     master, slave = os.openpty()
-    with start("perplexity", "demo-bos-Q4_K.gguf", "--ctx-size", "64", "--batch", "64", "--chunks", "9", "--threads", "1",
-               stderr=slave, cwd=here) as process:  # fmt: skip
+    with start("perplexity", "demo-bos-Q4_K.gguf", "--ctx-size", "64", "--batch", "64", "--chunks", "9",
+               "--threads", "1", stderr=slave, cwd=here) as process:  # fmt: skip
         os.close(slave)
         seen = b""
         while select.select([master], [], [], 60)[0]:

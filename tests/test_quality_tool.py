@@ -58,10 +58,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bench(folder: Path, settings: Settings) -> ModelBench:
+def bench(folder: Path, settings: Settings) -> Iterator[ModelBench]:
     # Three layers: correlations over layers need as many.
     source = write_tiny(folder / "model", replace(TINY, n_layers=3))
-    return ModelBench(Entry("tiny", fitted=True), source, folder / "work", settings)
+    with ModelBench(Entry("tiny", fitted=True), source, folder / "work", settings) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +104,8 @@ def test_divergence_is_that_of_perplexity(bench: ModelBench, folder: Path) -> No
     n_chunks = len(quality_measure.tokenized(bench.bench.reference, TEXT))
     yardstick = bench.bench.yardstick(Passage("all", "choosing", TEXT, n_chunks))
     file = folder / "one.gguf"
-    plan = quality_sensitivity.one_tensor_plan(bench.bench, "blk.1.ffn_down.weight", "Q2_K", "sweep")
-    bench.work.write(plan, file)
+    plan = quality_sensitivity.one_tensor_plan(bench.bench, "blk.1.ffn_down.weight", "Q2_K", "random")
+    bench.session.write(plan, file)
     found = perplexity(file, TEXT, n_ctx=N_CTX, n_batch=4 * N_CTX, n_threads=1, reference=bench.bench.reference)
     measured = yardstick.measure(file, "key")
     assert found.n_chunks == n_chunks > 50 and len(first.chunks) == 1
@@ -115,7 +116,7 @@ def test_divergence_is_that_of_perplexity(bench: ModelBench, folder: Path) -> No
 
 
 def test_one_tensor_is_quantized_and_the_others_are_not(bench: ModelBench) -> None:
-    plan = quality_sensitivity.one_tensor_plan(bench.bench, "blk.1.ffn_down.weight", "Q2_K", "sweep")
+    plan = quality_sensitivity.one_tensor_plan(bench.bench, "blk.1.ffn_down.weight", "Q2_K", "random")
     types = {tensor.name: tensor.type for tensor in plan.tensors}
     assert types.pop("blk.1.ffn_down.weight") == "Q2_K"
     assert set(types.values()) == {"F32"}
@@ -158,8 +159,10 @@ def test_bytes_are_equal(result: dict) -> None:
 
 
 def test_layers_of_the_paper_have_the_mean_bits_asked_for(bench: ModelBench) -> None:
-    plan = bench.work.allocate(bench.scores_of(FREE), replace(FREE, target=bench.paper_target(3.2), allocator="paper"))
-    assert plan.notes[-1] == "2 of 3 layers are at 4 bit."
+    scores = replace(bench.scores_of(FREE), layers=bench.metric_layers["nsds, ratio"])
+    recipe = replace(FREE, target=bench.paper_target(3.2), allocator="paper")
+    plan = quality_measure.planned(bench.session, recipe, scores)
+    assert plan.notes[-1] == "2 of 3 layers are at 4 bits."
     assert {t.type for t in plan.tensors if t.name in quality_measure.OUTSIDE} == {"Q4_K"}
 
 

@@ -20,7 +20,7 @@ import bench_write
 from rich.console import Console
 
 from nsds_gguf.cli.display import comparison_view
-from nsds_gguf.comparison import DEFAULT_STOCK, compare
+from nsds_gguf.comparison import Budgets, compare
 from nsds_gguf.evaluate.texts import VerifyOptions
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "books-4.6m"
@@ -42,7 +42,7 @@ def main() -> None:
     if "quality" in parts:
         options = VerifyOptions(text=arguments.text, n_chunks=arguments.chunks)
         with tempfile.TemporaryDirectory() as folder:
-            found = compare(arguments.model, [], DEFAULT_STOCK, Path(folder), verifying=options)
+            found = compare(arguments.model, Path(folder), Budgets(), verifying=options)
         Console(width=140).print(comparison_view(found))
 
 

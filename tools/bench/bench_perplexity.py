@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--llama-perplexity", type=Path, required=True, metavar="PATH")
     parser.add_argument("--gguf", type=Path, help="a file of your own")
     parser.add_argument("--text", type=Path, help="the text for it")
-    parser.add_argument("--ctx", type=int, default=512, help="tokens of a chunk")
+    parser.add_argument("--ctx-size", type=int, default=512, help="tokens of a chunk")
     parser.add_argument("--chunks", type=int, default=80, help="chunks to take at most")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=3, help="runs of each")
@@ -80,11 +80,11 @@ def shipped_files(folder: Path) -> list[tuple[Path, Path]]:
 
 def measure(args: argparse.Namespace, file: Path, text: Path) -> list[tuple[Seconds, Seconds]]:
     """Run both in turn; each pair begins with the other one."""
-    ctx, chunks, threads = str(args.ctx), str(args.chunks), str(args.threads)
-    batch = str(max(1, DEFAULT_BATCH // args.ctx))
+    ctx, chunks, threads = str(args.ctx_size), str(args.chunks), str(args.threads)
+    batch = str(max(1, DEFAULT_BATCH // args.ctx_size))
     theirs = [str(args.llama_perplexity), "-m", str(file), "-f", str(text), "-c", ctx, "-t", threads, "-tb", threads,
               "--no-repack"]  # fmt: skip
-    ours = [sys.executable, "-m", "nsds_gguf", "perplexity", str(file), "--text", str(text), "--ctx", ctx,
+    ours = [sys.executable, "-m", "nsds_gguf", "perplexity", str(file), "--text", str(text), "--ctx-size", ctx,
             "--threads", threads, "-q"]  # fmt: skip
 
     def seconds(command: list[str]) -> Seconds:

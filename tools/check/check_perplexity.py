@@ -1,7 +1,8 @@
 """Compare our perplexity and KL divergence with llama-perplexity's, and record its numbers for the tests.
 
     python tools/check/check_perplexity.py --llama-perplexity PATH [--record]
-    python tools/check/check_perplexity.py --llama-perplexity PATH --gguf FILE --text FILE [--reference FILE] [--ctx N,N]
+    python tools/check/check_perplexity.py --llama-perplexity PATH --gguf FILE --text FILE [--reference FILE]
+        [--ctx-size N,N]
 
 The first form runs every setting of ``tests/perplexity_cases.py``: the tiny models and the demo model, with BOS and
 without, at 128, 512 and 2048 tokens, in full and reduced precision, over texts that end inside a chunk; ``--record``
@@ -116,7 +117,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--gguf", type=Path, help="a file of your own")
     parser.add_argument("--reference", type=Path, help="its reference")
     parser.add_argument("--text", type=Path, help="the text for it")
-    parser.add_argument("--ctx", default="512", help="context lengths in tokens, separated by commas")
+    parser.add_argument("--ctx-size", default="512", help="context lengths in tokens, separated by commas")
     parser.add_argument("--batch", type=int, default=2048, help="tokens decoded at once")
     parser.add_argument("--chunks", type=int, help="chunks to take at most")
     args = parser.parse_args()
@@ -148,7 +149,7 @@ def _check_own(args: argparse.Namespace, folder: Path) -> int:
             (folder / f"{name}.gguf").symlink_to(file.resolve())
     against = "reference" if args.reference else None
     text = args.text.read_bytes().decode()
-    cases = [Case("own", int(n_ctx), 0, args.batch, args.chunks, against) for n_ctx in args.ctx.split(",")]
+    cases = [Case("own", int(n_ctx), 0, args.batch, args.chunks, against) for n_ctx in args.ctx_size.split(",")]
     return sum(_check(args.llama_perplexity, folder, text, case)[2] for case in cases)
 
 

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from nsds_gguf.evaluate.texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions
-from nsds_gguf.session.outputs import Output
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))  # the plans that the tests use
@@ -34,8 +33,7 @@ import vl_convert
 from playwright.sync_api import Browser, Error, Page, sync_playwright
 from report_plans import DENSE, EXPERTS, HOSTILE_NAME, made_up_perplexity, made_up_plan, made_up_scores
 
-from nsds_gguf import conversion as convert
-from nsds_gguf.allocate import PlanOptions
+from nsds_gguf.conversion import convert
 from nsds_gguf.evaluate.inspect import inspect_gguf
 from nsds_gguf.publish.report import (
     SCRIPTS,
@@ -46,7 +44,7 @@ from nsds_gguf.publish.report import (
     template,
     write_report,
 )
-from nsds_gguf.records import Target
+from nsds_gguf.records import Options
 
 GOLDEN = ROOT / "tests" / "golden" / "report.json"
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
@@ -115,9 +113,9 @@ def _reports(folder: Path) -> list[tuple[str, Report]]:
         return plan_report(plan, scores=made_up_scores(plan) if scored else None, check=check)
 
     verifying = VerifyOptions(reference=ORIGINAL)
-    options = [PlanOptions(Target("bpw", 3.0), "nsds")]
-    output = Output(folder / "demo.gguf")
-    (demo,) = convert.convert(ROOT / "examples" / "books-4.6m", options, verifying=verifying, output=output)
+    options = Options(target_bpw=3.0, rounding="rtn", score_weight=1.0)
+    output = folder / "demo.gguf"
+    (demo,) = convert(ROOT / "examples" / "books-4.6m", options, verifying=verifying, output=output)
     check = Check(demo.perplexity, SHIPPED_TEXT, ORIGINAL) if demo.perplexity else None
     return [
         ("demo", plan_report(demo.plan, scores=demo.scores, check=check, architecture="llama", model="books-4.6m")),

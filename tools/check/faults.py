@@ -35,8 +35,8 @@ try:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if 0 <= limit < 400 << 20:  # where the program does not import more either
         raise MemoryError
-    from nsds_gguf.session import session
-    session.N_TOKENS = 512
+    from nsds_gguf.calibration import generated_text
+    generated_text.N_TOKENS = 512
 except KeyboardInterrupt:
     sys.exit(130)
 except (MemoryError, ImportError, OSError) as error:  # the program itself says what it is
@@ -45,7 +45,8 @@ except (MemoryError, ImportError, OSError) as error:  # the program itself says 
 from nsds_gguf.cli import main
 sys.exit(main())
 """
-OPTIONS = ("--target-bpw", "4", "--effort", "high", "--ctx", "64", "--chunks", "2", "--threads", "1", "-o", "out.gguf")
+OPTIONS = ("--target-bpw", "4", "--rounding", "gptq", "--ctx-size", "64", "--chunks", "2", "--threads", "1",
+           "-o", "out.gguf")  # fmt: skip
 ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 SECTIONS = ("kills", "signals", "disk", "memory", "inputs", "places", "pairs")
 KILLS_A_RUN = 10  # then one is left to end
@@ -269,7 +270,7 @@ def inputs(bench: Bench, count: int) -> Section:
     section = Section()
     shutil.copytree(bench.model, bench.model.with_name("kept"))
     whole_folder, gguf = bench.whole, bench.model.with_name("whole.gguf")
-    plain = ("--uniform", "F16", "--effort", "normal", "--no-verify", "-o", str(gguf))
+    plain = ("--uniform", "F16", "--rounding", "rtn", "--no-verify", "-o", str(gguf))
     if bench.end(bench.start(options=plain)).code:
         raise SystemExit("no GGUF could be made")
     moving = bench.model.with_name("moving.gguf")

@@ -26,10 +26,6 @@ from fuzz_mutations import (
     mutate_template,
 )
 
-from nsds_gguf.evaluate.texts import VerifyOptions
-from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.session import ScoreOptions, check_targets, reference_plan, settled_options
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))  # the models of the tests themselves
 
@@ -42,21 +38,24 @@ from tiny_models import SPECS, safetensors_bytes, tiny_config, tiny_weights, wri
 
 from nsds_gguf import allocate, read, records
 from nsds_gguf import conversion as pipeline
-from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.calibration import imatrix
 from nsds_gguf.errors import UnsupportedError
 from nsds_gguf.evaluate import inspect
+from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp.gguf_header import read_gguf_header
 from nsds_gguf.publish import bundle, model_card, modelfile
 from nsds_gguf.publish.chat import ChatTemplate, conversation, find_format
-from nsds_gguf.quantize.header import write_outline
-from nsds_gguf.records import Model, Plan, Scores, Target
-from nsds_gguf.session import loaded as given
-from nsds_gguf.session import outputs
+from nsds_gguf.quantize.header import header_bytes, write_outline
+from nsds_gguf.records import Model, Options, Plan, Scores
+from nsds_gguf.session import loaded, outputs
+from nsds_gguf.session.original import PLAIN, original_plan
+from nsds_gguf.session.run import Run
+from nsds_gguf.session.settle import settle
+from nsds_gguf.session.source import Source
 
 SMALL = replace(SPECS["llama"], n_layers=1, n_embd=32, n_ff=32, n_heads=2, n_kv_heads=1, dtype="F16")
-UNIFORM = PlanOptions(Target("none", 0), "uniform", uniform="Q8_0", importance="none")
-BUDGET = PlanOptions(Target("bpw", 12.0))
+UNIFORM = Options(uniform="Q8_0", calibration="none")
+BUDGET = Options(target_bpw=12.0, rounding="rtn")
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ class Fuzzed:
         mutate: gives one.
         use: does with it what the program does; raises ``NsdsError`` where it is refused.
         model: what ``convert`` is given when the input was accepted; ``None`` for what is no model.
-        settings: further arguments of ``convert``, from the file.
+        options: what ``convert`` is asked for when the file is an importance matrix; ``None`` for anything else.
+        load: the record that ``convert`` is given, read from the file.
 
     """
 
@@ -78,7 +78,8 @@ class Fuzzed:
     mutate: Callable[[Random], bytes]
     use: Callable[[], None]
     model: Path | None = None
-    settings: Callable[[], dict[str, Any]] = dict
+    options: Options | None = None
+    load: Callable[[], Scores | Plan | None] = lambda: None
 
 
 # How often each kind comes up.
@@ -105,14 +106,14 @@ def make_inputs(folder: Path, out: Path) -> dict[str, list[Fuzzed]]:
 def use_model(path: Path, out: Path) -> None:
     """Do with a model all that comes before its weights are quantized."""
     model = read.open_model(path, None, allow_requantize=True)
-    options, _ = settled_options(model, [replace(BUDGET, effort="auto", importance="auto")], None)
     try:
-        check_targets(model, [UNIFORM], "nsds")
-        check_targets(model, options, "nsds")
+        for options in (UNIFORM, Options(target_bpw=12.0)):
+            recipe = settle(options, model).recipe
+            allocate.checked_candidates(model, recipe, header_bytes(model, recipe))
     finally:
         _use_keys(model, out)
-    reference_plan(model)
-    outputs.default_name(model, UNIFORM)
+    original_plan(model)
+    outputs.default_name(model, PLAIN)
     _ = model.name, model.n_weights
 
 
@@ -136,18 +137,13 @@ def _use_metadata(metadata: Mapping[str, Any], out: Path) -> None:
 
 def convert(fuzzed: Fuzzed, folder: Path, verify: bool) -> None:
     """Convert an accepted input whole; raises ``NsdsError`` where that is refused."""
-    settings = fuzzed.settings()
-    jobs = [UNIFORM] if verify else [BUDGET]
-    if (matrix := settings.get("imatrix")) is not None:
-        jobs = [replace(BUDGET, importance=matrix.name)]
     pipeline.convert(
-        fuzzed.model or fuzzed.file,
-        jobs,
+        Source(fuzzed.model or fuzzed.file, allow_requantize=True),
+        fuzzed.options or (UNIFORM if verify else BUDGET),
+        output=folder,
         verifying=VerifyOptions(n_ctx=32, n_chunks=1, enabled=verify),
-        output=Output(folder),
-        n_threads=1,
-        allow_requantize=True,
-        **settings,
+        loaded=fuzzed.load(),
+        run=Run(1),
     )
 
 
@@ -352,7 +348,7 @@ def _imatrices(folder: Path, out: Path) -> list[Fuzzed]:
     def fuzzed(kind: str, name: str, mutate: Callable[[Random], bytes]) -> Fuzzed:
         file = folder / name / name
         file.parent.mkdir()
-        return Fuzzed(kind, file, mutate, lambda: use(file), path, lambda: {"imatrix": imatrix.read_imatrix(file)})
+        return Fuzzed(kind, file, mutate, lambda: use(file), path, replace(BUDGET, imatrix=file))
 
     return [
         fuzzed("imatrix.dat", "imatrix.dat", lambda rng: mutate_bytes(rng, legacy)),
@@ -362,10 +358,9 @@ def _imatrices(folder: Path, out: Path) -> list[Fuzzed]:
 
 def _records(folder: Path, out: Path) -> list[Fuzzed]:
     path = write_tiny(folder / "planned", replace(SMALL, n_embd=256, n_ff=256, n_heads=8, n_layers=2))
-    scoring = ScoreOptions()
-    scores = pipeline.score_model(path, scoring, n_threads=1)
-    options = replace(BUDGET, target=Target("bpw", 6.0))
-    plan = pipeline.plan(path, [options], given=scores, n_threads=1).plans[0]
+    scores = pipeline.score(path, BUDGET, run=Run(1))
+    options = Options(target_bpw=6.0)
+    plan = pipeline.plan(path, options, loaded=scores, run=Run(1)).plans[0]
     model = read.open_model(path)
     folder = folder / "records"
     folder.mkdir()
@@ -373,24 +368,23 @@ def _records(folder: Path, out: Path) -> list[Fuzzed]:
     def use_plan(file: Path) -> None:
         found = Plan.from_json(records.read_json(file), str(file))
         _ = found.digest, found.bpw if found.tensors and found.n_weights else 0, found.file_bytes
-        checked = given.checked_plan(model, found)
+        checked = loaded.checked_plan(model, found)
         _ = checked.digest, checked.bpw, checked.unused_bytes, checked.predicted_divergence, checked.to_json()
-        outputs.default_name(model, checked)
+        outputs.default_name(model, checked.recipe)
 
     def use_scores(file: Path) -> None:
         found = Scores.from_json(records.read_json(file), str(file))
         _ = found.digest
-        given.check_scores(model, found)
-        settled, _ = settled_options(model, [options], found)
-        check_targets(model, settled, found.metric)
-        allocate.make_plan(model, found, settled[0], 4096)
+        loaded.check_scores(model, found)
+        recipe = settle(options, model, found).recipe
+        allocate.make_plan(model, found, recipe, header_bytes(model, recipe))
 
     def fuzzed(kind: str, name: str, record: Plan | Scores, use: Callable[[Path], None], load: Any) -> Fuzzed:
         file = folder / name / name
         file.parent.mkdir()
         value = json.loads(json.dumps(record.to_json()))
         return Fuzzed(kind, file, lambda rng: mutate_json(rng, value), lambda: use(file), path,
-                      lambda: {"given": load(records.read_json(file))})  # fmt: skip
+                      load=lambda: load(records.read_json(file)))  # fmt: skip
 
     return [
         fuzzed("plan record", "plan.json", plan, use_plan, Plan.from_json),

@@ -148,7 +148,8 @@ def settings_digest(arguments: argparse.Namespace, settings: Settings) -> str:
 def measure(entry: Entry, folder: Path, settings: Settings, work: Path, mark: str) -> None:
     """Measure one model and keep its result."""
     place = work / entry.name
-    result = ModelBench(entry, folder, place, settings).run()
+    with ModelBench(entry, folder, place, settings) as bench:
+        result = bench.run()
     temporary = place / "result.part"
     temporary.write_text(json.dumps({"format": FORMAT, "settings": mark, "result": result}), encoding="utf-8")
     temporary.replace(place / "result.json")
@@ -173,7 +174,7 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
     with_imatrix = (
         f"collected as llama-imatrix does from {CALIBRATION_BYTES // 1000} kB of in-domain text in "
         f"{CALIBRATION_PIECES} pieces of the training text; it has no entry for output and embedding, where stock "
-        "mixes use none and ours that of drawn tokens."
+        "mixes use none and ours that of random tokens."
     )
     return {
         "texts": names,

@@ -2,7 +2,7 @@
 
 The original's logits on those chunks are computed once and kept on disk, so that a file costs one pass of its own.
 Everything measured is appended to a file of JSON lines at once; a measurement with a known key is not made again. A key
-covers types, importance of columns, the plan's settings, the code named in ``WRITERS``, the tokens and llama.cpp's
+covers types, column weights, the recipe, the code named in ``WRITERS``, the tokens and llama.cpp's
 build.
 """
 
@@ -13,24 +13,25 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nsds_gguf.session.reporter import Silent
 from numpy.typing import NDArray
 
-from nsds_gguf import conversion as convert
-from nsds_gguf.allocate import PlanOptions
+import nsds_gguf
+from nsds_gguf.allocate import make_plan
 from nsds_gguf.calibration.activations import collect
 from nsds_gguf.calibration.imatrix import Imatrix, read_imatrix, write_imatrix
 from nsds_gguf.errors import TextError
 from nsds_gguf.evaluate.divergence import TOKEN_SCORE, TokenScores, score_rows
 from nsds_gguf.evaluate.inspect import inspect_gguf
-from nsds_gguf.llamacpp import ggml, llama
-from nsds_gguf.records import Float32, Plan, Target
-from nsds_gguf.session.session import Work
+from nsds_gguf.llamacpp import llama
+from nsds_gguf.quantize.header import header_bytes
+from nsds_gguf.records import UNQUANTIZED, Float32, Plan, Recipe, Scores
+from nsds_gguf.session.original import PLAIN
+from nsds_gguf.session.session import Session
 
 Int32 = NDArray[np.int32]
 
@@ -43,9 +44,8 @@ OUTSIDE = ("output.weight", "token_embd.weight")
 # Whose code decides, with llama.cpp's build, which bytes a plan becomes: part of every key.
 WRITERS = ("quantize/*.py", "calibration/hessians.py")
 
-# What a plan says besides types and importance, and no byte of its tensors depends on.
-NO_BYTES = ("allocator", "target", "types", "importance", "tensors", "header_bytes", "model_name", "metric", "gap",
-            "notes", "scores_digest", "versions")  # fmt: skip
+# What of a recipe the bytes of a plan's tensors depend on, beside types.
+DECIDING = ("rounding", "calibration", "device")
 
 # Gives a file for the length of a ``with`` block.
 File = Callable[[], AbstractContextManager[Path]]
@@ -159,9 +159,14 @@ class Yardstick:
         temporary.replace(path)
 
 
-def original_plan(work: Work) -> Plan:
+def planned(session: Session, recipe: Recipe, scores: Scores | None = None) -> Plan:
+    """Return the plan of a recipe; nothing is calibrated."""
+    return make_plan(session.model, scores, recipe, header_bytes(session.model, recipe))
+
+
+def original_plan(session: Session) -> Plan:
     """Return the plan of the original's file: every weight as it is, in F32."""
-    return work.allocate(None, PlanOptions(Target("none", 0), "uniform", uniform="F32", importance="none"))
+    return planned(session, PLAIN)
 
 
 def tokenized(file: Path, text: str) -> Int32:
@@ -208,14 +213,14 @@ class Bench:
     llama.cpp rounds what they multiply too, which alone is a divergence of 1e-5.
     """
 
-    def __init__(self, work: Work, folder: Path) -> None:
+    def __init__(self, session: Session, folder: Path) -> None:
         """Take the model; write the original unless it is there."""
-        self.work, self.folder = work, folder
+        self.session, self.folder = session, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.reference = folder / f"original-{work.model.model_id[:16]}.gguf"
+        self.reference = folder / f"original-{session.model.model_id[:16]}.gguf"
         if not self.reference.is_file():
             temporary = self.reference.with_suffix(".part")
-            work.write(original_plan(work), temporary)
+            session.write(original_plan(session), temporary)
             temporary.replace(self.reference)
         self._log = folder / "measured.jsonl"
         self._known = self._read_log()
@@ -223,7 +228,7 @@ class Bench:
 
     def yardstick(self, passage: Passage) -> Yardstick:
         """Return the yardstick of a passage."""
-        return Yardstick(self.reference, self.work.model.model_id, passage, self.folder, self.work.n_threads)
+        return Yardstick(self.reference, self.session.model.model_id, passage, self.folder, self.session.run.n_threads)
 
     def plan(self, plan: Plan, yardsticks: Sequence[Yardstick]) -> list[Measured]:
         """Measure the file of a plan."""
@@ -232,7 +237,7 @@ class Bench:
         def file() -> Iterator[Path]:
             path = self.folder / f".measured-{os.getpid()}.gguf"
             try:
-                self.work.write(plan, path)
+                self.session.write(plan, path)
                 yield path
             finally:
                 path.unlink(missing_ok=True)
@@ -247,28 +252,28 @@ class Bench:
             path = self.folder / f".stock-{mix}-{os.getpid()}.gguf"
             try:
                 columns = None if imatrix is None else imatrix.columns
-                llama.quantize_preset(self.reference, path, mix, self.work.n_threads, columns)
+                llama.quantize_preset(self.reference, path, mix, self.session.run.n_threads, columns)
                 yield path
             finally:
                 path.unlink(missing_ok=True)
 
-        recipe = f"stock {mix} {self.work.model.model_id} {imatrix.sha256 if imatrix else 'none'}"
+        recipe = f"stock {mix} {self.session.model.model_id} {imatrix.sha256 if imatrix else 'none'}"
         return self._measure(recipe, file, yardsticks)
 
     def imatrix(self, text: str) -> Imatrix:
         """Return the importance matrix of a text, as llama-imatrix collects it: nothing for the tensors ``OUTSIDE``.
 
-        From then on ``work`` knows it.
+        From then on ``session`` knows it.
         """
         chunks = tokenized(self.reference, text)
-        path = self.folder / f"imatrix-{digest(self.work.model.model_id, text)[:16]}.gguf"
+        path = self.folder / f"imatrix-{digest(self.session.model.model_id, text)[:16]}.gguf"
         if not path.is_file():
-            moments = collect(self.reference, chunks, n_threads=self.work.n_threads)
+            moments = collect(self.reference, chunks, n_threads=self.session.run.n_threads)
             inside = {name: moment for name, moment in moments.items() if name not in OUTSIDE}
             write_imatrix(path.with_suffix(".part"), inside, source="text", n_chunks=len(chunks), n_ctx=N_CTX)
             path.with_suffix(".part").replace(path)
         imatrix = read_imatrix(path)
-        self.work = Work(self.work.model, self.work.n_threads, Silent(), imatrix)
+        self.session = Session(self.session.model, self.session.run, self.session.files, imatrix)
         return imatrix
 
     def _measure(self, recipe: str, file: File, yardsticks: Sequence[Yardstick]) -> list[Measured]:
@@ -295,14 +300,16 @@ class Bench:
         return found
 
     def _recipe(self, plan: Plan) -> str:
-        """Return what the bytes of a plan's tensors depend on: types, the importance of columns, settings."""
-        columns = self.work.importance(plan)
+        """Return what the bytes of a plan's tensors depend on: types, column weights, equalization, the recipe."""
+        calibrated, recipe = self.session.calibrated, plan.recipe
+        columns = calibrated.column_weights(recipe, {tensor.type for tensor in plan.tensors})
         types = [(tensor.name, tensor.type) for tensor in plan.tensors]
-        quantized = {tensor.name for tensor in plan.tensors if tensor.type not in ggml.FLOAT_TYPES}
+        quantized = {tensor.name for tensor in plan.tensors if tensor.type not in UNQUANTIZED}
         parts = [f"{name} {hash_array(columns[name])}" for name, _ in types if name in columns and name in quantized]
-        parts += [f"{name} {hash_array(k)}" for name, k in sorted(self.work.balance(plan).columns.items())]
-        settings = {field.name: getattr(plan, field.name) for field in fields(plan) if field.name not in NO_BYTES}
-        return digest(json.dumps(settings, sort_keys=True), json.dumps(types), *parts)
+        equalized = calibrated.equalization(recipe).columns
+        parts += [f"{name} {hash_array(exponents)}" for name, exponents in sorted(equalized.items())]
+        deciding = {name: getattr(recipe, name) for name in DECIDING}
+        return digest(plan.model_id, json.dumps(deciding), json.dumps(types), *parts)
 
 
 def digest(*parts: str) -> str:
@@ -317,6 +324,6 @@ def hash_array(array: NDArray[Any]) -> str:
 
 def build_digest() -> str:
     """Return a digest of llama.cpp's build and of the code that turns plans into bytes."""
-    package = Path(convert.__file__).parent
+    package = Path(nsds_gguf.__file__).parent
     files = [file for pattern in WRITERS for file in sorted(package.glob(pattern))]
     return digest(llama.llama_build(), *(file.read_text(encoding="utf-8") for file in files))

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nsds_gguf.session.reporter import Silent
-from quality_measure import Bench, Measured, Passage, Yardstick
+from quality_measure import Bench, Measured, Passage, Yardstick, planned
 from quality_sensitivity import (
     MEASURED_AT,
     TensorSensitivity,
@@ -25,13 +24,13 @@ from quality_zoo import (
     IMATRIX_OF_TEXT,
     N_RANDOM,
     N_RANDOM_ORDERS,
-    NORMAL,
     NSDS_WEIGHTS,
     ORACLE,
     OURS,
     PAPER_BITS,
     PAPER_METRICS,
     RANDOM,
+    RTN,
     STOCK,
     STOCK_IMATRIX,
     UNIFORM,
@@ -41,19 +40,22 @@ from quality_zoo import (
     Variant,
 )
 
-from nsds_gguf import metrics as score
-from nsds_gguf.allocate import Pin, PlanOptions
 from nsds_gguf.calibration.imatrix import Imatrix
 from nsds_gguf.comparison import exact_bpw
-from nsds_gguf.records import LayerScore, Plan, Scores, Target
-from nsds_gguf.session.session import ScoreOptions, Work, open_model
+from nsds_gguf.metrics import score_layers
+from nsds_gguf.read import open_model
+from nsds_gguf.records import K_TYPES, LayerScore, Plan, Recipe, Scores, Target, TensorType
+from nsds_gguf.session.original import PLAIN
+from nsds_gguf.session.run import Run
+from nsds_gguf.session.session import Session
+from nsds_gguf.system.workfolder import WorkFolder
 
 CALIBRATION_BYTES = 400_000
 CALIBRATION_PIECES = 8
 
-# No budget and ggml's rounding: what sensitivities are measured with, and whole layers compared.
-FREE = PlanOptions(Target("none", 0))
-DEFAULT = replace(FREE, **VARIANTS[0].options)
+# No budget and round-to-nearest: what sensitivities are measured with, and whole layers compared.
+FREE = replace(PLAIN, allocator="fisher", types=K_TYPES, calibration="random")
+DEFAULT = replace(FREE, rounding=VARIANTS[0].rounding, calibration=VARIANTS[0].calibration)
 
 
 @dataclass(frozen=True)
@@ -101,42 +103,51 @@ class Row:
 
 
 class ModelBench:
-    """Measures one model of the zoo."""
+    """Measures one model of the zoo; a ``with`` block removes its temporary files."""
 
     def __init__(self, entry: Entry, source: Path, folder: Path, settings: Settings) -> None:
         """Open the model in ``source``; ``folder`` keeps what is measured."""
         self.entry, self.settings = entry, settings
-        model = open_model(source, None, False, Silent())
-        self.bench = Bench(Work(model, settings.n_threads, Silent()), folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files = WorkFolder(folder)
+        self.bench = Bench(Session(open_model(source), Run(settings.n_threads), self.files), folder)
         self.imatrix = None if settings.calibration is None else self.bench.imatrix(settings.calibration)
-        self.scores: dict[PlanOptions, Scores] = {}
+        self.scores: dict[Recipe, Scores] = {}
         self.alphas: dict[str, float] = {}  # measured sensitivities by tensor
         self.rows: list[Row] = []
 
+    def __enter__(self) -> ModelBench:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove temporary files."""
+        self.files.close()
+
     @property
-    def work(self) -> Work:
+    def session(self) -> Session:
         """The stages on the model."""
-        return self.bench.work
+        return self.bench.session
 
     @cached_property
     def yardsticks(self) -> list[Yardstick]:
         """Of the final halves."""
         return [self.bench.yardstick(passage) for passage in self.settings.final]
 
-    def options(self, variant: Variant) -> PlanOptions | None:
-        """Return the options of a variant; ``None`` where it wants an importance matrix and there is none."""
-        options = dict(variant.options)
-        if options.get("importance") == IMATRIX_OF_TEXT:
+    def recipe(self, variant: Variant) -> Recipe | None:
+        """Return the recipe of a variant; ``None`` where it wants an importance matrix and there is none."""
+        calibration = variant.calibration
+        if calibration == IMATRIX_OF_TEXT:
             if self.imatrix is None:
                 return None
-            options["importance"] = self.imatrix.name
-        return replace(FREE, **options)
+            calibration = self.imatrix.name
+        return replace(FREE, rounding=variant.rounding, calibration=calibration)
 
-    def scores_of(self, options: PlanOptions) -> Scores:
-        """Return scores with costs, measured as the options want; made once."""
-        how = replace(options, target=FREE.target, allocator=FREE.allocator, uniform=None, pins=(), seed=0)
+    def scores_of(self, recipe: Recipe) -> Scores:
+        """Return scores with costs, measured as the recipe wants; made once."""
+        how = replace(FREE, rounding=recipe.rounding, calibration=recipe.calibration)
         if how not in self.scores:
-            self.scores[how] = self.work.score([how], ScoreOptions())
+            self.scores[how] = self.session.score(how)
         return self.scores[how]
 
     def run(self) -> dict[str, Any]:
@@ -148,7 +159,7 @@ class ModelBench:
         for type_name in UNIFORM_TYPES:
             self.uniform(type_name)
         self.paper()
-        model = self.work.model
+        model = self.session.model
         return {
             "name": self.entry.name,
             "group": self.entry.group,
@@ -171,27 +182,28 @@ class ModelBench:
     def budget(self, mix: str, oracle: Scores) -> Target:
         """Measure everything at the bytes of one of llama.cpp's mixes; return them as a target."""
         stock = self.stock(mix, None)
-        target = Target("bpw", exact_bpw(stock[0].tensor_bytes, self.work.model.n_weights))
+        target = Target("bpw", exact_bpw(stock[0].tensor_bytes, self.session.model.n_weights))
         if self.imatrix is not None:
             self.stock(mix, self.imatrix)
         for variant in VARIANTS:
-            options = self.options(variant)
-            if options is not None:
-                self.plan(mix, variant.name, "", self.scores_of(options), replace(options, target=target))
-        self.plan(mix, ORACLE, "", oracle, replace(DEFAULT, target=target))
-        pins = tuple(Pin(name.replace(".", r"\."), type_name) for name, type_name in stock[0].outside.items())
+            recipe = self.recipe(variant)
+            if recipe is not None:
+                self.plan(mix, variant.name, "", self.scores_of(recipe), recipe.to(target))
+        self.plan(mix, ORACLE, "", oracle, DEFAULT.to(target))
+        outside = stock[0].outside.items()
+        fixed = tuple(TensorType(name.replace(".", r"\."), type_name) for name, type_name in outside)
         for seed in range(N_RANDOM):
-            options = replace(DEFAULT, target=target, allocator="random", seed=seed, pins=pins)
-            self.plan(mix, RANDOM, f"seed {seed}", self.scores_of(DEFAULT), options)
+            recipe = replace(DEFAULT.to(target), allocator="random", seed=seed, tensor_types=fixed)
+            self.plan(mix, RANDOM, f"seed {seed}", self.scores_of(DEFAULT), recipe)
         return target
 
     def uniform(self, type_name: str) -> None:
         """Measure one type for all, and ours at its bytes."""
         budget = f"{UNIFORM} {type_name}"
-        options = replace(DEFAULT, allocator="uniform", uniform=type_name)
-        plan = self.plan(budget, UNIFORM, type_name, self.scores_of(DEFAULT), options)
+        recipe = replace(DEFAULT, allocator="uniform", types=(type_name,))
+        plan = self.plan(budget, UNIFORM, type_name, self.scores_of(DEFAULT), recipe)
         target = Target("bpw", exact_bpw(plan.tensor_bytes, plan.n_weights))
-        self.plan(budget, OURS, "", self.scores_of(DEFAULT), replace(DEFAULT, target=target))
+        self.plan(budget, OURS, "", self.scores_of(DEFAULT), DEFAULT.to(target))
 
     # --- the paper's comparison -----------------------------------------------------------------------------------
 
@@ -200,8 +212,8 @@ class ModelBench:
         for bits in PAPER_BITS:
             budget, target = f"paper {bits:g}", self.paper_target(bits)
             for name, scores in self.orders():
-                self.plan(budget, name, "", scores, replace(FREE, target=target, allocator="paper"))
-            self.plan(budget, NORMAL, "", self.scores_of(FREE), replace(FREE, target=target))
+                self.plan(budget, name, "", scores, replace(FREE.to(target), allocator="paper"))
+            self.plan(budget, RTN, "", self.scores_of(FREE), FREE.to(target))
 
     def orders(self) -> Iterator[tuple[str, Scores]]:
         """Yield what ranks the layers: every metric, then random numbers."""
@@ -209,14 +221,14 @@ class ModelBench:
         for name, layers in self.metric_layers.items():
             yield name, replace(base, layers=layers)
         for seed in range(N_RANDOM_ORDERS):
-            values = np.random.default_rng(seed).random(len(base.layers))
+            values = np.random.default_rng(seed).random(self.session.model.hparams.n_layers)
             yield f"random order {seed}", replace(base, layers=tuple(map(LayerScore, range(len(values)), values)))
 
     @cached_property
     def metric_layers(self) -> Mapping[str, tuple[LayerScore, ...]]:
         """Scores of the layers by metric and reading."""
-        model = self.work.model
-        return {name: score.score_layers(model, *which).layers for name, which in PAPER_METRICS.items()}
+        model = self.session.model
+        return {name: score_layers(model, *which)[0] for name, which in PAPER_METRICS.items()}
 
     def paper_target(self, bits: float) -> Target:
         """Return the bytes of so many layers at 4 bit that their mean is ``bits``, the others at 2, the rest at 4.
@@ -224,13 +236,13 @@ class ModelBench:
         Layers are taken to be equally large.
         """
         small, large = (
-            self.work.allocate(None, replace(FREE, allocator="uniform", uniform=name)) for name in ("Q2_K", "Q4_K")
+            planned(self.session, replace(FREE, allocator="uniform", types=(name,))) for name in ("Q2_K", "Q4_K")
         )
-        n_layers = self.work.model.hparams.n_layers
+        n_layers = self.session.model.hparams.n_layers
         n_high = round(n_layers * (bits - 2) / 2)
         per_layer = [sum(t.n_bytes for t in plan.tensors if t.layer is not None) // n_layers for plan in (small, large)]
         n_bytes = large.tensor_bytes - (n_layers - n_high) * (per_layer[1] - per_layer[0])
-        return Target("bpw", exact_bpw(n_bytes, self.work.model.n_weights))
+        return Target("bpw", exact_bpw(n_bytes, self.session.model.n_weights))
 
     # --- questions that need no file ------------------------------------------------------------------------------
 
@@ -253,7 +265,7 @@ class ModelBench:
         oracle = with_sensitivities(base, self.alphas)
 
         def loss(scores: Scores, target: Target) -> float:
-            return self.expected(self.work.allocate(scores, replace(FREE, target=target)))
+            return self.expected(planned(self.session, FREE.to(target), scores))
 
         best = {mix: loss(oracle, target) for mix, target in budgets.items()}
         for reading in ("ratio", "product"):
@@ -281,9 +293,13 @@ class ModelBench:
         self.keep(mix, kind, "", found, None)
         return found
 
-    def plan(self, budget: str, kind: str, detail: str, scores: Scores, options: PlanOptions) -> Plan:
-        """Plan, measure and keep the row; outside the main table on the first text alone."""
-        plan = self.work.allocate(scores, options)
+    def plan(self, budget: str, kind: str, detail: str, scores: Scores, recipe: Recipe) -> Plan:
+        """Plan, measure and keep the row; outside the main table on the first text alone.
+
+        The seed of random types is not that of tokens: all files are calibrated alike.
+        """
+        plan = planned(self.session, recipe, scores)
+        plan = replace(plan, recipe=replace(plan.recipe, seed=FREE.seed))
         in_main_table = budget in BUDGETS
         found = self.bench.plan(plan, self.yardsticks if in_main_table else self.yardsticks[:1])
         self.keep(budget, kind, detail, found, self.expected(plan))
@@ -293,7 +309,7 @@ class ModelBench:
         """Keep the rows of one file."""
         for passage, m in zip(self.settings.final, found, strict=False):
             kld, error = mean_and_error(m.kld)
-            bpw = m.tensor_bytes * 8 / self.work.model.n_weights
+            bpw = m.tensor_bytes * 8 / self.session.model.n_weights
             ppl, original = (float(np.exp(np.mean(values))) for values in (m.nll, m.original_nll))
             self.rows.append(Row(passage.name, budget, kind, detail, m.tensor_bytes, bpw, kld, error, ppl, original,
                                  float(np.mean(m.same_top)), expected, m.kld))  # fmt: skip

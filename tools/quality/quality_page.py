@@ -30,7 +30,6 @@ from quality_zoo import (
     BUDGET_CLASSES,
     BUDGETS,
     GROUPS,
-    NORMAL,
     NSDS_WEIGHTS,
     ORACLE,
     OURS,
@@ -42,6 +41,7 @@ from quality_zoo import (
     PLAIN_HELD_OUT,
     PLAIN_WORST,
     RANDOM,
+    RTN,
     STOCK,
     STOCK_IMATRIX,
     UNIFORM,
@@ -287,7 +287,7 @@ def paper_table(results: Sequence[Result], text: str) -> str:
                 continue
             mean = [math.fsum(v) / len(randoms) for v in zip(*(r["chunks"] for r in randoms), strict=True)]
             cells = []
-            for name in (*PAPER_METRICS, NORMAL):
+            for name in (*PAPER_METRICS, RTN):
                 found = rows_of(result, text, budget, name)
                 cells.append(with_error(paired_ratio(found[0]["chunks"], mean)) if found else NO_FIGURE)
             klds = [r["kld"] for r in randoms]
@@ -310,11 +310,11 @@ def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
     """
     first = facts["texts"][0]
     parts = ["# Quality", intro(facts), "## What must hold", goals_note(results), goals_table(results, first),
-             f"The same of *{NORMAL}*:", goals_table(results, first, NORMAL),
+             f"The same of *{RTN}*:", goals_table(results, first, RTN),
              "## The models", zoo_table(results)]  # fmt: skip
     for text in facts["texts"]:
         parts += [f"## Equal bytes: {text}", main_table(results, text),
-                  f"*{NORMAL}*:", main_table(results, text, NORMAL),
+                  f"*{RTN}*:", main_table(results, text, RTN),
                   *(groups_table(results, text, kind) for kind in (STOCK, STOCK_IMATRIX, ORACLE))]  # fmt: skip
         if text != first:
             parts += ["Goals on this text:", goals_table(results, text)]
@@ -341,7 +341,7 @@ def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
         "measured sensitivities over that of the oracle's plan, geometric mean over the budgets above:",
         regret_table(results),
         "The paper's allocator (whole layers at Q2_K or Q4_K, embedding and output at Q4_K): divergence over the mean "
-        "of random orders of the layers, same columns importance for all:",
+        "of random orders of the layers, same column weights for all:",
         paper_table(results, first),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -358,9 +358,9 @@ def intro(facts: Mapping[str, Any]) -> str:
         f"the half of each that nothing was chosen on; sensitivities on {facts['sensitivity_chunks']} chunks of the "
         f"other half of {facts['texts'][0]}. Constants were frozen in commit {facts['commit']}. "
         f"llama.cpp {facts['build']}.",
-        f"*Ours*: what `convert` does with models of this size, rounding with feedback by text that the model writes "
-        f"itself. *{NORMAL[0].upper()}{NORMAL[1:]}*: what it does with large ones, ggml's quantizers with importance "
-        "of columns from drawn tokens.",
+        f"*Ours*: what `convert` does with models of this size, GPTQ calibrated on text that the model generates. "
+        f"*{RTN[0].upper()}{RTN[1:]}*: what it does with large ones, round-to-nearest by ggml's quantizers with column "
+        "weights from random tokens.",
         f"*Real imatrix*: {facts['imatrix']} *Oracle*: the same knapsack, errors and quantizer as ours, but with "
         "measured sensitivities in place of predicted ones. *Random*: types drawn at random, output and embedding at "
         "those of the mix. Oracle, random and uniform files are rounded as ours.",

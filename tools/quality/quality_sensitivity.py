@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 from quality_measure import Bench, Yardstick, original_plan
 
-from nsds_gguf.allocate import PlanOptions, candidates
+from nsds_gguf.allocate import candidates
 from nsds_gguf.quantize.header import header_bytes
-from nsds_gguf.records import Plan, Scores, TensorCost, role_and_layer
+from nsds_gguf.records import Plan, Recipe, Scores, TensorCost, role_and_layer
 
 # Types at which a tensor is measured; the first gives alpha, the second shows whether divergence is linear in the
 # error. Where rows do not fit, what the allocator would take there.
 MEASURED_AT = ("Q2_K", "Q3_K")
-
-MEASURED = "measured"  # metric of scores whose sensitivities are measured
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class TensorSensitivity:
 def measure_sensitivities(
     bench: Bench,
     scores: Scores,
-    options: PlanOptions,
+    recipe: Recipe,
     yardstick: Yardstick,
     types: Sequence[str] = MEASURED_AT,
     say: Callable[[str], None] = lambda _: None,
@@ -56,21 +54,21 @@ def measure_sensitivities(
 
     Args:
         bench: of the model.
-        scores: with costs under the importance of ``options``.
-        options: types and importance.
+        scores: with costs under the calibration of ``recipe``.
+        recipe: types and calibration.
         yardstick: of a choosing half.
         types: at which each tensor is measured, one type after the other.
         say: called with a line of progress after each tensor.
 
     """
-    open_ones = [c for c in candidates(bench.work.model, options.types) if c.is_open]
+    open_ones = [c for c in candidates(bench.session.model, recipe.types) if c.is_open]
     costs = {cost.name: cost for cost in scores.costs}
     measured: dict[str, dict[str, dict[str, float]]] = {c.tensor.name: {} for c in open_ones}
     for step in range(len(types)):
         for candidate in open_ones:
             name = candidate.tensor.name
             type_name = stand_ins(candidate.types, types)[step]
-            (m,) = bench.plan(one_tensor_plan(bench, name, type_name, options.importance), [yardstick])
+            (m,) = bench.plan(one_tensor_plan(bench, name, type_name, recipe.calibration), [yardstick])
             kld, error = float(np.mean(m.kld)), costs[name].errors[type_name]
             deviation = float(np.std(m.kld, ddof=1) / np.sqrt(len(m.kld)))
             measured[name][type_name] = {"kld": kld, "kld_error": deviation, "e": error, "alpha": kld / error}
@@ -86,23 +84,23 @@ def stand_ins(open_types: Sequence[str], wanted: Sequence[str]) -> list[str]:
     return list(wanted) if set(wanted) <= set(open_types) else list(open_types[: len(wanted)])
 
 
-def one_tensor_plan(bench: Bench, name: str, type_name: str, importance: str) -> Plan:
+def one_tensor_plan(bench: Bench, name: str, type_name: str, calibration: str) -> Plan:
     """Return the plan of the original with one tensor in another type."""
-    model = bench.work.model
-    plan = original_plan(bench.work)
+    model = bench.session.model
+    plan = original_plan(bench.session)
+    recipe = replace(plan.recipe, calibration=calibration)
     found = {candidate.tensor.name: candidate for candidate in candidates(model, (type_name,))}
     tensors = tuple(
         replace(t, type=type_name, n_bytes=found[name].n_bytes(type_name)) if t.name == name else t
         for t in plan.tensors
     )
-    n_header = header_bytes(model, allocator=plan.allocator, target=plan.target, importance=importance, metric=None)
-    return replace(plan, tensors=tensors, importance=importance, header_bytes=n_header)
+    return replace(plan, recipe=recipe, tensors=tensors, header_bytes=header_bytes(model, recipe))
 
 
 def with_sensitivities(scores: Scores, alphas: dict[str, float]) -> Scores:
     """Return the scores with measured sensitivities in place of predicted ones, and without a factor of layers."""
     costs = tuple(replace(cost, sensitivity=alphas.get(cost.name, cost.sensitivity)) for cost in scores.costs)
-    return replace(scores, metric=MEASURED, layers=(), costs=costs)
+    return replace(scores, layers=(), costs=costs)
 
 
 def with_factors(scores: Scores, factors: dict[int, float]) -> Scores:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from nsds_gguf.records import SELF
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -58,26 +55,27 @@ ZOO = (
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of ours: fields of ``PlanOptions`` that differ from the defaults.
+    """One way of ours: rounding and calibration.
 
-    ``importance`` ``IMATRIX_OF_TEXT`` stands for the importance matrix collected from in-domain text.
+    The calibration ``IMATRIX_OF_TEXT`` stands for the importance matrix collected from in-domain text.
     """
 
     name: str
-    options: dict[str, Any] = field(default_factory=dict)
+    rounding: str
+    calibration: str
 
 
 IMATRIX_OF_TEXT = "imatrix of text"
 
 # What the command line does when it is not told otherwise, and what it does with models too large for that.
-OURS, NORMAL = "ours", "ours, effort normal"
+OURS, RTN = "ours", "ours, rtn"
 VARIANTS = (
-    Variant(OURS, {"effort": "high", "importance": SELF}),
-    Variant("ours, drawn tokens", {"effort": "high", "importance": "sweep"}),
-    Variant(NORMAL, {"effort": "normal", "importance": "sweep"}),
-    Variant("ours, effort normal, own text", {"effort": "normal", "importance": SELF}),
-    Variant("ours, effort normal, real imatrix", {"effort": "normal", "importance": IMATRIX_OF_TEXT}),
-    Variant("ours, effort normal, no importance", {"effort": "normal", "importance": "none"}),
+    Variant(OURS, "gptq", "generated"),
+    Variant("ours, random tokens", "gptq", "random"),
+    Variant(RTN, "rtn", "random"),
+    Variant("ours, rtn, generated text", "rtn", "generated"),
+    Variant("ours, rtn, real imatrix", "rtn", IMATRIX_OF_TEXT),
+    Variant("ours, rtn, no calibration", "rtn", "none"),
 )
 
 STOCK, STOCK_IMATRIX, ORACLE, RANDOM, UNIFORM = "stock", "stock, real imatrix", "oracle", "random", "uniform"

@@ -241,8 +241,8 @@ def test_a_file_may_lie_in_its_bundle_already(tiny):
 
 
 def test_plan_and_scores_come_along_when_they_are_the_files(folder):
-    bundled("plan", "model", "--target-bpw", 4, "--json", "plan.json")
     bundled("score", "model", "--json", "scores.json")
+    bundled("plan", "model", "--target-bpw", 4, "--scores", "scores.json", "--json", "plan.json")
     bundled("convert", "model", "--target-bpw", 4, "--scores", "scores.json", "--no-verify", "-o", "a.gguf")
     bundled(
         "bundle",

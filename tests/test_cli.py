@@ -86,7 +86,7 @@ def test_package_runs_as_a_module(folder):
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("convert",), ("convrt", "model"), ("inspect",), ("perplexity", "--ctx", "9")]
+    "arguments", [(), ("convert",), ("convrt", "model"), ("inspect",), ("perplexity", "--ctx-size", "9")]
 )
 def test_wrong_usage(arguments):
     assert re.search(r"; see nsds-gguf( \w+)? --help$", message(call(*arguments), 2))
@@ -98,16 +98,17 @@ def test_wrong_usage(arguments):
 def test_json_of_every_verb_is_all_of_standard_output(folder):
     scored = call("score", "model", "--metric", "zd", "--json", "-")
     scores = json.loads(scored.out)
-    assert scores["format"] == "nsds-gguf scores 1" and len(scores["layers"]) == 2 and len(scores["costs"]) == 16
+    assert scores["recipe"]["metric"] == "zd" and scores["format"] == "nsds-gguf scores 2"
+    assert len(scores["layers"]) == 2 and len(scores["costs"]) == 16
     assert "higher = more sensitive" in scored.err  # people read standard error then
 
     Path("scores.json").write_text(scored.out)
     planned = call("plan", "model", "--target-bpw", "4", "--scores", "scores.json", "--json", "-")
     plan = json.loads(planned.out)
-    assert plan["format"] == "nsds-gguf plan 1" and plan["sums"]["bpw"] <= 4 and plan["metric"] == "zd"
+    assert plan["format"] == "nsds-gguf plan 2" and plan["sums"]["bpw"] <= 4
 
     several = json.loads(call("plan", "model", "--target-bpw", "3,4", "--scores", "scores.json", "--json", "-").out)
-    assert [plan["target"]["value"] for plan in several] == [3, 4]
+    assert [plan["recipe"]["target"]["value"] for plan in several] == [3, 4]
 
     Path("plan.json").write_text(planned.out)
     (made,) = json.loads(call("convert", "model", "--plan", "plan.json", *QUICK, "--json", "-").out)
@@ -153,7 +154,7 @@ def test_pipes_get_neither_colours_nor_bars(folder):
 def test_verbose_tells_stages_and_tensors(folder):
     outcome = call(*CONVERT, "-v")
     assert re.search(r"^quantize and write: \d+\.\d s$", outcome.err, re.MULTILINE)
-    assert re.search(r"^Model, 0\.9 M weights: about \d+ s with 1 threads\.$", outcome.err, re.MULTILINE)
+    assert re.search(r"^Model, 0\.9 M parameters: about \d+ s with 1 threads\.$", outcome.err, re.MULTILINE)
     assert "blk.1.ffn_down.weight" in outcome.out
 
 
@@ -171,7 +172,7 @@ def test_terminal_gets_bars_and_notes(folder):
     os.close(master)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
     assert process.returncode == 0
-    for stage in ("read headers", "write reference", "quantize and write", "verify structure", "verify perplexity"):
+    for stage in ("read headers", "write original", "quantize and write", "verify structure", "verify perplexity"):
         assert re.search(rf"{stage} +━+ *100%", text), stage
     assert "Writing the original as a temporary F16 GGUF of 2 MiB" in text
     assert "perplexity" in table and "\x1b" not in table
@@ -221,7 +222,7 @@ def test_several_targets_go_to_a_folder(folder):
     arguments = ("convert", "model", "--target-bpw", "3,4.25", *scores, "--no-verify")
     assert message(call(*arguments, "-o", "one.gguf"), 5) == "one.gguf: one file cannot hold 2 targets; give a folder"
     assert call(*arguments, "-o", "out/").code == 0
-    names = ["Model-934K-v1.0-NSDS_3_00BPW.gguf", "Model-934K-v1.0-NSDS_4_25BPW.gguf"]
+    names = ["Model-934K-v1.0-FISHER_3_00BPW.gguf", "Model-934K-v1.0-FISHER_4_25BPW.gguf"]
     assert sorted(listing(folder / "out")) == names
     sizes = [8 * sum(int(t.n_bytes) for t in GGUFReader(folder / "out" / name).tensors) / 934_144 for name in names]
     assert 2.9 < sizes[0] <= 3 and 4.15 < sizes[1] <= 4.25
@@ -229,7 +230,7 @@ def test_several_targets_go_to_a_folder(folder):
 
 def test_targets_that_share_a_name(folder):
     line = message(call("convert", "model", "--target-bpw", "4,4.001"), 5)
-    assert line == "two targets would both be written to Model-934K-v1.0-NSDS_4_00BPW.gguf; drop one"
+    assert line == "two targets would both be written to Model-934K-v1.0-FISHER_4_00BPW.gguf; drop one"
 
 
 def test_force_replaces_a_gguf(folder):
@@ -261,7 +262,7 @@ def test_model_is_the_working_directory(folder, monkeypatch):
 
 
 def test_plan_for_llama_quantize(folder):
-    assert call("plan", "model", "--uniform", "Q4_K", "--tensor-types", "types.txt", "-q").code == 0
+    assert call("plan", "model", "--uniform", "Q4_K", "--tensor-type-file", "types.txt", "-q").code == 0
     lines = Path("types.txt").read_text().splitlines()
     assert len(lines) == 16 and lines[0] == r"^token_embd\.weight$=q4_k"
 
@@ -274,9 +275,11 @@ def test_picture_of_the_scores(folder, name):
 
 
 def test_perplexity_of_a_file(tiny):
-    outcome = call("perplexity", "tiny.gguf", "--text", "tiny.txt", "--ctx", "128", "--chunks", "3", "--threads", "1")
+    outcome = call(
+        "perplexity", "tiny.gguf", "--text", "tiny.txt", "--ctx-size", "128", "--chunks", "3", "--threads", "1"
+    )
     assert outcome.code == 0 and "3 chunks of 128 tokens, 189 scored" in outcome.out
-    everything = call("perplexity", "tiny.gguf", "--text", "tiny.txt", "--ctx", "128", "--json", "-", "-q")
+    everything = call("perplexity", "tiny.gguf", "--text", "tiny.txt", "--ctx-size", "128", "--json", "-", "-q")
     assert json.loads(everything.out)["n_chunks"] == 21  # all of 2701 tokens
 
 
@@ -341,8 +344,8 @@ ARGUMENTS = {
     "--types=": "wanted some of F32,F16,",
     "--uniform=Q9": "wanted one of F32, F16,",
     "--metric=kurt": "invalid choice: 'kurt'",
-    "--ctx=4": "wanted an integer from 8 up, got '4'",
-    "--ctx=512.5": "wanted an integer from 8 up, got '512.5'",
+    "--ctx-size=4": "wanted an integer from 8 up, got '4'",
+    "--ctx-size=512.5": "wanted an integer from 8 up, got '512.5'",
     "--chunks=-1": "wanted an integer from 0 up, got '-1'",
     "--threads=0": "wanted an integer from 1 up, got '0'",
     "--threads=all": "wanted an integer from 1 up, got 'all'",
@@ -386,15 +389,15 @@ CONTRADICTIONS = {
         f"plan and {flag}": (
             ("--plan", "p.json", flag, value),
             4,
-            "--plan fixes every type; drop the target, --allocator, --uniform and --pin, or plan again",
+            "--plan fixes every type; drop the target, --allocator, --uniform and --tensor-type, or plan again",
         )
         for flag, value in (("--target-bpw", "3"), ("--target-size", "1M"), ("--uniform", "Q4_K"),
-                            ("--allocator", "paper"), ("--pin", ".*=Q4_K"))
+                            ("--allocator", "paper"), ("--tensor-type", ".*=Q4_K"))
     },
     "verification off and on": (
         (*PLAIN, "--no-verify", "--reference", "original"),
         4,
-        "--no-verify skips the check that --reference is for; drop one",
+        "--no-verify skips the check that --reference belongs to; drop one",
     ),
     "quiet and verbose": ((*PLAIN, "-q", "-v"), 2, "argument -v/--verbose: not allowed with argument -q/--quiet; see "
                                                    "nsds-gguf convert --help"),
@@ -409,8 +412,8 @@ def test_contradictions(folder, arguments, code, line):
 
 
 def test_several_targets_are_no_tensor_type_file(folder):
-    line = message(call("plan", "model", "--target-bpw", "3,4", "--tensor-types", "types.txt"), 4)
-    assert line == "--tensor-types holds one plan, got 2 targets; give one"
+    line = message(call("plan", "model", "--target-bpw", "3,4", "--tensor-type-file", "types.txt"), 4)
+    assert line == "--tensor-type-file holds one plan, got 2 targets; give one"
 
 
 def test_small_outputs_are_checked_before_the_work(folder):
@@ -421,8 +424,8 @@ def test_small_outputs_are_checked_before_the_work(folder):
     assert message(call("plan", "model", *PLAIN, "--json", "model"), 5) == "--json model: is a folder; give a file name"
     line = message(call("score", "model", "--plot", "no/x.png"), 5)
     assert line == "--plot no/x.png: no folder no; create it first"
-    line = message(call("plan", "model", *PLAIN, "--tensor-types", "no/x"), 5)
-    assert line == "--tensor-types no/x: no folder no; create it first"
+    line = message(call("plan", "model", *PLAIN, "--tensor-type-file", "no/x"), 5)
+    assert line == "--tensor-type-file no/x: no folder no; create it first"
     line = message(call("score", "model", "--plot", "scores.gif"), 4)
     assert line == "--plot scores.gif: wanted a name ending in .png, .svg, .pdf"
     full = call("plan", "model", *PLAIN, "--json", "/dev/full", "-q")
@@ -433,11 +436,12 @@ def test_records_are_of_this_model_and_these_options(folder):
     assert call("score", "model", "--metric", "zd", "--json", "scores.json", "-q").code == 0
     given = ("plan", "model", "--target-bpw", "4", "--scores", "scores.json")
     assert call(*given, "--metric", "zd").code == 0
-    assert message(call(*given, "--metric", "mse"), 4) == (
-        "scores.json: made with --metric zd, --metric mse asked; score again"
-    )
-    assert message(call(*given, "--importance", "none"), 4) == (
-        "the scores were measured with importance sweep, the plan asks for none; score again or pass --importance sweep"
+    for weight in ((), ("--score-weight", 1)):
+        line = message(call(*given, *weight, "--metric", "mse"), 4)
+        assert line == "the scores were made with metric zd, --metric mse is asked for; score again or drop it"
+    assert message(call(*given, "--calibration", "none"), 4) == (
+        "the scores were measured with calibration random, the plan asks for none; score again or pass "
+        "--calibration random"
     )
     write_tiny(folder / "other", replace(TINY, seed=9))
     line = message(call("plan", "other", "--target-bpw", "4", "--scores", "scores.json"), 4)
@@ -447,5 +451,5 @@ def test_records_are_of_this_model_and_these_options(folder):
         "the plan is of another model (Model); plan Other again"
     )
     assert message(call("convert", "model", "--plan", "scores.json"), 4) == (
-        "scores.json: wanted a file of format 'nsds-gguf plan 1', got 'nsds-gguf scores 1'"
+        "scores.json: wanted a file of format 'nsds-gguf plan 2', got 'nsds-gguf scores 2'"
     )

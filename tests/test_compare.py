@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from nsds_gguf.allocate.random_types import random_types
 from nsds_gguf.comparison import (
     OURS,
     PAPER,
+    PRESET,
     RANDOM,
     RANDOM_FIXED,
-    STOCK,
     UNIFORM,
+    Budgets,
     Comparison,
     Row,
     compare,
@@ -31,10 +33,11 @@ from nsds_gguf.errors import PlanError, RecordError, TargetError
 from nsds_gguf.evaluate.perplexity import Perplexity, perplexity
 from nsds_gguf.evaluate.texts import VerifyOptions, evaluation_text
 from nsds_gguf.read import open_model
-from nsds_gguf.records import Target
+from nsds_gguf.records import K_TYPES, Options
+from nsds_gguf.session.run import Run
 
 QUICK = VerifyOptions(n_ctx=32, n_chunks=2)
-TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+RTN = Options(rounding="rtn")
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +45,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("compare") / "model", TINY)
 
 
-def run(model: Path, folder: Path, bpw: tuple[float, ...] = (4.0,), stock: tuple[str, ...] = ()) -> Comparison:
-    targets = [Target("bpw", value) for value in bpw]
-    return compare(model, targets, stock, folder, verifying=QUICK, n_seeds=2, n_threads=1)
+def run(model: Path, folder: Path, bpw: tuple[float, ...] = (4.0,), presets: tuple[str, ...] = ()) -> Comparison:
+    return compare(model, folder, Budgets(bpw, presets, n_seeds=2), RTN, verifying=QUICK, run=Run(1))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def of_rows(*rows: Row) -> Comparison:
 @pytest.mark.parametrize("bpw", [2.9, 3.3, 5.0])
 def test_random_types_use_the_budget(model: Path, bpw: float, padded: bool) -> None:
     opened = open_model(model)
-    found = candidates(opened, TYPES)
+    found = candidates(opened, K_TYPES)
     budget = int(bpw * opened.n_weights / 8)
     drawn = [random_types(found, budget, padded, seed) for seed in range(4)]
     step = min(c.cost("Q3_K", padded) - c.cost("Q2_K", padded) for c in found if c.is_open)
@@ -85,9 +87,9 @@ def test_random_types_use_the_budget(model: Path, bpw: float, padded: bool) -> N
 
 
 def test_random_types_without_a_budget_are_a_free_draw(model: Path) -> None:
-    found = candidates(open_model(model), TYPES)
+    found = candidates(open_model(model), K_TYPES)
     types = {name for seed in range(3) for name in random_types(found, None, False, seed)}
-    assert types == {*TYPES, "F32"}
+    assert types == {*K_TYPES, "F32"}
 
 
 # What is compared
@@ -96,24 +98,24 @@ def test_random_types_without_a_budget_are_a_free_draw(model: Path) -> None:
 def test_every_kind_is_measured_at_every_budget(found: Comparison) -> None:
     assert found.budgets == ("4 bpw", "Q3_K_M")
     assert {r.kind for r in found.of("4 bpw")} == {OURS, PAPER, UNIFORM, RANDOM}
-    assert {r.kind for r in found.of("Q3_K_M")} == {OURS, PAPER, UNIFORM, RANDOM, RANDOM_FIXED, STOCK}
+    assert {r.kind for r in found.of("Q3_K_M")} == {OURS, PAPER, UNIFORM, RANDOM, RANDOM_FIXED, PRESET}
     assert [r.detail for r in found.of("4 bpw") if r.kind == RANDOM] == ["seed 0", "seed 1"]
     assert found.missing == ()
 
 
 def test_bytes_are_equal(found: Comparison) -> None:
-    (stock,) = [r for r in found.rows if r.kind == STOCK]
+    (preset,) = [r for r in found.rows if r.kind == PRESET]
     for r in found.of("Q3_K_M"):
         if r.kind in (RANDOM, RANDOM_FIXED) or (r.kind == OURS and not r.detail):
-            assert 0.98 * stock.tensor_bytes < r.tensor_bytes <= stock.tensor_bytes  # tensors of 0.1 MB: coarse steps
+            assert 0.98 * preset.tensor_bytes < r.tensor_bytes <= preset.tensor_bytes  # tensors of 0.1 MB: coarse steps
     for r in found.rows:
         if r.kind == OURS and r.detail:
             (other,) = [o for o in found.of(r.budget) if r.detail == f"at the bytes of {o.kind}"]
             assert r.tensor_bytes <= other.tensor_bytes
 
 
-def test_plans_predict_and_stock_mixes_do_not(found: Comparison) -> None:
-    assert all((r.predicted is None) == (r.kind == STOCK) for r in found.rows)
+def test_plans_predict_and_presets_do_not(found: Comparison) -> None:
+    assert all((r.predicted is None) == (r.kind == PRESET) for r in found.rows)
     assert found.prediction_factor is not None
     assert found.prediction_rank_correlation is not None
     assert -1 <= found.prediction_rank_correlation <= 1
@@ -199,7 +201,7 @@ def test_other_settings_are_measured_again(model: Path, tmp_path: Path, monkeypa
     first = run(model, tmp_path)
     measured = counting(monkeypatch)
     longer = VerifyOptions(n_ctx=32, n_chunks=3)
-    again = compare(model, [Target("bpw", 4.0)], (), tmp_path, verifying=longer, n_seeds=2, n_threads=1)
+    again = compare(model, tmp_path, Budgets((4.0,), n_seeds=2), RTN, verifying=longer, run=Run(1))
     assert len(measured) == len({r.key for r in again.rows})
     kept = json.loads((tmp_path / "comparison.json").read_text())
     assert {r["key"] for r in kept["rows"]} == {r.key for r in (*first.rows, *again.rows)}
@@ -213,8 +215,8 @@ def test_no_file_is_left(model: Path, tmp_path: Path) -> None:
 # What is refused
 
 
-def test_a_mix_that_is_not_known(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="--stock IQ2_XS: not a mix that needs no importance matrix; known: Q2_K"):
+def test_a_preset_that_is_not_known(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="--presets IQ2_XS: not a preset that needs no importance matrix; known: Q2_K"):
         run(model, tmp_path, (), ("IQ2_XS",))
 
 
@@ -224,7 +226,7 @@ def test_a_budget_out_of_reach_is_refused_before_anything_is_written(model: Path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", '{"format": "nsds-gguf comparison 1", "rows": [{}]}'])
+@pytest.mark.parametrize("text", ["{}", "[]", '{"format": "nsds-gguf comparison 2", "rows": [{}]}'])
 def test_a_result_that_is_none(model: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "comparison.json").write_text(text)
     with pytest.raises(RecordError, match=r"comparison\.json: (not a comparison|damaged)"):
@@ -234,9 +236,8 @@ def test_a_result_that_is_none(model: Path, tmp_path: Path, text: str) -> None:
 
 def test_allocations_that_a_budget_cannot_have_are_told(model: Path, tmp_path: Path) -> None:
     """The paper's layers may go down to Q2_K where ours may not."""
-    types = ("Q3_K", "Q4_K")
-    targets = [Target("bpw", 3.5)]
-    found = compare(model, targets, (), tmp_path, verifying=QUICK, n_seeds=1, types=types, n_threads=1)
+    options = replace(RTN, types=("Q3_K", "Q4_K"))
+    found = compare(model, tmp_path, Budgets((3.5,), n_seeds=1), options, verifying=QUICK, run=Run(1))
     assert {r.kind for r in found.rows} == {OURS, PAPER, UNIFORM, RANDOM}
     (note,) = found.missing
     assert note.startswith("3.5 bpw: no plan of ours at the bytes of paper: target ")
@@ -247,7 +248,7 @@ def test_allocations_that_a_budget_cannot_have_are_told(model: Path, tmp_path: P
 
 def test_the_command_shows_table_and_writes_json_and_picture(model: Path, tmp_path: Path) -> None:
     outcome = call(
-        "compare", model, "--target-bpw", "4", "--seeds", 1, "--threads", 1, "--ctx", 32, "--chunks", 2,
+        "compare", model, "--target-bpw", "4", "--seeds", 1, "--threads", 1, "--ctx-size", 32, "--chunks", 2,
         "-o", tmp_path / "out", "--json", tmp_path / "out.json", "--plot", tmp_path / "out.png",
     )  # fmt: skip
     assert outcome.code == 0, outcome.err

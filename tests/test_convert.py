@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gguf import GGUFReader
-from nsds_gguf.session.reporter import Silent
 
-from nsds_gguf import conversion as convert
-from nsds_gguf.allocate import Pin, PlanOptions
+from nsds_gguf import conversion
+from nsds_gguf.allocate import parse_tensor_type
 from nsds_gguf.errors import PlanError, RecordError
 from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp import ggml
-from nsds_gguf.records import Plan, Scores, Target
+from nsds_gguf.publish.tensor_type_file import tensor_type_file
+from nsds_gguf.records import Options, Plan, Scores
 from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.session import ScoreOptions, tensor_types_file
+from nsds_gguf.session.run import Run, Silent
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 FEW = VerifyOptions(n_chunks=4)
@@ -25,20 +25,19 @@ OFF = VerifyOptions(enabled=False)
 
 
 def bpw(value, **options):
-    return PlanOptions(Target("bpw", value), **options)
+    return Options(**{"target_bpw": value, "rounding": "rtn", **options})
 
 
 @pytest.fixture(scope="module")
 def scores():
-    return convert.score_model(DEMO, ScoreOptions())
+    return conversion.score(DEMO, Options(rounding="rtn"))
 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """The demo model at its own precision."""
     path = tmp_path_factory.mktemp("reference") / "demo-BF16.gguf"
-    options = PlanOptions(Target("none", 0), "uniform", uniform="BF16")
-    convert.convert(DEMO, [options], output=Output(path), verifying=OFF)
+    conversion.convert(DEMO, Options(uniform="BF16"), output=path, verifying=OFF)
     return path
 
 
@@ -65,11 +64,12 @@ def test_one_run_makes_several_files_and_checks_them(tmp_path, scores, reference
             return super().stage(name)
 
     verifying = dataclasses.replace(FEW, reference=str(reference))
-    results = convert.convert(
-        DEMO, [bpw(2.8), bpw(4.5)], verifying=verifying, output=Output(tmp_path), report=Listener()
+    results = conversion.convert(
+        DEMO, [bpw(2.8), bpw(4.5)], verifying=verifying, output=tmp_path, run=Run(report=Listener())
     )
-    assert [result.path.name.rsplit("-", 1)[1] for result in results] == ["NSDS_2_80BPW.gguf", "NSDS_4_50BPW.gguf"]
-    assert sum(name.startswith("score layers") for name in stages) == stages.count("measure tensors") == 1
+    assert [result.path.name.rsplit("-", 1)[1] for result in results] == ["FISHER_2_80BPW.gguf", "FISHER_4_50BPW.gguf"]
+    assert stages.count("find sensitivities") == stages.count("measure tensors") == 1
+    assert not any(name.startswith("score layers") for name in stages)  # nothing uses the scores
     coarse, fine = (result.perplexity.divergence for result in results)
     assert coarse.reference_ppl == fine.reference_ppl
     assert 0 < fine.kld_mean < coarse.kld_mean < 1 and fine.same_top > coarse.same_top > 0.5
@@ -77,7 +77,7 @@ def test_one_run_makes_several_files_and_checks_them(tmp_path, scores, reference
         assert result.path.stat().st_size == result.plan.file_bytes
         assert result.plan.unused_bytes >= 0
         for tensor in result.plan.tensors:  # no upgrade that fits is left
-            for name in result.plan.types if tensor.reason == "optimum" else ():
+            for name in result.plan.recipe.types if tensor.reason == "optimum" else ():
                 extra = tensor.n_weights // 256 * ggml.block(name)[1] - tensor.n_bytes
                 assert extra <= 0 or extra > result.plan.unused_bytes
     assert sorted(tmp_path.iterdir()) == sorted(result.path for result in results)
@@ -87,14 +87,14 @@ def test_same_input_same_bytes_whatever_the_threads(tmp_path, scores):
     digests = set()
     for n_threads in (1, 3):
         output = Output(tmp_path / "model.gguf", force=True)
-        convert.convert(DEMO, [bpw(3.1)], given=scores, output=output, verifying=OFF, n_threads=n_threads)
+        conversion.convert(DEMO, [bpw(3.1)], loaded=scores, output=output, verifying=OFF, run=Run(n_threads))
         digests.add(sha256(tmp_path / "model.gguf"))
     assert len(digests) == 1
 
 
 def test_target_size_counts_the_whole_file(tmp_path, scores):
-    (result,) = convert.convert(
-        DEMO, [PlanOptions(Target("size", 2_000_000))], given=scores, output=Output(tmp_path), verifying=OFF
+    (result,) = conversion.convert(
+        DEMO, bpw(None, target_size=2_000_000), loaded=scores, output=tmp_path, verifying=OFF
     )
     assert 2_000_000 * 0.999 < result.path.stat().st_size <= 2_000_000
 
@@ -102,47 +102,48 @@ def test_target_size_counts_the_whole_file(tmp_path, scores):
 @pytest.mark.slow
 def test_scores_and_plans_come_back_from_files(tmp_path, scores):
     kept = Scores.from_json(json.loads(json.dumps(scores.to_json())))
-    (plan,) = convert.plan(DEMO, [bpw(3.3)], given=kept).plans
+    (plan,) = conversion.plan(DEMO, [bpw(3.3)], loaded=kept).plans
     again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
     first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
-    convert.convert(DEMO, [bpw(3.3)], given=scores, output=Output(first), verifying=OFF)
-    convert.convert(DEMO, (), given=again, output=Output(second), verifying=OFF)
+    conversion.convert(DEMO, [bpw(3.3)], loaded=scores, output=first, verifying=OFF)
+    conversion.convert(DEMO, Options(), loaded=again, output=second, verifying=OFF)
     assert sha256(first) == sha256(second)
 
 
 def test_a_plan_edited_by_hand_is_followed_within_its_target(tmp_path, scores):
-    (plan,) = convert.plan(DEMO, [bpw(3.3)], given=scores).plans
+    (plan,) = conversion.plan(DEMO, [bpw(3.3)], loaded=scores).plans
 
     def with_type(name, type_name):
         tensors = (dataclasses.replace(t, type=type_name) if t.name == name else t for t in plan.tensors)
         return dataclasses.replace(plan, tensors=tuple(tensors))
 
     path = tmp_path / "edited.gguf"
-    convert.convert(DEMO, (), given=with_type("blk.0.ffn_up.weight", "q2_k"), output=Output(path), verifying=OFF)
+    conversion.convert(DEMO, Options(), loaded=with_type("blk.0.ffn_up.weight", "q2_k"), output=path, verifying=OFF)
     types = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(path).tensors}
     assert types["blk.0.ffn_up.weight"] == "Q2_K"
     with pytest.raises(PlanError, match=r"^the plan exceeds its target 3\.3 bpw by \d+ bytes$"):
-        convert.convert(DEMO, (), given=with_type("output.weight", "F32"), output=Output(path, force=True))
+        conversion.convert(DEMO, Options(), loaded=with_type("output.weight", "F32"), output=Output(path, force=True))
     with pytest.raises(RecordError, match=r"^the plan is of another model"):
-        convert.convert(DEMO, (), given=dataclasses.replace(plan, model_id="0" * 64))
+        conversion.convert(DEMO, Options(), loaded=dataclasses.replace(plan, model_id="0" * 64))
 
 
-def test_pins_hold_in_the_file(tmp_path):
-    path = tmp_path / "pinned.gguf"
-    options = bpw(4.3, pins=(Pin.parse(r"blk\.[01]\..*=Q5_K"), Pin.parse("output.weight=Q8_0")))
-    convert.convert(DEMO, [options], output=Output(path), verifying=OFF)
+def test_fixed_types_hold_in_the_file(tmp_path):
+    path = tmp_path / "fixed.gguf"
+    options = bpw(4.3, tensor_types=tuple(map(parse_tensor_type, (r"blk\.[01]\..*=Q5_K", "output.weight=Q8_0"))))
+    conversion.convert(DEMO, [options], output=path, verifying=OFF)
     for tensor in GGUFReader(path).tensors:
         if tensor.name.startswith(("blk.0.", "blk.1.")) and len(tensor.shape) > 1:
             assert tensor.tensor_type.name == "Q5_K"
     assert next(t for t in GGUFReader(path).tensors if t.name == "output.weight").tensor_type.name == "Q8_0"
 
 
-@pytest.mark.parametrize("allocator", ["nsds", "paper"])
+@pytest.mark.parametrize("allocator", ["fisher", "paper"])
 def test_files_say_where_they_come_from(tmp_path, scores, allocator):
     path = tmp_path / "model.gguf"
-    (result,) = convert.convert(DEMO, [bpw(3.7, allocator=allocator)], given=scores, output=Output(path), verifying=OFF)
+    (result,) = conversion.convert(DEMO, [bpw(3.7, allocator=allocator)], loaded=scores, output=path, verifying=OFF)
     keys = {name: field.contents() for name, field in GGUFReader(path).fields.items()}
     assert keys["nsds_gguf.allocator"] == allocator and keys["nsds_gguf.target"] == "3.7 bpw"
+    assert keys["nsds_gguf.recipe"] == result.plan.recipe.to_json()
     assert keys["nsds_gguf.scores_sha256"] == scores.digest and keys["nsds_gguf.plan_sha256"] == result.plan.digest
     assert keys["general.quantization_version"] == 2 and keys["general.size_label"] == "4.6M"
 
@@ -155,7 +156,7 @@ def test_default_plan_beats_whole_layers_at_the_same_bytes(tmp_path, scores, ref
         path = tmp_path / "model.gguf"
         verifying = dataclasses.replace(FEW, n_chunks=8, reference=str(reference))
         output = Output(path, force=True)
-        (result,) = convert.convert(DEMO, [options], given=scores, output=output, verifying=verifying)
+        (result,) = conversion.convert(DEMO, [options], loaded=scores, output=output, verifying=verifying)
         return result.plan.bpw, result.perplexity.divergence.kld_mean
 
     paper_bpw, paper = divergence(bpw(3.5, allocator="paper"))
@@ -163,13 +164,13 @@ def test_default_plan_beats_whole_layers_at_the_same_bytes(tmp_path, scores, ref
     assert ours < 0.8 * paper
 
 
-def test_tensor_types_file_is_anchored(scores):
-    (plan,) = convert.plan(DEMO, [bpw(3.3)], given=scores).plans
-    lines = tensor_types_file(plan).splitlines()
+def test_tensor_type_file_is_anchored(scores):
+    (plan,) = conversion.plan(DEMO, [bpw(3.3)], loaded=scores).plans
+    lines = tensor_type_file(plan).splitlines()
     assert len(lines) == sum(len(t.shape) > 1 for t in plan.tensors)
     assert any(line.startswith(r"^blk\.1\.attn_q\.weight$=q") for line in lines)
 
 
 def test_costs_fall_with_bits(scores):
-    assert scores.importance == "sweep" and np.isfinite([c.sensitivity for c in scores.costs]).all()
+    assert scores.recipe.calibration == "random" and np.isfinite([c.sensitivity for c in scores.costs]).all()
     assert all(c.errors["Q6_K"] < c.errors["Q4_K"] < c.errors["Q2_K"] for c in scores.costs)

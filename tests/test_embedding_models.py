@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from command import QUICK, call, message
 from gguf import GGUFReader, GGUFValueType
 from llama_forward import matrix_inputs
-from nsds_gguf.session.effort import AUTO
 from test_gguf_repair import rewritten
 from tiny_gguf import N_EMBD, tiny_text, tiny_weights, write_tiny_gguf
 from tiny_models import Spec, write_tiny
 
 from nsds_gguf import read
-from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.conversion import convert
 from nsds_gguf.errors import ModelError, TextError, UnsupportedError, VerifyError
 from nsds_gguf.evaluate.embedding import (
@@ -30,9 +29,9 @@ from nsds_gguf.evaluate.embedding import (
 from nsds_gguf.evaluate.perplexity import perplexity
 from nsds_gguf.evaluate.texts import VerifyOptions, check_vocabulary
 from nsds_gguf.llamacpp.llama import embed, open_model
-from nsds_gguf.records import Target, kv
-from nsds_gguf.session.outputs import Output
-from nsds_gguf.session.session import settled_options
+from nsds_gguf.records import Options, kv
+from nsds_gguf.session.run import Run
+from nsds_gguf.session.settle import settle
 from nsds_gguf.system.workfolder import WorkFolder
 
 TEXT = tiny_text()
@@ -250,9 +249,8 @@ def test_bundle_tells_of_embeddings(folder):
 
 def test_gguf_with_pooling_is_checked_likewise(pooled):
     source = pooled(1)
-    options = [PlanOptions(Target("none", 0), "uniform", uniform="Q8_0", importance="none")]
-    verifying = VerifyOptions(n_ctx=32)
-    result = convert(source, options, verifying=verifying, output=Output(source.with_name("o.gguf")), n_threads=1)[0]
+    options, verifying = Options(uniform="Q8_0", calibration="none"), VerifyOptions(n_ctx=32)
+    (result,) = convert(source, options, verifying=verifying, output=source.with_name("o.gguf"), run=Run(1))
     assert result.perplexity is None and result.embedding.pooling == "mean"
     assert 0.99 < result.embedding.cosine_min < 1
 
@@ -263,17 +261,17 @@ def test_perplexity_refuses(pooled):
 
 
 def test_compare_refuses(folder):
-    outcome = call("compare", "model", "--target-bpw", "5", "--text", "tiny.txt", "--ctx", "32", "-o", "compared")
-    assert "is a model for embeddings" in message(outcome, 7)
+    outcome = call("compare", "model", "--target-bpw", "5", "--text", "tiny.txt", "--ctx-size", "32", "-o", "compared")
+    assert "is an embedding model" in message(outcome, 7)
 
 
-def test_importance_comes_from_drawn_tokens(folder):
+def test_calibration_is_random_tokens(folder):
     model = read.open_model(folder)
-    for effort, settled in ((AUTO, "normal"), ("high", "high")):
-        asked = PlanOptions(Target("bpw", 5), effort=effort, importance=AUTO)
-        (options,), notes = settled_options(model, [asked], None)
-        assert (options.effort, options.importance) == (settled, "sweep")
-    assert not notes
-    (_,), notes = settled_options(model, [PlanOptions(Target("bpw", 5), effort=AUTO, importance=AUTO)], None)
-    assert notes == ("Rounding to nearest (--effort normal), since the model embeds texts and writes none; "
-                     "--effort high loses less in the same bytes.",)  # fmt: skip
+    asked = Options(target_bpw=5)
+    for rounding in ("rtn", "gptq"):
+        found = settle(replace(asked, rounding=rounding), model)
+        assert (found.recipe.rounding, found.recipe.calibration, found.notes) == (rounding, "random", ())
+    found = settle(asked, model)
+    assert (found.recipe.rounding, found.recipe.calibration) == ("rtn", "random")
+    (note,) = found.notes
+    assert "because the model embeds text and generates none; --rounding gptq loses less" in note

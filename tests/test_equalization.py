@@ -8,38 +8,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command import TINY
-from nsds_gguf.session.reporter import (
-    Silent,
-)
 from outlier_copy import FIXED_FACTORS, N_FIXED, outlier_copy
+from recipes import recipe, uniform
 from test_outlier_copy import CASES
 from tiny_models import write_tiny
 from zoo import zoo_tokens
 from zoo_logits import model_logits
 from zoo_specs import SPECS, write_spec
 
-from nsds_gguf import convert
-from nsds_gguf.allocate import PlanOptions
 from nsds_gguf.calibration import generated_text, random_tokens
-from nsds_gguf.evaluate.texts import (
-    ORIGINAL,
-    VerifyOptions,
-)
+from nsds_gguf.conversion import Converted, convert
+from nsds_gguf.evaluate.texts import ORIGINAL, VerifyOptions
 from nsds_gguf.quantize.equalization import LEAST, OUTSTANDING, Equalization, find_equalization
 from nsds_gguf.read import open_model
-from nsds_gguf.records import SELF, Model, Target
-from nsds_gguf.session import session
-from nsds_gguf.session.outputs import (
-    Output,
-)
-from nsds_gguf.session.session import (
-    Work,
-)
+from nsds_gguf.records import Model, Options, Plan
+from nsds_gguf.session import calibrated
+from nsds_gguf.session.calibrated import Calibrated
+from nsds_gguf.session.run import Run
+from nsds_gguf.session.session import Session
+from nsds_gguf.system.workfolder import WorkFolder
 
-OPTIONS = PlanOptions(Target("bpw", 4.5))
+RECIPE = recipe(4.5)
 
 # Whose layers are left alone, beside those with experts: latent attention, state spaces, one norm without gated units.
 LEFT_ALONE = ("deepseek2", "mamba", "phi2")
+
+
+def calibration_of(model: Model, folder: Path) -> Calibrated:
+    return Session(model, Run(1), WorkFolder(folder)).calibrated
 
 
 def uneven(model: Model, seed: int = 0) -> dict[str, np.ndarray]:
@@ -68,8 +64,8 @@ def test_planted_outliers_are_found(name: str, tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "source", replace(CASES[name], dtype="F32"))
     outlier_copy(source, tmp_path / "copy", seed=1)
     plain, planted = open_model(source), open_model(tmp_path / "copy")
-    assert not Work(plain, 1, Silent()).balance(OPTIONS)
-    equalization = Work(planted, 1, Silent()).balance(OPTIONS)
+    assert not calibration_of(plain, tmp_path).equalization(RECIPE)
+    equalization = calibration_of(planted, tmp_path).equalization(RECIPE)
     factors = planted.by_name["blk.0.attn_norm.weight"].load() / plain.by_name["blk.0.attn_norm.weight"].load()
     large = factors > FIXED_FACTORS[0] - 0.1
     assert np.count_nonzero(large) == N_FIXED
@@ -137,7 +133,13 @@ def test_nothing_is_changed_without_need(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "how", [{}, {"effort": "high"}, {"effort": "high", "importance": SELF}, {"importance": "none"}]
+    "how",
+    [
+        {"rounding": "rtn"},
+        {"rounding": "gptq", "calibration": "random"},
+        {"rounding": "gptq", "calibration": "generated"},
+        {"rounding": "rtn", "calibration": "none"},
+    ],
 )
 def test_the_same_bytes_hold_more(how: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With outliers, divergence from the file as it was; the plan says what was changed, and makes the same file."""
@@ -145,20 +147,18 @@ def test_the_same_bytes_hold_more(how: dict[str, str], tmp_path: Path, monkeypat
     monkeypatch.setattr(generated_text, "N_TOKENS", 2048)
     source = write_tiny(tmp_path / "source", replace(TINY, dtype="F32"))
     outlier_copy(source, tmp_path / "copy", seed=1)
-    checked = VerifyOptions(n_ctx=64, n_chunks=4, against=ORIGINAL)
-    options = replace(OPTIONS, types=("Q4_K", "Q5_K", "Q6_K"), target=Target("bpw", 5.5), **how)
+    checked = VerifyOptions(n_ctx=64, n_chunks=4, reference=ORIGINAL)
+    options = Options(target_bpw=5.5, types=("Q4_K", "Q5_K", "Q6_K"), **how)
 
-    def made(name: str, given: object = None) -> convert.Converted:
-        output = Output(tmp_path / name)
-        return convert.convert(
-            tmp_path / "copy", [options], verifying=checked, output=output, n_threads=1, given=given
-        )[0]
+    def made(name: str, loaded: Plan | None = None) -> Converted:
+        output = tmp_path / name
+        return convert(tmp_path / "copy", options, verifying=checked, output=output, loaded=loaded, run=Run(1))[0]
 
     found = made("found.gguf")
     assert sum("Outlier channels are equalized" in note for note in found.plan.notes) == 1
     again = made("again.gguf", found.plan)
     assert again.path.read_bytes() == found.path.read_bytes()
-    monkeypatch.setattr(session, "find_equalization", lambda *_: Equalization())
+    monkeypatch.setattr(calibrated, "find_equalization", lambda *_: Equalization())
     without = made("without.gguf")
     assert not any("Outlier" in note for note in without.plan.notes)
     divergences = [done.perplexity.divergence.kld_mean for done in (found, without)]
@@ -168,7 +168,7 @@ def test_the_same_bytes_hold_more(how: dict[str, str], tmp_path: Path, monkeypat
 def test_other_allocators_write_the_weights_as_they_are(tmp_path: Path) -> None:
     source = write_tiny(tmp_path / "source", replace(CASES["llama"], dtype="F32"))
     outlier_copy(source, tmp_path / "copy", seed=1)
-    work = Work(open_model(tmp_path / "copy"), 1, Silent())
-    assert work.balance(OPTIONS)
-    assert not work.balance(PlanOptions(Target("none", 0), "uniform", uniform="Q8_0"))
-    assert not work.balance(replace(OPTIONS, allocator="paper"))
+    found = calibration_of(open_model(tmp_path / "copy"), tmp_path)
+    assert found.equalization(RECIPE)
+    assert not found.equalization(uniform("Q8_0"))
+    assert not found.equalization(replace(RECIPE, allocator="paper"))

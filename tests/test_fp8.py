@@ -17,7 +17,7 @@ from nsds_gguf.errors import ModelError, UnsupportedError
 from nsds_gguf.read import open_model
 from nsds_gguf.read.checkpoint import open_checkpoint, read_checkpoint
 from nsds_gguf.read.stored import StoredTensor
-from nsds_gguf.session.session import reference_plan
+from nsds_gguf.session.original import original_plan
 
 Entry = tuple[str, tuple[int, ...], bytes]  # dtype, shape, data
 
@@ -312,7 +312,7 @@ def test_model(model):
         if not tensor.role.startswith(("attn_q", "attn_k")):  # their rows are permuted
             np.testing.assert_array_equal(rows, weights[tensor.source])
         np.testing.assert_array_equal(np.sort(rows, axis=None), np.sort(weights[tensor.source], axis=None))
-    assert {tensor.type for tensor in reference_plan(opened).tensors} == {"F32"}
+    assert {tensor.type for tensor in original_plan(opened).tensors} == {"F32"}
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -137,12 +137,7 @@ def loaded_record(arguments: argparse.Namespace) -> Scores | Plan | None:
             )
         return Plan.from_json(read_json(arguments.plan), str(arguments.plan))
     if arguments.scores is not None:
-        scores = Scores.from_json(read_json(arguments.scores), str(arguments.scores))
-        for flag, held in (("metric", scores.recipe.metric), ("se", scores.recipe.se)):
-            asked = getattr(arguments, flag)
-            if asked not in (None, AUTO, held):
-                raise PlanError(f"{arguments.scores}: made with --{flag} {held}, --{flag} {asked} asked; score again")
-        return scores
+        return Scores.from_json(read_json(arguments.scores), str(arguments.scores))
     return None
 
 

@@ -139,6 +139,13 @@ def _metric(
 
     A metric that is named and would decide nothing is refused.
     """
+    found = scores.recipe if scores is not None else None
+    for name, asked in (("metric", options.metric), ("se", options.se)):
+        if found is not None and asked not in (AUTO, getattr(found, name)):
+            raise PlanError(
+                f"the scores were made with {name} {getattr(found, name) or 'none'}, --{name} {asked} is asked for; "
+                "score again or drop it"
+            )
     if not scores_layers and not ALLOCATORS[allocator].uses_layers(options.score_weight):
         for option, value in (("--metric", options.metric), ("--se", options.se)):
             if value != AUTO and scores is None:
@@ -147,7 +154,6 @@ def _metric(
                     f"{options.score_weight:g}; drop it, give --score-weight, or choose --allocator paper"
                 )
         return None, None
-    found = scores.recipe if scores is not None else None
     metric = _open(options.metric, (found.metric if found else None) or DEFAULT_METRIC)
     _known("metric", metric, METRICS)
     if metric != "nsds":

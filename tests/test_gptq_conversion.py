@@ -1,4 +1,4 @@
-"""--effort high from the command line to the file: less error in the same bytes, records, refusals, nothing left."""
+"""GPTQ rounding from the command line to the file: less error in the same bytes, records, refusals, nothing left."""
 
 from __future__ import annotations
 
@@ -13,34 +13,26 @@ import gguf.quants
 import numpy as np
 import pytest
 from command import TINY, call, message
-from gguf import GGUFReader, GGUFValueType
-from gguf.gguf_writer import GGUFValue
+from gguf import GGUFReader
 from llama_forward import matrix_inputs
 from recorded_inputs import recorded_inputs, without_first
 from tiny_archs import write_tiny_arch
 from tiny_gguf import tiny_weights, write_tiny_gguf
 from tiny_models import write_tiny
 
-from nsds_gguf import convert, read
-from nsds_gguf.allocate import PlanOptions
+from nsds_gguf import conversion, read
 from nsds_gguf.calibration import generated_text, hessians, random_tokens
 from nsds_gguf.calibration.activations import collect
 from nsds_gguf.calibration.random_tokens import draw_tokens
 from nsds_gguf.compute.decoder import what_is_missing
 from nsds_gguf.errors import OutputError, PlanError
-from nsds_gguf.evaluate.texts import (
-    VerifyOptions,
-)
-from nsds_gguf.records import SELF, UNQUANTIZED, Plan, Target
+from nsds_gguf.evaluate.texts import VerifyOptions
+from nsds_gguf.records import UNQUANTIZED, Options, Plan
 from nsds_gguf.session import session
-from nsds_gguf.session.effort import AUTO, against_high, settled
-from nsds_gguf.session.outputs import (
-    Output,
-)
-from nsds_gguf.session.reporter import Silent
+from nsds_gguf.session.run import Run, Silent
 
 UNCHECKED = VerifyOptions(enabled=False)
-HIGH = ("--effort", "high", "--importance", "sweep", "--threads", 1)
+GPTQ = ("--rounding", "gptq", "--calibration", "random", "--threads", 1)
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +50,18 @@ def short(monkeypatch, tmp_path):
     """Draw and write fewer tokens, in an empty working directory."""
     monkeypatch.setattr(random_tokens, "N_SEQUENCES_HESSIANS", 4)
     monkeypatch.setattr(random_tokens, "N_SEQUENCES", 2)
-    monkeypatch.setattr(random_tokens, "draw_tokens", lambda model, n: draw_tokens(model, n, 64 if n == 2 else 512))
+    monkeypatch.setattr(random_tokens, "draw_tokens", drawn_short)
     monkeypatch.setattr(generated_text, "N_TOKENS", 512)
     monkeypatch.chdir(tmp_path)
 
 
-def converted(source, path, options, n_threads=1, **given):
-    (done,) = convert.convert(
-        source, options, verifying=UNCHECKED, output=Output(Path(path)), n_threads=n_threads, **given
-    )
+def drawn_short(model, n_sequences, seed=0):
+    return draw_tokens(model, n_sequences, 64 if n_sequences == 2 else 512, seed)
+
+
+def converted(source, path, options, n_threads=1):
+    (done,) = conversion.convert(source, options, verifying=UNCHECKED, output=path, run=Run(n_threads))
     return done
-
-
-def uniform(type_name, **options):
-    return [PlanOptions(Target("none", 0), "uniform", uniform=type_name, **options)]
 
 
 def drawn_moments(model):
@@ -96,8 +86,9 @@ def test_what_matrices_put_out_is_nearer_in_the_same_bytes(models, source, type_
     model = read.open_model(models / source)
     found = moments(model)
     errors, sizes = {}, set()
-    for effort in ("normal", "high"):
-        done = converted(models / source, f"{effort}.gguf", uniform(type_name, effort=effort))
+    for rounding in ("rtn", "gptq"):
+        options = Options(uniform=type_name, rounding=rounding, calibration="random")
+        done = converted(models / source, f"{rounding}.gguf", options)
         sizes.add(done.plan.tensor_bytes)
         for tensor in GGUFReader(done.path).tensors:
             if tensor.name in found:
@@ -105,7 +96,7 @@ def test_what_matrices_put_out_is_nearer_in_the_same_bytes(models, source, type_
                 delta = rows - model.by_name[tensor.name].load()
                 error = np.einsum("ri,ij,rj->", delta, found[tensor.name], delta, optimize=True)
                 errors.setdefault(tensor.name, []).append(error)
-    ratios = {name: high / normal for name, (normal, high) in errors.items()}
+    ratios = {name: gptq / rtn for name, (rtn, gptq) in errors.items()}
     assert set(ratios) == set(found) == set(hessians.multiplied(model)) and len(sizes) == 1
     assert max(ratios.values()) < 1 and np.exp(np.mean(np.log(list(ratios.values())))) < 0.8, ratios
 
@@ -113,36 +104,37 @@ def test_what_matrices_put_out_is_nearer_in_the_same_bytes(models, source, type_
 def test_records_go_back_in_and_give_the_same_bytes(models):
     """A plan is carried out as it was the first time, with one thread or two; scores say how they were measured."""
     source = models / "wide"
-    assert call("score", source, *HIGH, "--types", "Q2_K,Q4_K", "--json", "scores.json", "-q").code == 0
-    assert json.loads(Path("scores.json").read_text())["effort"] == "high"
-    first = call("convert", source, "--target-bpw", 3.5, *HIGH, "--types", "Q2_K,Q4_K", "--scores", "scores.json",
+    assert call("score", source, *GPTQ, "--types", "Q2_K,Q4_K", "--json", "scores.json", "-q").code == 0
+    assert json.loads(Path("scores.json").read_text())["recipe"]["rounding"] == "gptq"
+    first = call("convert", source, "--target-bpw", 3.5, *GPTQ, "--types", "Q2_K,Q4_K", "--scores", "scores.json",
                  "--no-verify", "--json", "-", "-o", "first.gguf", "-q")  # fmt: skip
     assert first.code == 0, first.err
     plan = Plan.from_json(json.loads(first.out)[0]["plan"])
     Path("plan.json").write_text(json.dumps(plan.to_json()))
-    assert plan.effort == "high" and plan.importance == "sweep"
-    assert GGUFReader("first.gguf").fields["nsds_gguf.effort"].contents() == "high"
-    options = PlanOptions(Target("bpw", 3.5), types=("Q2_K", "Q4_K"), effort="high")
-    second = converted(source, "second.gguf", [options], n_threads=2)
+    assert plan.recipe.rounding == "gptq" and plan.recipe.calibration == "random"
+    assert GGUFReader("first.gguf").fields["nsds_gguf.rounding"].contents() == "gptq"
+    options = Options(target_bpw=3.5, types=("Q2_K", "Q4_K"), rounding="gptq", calibration="random")
+    second = converted(source, "second.gguf", options, n_threads=2)
     assert second.plan.tensors == plan.tensors and second.plan.notes == plan.notes
     third = call("convert", source, "--plan", "plan.json", "--threads", 2, "--no-verify", "-o", "third.gguf", "-q")
     assert third.code == 0, third.err
-    contents = {Path(f"{name}.gguf").read_bytes() for name in ("first", "second", "third")}
-    assert len(contents) == 1
+    assert Path("third.gguf").read_bytes() == Path("first.gguf").read_bytes()
+    first_data, second_data = ([t.data.tobytes() for t in GGUFReader(f"{n}.gguf").tensors] for n in ("first", "second"))
+    assert second_data == first_data  # its keys name other scores: 'score' scores layers too, 'convert' none
     assert message(call("plan", source, "--target-bpw", 3.5, "--scores", "scores.json"), 4) == (
-        "the scores were measured with --effort high, the plan asks for normal; score again or pass --effort high"
+        "the scores were measured with rounding gptq, the plan asks for rtn; score again or pass --rounding gptq"
     )
     assert sorted(path.name for path in Path().iterdir()) == [
         "first.gguf", "plan.json", "scores.json", "second.gguf", "third.gguf"
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("importance", ["none", "norm"])
-def test_importance_that_knows_too_little(models, importance):
-    asked = ("--target-bpw", 4, "--effort", "high", "--importance", importance)
+@pytest.mark.parametrize("calibration", ["none", "norm"])
+def test_calibrations_without_hessians(models, calibration):
+    asked = ("--target-bpw", 4, "--rounding", "gptq", "--calibration", calibration)
     assert message(call("convert", models / "wide", *asked), 4) == (
-        f"--effort high needs more of what matrices multiply than importance {importance} holds; wanted importance "
-        "sweep or self"
+        f"--rounding gptq needs Hessians, which --calibration {calibration} does not have; pass --calibration random "
+        "or generated"
     )
 
 
@@ -155,37 +147,41 @@ class Stages(Silent):
         return super().stage(name)
 
 
-def test_experts_go_by_the_models_own_text(models):
-    """On drawn tokens they are refused before any work; on own text ggml rounds stacks, and the plan says so."""
+def test_experts_go_by_generated_text(models):
+    """Random tokens are refused before any work; with generated text, stacks go by round-to-nearest."""
     source, stages = models / "experts.gguf", Stages()
     missing = what_is_missing(read.open_model(source))
     with pytest.raises(PlanError) as caught:
-        convert.plan(source, [PlanOptions(Target("bpw", 4), effort="high")], n_threads=1, report=stages)
+        options = Options(target_bpw=4, rounding="gptq", calibration="random")
+        conversion.plan(source, options, run=Run(1, stages))
     assert str(caught.value) == (
-        f"--effort high cannot follow {missing} of experts on its own; pass --importance self, which llama.cpp computes"
+        f"--rounding gptq on random tokens cannot follow {missing} of {read.open_model(source).name}; pass "
+        "--calibration generated, which llama.cpp computes"
     )
     assert stages.names == ["read headers"]
     files = {
-        effort: converted(source, f"{effort}.gguf", uniform("Q3_K", importance=SELF, effort=effort))
-        for effort in ("normal", "high")
+        rounding: converted(
+            source, f"{rounding}.gguf", Options(uniform="Q3_K", rounding=rounding, calibration="generated")
+        )
+        for rounding in ("rtn", "gptq")
     }
-    normal, high = ({t.name: t.data for t in GGUFReader(done.path).tensors} for done in files.values())
-    alike = [name for name in normal if np.array_equal(normal[name], high[name])]
-    matrices = [t.name for t in files["high"].plan.tensors if t.type not in UNQUANTIZED and t.name in alike]
-    (note,) = [note for note in files["high"].plan.notes if note.startswith("GPTQ rounding")]
+    rtn, gptq = ({t.name: t.data for t in GGUFReader(done.path).tensors} for done in files.values())
+    alike = [name for name in rtn if np.array_equal(rtn[name], gptq[name])]
+    matrices = [t.name for t in files["gptq"].plan.tensors if t.type not in UNQUANTIZED and t.name in alike]
+    (note,) = [note for note in files["gptq"].plan.notes if note.startswith("GPTQ rounding")]
     assert "token_embd.weight" in matrices and "blk.1.ffn_up_exps.weight" in matrices
     assert "blk.1.ffn_up_shexp.weight" not in matrices and "blk.0.attn_q_a.weight" not in matrices
-    n_open = sum(t.type not in UNQUANTIZED for t in files["high"].plan.tensors)
+    n_open = sum(t.type not in UNQUANTIZED for t in files["gptq"].plan.tensors)
     assert f"covers {n_open - len(matrices)} of {n_open} matrices" in note
     assert f"rounded to nearest: {', '.join(matrices[:3])}" in note
 
 
-def test_the_command_takes_own_text_unless_told(models):
-    assert call("convert", models / "wide", "--uniform", "Q3_K", "--effort", "high", "--threads", 1, "--no-verify",
+def test_the_command_takes_generated_text_with_gptq(models):
+    assert call("convert", models / "wide", "--uniform", "Q3_K", "--rounding", "gptq", "--threads", 1, "--no-verify",
                 "--json", "plan.json", "-o", "x.gguf", "-q").code == 0  # fmt: skip
     (written,) = json.loads(Path("plan.json").read_text())
     plan = written["plan"]
-    assert (plan["effort"], plan["importance"]) == ("high", "self")
+    assert (plan["recipe"]["rounding"], plan["recipe"]["calibration"]) == ("gptq", "generated")
     told = " ".join(plan["notes"])
     assert "GPTQ rounding covers 8 of 9 matrices" in told and "tokens that the model generated" in told
     assert sorted(path.name for path in Path().iterdir()) == ["plan.json", "x.gguf"]
@@ -196,7 +192,7 @@ def test_nothing_is_left_however_it_ends(models, monkeypatch, end):
     seen = []
 
     def stopped(*_arguments, **_options):
-        seen.extend(Path().glob(".nsds-gguf-*/feedback-0/*.npz"))
+        seen.extend(Path().glob(".nsds-gguf-*/factors-0/*"))
         if end == "failure":
             raise OutputError("the disk is full")
         os.kill(os.getpid(), signal.SIGINT if end == "Ctrl-C" else signal.SIGTERM)
@@ -204,7 +200,7 @@ def test_nothing_is_left_however_it_ends(models, monkeypatch, end):
     monkeypatch.setattr(session, "write_gguf", stopped)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        outcome = call("convert", models / "wide", "--uniform", "Q3_K", *HIGH, "--no-verify", "-o", "x.gguf", "-q")
+        outcome = call("convert", models / "wide", "--uniform", "Q3_K", *GPTQ, "--no-verify", "-o", "x.gguf", "-q")
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert outcome.code == {"failure": OutputError.exit_code, "Ctrl-C": 130, "SIGTERM": 143}[end]
@@ -236,63 +232,3 @@ def test_several_readings_by_llama_cpp_give_the_hessians_of_one(models, monkeypa
         assert names == names_again
         np.testing.assert_array_equal(hessian, again)
         np.testing.assert_allclose(hessian.diagonal(), moments[names[0]].mean_squares, rtol=1e-5)
-
-
-OPEN = PlanOptions(Target("bpw", 4), importance=AUTO, effort=AUTO)
-
-
-@pytest.mark.parametrize(
-    ("changed", "effort", "importance", "reason"),
-    [
-        ({}, "high", SELF, ""),
-        ({"importance": SELF}, "high", SELF, ""),
-        ({"importance": "sweep"}, "normal", "sweep", "importance is sweep"),
-        ({"importance": "none"}, "normal", "none", "importance is none"),
-        ({"effort": "high"}, "high", SELF, ""),
-        ({"effort": "high", "importance": "sweep"}, "high", "sweep", "importance is sweep"),
-        ({"effort": "normal"}, "normal", "sweep", ""),
-        ({"effort": "normal", "importance": SELF}, "normal", SELF, ""),
-        ({"allocator": "paper"}, "normal", "sweep", "the allocator is paper"),
-        ({"allocator": "uniform", "uniform": "Q4_K"}, "normal", "sweep", "the allocator is uniform"),
-        ({"allocator": "uniform", "uniform": "Q4_K", "effort": "high"}, "high", SELF, "the allocator is uniform"),
-        ({"types": ("F16", "BF16")}, "normal", "sweep", "nothing is rounded"),
-    ],
-)
-def test_what_is_left_open(models, changed, effort, importance, reason):
-    model, options = read.open_model(models / "wide"), replace(OPEN, **changed)
-    assert against_high(model, options) == reason
-    assert settled(model, options) == replace(options, effort=effort, importance=importance)
-
-
-def test_a_large_model_gets_normal_effort_and_is_told(models, monkeypatch):
-    monkeypatch.setattr("nsds_gguf.session.effort.AUTO_HIGH_WEIGHTS", 500_000)
-    outcome = call("plan", models / "wide", "--target-bpw", 4, "--json", "plan.json", as_told=True)
-    assert outcome.code == 0, outcome.err
-    plan = json.loads(Path("plan.json").read_text())
-    assert (plan["effort"], plan["importance"]) == ("normal", "sweep")
-    note = (
-        "Rounding to nearest (--effort normal), since the model has 0.0 B weights; "
-        "--effort high loses less in the same bytes."
-    )
-    assert plan["notes"][-1] == note and note in " ".join(outcome.out.split())
-    assert "Rounding to nearest" not in call("plan", models / "wide", "--target-bpw", 4).out
-
-
-def test_a_model_that_writes_no_text(models):
-    model = read.open_model(models / "wide")
-    encoder = replace(
-        model, metadata={**model.metadata, "llama.attention.causal": GGUFValue(False, GGUFValueType.BOOL)}
-    )
-    assert against_high(encoder, OPEN) == "the model does not write text"
-
-
-def test_high_effort_is_the_default_and_scores_bring_theirs(models):
-    """Scores decide for the plans made of them, where nothing else is told."""
-    for name, how in (("high", ()), ("normal", ("--effort", "normal"))):
-        path = Path(f"{name}.json")
-        assert (
-            call("score", models / "wide", *how, "--types", "Q2_K,Q4_K", "--json", path, "-q", as_told=True).code == 0
-        )
-        asked = ("--target-bpw", 4, "--types", "Q2_K,Q4_K", "--scores", path, "--json", "plan.json", "-q")
-        assert call("plan", models / "wide", *asked, as_told=True).code == 0
-        assert json.loads(Path("plan.json").read_text())["effort"] == name

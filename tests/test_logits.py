@@ -53,9 +53,7 @@ def test_the_whole_conversion_writes_the_file_that_is_compared(source_class: str
     name = next(name for name, spec in SPECS.items() if spec.source_class == source_class)
     folder = write_spec(tmp_path / "checkpoint", name)
     options = Options(uniform="F32", rounding="rtn", calibration="none")
-    convert(
-        folder, options, output=tmp_path / "converted.gguf", verifying=VerifyOptions(enabled=False), run=Run(1)
-    )
+    convert(folder, options, output=tmp_path / "converted.gguf", verifying=VerifyOptions(enabled=False), run=Run(1))
     model_logits(open_model(folder), tmp_path / "compared.gguf", zoo_tokens(SPECS[name]))
     assert (tmp_path / "converted.gguf").read_bytes() == (tmp_path / "compared.gguf").read_bytes()
 

@@ -106,7 +106,7 @@ class Inspection:
 
     @property
     def made_by_us(self) -> dict[str, str]:
-        """How we made it: version, allocator, metric, rounding, calibration, target, recipe, digests; empty for files of others."""
+        """How we made it: version, recipe, digests; empty for files of others."""
         return {key.removeprefix(OURS): str(value) for key, value in self.metadata.items() if key.startswith(OURS)}
 
     @property

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from . import allocate
 from .calibration.imatrix import read_imatrix
+from .errors import TargetError
 from .evaluate.embedding import EmbeddingCheck
 from .evaluate.perplexity import Perplexity
 from .evaluate.texts import VerifyOptions, check_vocabulary, evaluation_text
 from .quantize.header import header_bytes
 from .read.hub import HubName
-from .records import Model, Options, Plan, Scores
+from .records import Model, Options, Plan, Recipe, Scores, Target
 from .session.loaded import check_scores, checked_plan
 from .session.original import reference_name, with_original_at_hand
 from .session.outputs import (
@@ -201,9 +202,23 @@ def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | P
     check_scores(model, loaded)
     jobs = [_Job(settle(each, model, loaded)) for each in asked]
     for job in jobs:
-        recipe = job.settled.recipe
-        allocate.checked_candidates(model, recipe, header_bytes(model, recipe))
+        _check_target(model, job.settled.recipe)
     return jobs
+
+
+def _check_target(model: Model, recipe: Recipe) -> None:
+    """Raise ``TargetError`` for a target out of reach; the size that it names counts its own digits in the header."""
+    n_header = header_bytes(model, recipe)
+    try:
+        allocate.checked_candidates(model, recipe, n_header)
+    except TargetError:
+        if recipe.target is None or recipe.target.kind == "bpw":
+            raise
+        found = allocate.candidates(model, recipe.types, recipe.tensor_types)
+        nearest = n_header + sum(each.cost(each.types[0], padded=True) for each in found)
+        n_header = header_bytes(model, recipe.to(Target("size", nearest)))
+        allocate.checked_candidates(model, recipe, n_header)
+        raise
 
 
 def _plans(session: Session, jobs: Sequence[_Job], loaded: Scores | Plan | None) -> list[Plan]:

@@ -250,7 +250,7 @@ CASES = {
     "unknown pre-tokenizer": Case(
         3,
         r"{tmp}/model/tokenizer.json: unknown pre-tokenizer Split(\d{{1,7}}|\w+, Isolated) > ByteLevel(); the nearest "
-        "known one is 'bloom' (70% alike); if text is to be split that way, say so with --pre bloom; "
+        "known one is 'bloom' (70% alike); if text is to be split that way, say so with --pre-tokenizer bloom; "
         "if llama.cpp's converter knows it: python convert_hf_to_gguf.py MODEL --outtype bf16 --outfile model.gguf, "
         "then nsds-gguf convert model.gguf",
         entries("tokenizer.json", ("pre_tokenizer",), UNKNOWN_SPLIT),
@@ -258,7 +258,7 @@ CASES = {
     "text too short": Case(
         6,
         "short.txt: text too short: wanted at least 64 tokens for a context of 32, got 40; use a longer text or a "
-        "smaller --ctx",
+        "smaller --ctx-size",
         file("../short.txt", "the " * 20),
         (*CONVERT, "--text", "short.txt"),
     ),
@@ -285,10 +285,10 @@ CASES = {
         "(83 %), output.weight at Q2_K (8 %), token_embd.weight at Q2_K (8 %); nearest feasible: --target-bpw 2.666",
         arguments=("convert", "model", "--target-bpw", "2"),
     ),
-    "pin that matches nothing": Case(
+    "fixed type that matches nothing": Case(
         4,
-        "pin 'blk.7.*=Q6_K' matches no tensor (the whole name must match)",
-        arguments=("convert", "model", "--target-bpw", "4", "--pin", "blk.7.*=Q6_K"),
+        "--tensor-type 'blk.7.*=Q6_K' matches no tensor (the whole name must match)",
+        arguments=("convert", "model", "--target-bpw", "4", "--tensor-type", "blk.7.*=Q6_K"),
     ),
     "no such model": Case(3, "models: no such folder", arguments=("convert", "models", *PLAIN)),
     "the model is a file": Case(
@@ -305,7 +305,7 @@ CASES = {
         3,
         "model/model.safetensors: not a readable GGUF file: wanted b'GGUF' and version 2 or 3, got "
         r"b'H\t\x00\x00' and 0",
-        arguments=("perplexity", "model/model.safetensors", "--ctx", "32"),
+        arguments=("perplexity", "model/model.safetensors", "--ctx-size", "32"),
     ),
     "reference with another vocabulary": Case(
         7,
@@ -316,7 +316,7 @@ CASES = {
     "a model that computes NaN": Case(
         7,
         "out.gguf: NaN or infinite logits at 15 of 15 scored tokens of chunk 1 of 2; the file is damaged "
-        "(removed; --keep would keep it)",
+        "(removed; pass --keep-failed to keep it)",
         norm_of(3e38),
     ),
     "a model whose last norm overflows": Case(
@@ -334,7 +334,7 @@ CASES = {
     "a model that is certain of nonsense": Case(
         7,
         "out.gguf: perplexity inf is absurd: wanted at most 2860 (10 times that of guessing); the file is damaged, or "
-        "the text is nothing that the model was made for (removed; --keep would keep it)",
+        "the text is nothing that the model was made for (removed; pass --keep-failed to keep it)",
         norm_of(1e4),
     ),
     "JSON that cannot be written": Case(
@@ -382,7 +382,7 @@ def test_disk_full_in_the_middle(tmp_path):
 def test_failed_file_is_kept_when_asked(tmp_path):
     norm_of(1e4)(write_tiny(tmp_path / "model", TINY))
     before = set(listing(tmp_path))
-    outcome = run(*CONVERT, "--keep", cwd=tmp_path)
+    outcome = run(*CONVERT, "--keep-failed", cwd=tmp_path)
     assert message(outcome, 7).endswith(" (kept as out.gguf.failed)")
     assert set(listing(tmp_path)) == before | {"out.gguf.failed"}
     assert (tmp_path / "out.gguf.failed").read_bytes().startswith(b"GGUF")
@@ -447,7 +447,7 @@ def test_disk_space_is_asked_first(model, refused, monkeypatch):
     assert refused(5, "convert", "model", *PLAIN, *QUICK) == (
         f"{Path.cwd()}: the output takes 0.00 GiB, the disk has 0.00 GiB free: make room or choose another folder"
     )
-    assert "the output with the reference takes" in refused(5, "convert", model, *PLAIN, "--reference", "original")
+    assert "the output with the original takes" in refused(5, "convert", model, *PLAIN, "--reference", "original")
 
 
 def test_memory_is_asked_first(model, refused, monkeypatch):
@@ -514,7 +514,7 @@ def test_names_cannot_drive_the_terminal(model, refused):
 TEXTS = {
     "missing": (None, "evaluation.txt: cannot be read: No such file or directory; wanted a text file"),
     "empty": (b"", "evaluation.txt: text too short: wanted at least 64 tokens for a context of 32, got 0 bytes; use a "
-                   "longer text or a smaller --ctx"),
+                   "longer text or a smaller --ctx-size"),
     "binary": (b"\x80abc", "evaluation.txt: not UTF-8 text: byte 0x80 at position 0; convert it to UTF-8 or choose "
                            "another text"),
 }  # fmt: skip
@@ -553,7 +553,7 @@ def test_perplexity_against_another_vocabulary(model, refused):
     )
 
 
-# --- targets and pins ------------------------------------------------------------------------------------------------
+# --- targets and fixed types -----------------------------------------------------------------------------------------
 
 NARROW = Spec("LlamaForCausalLM", n_embd=64, n_ff=96, dtype="F16")  # no row is a multiple of 256
 ODD = Spec("LlamaForCausalLM", n_embd=80, n_ff=120, n_heads=2, n_kv_heads=1, dtype="F16")  # none of 32
@@ -561,9 +561,9 @@ ODD = Spec("LlamaForCausalLM", n_embd=80, n_ff=120, n_heads=2, n_kv_heads=1, dty
 FLOORS = {
     "layers": (TINY, (), "layers at Q2_K"),
     "embedding": (replace(TINY, n_layers=1, n_ff=32), (), "token_embd.weight at Q2_K"),
-    "pins": (TINY, ("--pin", ".*ffn.*weight=Q8_0"), "pins"),
-    "rows of 64": (NARROW, (), "rows that are no multiple of 256 at Q4_0, 4.5 bpw"),
-    "rows of 80": (ODD, (), "rows that are no multiple of 256 at F16, 16 bpw"),
+    "fixed types": (TINY, ("--tensor-type", ".*ffn.*weight=Q8_0"), "--tensor-type"),
+    "rows of 64": (NARROW, (), "rows that are not a multiple of 256 at Q4_0, 4.5 bpw"),
+    "rows of 80": (ODD, (), "rows that are not a multiple of 256 at F16, 16 bpw"),
     "types": (TINY, ("--types", "Q5_K,Q6_K"), "layers at Q5_K"),
 }
 
@@ -582,7 +582,7 @@ def test_floor(tmp_path, refused, spec, options, cause, flag, first):
     folder, sound = tmp_path / "model", tiny_weights(spec)
     damaged = {name: np.full_like(array, np.nan) for name, array in sound.items()}
     (write_tiny(folder, spec) / "model.safetensors").write_bytes(safetensors_bytes(damaged))
-    plan = ("plan", folder, *options, "--metric", "zd")
+    plan = ("plan", folder, *options)
     line = refused(4, *plan, flag, first)
     found = FLOOR.fullmatch(line)
     assert found["flag"] == flag and f" {cause} (" in line
@@ -619,22 +619,22 @@ def test_folder_in_place_of_a_gguf(model, refused):
     assert refused(3, "perplexity", model) == "model: is a folder; wanted a GGUF file"
 
 
-PINS = {
+FIXED_TYPES = {
     "no type": ("output.weight", 2, r"wanted REGEX=TYPE, for example 'blk\.0\..*=Q6_K'"),
     "no pattern": ("=Q6_K", 2, "wanted REGEX=TYPE"),
     "unknown type": (".*=Q9", 2, "type 'Q9' is not known; wanted one of F32, F16, BF16, Q2_K"),
     "no regular expression": ("(=Q4_K", 2, "not a regular expression: missing )"),
     "part of a name": ("ffn_up=Q4_K", 4, "matches no tensor (the whole name must match)"),
     "a norm": ("output_norm.weight=Q4_K", 4, "output_norm.weight"),
-    "rows that do not fit": ("blk.0.ffn_down.weight=Q4_K", 4, "has rows of 96, no multiple of 256"),
+    "rows that do not fit": ("blk.0.ffn_down.weight=Q4_K", 4, "rows of 96 weights, which are not a multiple of 256"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("pin", "code", "line"), PINS.values(), ids=PINS)
-def test_pins(tmp_path, refused, pin, code, line):
+@pytest.mark.parametrize(("text", "code", "line"), FIXED_TYPES.values(), ids=FIXED_TYPES)
+def test_fixed_types(tmp_path, refused, text, code, line):
     folder = write_tiny(tmp_path / "model", replace(TINY, n_ff=96))
-    found = refused(code, "plan", folder, "--target-bpw", "6", "--pin", pin)
-    assert f"pin '{pin}'" in found and line in found
+    found = refused(code, "plan", folder, "--target-bpw", "6", "--tensor-type", text)
+    assert f"--tensor-type '{text}'" in found and line in found
 
 
 # --- config.json -----------------------------------------------------------------------------------------------------
@@ -770,7 +770,7 @@ def edited_records(record: dict):
 def test_record_with_any_value_wrong(model, kind):
     made = {
         "scores": ("score", model, "--metric", "zd"),
-        "plan": ("plan", model, "--target-bpw", "4", "--metric", "zd"),
+        "plan": ("plan", model, "--target-bpw", "4"),
     }
     record = json.loads(call(*made[kind], "--json", "-", "-q").out)
     use = {
@@ -795,8 +795,8 @@ RECORDS = {
                       "write it again"),
     "no JSON at all": ("\udcff", "r.json: not JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start "
                                  "byte; write it again"),
-    "another file": ("[]", "r.json: wanted a file of format 'nsds-gguf scores 1', got None"),
-    "nothing in it": ('{"format": "nsds-gguf scores 1"}', "r.json: the record lacks 'metric'; write the file again"),
+    "another file": ("[]", "r.json: wanted a file of format 'nsds-gguf scores 2', got None"),
+    "nothing in it": ('{"format": "nsds-gguf scores 2"}', "r.json: the record lacks 'recipe'; write the file again"),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import tokenizer_oracles as oracles
 from fuzz_inputs import SMALL, gguf_parts, pieces, unigram_json
 from fuzz_mutations import GgufParts, gguf_bytes
 from gguf import GGUFValueType
+from recipes import recipe
 from tiny_gguf import write_tiny_gguf
 from tiny_models import write_tiny
 from zoo_specs import write_spec
@@ -196,15 +197,15 @@ def test_a_stream_wider_than_any_tensor(tmp_path: Path) -> None:
 
 
 def test_a_plan_without_weights() -> None:
-    data = {"format": PLAN_FORMAT, "allocator": "nsds", "target": {"kind": "none", "value": 0}, "types": [],
-            "importance": "none", "tensors": [], "header_bytes": 32, "model_id": "", "model_name": ""}  # fmt: skip
+    data = {"format": PLAN_FORMAT, "recipe": asdict(recipe()), "tensors": [], "header_bytes": 32, "model_id": "",
+            "model_name": ""}  # fmt: skip
     with pytest.raises(RecordError, match="tensors: wanted some, with sizes from 1 up"):
         Plan.from_json(data)
 
 
 def test_a_plan_whose_numbers_no_sum_can_hold(tmp_path: Path) -> None:
-    data = {"format": PLAN_FORMAT, "allocator": "nsds", "target": {"kind": "none", "value": 0}, "types": [],
-            "importance": "none", "tensors": [], "header_bytes": 10**400, "model_id": "", "model_name": ""}  # fmt: skip
+    data = {"format": PLAN_FORMAT, "recipe": asdict(recipe()), "tensors": [], "header_bytes": 10**400, "model_id": "",
+            "model_name": ""}  # fmt: skip
     with pytest.raises(RecordError, match="header_bytes: wanted an integer, got 1000"):
         Plan.from_json(data)
 

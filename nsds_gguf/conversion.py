@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import allocate
+from .calibration.imatrix import read_imatrix
 from .errors import TargetError
 from .evaluate.embedding import EmbeddingCheck
 from .evaluate.perplexity import Perplexity
@@ -29,7 +30,7 @@ from .session.reference import reference_file
 from .session.room import check_room, lacks_room_for_original, largest_file_bytes, tell_time
 from .session.run import Run
 from .session.session import Session
-from .session.settle import Settled, settle
+from .session.settle import Settled, check_imatrix, settle
 from .session.source import Source, open_model
 from .system.atomic import unfinished
 from .system.filestate import check_unchanged, unchanged
@@ -99,7 +100,7 @@ def convert(
 
     Args:
         source: Hugging Face model folder, GGUF file, ``ORG/MODEL`` on the Hub, or a ``Source``.
-        options: what is asked for, one entry per budget.
+        options: what is asked for, one entry per budget; of a plan from a file only the importance matrix counts.
         output: where files go; ``None`` for the working directory.
         verifying: how finished files are checked.
         loaded: scores or a plan from an earlier run, in place of making them.
@@ -194,11 +195,13 @@ def score(
 
 def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | Plan | None) -> list[_Job]:
     """Return what to make; impossible targets and fixed types are refused here, before any weight is read."""
+    asked = [options] if isinstance(options, Options) else list(options)
     if isinstance(loaded, Plan):
         checked = checked_plan(model, loaded)
-        return [_Job(Settled(checked.recipe), checked)]
+        imatrix = next((read_imatrix(each.imatrix) for each in asked if each.imatrix is not None), None)
+        check_imatrix(model, checked.recipe, imatrix)
+        return [_Job(Settled(checked.recipe, imatrix), checked)]
     check_scores(model, loaded)
-    asked = [options] if isinstance(options, Options) else list(options)
     jobs = [_Job(settle(each, model, loaded)) for each in asked]
     for job in jobs:
         _check_target(model, job.settled.recipe)

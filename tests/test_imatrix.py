@@ -180,6 +180,10 @@ def test_the_plan_says_where_importance_comes_from(tmp_path: Path) -> None:
         convert(DEMO, (), loaded=made, verifying=UNCHECKED, output=tmp_path / "x.gguf")
     with pytest.raises(RecordError, match="pass that file with --imatrix"):
         plan(DEMO, replace(options, imatrix=None), loaded=planned.scores, run=Run(1))
+    (file,) = convert(
+        DEMO, Options(imatrix=imatrix.path), loaded=made, verifying=UNCHECKED, output=tmp_path / "x.gguf", run=Run(1)
+    )
+    assert file.plan == made
     again = plan(DEMO, options, loaded=planned.scores, run=Run(1))
     assert again.plans == planned.plans
 

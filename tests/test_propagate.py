@@ -8,6 +8,8 @@ from arrays import random_arrays
 from models import make_model
 
 from nsds_gguf.calibration.column_weights import FLOOR
+from nsds_gguf.calibration.evidence import Evidence, column_weights
+from nsds_gguf.calibration.kinds import find_calibration
 from nsds_gguf.errors import ModelError, PlanError
 from nsds_gguf.llamacpp.rules import kept_reason
 from nsds_gguf.sensitivity.blocks import ATTENTION_SHRINK
@@ -112,25 +114,31 @@ def test_sweep_equals_its_formulas(options):
         np.testing.assert_allclose(found.inputs[name], moment, rtol=1e-4)
 
 
-def test_importance_kinds():
+def calibrated(name, model):
+    found = propagate(model)
+    evidence = Evidence(model, columns=found.inputs, gains=found.gains)
+    return column_weights(find_calibration(name).make(evidence), model)
+
+
+def test_column_weights_by_calibration():
     arrays, hparams = random_arrays(seed=2)
-    found = propagate(make_model(arrays, hparams))
-    sweep, norm = found.importance("sweep"), found.importance("norm")
-    assert found.importance("none") == {}
+    model = make_model(arrays, hparams)
+    sweep, norm = calibrated("random", model), calibrated("norm", model)
+    assert calibrated("none", model) == {}
     assert "token_embd.weight" not in sweep  # nothing is known about which tokens come
     assert "blk.0.ffn_down.weight" in sweep and "blk.0.ffn_down.weight" not in norm  # no norm in front of it
     gain = arrays["blk.0.attn_norm.weight"].astype(np.float64) ** 2
     np.testing.assert_allclose(norm["blk.0.attn_q.weight"], gain / gain.mean(), rtol=1e-5)
     for weights in (*sweep.values(), *norm.values()):
         assert weights.dtype == np.float32 and weights.mean() == pytest.approx(1, abs=1e-3) and weights.min() > 0
-    with pytest.raises(PlanError, match="importance 'x' is not known; wanted one of sweep, norm, none"):
-        found.importance("x")
+    with pytest.raises(PlanError, match=r"calibration 'x' is not known; wanted one of random, generated, imatrix, "):
+        find_calibration("x")
 
 
-def test_a_channel_with_no_gain_keeps_a_little_importance():
+def test_a_channel_with_no_gain_keeps_a_little_weight():
     arrays, hparams = random_arrays(seed=3)
     arrays["blk.1.ffn_norm.weight"][4] = 0
-    weights = propagate(make_model(arrays, hparams)).importance("sweep")["blk.1.ffn_up.weight"]
+    weights = calibrated("random", make_model(arrays, hparams))["blk.1.ffn_up.weight"]
     assert weights[4] == np.float32(FLOOR)
 
 
@@ -149,8 +157,8 @@ def test_damaged_weights_are_named(value, message):
         propagate(make_model(arrays, hparams))
 
 
-def test_function_preserving_rescaling_moves_importance_not_sensitivity():
-    """Gain up, columns down: the same function, so the same sensitivities; the importance follows the gain."""
+def test_function_preserving_rescaling_moves_column_weights_not_sensitivity():
+    """Gain up, columns down: the same function, so the same sensitivities; the column weights follow the gain."""
     arrays, hparams = random_arrays(seed=5)
     before = propagate(make_model(arrays, hparams))
     scaled = {name: value.copy() for name, value in arrays.items()}

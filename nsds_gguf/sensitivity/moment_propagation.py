@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ..calibration.column_weights import normalized
 from ..compute.activation_functions import ACTIVATIONS
 from ..compute.input_moments import Moments
 from ..compute.layers import Layer, view_layer
@@ -35,9 +34,9 @@ from ..compute.norm_placement import (
     reads_as_attention,
 )
 from ..compute.norms import Norm
-from ..errors import ModelError, PlanError
+from ..errors import ModelError
 from ..llamacpp.rules import kept_reason
-from ..records import Float32, Float64, Model, Progress, Tensor, no_progress
+from ..records import Float64, Model, Progress, Tensor, no_progress
 from .blocks import (
     ATTENTION_SHRINK,
     ResidualUpdate,
@@ -49,13 +48,7 @@ from .blocks import (
 from .latent import latent_update, view_latent
 from .moments import Signal, normed, row_moments
 
-__all__ = ["ATTENTION_SHRINK", "IMPORTANCES", "STREAM_WEIGHT", "Sensitivities", "propagate"]
-
-IMPORTANCES = {
-    "sweep": "second moment of each column's input, on drawn tokens or swept through the model",
-    "norm": "squared gain of the norm in front of the matrix",
-    "none": "every column weighs the same",
-}
+__all__ = ["ATTENTION_SHRINK", "STREAM_WEIGHT", "Sensitivities", "propagate"]
 
 # Divergence of relative noise in the stream, over that of the same noise in the output tensor: measured, not derived
 # (docs/log.md, 2026-11-23).
@@ -86,16 +79,6 @@ class Sensitivities:
     looked_up: float = 0.0
     moments: Mapping[str, Moments] = field(default_factory=dict)
     column_squares: Mapping[str, Float64] = field(default_factory=dict)
-
-    def importance(self, kind: str) -> dict[str, Float32]:
-        """Return float32 weights of mean 1 by tensor name, shaped as ``inputs``; no entry where columns weigh alike.
-
-        Raises ``PlanError`` for a kind that is not one of ``IMPORTANCES``.
-        """
-        if kind not in IMPORTANCES:
-            raise PlanError(f"importance {kind!r} is not known; wanted one of {', '.join(IMPORTANCES)}")
-        moments = {"sweep": self.inputs, "norm": self.gains, "none": {}}[kind]
-        return {name: normalized(moment) for name, moment in moments.items()}
 
 
 def propagate(model: Model, progress: Progress = no_progress) -> Sensitivities:

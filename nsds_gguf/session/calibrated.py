@@ -20,7 +20,7 @@ from ..compute.backend import Tokens
 from ..compute.decoder import what_is_missing
 from ..compute.input_moments import Moments, NamedHessian, Recording
 from ..compute.walk import WalkOptions, walk
-from ..errors import PlanError, RecordError
+from ..errors import PlanError
 from ..llamacpp import llama
 from ..quantize.equalization import Equalization, find_equalization
 from ..quantize.hessian_factors import FactorStore
@@ -33,7 +33,7 @@ from ..system.workfolder import WorkFolder
 from .estimate import duration, own_text_seconds
 from .finished import kept_moments, kept_sensitivities, kept_tokens
 from .run import Run
-from .settle import rounds_by_hessians, weighs_columns
+from .settle import check_imatrix, rounds_by_hessians, weighs_columns
 
 Original = Callable[[], AbstractContextManager[Path]]
 
@@ -142,9 +142,7 @@ class Calibrated:
 
     def calibration(self, recipe: Recipe) -> Calibration:
         """Return the recipe's calibration; raises ``RecordError`` for an importance matrix that was not given."""
-        name = recipe.calibration
-        if name.startswith(IMATRIX) and (self.imatrix is None or self.imatrix.name != name):
-            raise RecordError(f"made with the importance matrix {name}: pass that file with --imatrix")
+        check_imatrix(self.model, recipe, self.imatrix)
         kind, found = _kind(recipe), self.sensitivities(recipe)
         evidence = Evidence(
             self.model,

@@ -10,7 +10,7 @@ from ..calibration import CALIBRATIONS
 from ..calibration.imatrix import IMATRIX, Imatrix, read_imatrix
 from ..compute import BACKENDS
 from ..compute.decoder import what_is_missing
-from ..errors import PlanError
+from ..errors import PlanError, RecordError
 from ..evaluate.texts import embeds, predicts
 from ..llamacpp import ggml
 from ..metrics import METRICS, SE_READINGS
@@ -46,7 +46,7 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
 
     Raises:
         PlanError: options contradict one another, are not known, or cannot be had for this model.
-        RecordError: the importance matrix cannot be read.
+        RecordError: the importance matrix cannot be read, or is not the one that the scores were made with.
 
     """
     _check_contradictions(options)
@@ -71,7 +71,16 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
         device=_known("device", options.device, BACKENDS),
     )
     check_possible(model, recipe)
+    check_imatrix(model, recipe, imatrix)
     return Settled(recipe, imatrix, (note,) if note else ())
+
+
+def check_imatrix(model: Model, recipe: Recipe, imatrix: Imatrix | None) -> None:
+    """Raise ``RecordError`` for another importance matrix than a recipe names, or one of another model."""
+    if imatrix is not None:
+        imatrix.weights(model)
+    if recipe.calibration.startswith(IMATRIX) and (imatrix is None or imatrix.name != recipe.calibration):
+        raise RecordError(f"made with the importance matrix {recipe.calibration}: pass that file with --imatrix")
 
 
 def check_possible(model: Model, recipe: Recipe) -> None:

@@ -147,9 +147,9 @@ def _check_own(args: argparse.Namespace, folder: Path) -> int:
     for name, file in (("own", args.gguf), ("reference", args.reference)):
         if file:
             (folder / f"{name}.gguf").symlink_to(file.resolve())
-    against = "reference" if args.reference else None
+    reference = "reference" if args.reference else None
     text = args.text.read_bytes().decode()
-    cases = [Case("own", int(n_ctx), 0, args.batch, args.chunks, against) for n_ctx in args.ctx_size.split(",")]
+    cases = [Case("own", int(n_ctx), 0, args.batch, args.chunks, reference) for n_ctx in args.ctx_size.split(",")]
     return sum(_check(args.llama_perplexity, folder, text, case)[2] for case in cases)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from nsds_gguf.evaluate.texts import (
 )
 from nsds_gguf.quantize.equalization import LEAST, OUTSTANDING, Balance, find_balance
 from nsds_gguf.read import open_model
-from nsds_gguf.records import SELF, Model, Target
+from nsds_gguf.records import SELF, Model, Progress, Target
 from nsds_gguf.session import session
 from nsds_gguf.session.outputs import (
     Output,
@@ -162,6 +163,33 @@ def test_the_same_bytes_hold_more(how: dict[str, str], tmp_path: Path, monkeypat
     assert not any("Outlier" in note for note in without.plan.notes)
     divergences = [done.perplexity.divergence.kld_mean for done in (found, without)]
     assert divergences[0] < 0.5 * divergences[1], divergences
+
+
+def test_factors_are_those_of_the_equalized_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hessians are found on the stored weights and scaled; once used up they are found again."""
+    monkeypatch.setattr(random_tokens, "N_SEQUENCES_HESSIANS", 4)
+    monkeypatch.chdir(tmp_path)
+    source = write_tiny(tmp_path / "source", replace(CASES["llama"], dtype="F32"))
+    outlier_copy(source, tmp_path / "copy", seed=1)
+    stages = []
+
+    class Stages(Silent):
+        def stage(self, name: str) -> AbstractContextManager[Progress]:
+            stages.append(name)
+            return super().stage(name)
+
+    work = Work(open_model(tmp_path / "copy"), 1, Stages())
+    jobs = [PlanOptions(Target("none", 0), "uniform", uniform="Q4_0", effort="high"), replace(OPTIONS, effort="high")]
+    plain, even = (work.feedbacks(job) for job in jobs)
+    assert stages == ["find sensitivities", "factor second moments", "find Hessians", "factor second moments"]
+    name = "blk.1.ffn_up.weight"
+    exponents = work.balance(jobs[1]).columns[name]
+    assert exponents.any()
+    diagonals = []
+    for factors in (plain, even):
+        damped = factors.of(name).importance.astype(np.float64)
+        diagonals.append(damped - 1e-3 * damped.mean() / 1.001)
+    np.testing.assert_allclose(diagonals[1], np.ldexp(diagonals[0], -2 * exponents), rtol=1e-4, atol=1e-6)
 
 
 def test_other_allocators_write_the_weights_as_they_are(tmp_path: Path) -> None:

@@ -10,10 +10,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from arrays import expert_arrays, random_arrays
+from command import TINY
 from models import make_model
 from recorded_inputs import recorded_inputs, without_first
+from tiny_models import write_tiny
 from zoo_specs import write_spec
 
+from nsds_gguf.allocate import PlanOptions
+from nsds_gguf.calibration import generated_text
 from nsds_gguf.calibration.activations import collect
 from nsds_gguf.calibration.hessians import multiplied
 from nsds_gguf.compute import numpy_backend, weights
@@ -24,9 +28,10 @@ from nsds_gguf.compute.stream_file import stream_file
 from nsds_gguf.compute.walk import WalkOptions, walk
 from nsds_gguf.errors import ModelError, PlanError
 from nsds_gguf.read import open_model
+from nsds_gguf.records import SELF, Target
 from nsds_gguf.sensitivity.fisher import fisher
 from nsds_gguf.session.reporter import Silent
-from nsds_gguf.session.session import Work, reference_plan
+from nsds_gguf.session.session import ScoreOptions, Work, reference_plan
 
 # Dense, experts with and without a shared one, parallel blocks with one norm and with two, norms behind blocks, layer
 # norms with biases and learned positions, fused queries, keys and values.
@@ -171,6 +176,18 @@ def test_a_layer_is_decoded_once_forward_and_once_back(available, wanted, monkey
         counts.clear()
         fisher(model, tokens, 2)
         assert {counts[tensor.name] / tensor.n_weights for tensor in matrices} == {2}
+
+
+def test_how_often_a_default_conversion_decodes_a_weight(tmp_path, monkeypatch):
+    """The temporary original, NSDS, forward, back, measuring (small matrices whole), writing: once each."""
+    monkeypatch.setattr(generated_text, "N_TOKENS", 1024)
+    monkeypatch.chdir(tmp_path)
+    model, counts = counted(open_model(write_tiny(tmp_path / "wide", replace(TINY, n_layers=1))))
+    work = Work(model, 1, Silent())
+    (plan,) = work.plans([PlanOptions(Target("bpw", 4), effort="high", importance=SELF)], ScoreOptions(), None)
+    work.write(plan, tmp_path / "out.gguf")
+    matrices = [tensor for tensor in model.tensors if tensor.is_matrix and tensor.layer is not None]
+    assert len(matrices) == 7 and {counts[tensor.name] / tensor.n_weights for tensor in matrices} == {6}
 
 
 @pytest.mark.parametrize("name", ["phi-3", "gpt-neox", "qwen2moe"])

@@ -82,8 +82,6 @@ def generated_tokens(request: TokenRequest) -> Tokens:
     return tokens.astype(np.int64)
 
 
-
-
 def write_tokens(
     file: Path,
     *,

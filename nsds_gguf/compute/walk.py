@@ -105,9 +105,7 @@ def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress 
     slot_bytes = 4 * batches[0].size * model.hparams.n_embd
     with ExitStack() as stack:
         stack.enter_context(np.errstate(over="ignore", invalid="ignore"))  # refused where it appears: finite checks
-        file = stack.enter_context(
-            stream_file(options.folder, model.hparams.n_layers + len(batches), slot_bytes)
-        )
+        file = stack.enter_context(stream_file(options.folder, model.hparams.n_layers + len(batches), slot_bytes))
         backend = stack.enter_context(entry.open(model, n_positions, options.n_threads))
         sweep = _Sweep(model, batches, backend, file, options)
         progress(0, (model.hparams.n_layers + 1) * len(batches))

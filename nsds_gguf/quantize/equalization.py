@@ -165,9 +165,7 @@ def _place(
         yield reading, writing
 
 
-def _exponents(
-    moments: Float64, readers: Sequence[Tensor], column_squares: Mapping[str, Float64]
-) -> Exponents:
+def _exponents(moments: Float64, readers: Sequence[Tensor], column_squares: Mapping[str, Float64]) -> Exponents:
     """Return the exponents of the columns of ``readers``, ``(n_cols,)``; zeros where no channel stands out."""
     energy = np.sum([_column_share(reader, column_squares.get(reader.name)) for reader in readers], axis=0)
     alive = (moments > 0) & (energy > 0)

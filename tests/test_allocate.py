@@ -25,7 +25,8 @@ from nsds_gguf.allocate.measurement import measure, ratio_estimate, sample_rows
 from nsds_gguf.errors import ModelError, PlanError, RecordError, TargetError
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.records import UNQUANTIZED, LayerScore, Plan, Scores, Target
-from nsds_gguf.sensitivity.moment_propagation import Sensitivities, propagate
+from nsds_gguf.sensitivity.moment_propagation import propagate
+from nsds_gguf.sensitivity.result import Sensitivities
 from nsds_gguf.session.session import ScoreOptions
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"

@@ -161,7 +161,7 @@ def test_quantized_bytes_are_llama_quantizes(tmp_path: Path) -> None:
 
 
 def swept() -> dict[str, np.ndarray]:
-    """Return the moment sweep's importance of the demo."""
+    """Return the importance of random tokens of the demo."""
     model = open_model(DEMO, None, False, Silent())
     return Work(model, 1, Silent()).columns("sweep")
 

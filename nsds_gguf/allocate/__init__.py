@@ -29,7 +29,7 @@ from ..records import (
     Target,
     TensorCost,
 )
-from ..sensitivity.moment_propagation import IMPORTANCES
+from ..sensitivity.result import IMPORTANCES
 from .candidates import (
     FALLBACKS,
     LAST_RESORT,

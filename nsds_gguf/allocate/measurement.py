@@ -22,7 +22,7 @@ from ..llamacpp import ggml
 from ..quantize import rounding
 from ..quantize.rounding import Feedback, Feedbacks
 from ..records import Float32, Float64, Progress, Tensor, TensorCost, no_progress
-from ..sensitivity.moment_propagation import Sensitivities
+from ..sensitivity.result import Sensitivities
 from .candidates import Candidate
 
 WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole

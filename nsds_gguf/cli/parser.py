@@ -18,7 +18,7 @@ from ..llamacpp import ggml, llama
 from ..publish.model_card import is_repo
 from ..records import EFFORTS, SELF
 from ..score import METRICS, SE_READINGS
-from ..sensitivity.moment_propagation import IMPORTANCES
+from ..sensitivity.result import IMPORTANCES
 from ..session.effort import AUTO, AUTO_HIGH_WEIGHTS, PLAIN_IMPORTANCE
 from .options import DEFAULT_SCORING
 from .screen import Screen

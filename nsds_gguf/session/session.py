@@ -52,7 +52,7 @@ from ..records import (
     Scores,
     Target,
 )
-from ..sensitivity.moment_propagation import Sensitivities
+from ..sensitivity.result import Sensitivities
 from ..sensitivity.sensitivities import sensitivities
 from ..session.effort import effort_note, settled
 from ..session.estimate import duration, estimate_seconds, own_text_seconds

@@ -23,6 +23,7 @@ from nsds_gguf.calibration.hessians import multiplied
 from nsds_gguf.compute import numpy_backend, weights
 from nsds_gguf.compute.backend import BACKENDS, BackendEntry, find_backend
 from nsds_gguf.compute.input_moments import Recording
+from nsds_gguf.compute.layers import view_layer
 from nsds_gguf.compute.numpy_backend import NumpyBackend, open_numpy
 from nsds_gguf.compute.stream_file import stream_file
 from nsds_gguf.compute.walk import WalkOptions, walk
@@ -120,6 +121,24 @@ def test_matrices_with_one_input_are_named_together():
         ("ffn_gate_shexp", "ffn_up_shexp"), ("ffn_down_shexp",), ("ffn_gate_exps", "ffn_up_exps"), ("ffn_down_exps",),
         ("weight",),
     }  # fmt: skip
+
+
+ONE_NORM = [
+    ("phi-2", [("attn_q", "attn_k", "attn_v", "ffn_up"), ("attn_output",), ("ffn_down",)]),
+    ("gpt-neox", [("attn_qkv",), ("attn_output",), ("ffn_up",), ("ffn_down",)]),
+    ("cohere-qk-norm", [("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"), ("attn_output",), ("ffn_down",)]),
+]
+
+
+@pytest.mark.parametrize(("name", "wanted"), ONE_NORM)
+def test_parallel_blocks_behind_one_norm_share_an_input(name, wanted, tmp_path):
+    """GPT-NeoX's parallel blocks have a norm each; the others' are the same rows, bit for bit."""
+    model = open_model(write_spec(tmp_path / "checkpoint", name))
+    groups = view_layer(model, 0).input_groups(model.hparams)
+    assert groups == [tuple(f"blk.0.{role}.weight" for role in roles) for roles in wanted]
+    inputs, _ = recorded_inputs(model, tokens_of(model))
+    assert all(np.array_equal(inputs[group[0]], inputs[other]) for group in groups for other in group)
+    assert not np.array_equal(inputs["blk.0.ffn_up.weight"], inputs["blk.0.attn_output.weight"])
 
 
 def test_batches_and_threads_do_not_change_sums(tmp_path):

@@ -117,7 +117,9 @@ class Work:
         self._original: Path | None = None
 
     def tokens(self, kind: CalibrationKind, for_hessians: bool) -> Tokens:
-        """Return the tokens of a calibration; generated text takes long, and more where llama.cpp reads it too."""
+        """Return the tokens of a calibration; none where nothing reads them, since the pass cannot follow the model."""
+        if what_is_missing(self.model) and not kind.is_generated:
+            return np.zeros((0, 1), np.int64)
         key = kind.token_source, for_hessians and not kind.is_generated
         if key not in self._tokens:
             if kind.is_generated:
@@ -212,7 +214,13 @@ class Work:
         found = self.propagation(importance)
         moments = self._callback_moments.get(kind.name, found.moments)
         evidence = Evidence(
-            self.model, tokens, found.inputs, found.gains, moments, lambda: self._taken_hessians(kind), self.imatrix
+            self.model,
+            tokens if tokens.size else None,
+            found.inputs,
+            found.gains,
+            moments,
+            lambda: self._taken_hessians(kind),
+            self.imatrix,
         )
         return kind.make(evidence)
 

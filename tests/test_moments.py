@@ -1,4 +1,4 @@
-"""The moment sweep against a plain forward pass of random decoders of many designs."""
+"""Moment propagation against a plain forward pass of random decoders of many designs."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The moment sweep against sampling and against a plain float64 retelling of its formulas."""
+"""Moment propagation against sampling and against a plain float64 retelling of its formulas."""
 
 from dataclasses import replace
 
@@ -190,7 +190,7 @@ def test_a_recurrence_gets_the_median_of_what_mixes_positions_and_is_said():
     assert found.sensitivity["blk.1.ssm_in.weight"] == found.sensitivity["blk.1.ssm_out.weight"] == np.median(known)
     assert "blk.1.ssm_conv1d.weight" not in found.sensitivity  # is not quantized
     assert found.notes == (
-        "2 tensors (ssm_in, ssm_out) belong to blocks that the moment sweep does not follow: "
+        "2 tensors (ssm_in, ssm_out) belong to blocks that moment propagation does not follow: "
         "they get the median sensitivity of the others of their kind.",
     )
 

@@ -10,23 +10,31 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from arrays import expert_arrays, random_arrays
-from models import make_model
-from nsds_gguf.session.reporter import Silent
+from command import TINY
+from models import make_model, read_by
 from recorded_inputs import recorded_inputs, without_first
+from tiny_models import write_tiny
 from zoo_specs import write_spec
 
+from nsds_gguf.calibration import generated_text
 from nsds_gguf.calibration.activations import collect
 from nsds_gguf.calibration.hessians import multiplied
 from nsds_gguf.compute import numpy_backend, weights
 from nsds_gguf.compute.backend import BACKENDS, BackendEntry, find_backend
 from nsds_gguf.compute.input_moments import Recording
+from nsds_gguf.compute.layers import view_layer
 from nsds_gguf.compute.numpy_backend import NumpyBackend, open_numpy
 from nsds_gguf.compute.stream_file import stream_file
 from nsds_gguf.compute.walk import WalkOptions, walk
 from nsds_gguf.errors import ModelError, PlanError
 from nsds_gguf.read import open_model
+from nsds_gguf.records import Options
 from nsds_gguf.sensitivity.fisher import fisher
-from nsds_gguf.session.session import Work, reference_plan
+from nsds_gguf.session.original import original_plan
+from nsds_gguf.session.run import Run
+from nsds_gguf.session.session import Session
+from nsds_gguf.session.settle import settle
+from nsds_gguf.system.workfolder import WorkFolder
 
 # Dense, experts with and without a shared one, parallel blocks with one norm and with two, norms behind blocks, layer
 # norms with biases and learned positions, fused queries, keys and values.
@@ -91,7 +99,7 @@ def check_stack(moments, experts, first_positions):
 def test_moments_and_hessians_are_those_of_llama_cpp(name, tmp_path):
     """All positions counted; llama.cpp keeps keys and values in half precision."""
     model = open_model(write_spec(tmp_path / "checkpoint", name))
-    Work(model, 1, Silent()).write(reference_plan(model), tmp_path / "model.gguf")
+    Session(model, Run(1), WorkFolder(tmp_path)).write(original_plan(model), tmp_path / "model.gguf")
     tokens = tokens_of(model)
     inputs, _, hessians = walked(model, tokens, first_positions=True)
     found = collect(tmp_path / "model.gguf", tokens.astype(np.int32), full_for=sorted(hessians), n_threads=1)
@@ -115,6 +123,24 @@ def test_matrices_with_one_input_are_named_together():
         ("ffn_gate_shexp", "ffn_up_shexp"), ("ffn_down_shexp",), ("ffn_gate_exps", "ffn_up_exps"), ("ffn_down_exps",),
         ("weight",),
     }  # fmt: skip
+
+
+ONE_NORM = [
+    ("phi-2", [("attn_q", "attn_k", "attn_v", "ffn_up"), ("attn_output",), ("ffn_down",)]),
+    ("gpt-neox", [("attn_qkv",), ("attn_output",), ("ffn_up",), ("ffn_down",)]),
+    ("cohere-qk-norm", [("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"), ("attn_output",), ("ffn_down",)]),
+]
+
+
+@pytest.mark.parametrize(("name", "wanted"), ONE_NORM)
+def test_parallel_blocks_behind_one_norm_share_an_input(name, wanted, tmp_path):
+    """GPT-NeoX's parallel blocks have a norm each; the others' are the same rows, bit for bit."""
+    model = open_model(write_spec(tmp_path / "checkpoint", name))
+    groups = view_layer(model, 0).input_groups(model.hparams)
+    assert groups == [tuple(f"blk.0.{role}.weight" for role in roles) for roles in wanted]
+    inputs, _ = recorded_inputs(model, tokens_of(model))
+    assert all(np.array_equal(inputs[group[0]], inputs[other]) for group in groups for other in group)
+    assert not np.array_equal(inputs["blk.0.ffn_up.weight"], inputs["blk.0.attn_output.weight"])
 
 
 def test_batches_and_threads_do_not_change_sums(tmp_path):
@@ -149,11 +175,11 @@ def counted(model):
     counts = collections.Counter()
 
     def count(tensor):
-        def read_rows(start, stop):
+        def read(start, stop):
             counts[tensor.name] += (stop - start) * tensor.n_cols
-            return tensor.read_rows(start, stop)
+            return tensor.rows(slice(start, stop))
 
-        return replace(tensor, read_rows=read_rows)
+        return read_by(tensor, read)
 
     return replace(model, tensors=tuple(count(tensor) for tensor in model.tensors)), counts
 
@@ -171,6 +197,19 @@ def test_a_layer_is_decoded_once_forward_and_once_back(available, wanted, monkey
         counts.clear()
         fisher(model, tokens, 2)
         assert {counts[tensor.name] / tensor.n_weights for tensor in matrices} == {2}
+
+
+def test_how_often_a_default_conversion_decodes_a_weight(tmp_path, monkeypatch):
+    """The temporary original, forward, back, measuring (small matrices whole), writing: once each."""
+    monkeypatch.setattr(generated_text, "N_TOKENS", 1024)
+    monkeypatch.chdir(tmp_path)
+    model, counts = counted(open_model(write_tiny(tmp_path / "wide", replace(TINY, n_layers=1))))
+    with WorkFolder(tmp_path) as files:
+        session = Session(model, Run(1), files)
+        (plan,) = session.plans([settle(Options(target_bpw=4.0), model)], None)
+        session.write(plan, tmp_path / "out.gguf")
+    matrices = [tensor for tensor in model.tensors if tensor.is_matrix and tensor.layer is not None]
+    assert len(matrices) == 7 and {counts[tensor.name] / tensor.n_weights for tensor in matrices} == {5}
 
 
 @pytest.mark.parametrize("name", ["phi-3", "gpt-neox", "qwen2moe"])

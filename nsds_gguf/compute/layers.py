@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from ..llamacpp.rules import kept_reason
 from ..records import Hparams, Model, Tensor
 from ..records.transforms import SliceColumns, SliceRows
+from .norm_placement import norm_placement
 
 # Roles of matrices between the stream and the heads that a plain attention does not have: latent queries, keys and
 # values (MLA), a second set of experts for pictures.
@@ -84,15 +85,24 @@ class Layer:
         """True for a layer without any matrix, as pruning leaves them."""
         return self.attention is None and not self.feed_forward and not self.rest
 
-    def input_groups(self) -> list[tuple[str, ...]]:
-        """Return the stored names of the matrices in the views, those that multiply the same input together."""
+    def input_groups(self, hparams: Hparams) -> list[tuple[str, ...]]:
+        """Return the stored names of the matrices in the views, those that multiply the same input together.
+
+        Both blocks of a parallel layer with one norm multiply the same; stacks keep to themselves.
+        """
+        placement = norm_placement(self.tensors, hparams)
         groups: list[list[Linear | None]] = []
         if self.attention is not None:
             a = self.attention
             groups += [[a.q, a.k, a.v], [a.o]]
         for kind in (DENSE, SHARED, ROUTED):
             block = next((block for block in self.feed_forward if block.kind == kind), None)
-            if block is not None:
+            if block is None:
+                continue
+            if kind != ROUTED and groups and placement.has_one_input:
+                groups[0] += [block.gate, block.up]
+                groups.append([block.down])
+            else:
                 groups += [[block.gate, block.up], [block.down]]
         return [tuple(dict.fromkeys(part.name for part in group if part is not None)) for group in groups]
 

@@ -45,6 +45,11 @@ class NormPlacement:
     feed_forward: BlockNorms
     parallel: bool
 
+    @property
+    def has_one_input(self) -> bool:
+        """Whether both blocks read the same: what the layer reads, through the same norm."""
+        return self.parallel and self.attention.before == self.feed_forward.before
+
 
 def norm_placement(tensors: Mapping[str, Tensor], hparams: Hparams) -> NormPlacement:
     """Return the norm placement of a layer from its tensors by role."""

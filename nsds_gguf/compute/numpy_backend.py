@@ -95,7 +95,7 @@ class NumpyLayer:
         """Take the layer's views, and what is recorded of its inputs."""
         self._backend, self._view = backend, view
         self._weights = backend.weights_of([*view.matrices()])
-        groups = view.input_groups() if recording is not None else []
+        groups = view.input_groups(backend.model.hparams) if recording is not None else []
         self._recorder = InputRecorder(backend, groups, recording or Recording())
 
     def forward(self, x: Float32) -> Float32:

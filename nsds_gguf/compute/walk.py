@@ -119,7 +119,8 @@ def working_bytes(model: Model, n_tokens: int, recording: Recording | None = Non
     for index in range(h.n_layers):
         view = view_layer(model, index)
         weights = max(weights, sum(matrix.n_weights for matrix in view.matrices()))
-        wanted = [names for names in view.input_groups() if recording and not recording.hessians.isdisjoint(names)]
+        groups = view.input_groups(h) if recording else []
+        wanted = [names for names in groups if recording and not recording.hessians.isdisjoint(names)]
         hessians = max(hessians, sum(model.by_name[names[0]].n_cols ** 2 for names in wanted))
     return 4 * (n_tokens * (_WIDTHS * h.n_embd + _HIDDEN_WIDTHS * h.n_ff) + hessians) + held_bytes(weights)
 

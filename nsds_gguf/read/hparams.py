@@ -24,7 +24,7 @@ RopeKind = Literal["neighbours", "halves", "none"]
 ExpertScores = Literal["softmax", "sigmoid", "unknown"]
 
 # Activation of the feed-forward blocks where it is not SiLU, llama.cpp's default (``LLM_FFN_*`` in src/models/*.cpp).
-# ``unknown``: none of those that the moment sweep has a formula for.
+# ``unknown``: none of those that moment propagation has a formula for.
 ACTIVATIONS = {
     **dict.fromkeys(
         (

@@ -2,7 +2,7 @@
 
 For small changes ``dW`` of the weights the mean KL divergence is ``1/2 sum F_ij dW_ij^2`` when changes are independent,
 with ``F`` the diagonal of the Fisher information (Amari, Natural gradient works efficiently in learning, 1998): the
-mean over tokens of ``(d log p(y) / dW_ij)^2``, ``y`` drawn from the model's own prediction. Noise of relative energy
+mean over tokens of ``(d log p(y) / dW_ij)^2``, ``y`` drawn from the model's own prediction. Noise of relative error
 ``e`` has ``dW_ij^2 = e W_ij^2``: the *sensitivity* of a tensor is ``1/2 sum F_ij W_ij^2``, in nats per unit of relative
 error. There is no constant to fit.
 

@@ -5,26 +5,24 @@ matrix a *sensitivity* (predicted divergence per unit of relative error) and the
 columns reads, the *importance* that ggml's quantizers take.
 
 The theory: divergence is about ``sum_t alpha_t e_t``, additive in small independent errors (HIGGS, arXiv 2411.17525),
-with ``alpha_t = E_t / R_l``: the energy of the write that tensor ``t`` takes part in over that of the stream after it.
-Second moments are per channel; channels are treated as uncorrelated, positions as independent draws.
+with ``alpha_t = E_t / R_l``: the squared norm of the residual update that tensor ``t`` takes part in over that of the
+stream after it. Second moments are per channel; channels are treated as uncorrelated, positions as independent draws.
 
 What differs between architectures: ``norm_placement`` says where the norms sit, ``layers`` what the blocks are made of,
 ``Hparams`` the scales. A stream that is read through layer norms alone never shows the mean of its channels: it is
 followed without. Left out: caps on logits, sinks, windows, rope; they bound or move attention, not what values carry.
 
-A block put together in a way not known here (recurrence, linear attention, ...) writes nothing in the sweep; its
+A block put together in a way not known here (recurrence, linear attention, ...) adds nothing to the stream; its
 tensors get the typical sensitivity of their kind, and a note.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..compute.activation_functions import ACTIVATIONS
-from ..compute.input_moments import Moments
 from ..compute.layers import Layer, view_layer
 from ..compute.norm_placement import (
     BlockNorms,
@@ -38,7 +36,6 @@ from ..errors import ModelError
 from ..llamacpp.rules import kept_reason
 from ..records import Float64, Model, Progress, Tensor, no_progress
 from .blocks import (
-    ATTENTION_SHRINK,
     ResidualUpdate,
     attention_update,
     feed_forward_update,
@@ -47,8 +44,7 @@ from .blocks import (
 )
 from .latent import latent_update, view_latent
 from .moments import Signal, normed, row_moments
-
-__all__ = ["ATTENTION_SHRINK", "STREAM_WEIGHT", "Sensitivities", "propagate"]
+from .result import Sensitivities
 
 # Divergence of relative noise in the stream, over that of the same noise in the output tensor: measured, not derived
 # (docs/log.md, 2026-11-23).
@@ -57,28 +53,7 @@ STREAM_WEIGHT = 0.14
 # Architectures whose gate on attention's output is no sigmoid, or that mix attention with a linear one.
 _OTHER_ATTENTION = ("laguna", "minimax-01")
 
-MAX_SHOWN_ROLES = 4  # in the note on tensors that the sweep does not reach
-
-
-@dataclass(frozen=True)
-class Sensitivities:
-    """Result of the sweep, by tensor name.
-
-    ``sensitivity`` is in units of the output tensor's, from ``fisher`` in nats; ``inputs`` holds ``(n_cols,)`` float64
-    second moments of what each matrix multiplies, ``(n_experts, n_cols)`` where stacked matrices multiply different
-    things; ``gains`` the squared gain of the norm in front of it where there is one; ``notes`` says what the sweep did
-    not reach, ``looked_up`` which share of a tied embedding's sensitivity is not the output's, ``moments`` those of all
-    tokens that went through the model and ``column_squares`` the squared norms of the matrices' columns, ``(n_cols,)``;
-    both are empty where no tokens went through.
-    """
-
-    sensitivity: Mapping[str, float]
-    inputs: Mapping[str, Float64]
-    gains: Mapping[str, Float64]
-    notes: tuple[str, ...] = ()
-    looked_up: float = 0.0
-    moments: Mapping[str, Moments] = field(default_factory=dict)
-    column_squares: Mapping[str, Float64] = field(default_factory=dict)
+MAX_SHOWN_ROLES = 4  # in the note on tensors that propagation does not reach
 
 
 def propagate(model: Model, progress: Progress = no_progress) -> Sensitivities:
@@ -108,7 +83,7 @@ def propagate(model: Model, progress: Progress = no_progress) -> Sensitivities:
 
 
 class _Sweep:
-    """State of the sweep: ``stream`` holds the moments of the residual channels, ``(n_embd,)``.
+    """State of the propagation: ``stream`` holds the moments of the residual channels, ``(n_embd,)``.
 
     It is ``None`` when there is no embedding to start from; then nothing is reached. The channels' means are followed
     where the stream is read through layer norms, which is where models have biases.
@@ -226,11 +201,11 @@ class _Sweep:
         self.sensitivity[tensor.name] = 1.0 + (STREAM_WEIGHT if self.model.is_tied else 0.0)
 
 
-# --- what the sweep does not reach ----------------------------------------------------------------------------
+# --- what propagation does not reach --------------------------------------------------------------------------
 
 
 def typical_sensitivities(model: Model, known: Mapping[str, float], missed: Sequence[Tensor]) -> dict[str, float]:
-    """Return sensitivities of tensors that the sweep does not reach, by name.
+    """Return sensitivities of tensors that propagation does not reach, by name.
 
     The median of the known ones of the same kind: of feed-forward blocks, or of what mixes positions. Without any, and
     outside the layers, the share of a block's write in a stream of blocks that all write alike: 1 / (2 n_layers).
@@ -254,6 +229,6 @@ def _notes(missed: Sequence[Tensor]) -> tuple[str, ...]:
     roles = sorted({tensor.role for tensor in missed})
     shown = ", ".join(roles[:MAX_SHOWN_ROLES]) + (", ..." if len(roles) > MAX_SHOWN_ROLES else "")
     return (
-        f"{len(missed)} tensors ({shown}) belong to blocks that the moment sweep does not follow: "
+        f"{len(missed)} tensors ({shown}) belong to blocks that moment propagation does not follow: "
         "they get the median sensitivity of the others of their kind.",
     )

@@ -15,7 +15,8 @@ from ..compute.walk import WalkOptions, walk
 from ..llamacpp.rules import kept_reason
 from ..records import Model, Progress, no_progress
 from .fisher import Fisher, steps_back, walk_back
-from .moment_propagation import Sensitivities, propagate, typical_sensitivities
+from .moment_propagation import propagate, typical_sensitivities
+from .result import Sensitivities
 
 
 def sensitivities(
@@ -39,7 +40,7 @@ def sensitivities(
     missing = what_is_missing(model)
     if missing:
         propagated = propagate(model, progress)
-        note = f"Sensitivities come from the moment sweep: the pass over tokens cannot follow {missing}."
+        note = f"Sensitivities come from moment propagation: the pass over tokens cannot follow {missing}."
         return replace(propagated, notes=(note, *propagated.notes))
     n_back = steps_back(model)
     with walk(model, tokens, options, lambda done, total: progress(done, total + n_back)) as forward:

@@ -25,7 +25,7 @@ from ..llamacpp import llama
 from ..quantize.equalization import Equalization, find_equalization
 from ..quantize.hessian_factors import FactorStore
 from ..records import Float32, Model, Recipe
-from ..sensitivity.moment_propagation import Sensitivities
+from ..sensitivity.result import Sensitivities
 from ..sensitivity.sensitivities import sensitivities
 from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
 from ..system.store import Store
@@ -144,9 +144,10 @@ class Calibrated:
         """Return the recipe's calibration; raises ``RecordError`` for an importance matrix that was not given."""
         check_imatrix(self.model, recipe, self.imatrix)
         kind, found = _kind(recipe), self.sensitivities(recipe)
+        tokens = self._drawn(kind, recipe, False)
         evidence = Evidence(
             self.model,
-            self._drawn(kind, recipe, False),
+            tokens if tokens.size else None,
             found.inputs,
             found.gains,
             self._callback_moments.get(kind.name, found.moments),
@@ -158,7 +159,9 @@ class Calibrated:
     # --- tokens and Hessians --------------------------------------------------------------------------------------
 
     def _drawn(self, kind: CalibrationKind, recipe: Recipe, for_hessians: bool) -> Tokens:
-        """Return the tokens of a calibration; generated text takes long, and more where llama.cpp reads it too."""
+        """Return the tokens of a calibration; none where nothing reads them, since the pass cannot follow the model."""
+        if what_is_missing(self.model) and not kind.is_generated:
+            return np.zeros((0, 1), np.int64)
         key = kind.token_source, for_hessians and not kind.is_generated
         if key not in self._tokens:
             request = TokenRequest(

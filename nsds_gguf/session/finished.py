@@ -16,7 +16,7 @@ from ..compute.backend import Tokens
 from ..compute.input_moments import Moments
 from ..records import LayerScore, TensorCost
 from ..records.json_records import built
-from ..sensitivity.moment_propagation import Sensitivities
+from ..sensitivity.result import Sensitivities
 from ..system.store import Store
 
 Arrays = dict[str, NDArray[Any]]

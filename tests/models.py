@@ -44,8 +44,9 @@ class FromFunction(Source):
         return self.tensor.n_cols
 
     def values(self, rows: Rows, columns: slice) -> Float32:
-        assert isinstance(rows, slice)
-        return self.read(rows.start, rows.stop)[:, columns]
+        if isinstance(rows, slice):
+            return self.read(rows.start, rows.stop)[:, columns]
+        return np.concatenate([self.read(int(row), int(row) + 1) for row in rows])[:, columns]
 
 
 def read_by(tensor: Tensor, read: Callable[[int, int], Float32]) -> Tensor:

@@ -228,7 +228,7 @@ def test_squared_norms_of_columns(name, tmp_path):
 
 def test_damage_is_named_by_layer():
     arrays, hparams = random_arrays(5, n_layers=2)
-    arrays["blk.1.ffn_up.weight"][3] = np.inf
+    arrays["blk.1.ffn_up.weight"][3] = 3e38
     model = make_model(arrays, hparams)
     with pytest.raises(ModelError, match="layer 1: its output is not finite"):
         walked(model, tokens_of(model))
@@ -284,7 +284,7 @@ def test_a_backend_that_is_registered_is_used(monkeypatch):
     model = make_model(*random_arrays(5, n_layers=1))
     tokens = tokens_of(model)
     streams = []
-    for backend in ("numpy", "doubled"):
+    for backend in ("cpu", "doubled"):
         options = WalkOptions(5, n_threads=2, backend=backend, folder=None)
         with walk(model, tokens, options) as found:
             streams.append(found.streams.read(0))
@@ -297,7 +297,7 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
     monkeypatch.setitem(BACKENDS, "cuda", entry)
     with pytest.raises(PlanError, match="backend cuda cannot run here: there is no GPU"):
         find_backend("cuda")
-    with pytest.raises(PlanError, match="backend 'abacus' is not known; wanted one of numpy, cuda"):
+    with pytest.raises(PlanError, match="backend 'abacus' is not known; wanted one of cpu, cuda"):
         find_backend("abacus")
 
 

@@ -330,13 +330,13 @@ def _plans(bench: _Bench, aim: _Aim, scores: Scores, recipe: Recipe) -> list[_Jo
     wanted: list[tuple[str, str, Recipe]] = [
         (OURS, "", recipe),
         (PAPER, "", paper),
-        *((RANDOM, f"seed {i}", replace(randomly, seed=i)) for i in range(aim.n_seeds)),
+        *((RANDOM, f"seed {i}", replace(randomly, allocation_seed=i)) for i in range(aim.n_seeds)),
     ]
     if aim.fixed:
         present = {tensor.name for tensor in bench.session.model.tensors}
         fixed = tuple(TensorType(_exactly(name), type_) for name, type_ in aim.fixed.items() if name in present)
         fixing = replace(randomly, tensor_types=fixed)
-        wanted += [(RANDOM_FIXED, f"seed {i}", replace(fixing, seed=i)) for i in range(aim.n_seeds)]
+        wanted += [(RANDOM_FIXED, f"seed {i}", replace(fixing, allocation_seed=i)) for i in range(aim.n_seeds)]
     jobs = []
     for kind, detail, each in wanted:
         try:

@@ -22,6 +22,7 @@ from .session.outputs import (
     Output,
     check_not_input,
     check_output_folder,
+    check_replaceable,
     default_name,
     named,
     output_paths,
@@ -129,8 +130,9 @@ def convert(
         )
         stack.enter_context(unchanged(model.inputs))
         files.open()
-        check_vocabulary(model, verifying, text, files)
         session = Session(model, run, files, jobs[0].settled.imatrix)
+        check_replaceable([path for path in paths if not session.has_finished(path)], output.force)
+        check_vocabulary(model, verifying, text, files)
         generates = any(job.generates_text(session) for job in jobs)
         check_room(model, run, files.folder, [job.largest_bytes(model) for job in jobs], verifying, generates)
         comparing = with_original_at_hand(model, verifying, generates)
@@ -140,11 +142,16 @@ def convert(
         plans = _plans(session, jobs, loaded)
         reference = stack.enter_context(reference_file(session, comparing))
         for target, plan in zip(paths, plans, strict=True):
-            with unfinished(target, files, output.keep_failed, True) as temporary, named(target, temporary, output):
-                session.write(plan, temporary, resumes=True)
-                notes = () if comparing is verifying else lacks_room_for_original(model, plan, verifying.n_ctx)
-                found = session.verify(plan, temporary, verifying, text, None if notes else reference)
-                check_unchanged(model.inputs)
+            notes = () if comparing is verifying else lacks_room_for_original(model, plan, verifying.n_ctx)
+            compared_with = None if notes else reference
+            if session.has_finished(target, plan):  # in a run that was interrupted at a later file
+                found = session.verify(plan, target, verifying, text, compared_with)
+            else:
+                with unfinished(target, files, output.keep_failed, True) as temporary, named(target, temporary, output):
+                    session.write(plan, temporary, resumes=True)
+                    found = session.verify(plan, temporary, verifying, text, compared_with)
+                    check_unchanged(model.inputs)
+                session.note_finished(target, plan)
             ppl, embedding = (None, found) if isinstance(found, EmbeddingCheck) else (found, None)
             compared = reference_name(model, comparing) if ppl is not None and ppl.divergence is not None else None
             results.append(Converted(target, plan, ppl, session.scores, model.path, compared, notes, embedding))

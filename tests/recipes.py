@@ -21,6 +21,7 @@ def recipe(target: Target | float | None = None, **changes: Any) -> Recipe:
         "score_weight": 0.0,
         "prefer": "quality",
         "seed": 0,
+        "allocation_seed": 0,
         "device": "cpu",
     }
     return Recipe(**{**plain, **changes})

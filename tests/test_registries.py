@@ -1,4 +1,4 @@
-"""One entry in a registry is enough: it shows in the help, in plans and scores, in the file's keys and in the report."""
+"""One entry in a registry is enough: it shows in the help, in plans, in the file's keys and in the report."""
 
 from __future__ import annotations
 

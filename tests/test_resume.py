@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tiny_models import write_tiny
 
 from nsds_gguf import Options, Output, Run, VerifyOptions, convert
 from nsds_gguf.calibration import generated_text, random_tokens
+from nsds_gguf.errors import OutputError
 from nsds_gguf.records import Progress
 from nsds_gguf.session.run import Silent
 
@@ -28,15 +30,16 @@ GPTQ = Options(target_bpw=6.0, rounding="gptq", calibration="random")
 class Stopping(Silent):
     """A reporter that stops the run in a stage, at its begin, behind some of its progress calls, or at its end."""
 
-    def __init__(self, name: str = "", after: int = -1, *, at_end: bool = False) -> None:
-        self.name, self.after, self.at_end = name, after, at_end
+    def __init__(self, name: str = "", after: int = -1, *, at_end: bool = False, nth: int = 1) -> None:
+        self.name, self.after, self.at_end, self.nth = name, after, at_end, nth
         self.stages: dict[str, int] = {}  # calls of progress by stage
         self.said: list[str] = []
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
         self.stages[name] = 0
-        if name == self.name and self.after == 0:
+        self.nth -= name == self.name
+        if name == self.name and self.after == 0 and self.nth == 0:
             raise KeyboardInterrupt
 
         def progress(done: int, total: int) -> None:
@@ -145,6 +148,27 @@ def test_other_options_and_damage_are_told_and_computed_again(tmp_path: Path) ->
     changed = Stopping()
     run(source, tmp_path / "other", other, changed)
     assert changed.stages["find sensitivities"] and any("other options" in said for said in changed.said)
+
+
+def test_files_that_are_finished_are_not_written_again(tmp_path: Path) -> None:
+    """Of several budgets; the same command is not refused for the files that it has finished itself."""
+    source = write_tiny(tmp_path / "model", TINY)
+    options = [replace(RTN, target_bpw=bpw) for bpw in (5.0, 6.0)]
+
+    def both(folder: Path, report: Silent) -> dict[str, bytes]:
+        convert(source, options, output=folder, verifying=UNCHECKED, run=Run(1, report))
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    for name in ("whole", "out"):
+        (tmp_path / name).mkdir()
+    wanted = both(tmp_path / "whole", Stopping())
+    with pytest.raises(KeyboardInterrupt):
+        both(tmp_path / "out", Stopping("verify structure", 0, nth=2))
+    (first,) = (tmp_path / "out").glob("*.gguf")
+    before = first.stat().st_mtime_ns
+    assert both(tmp_path / "out", Stopping()) == wanted and first.stat().st_mtime_ns == before
+    with pytest.raises(OutputError, match="exists already"):
+        both(tmp_path / "out", Stopping())
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL of Unix")

@@ -158,7 +158,7 @@ def allocate_uniform(problem: Problem) -> Choice:
 
 def allocate_random(problem: Problem) -> Choice:
     """Give every matrix a random type within the budget: the baseline that any knowledge has to beat."""
-    seed = problem.recipe.seed
+    seed = problem.recipe.allocation_seed
     types = random_types(problem.candidates, problem.budget, problem.padded, seed)
     return Choice(types, None, (f"The types are random, seed {seed}.",))
 

@@ -102,7 +102,8 @@ class Recipe:
         se: reading of structural expressiveness; ``None`` for other metrics than ``nsds``.
         score_weight: weight of the layer scores as a factor on sensitivities.
         prefer: what decides between types that cost about the same.
-        seed: of random tokens, and of the allocator ``random``.
+        seed: of the tokens that calibration draws or generates.
+        allocation_seed: of the allocator ``random``.
         device: key of ``compute.BACKENDS``.
 
     """
@@ -118,6 +119,7 @@ class Recipe:
     score_weight: float
     prefer: str
     seed: int
+    allocation_seed: int
     device: str
 
     def to_json(self) -> str:

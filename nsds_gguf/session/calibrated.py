@@ -37,6 +37,8 @@ from .settle import check_imatrix, rounds_by_hessians, weighs_columns
 
 Original = Callable[[], AbstractContextManager[Path]]
 
+_Source = tuple[str, int, str]  # whose tokens, of what seed, computed by what
+
 
 class Calibrated:
     """The statistics of one model, by recipe; recipes that calibrate alike share them.
@@ -69,17 +71,17 @@ class Calibrated:
             imatrix.weights(model)
         self.model, self.imatrix = model, imatrix
         self._run, self._files, self._original, self._store = run, files, original, store
-        self._tokens: dict[tuple[str, bool], Tokens] = {}
-        self._sensitivities: dict[str, Sensitivities] = {}
-        self._callback_moments: dict[str, dict[str, Moments]] = {}
-        self._hessians: dict[str, HessianFiles] = {}
-        self._equalizations: dict[str, Equalization] = {}
-        self._factors: dict[tuple[str, bool], FactorStore] = {}
+        self._tokens: dict[tuple[str, int, bool], Tokens] = {}
+        self._sensitivities: dict[_Source, Sensitivities] = {}
+        self._callback_moments: dict[_Source, dict[str, Moments]] = {}
+        self._hessians: dict[_Source, HessianFiles] = {}
+        self._equalizations: dict[_Source, Equalization] = {}
+        self._factors: dict[tuple[_Source, bool], FactorStore] = {}
 
     def sensitivities(self, recipe: Recipe) -> Sensitivities:
         """Return sensitivities and column moments on the recipe's tokens; Hessians too where it rounds with them."""
         kind = _kind(recipe)
-        key = kind.token_source
+        key = _source(recipe)
         if key not in self._sensitivities:
             for_hessians = rounds_by_hessians(recipe)
             tokens = self._drawn(kind, recipe, for_hessians)
@@ -102,7 +104,7 @@ class Calibrated:
         """Return the channel equalization: where costs count, and the pass over tokens sees outliers."""
         if not ALLOCATORS[recipe.allocator].needs_costs or what_is_missing(self.model):
             return Equalization()
-        key = _kind(recipe).token_source
+        key = _source(recipe)
         if key not in self._equalizations:
             found = self.sensitivities(recipe)
             self._equalizations[key] = find_equalization(self.model, found.inputs, found.column_squares)
@@ -122,7 +124,7 @@ class Calibrated:
         if kind.shrinkage is None:
             raise PlanError(f"--rounding {recipe.rounding} needs Hessians, which calibration {kind.name} does not have")
         looked_up, equalization = self.sensitivities(recipe).looked_up, self.equalization(recipe)
-        key = kind.name, bool(equalization)
+        key = _source(recipe), bool(equalization)
         if key not in self._factors:
             folder = self._files.path / f"factors-{len(self._factors)}"
             folder.mkdir(exist_ok=True)
@@ -150,7 +152,7 @@ class Calibrated:
             tokens if tokens.size else None,
             found.inputs,
             found.gains,
-            self._callback_moments.get(kind.name, found.moments),
+            self._callback_moments.get(_source(recipe), found.moments),
             lambda: self._taken_hessians(kind, recipe),
             self.imatrix,
         )
@@ -162,7 +164,7 @@ class Calibrated:
         """Return the tokens of a calibration; none where nothing reads them, since the pass cannot follow the model."""
         if what_is_missing(self.model) and not kind.is_generated:
             return np.zeros((0, 1), np.int64)
-        key = kind.token_source, for_hessians and not kind.is_generated
+        key = kind.token_source, recipe.seed, for_hessians and not kind.is_generated
         if key not in self._tokens:
             request = TokenRequest(
                 self.model, self._original, for_hessians, n_threads=self._run.n_threads, seed=recipe.seed
@@ -195,7 +197,7 @@ class Calibrated:
                 return collect(path, tokens.astype(np.int32), n_threads=self._run.n_threads, progress=progress)
 
         store = self._keyed(kind, recipe)
-        self._callback_moments[kind.name] = kept_moments(store, "column statistics of generated text", compute)
+        self._callback_moments[_source(recipe)] = kept_moments(store, "column statistics of generated text", compute)
 
     def _walk_options(self, kind: CalibrationKind, recipe: Recipe, for_hessians: bool) -> WalkOptions:
         """Return how tokens go through the model; Hessians go to new files."""
@@ -208,16 +210,16 @@ class Calibrated:
         )
         if not for_hessians or what_is_missing(self.model):
             return options
-        folder = self._files.path / f"hessians-{kind.name}"
+        folder = self._files.path / f"hessians-{kind.name}-{recipe.seed}"
         folder.mkdir(exist_ok=True)
         check_disk(folder, disk_bytes(self.model), "the Hessians")
-        self._hessians[kind.name] = files = HessianFiles(folder)
+        self._hessians[_source(recipe)] = files = HessianFiles(folder)
         recording = Recording(frozenset(multiplied(self.model)), kind.first_positions, column_squares=True)
         return replace(options, recording=recording, on_hessian=files.add)
 
     def _find_hessians(self, kind: CalibrationKind, recipe: Recipe) -> None:
         """Walk again where Hessians were not asked for when the tokens were read, or are used up."""
-        if kind.name not in self._hessians and not what_is_missing(self.model):
+        if _source(recipe) not in self._hessians and not what_is_missing(self.model):
             tokens, options = self._drawn(kind, recipe, True), self._walk_options(kind, recipe, True)
             stage = self._run.report.stage("find Hessians")
             with stage as progress, blas_threads(1), walk(self.model, tokens, options, progress):
@@ -225,9 +227,9 @@ class Calibrated:
 
     def _taken_hessians(self, kind: CalibrationKind, recipe: Recipe) -> Iterator[NamedHessian]:
         """Return the Hessians of a calibration's tokens, which are used up then."""
-        if kind.name in self._hessians:
-            return self._hessians.pop(kind.name).take()
-        moments, tokens = self._callback_moments.get(kind.name, {}), self._drawn(kind, recipe, True)
+        if _source(recipe) in self._hessians:
+            return self._hessians.pop(_source(recipe)).take()
+        moments, tokens = self._callback_moments.get(_source(recipe), {}), self._drawn(kind, recipe, True)
         return callback_hessians(self._original, tokens, moments, multiplied(self.model), self._run.n_threads)
 
 
@@ -235,6 +237,6 @@ def _kind(recipe: Recipe) -> CalibrationKind:
     return find_calibration("imatrix" if recipe.calibration.startswith(IMATRIX) else recipe.calibration)
 
 
-def _tokens_key(kind: CalibrationKind) -> str:
-    """Return what kinds that read the same tokens have in common."""
-    return kind.name if kind.is_generated else "random"
+def _source(recipe: Recipe) -> _Source:
+    """Return what recipes whose statistics are the same have in common."""
+    return _kind(recipe).token_source, recipe.seed, recipe.device

@@ -23,6 +23,7 @@ PLAIN = Recipe(
     score_weight=0.0,
     prefer="quality",
     seed=0,
+    allocation_seed=0,
     device="cpu",
 )
 

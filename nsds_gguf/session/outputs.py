@@ -69,7 +69,7 @@ def check_output_folder(output: Output) -> None:
 
 
 def output_paths(names: Sequence[str], output: Output) -> list[Path]:
-    """Return one path per file; raises ``OutputError`` when one exists or several would share a name."""
+    """Return one path per file; raises ``OutputError`` for a name that cannot be, or that several would share."""
     if output.path is not None and not output.path.is_dir():
         if len(names) > 1:
             raise OutputError(f"{output.path}: one file cannot hold {len(names)} targets; give a folder")
@@ -80,12 +80,16 @@ def output_paths(names: Sequence[str], output: Output) -> list[Path]:
         raise OutputError(f"two targets would both be written to {paths[0].name}; drop one")
     for path in paths:
         _check_name(path)
+    return paths
+
+
+def check_replaceable(paths: Sequence[Path], force: bool) -> None:
+    """Raise ``OutputError`` when a path exists and is not to be replaced."""
     for path in filter(Path.exists, paths):
         if not _may_replace(path):
             raise OutputError(f"{path}: exists and is no GGUF file, so it is not replaced; choose another name")
-        if not output.force:
+        if not force:
             raise OutputError(f"{path}: exists already; pass --force to replace it")
-    return paths
 
 
 def check_not_input(paths: Sequence[Path], model: Model) -> None:

@@ -22,7 +22,7 @@ from ..quantize.header import header_bytes
 from ..quantize.measure import measure
 from ..quantize.write import Resume, write_gguf
 from ..records import Model, Plan, Recipe, Scores
-from ..system.filestate import check_unchanged
+from ..system.filestate import check_unchanged, file_states
 from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
 from ..system.store import Store
 from ..system.workfolder import WorkFolder
@@ -164,6 +164,25 @@ class Session:
     def generates_text(self, recipe: Recipe, types: set[str]) -> bool:
         """Return whether the model must generate calibration text for these types."""
         return recipe.calibration == GENERATED and weighs_columns(recipe, types)
+
+    # --- files that are finished ----------------------------------------------------------------------------------
+
+    def has_finished(self, path: Path, plan: Plan | None = None) -> bool:
+        """Return whether an interrupted run finished an output, of that plan if one is given, and it is unchanged."""
+        if self.store is None or not path.exists():
+            return False
+        found = self.store.get(f"finished files/{path.name}")
+        state = file_states([path])[0]
+        if found is None or found["state"] != [state.n_bytes, state.mtime_ns]:
+            return False
+        return plan is None or bool(found["plan"] == plan.digest)
+
+    def note_finished(self, path: Path, plan: Plan) -> None:
+        """Record that an output has its name: the next run of the same command does not write it again."""
+        if self.store is not None:
+            state = file_states([path])[0]
+            finished = {"plan": plan.digest, "state": [state.n_bytes, state.mtime_ns]}
+            self.store.put(f"finished files/{path.name}", finished)
 
     # --- the file -------------------------------------------------------------------------------------------------
 

@@ -68,6 +68,7 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
         score_weight=options.score_weight,
         prefer=options.prefer,
         seed=options.seed,
+        allocation_seed=options.seed,
         device=_known("device", options.device, BACKENDS),
     )
     check_possible(model, recipe)

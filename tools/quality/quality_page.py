@@ -218,7 +218,9 @@ def linearity_table(results: Sequence[Result]) -> str:
         twice = [(role, values[1] / values[0]) for role, values in found if len(values) > 1]
         if twice:
             rows.append((result["name"], *(mean_cell([x for role, x in twice if role == name]) for name in ROLES)))
-    caption = "Sensitivity at the second type over that at the first, geometric means over layers; 1 where it is linear:"
+    caption = (
+        "Sensitivity at the second type over that at the first, geometric means over layers; 1 where it is linear:"
+    )
     return f"{caption}\n\n{table(('model', *ROLES), rows)}" if rows else ""
 
 

@@ -142,7 +142,8 @@ ALLOWED = (
         r"deepseek2\.expert_gating_func",
         "UINT32 1",
         "absent",
-        "softmax, which llama.cpp assumes, except for models that resemble one with another gating function (deepseek2.cpp)",
+        "softmax, which llama.cpp assumes, except for models that resemble one with another gating function "
+        "(deepseek2.cpp)",
     ),
     Allowed(
         r"deepseek2\.attention\.q_lora_rank",

@@ -98,8 +98,8 @@ ALLOWED = (
         r"(gemma|gemma2|gptneox|phi2|stablelm)\.rope\.freq_base",
         "FLOAT32 .*",
         "absent",
-        "the converter leaves the base of rope out for these classes; llama.cpp reads it for all, and takes 10000 "
-        "without it, which is wrong for a checkpoint with another",
+        "the converter leaves out the rope base for these classes; llama.cpp reads it for all, and takes 10000 "
+        "without it, which is wrong for a checkpoint with another base",
     ),
     Allowed(
         r".*\.rope\.scaling\.attn_factor",
@@ -111,7 +111,7 @@ ALLOWED = (
         r".*\.rope\.scaling\.yarn_attn_factor",
         "absent",
         "FLOAT32 .*",
-        "yarn with an attention factor: llama.cpp reads this key for Grok alone (grok.cpp)",
+        "yarn with an attention factor: llama.cpp reads this key for Grok only (grok.cpp)",
     ),
     Allowed(
         r"gemma3\.attention\.sliding_window_pattern",
@@ -124,7 +124,7 @@ ALLOWED = (
         r"olmo2\.rope\.freq_base_swa",
         "absent",
         "FLOAT32 .*",
-        "Olmo 3 has one base of rope; llama.cpp takes that of all layers for those with a window (olmo2.cpp)",
+        "OLMo 3 has one rope base; llama.cpp takes the base of all layers for those with a window (olmo2.cpp)",
     ),
     Allowed(
         r"gpt2\.feed_forward_length",
@@ -142,7 +142,8 @@ ALLOWED = (
         r"deepseek2\.expert_gating_func",
         "UINT32 1",
         "absent",
-        "softmax, which llama.cpp assumes, but for models that look like one that gates otherwise (deepseek2.cpp)",
+        "softmax, which llama.cpp assumes, except for models that resemble one with another gating function "
+        "(deepseek2.cpp)",
     ),
     Allowed(
         r"deepseek2\.attention\.q_lora_rank",
@@ -161,7 +162,7 @@ ALLOWED = (
         'STRING "llama"',
         'STRING "mistral3"',
         "without the scaling of queries by position that Ministral 3 has, llama.cpp's mistral3 computes what its llama "
-        "does; all other keys are compared under the one name",
+        "does; all other keys are compared under one name",
     ),
     Allowed(
         r"tokenizer\.ggml\.tokens",
@@ -180,20 +181,20 @@ ALLOWED = (
         r"granitehybrid\.context_length",
         "UINT32 .*",
         "UINT32 1048576",
-        "what config.json says, where the converter has one number for all models with state spaces",
+        "the value of config.json, where the converter has one number for all models with state spaces",
     ),
     Allowed(
         r"granitehybrid\.feed_forward_length",
         "UINT32 .*",
         "UINT32 .*",
-        "the width that the tensors have, shared_intermediate_size, where the converter takes intermediate_size, which "
-        "is of the experts",
+        "the width of the tensors, shared_intermediate_size, where the converter takes intermediate_size, the width of "
+        "the experts",
     ),
     Allowed(
         r"granitehybrid\.expert_(used_)?count",
         "absent",
         "UINT32 .*",
-        "of a model without experts; llama.cpp stops at a number of used experts that is above that of experts",
+        "of a model without experts; llama.cpp stops when more experts are used than exist",
     ),
     Allowed(
         r"granitemoe\.attention\.head_count_kv",
@@ -420,11 +421,11 @@ def documentation(outcomes: Sequence[Outcome]) -> str:
 
 Written by `tools/check/check_converter.py --record` (nsds-gguf {__version__}). Each model is converted twice at its own
 precision: by nsds-gguf and by llama.cpp's `convert_hf_to_gguf.py`. Equal means: the same tensor names, shapes, types
-and bytes, and the same keys with the same types and values, the differences listed below apart (tensors that are
-computed, rope factors and Mamba's A, to a millionth). The models are the tiny random ones of the tests and
-`examples/books-4.6m`. The byte-level tokenizer of the tiny ones is nobody's, so the converter, which knows
-pre-tokenizers by a hash, is told the pre-tokenizer, and uses that tokenizer where it wants a `tokenizer.model`; all
-else of it is untouched (`tools/check/run_converter.py`).
+and bytes, and the same keys with the same types and values, except for the differences listed below (computed tensors,
+rope factors and Mamba's A, agree to a millionth). The models are the tiny random ones of the tests and
+`examples/books-4.6m`. The tiny ones have a byte-level tokenizer of their own. The converter knows pre-tokenizers by a
+hash, so `tools/check/run_converter.py` names the pre-tokenizer for it, and gives it that tokenizer where it needs a
+`tokenizer.model`; the rest of the converter is unchanged.
 """
     lines = [
         introduction,

@@ -173,8 +173,8 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
     names = [named(text)[0] for text in arguments.text]
     with_imatrix = (
         f"collected as llama-imatrix does from {CALIBRATION_BYTES // 1000} kB of in-domain text in "
-        f"{CALIBRATION_PIECES} pieces of the training text; it has no entry for output and embedding, where stock "
-        "mixes use none and ours that of random tokens."
+        f"{CALIBRATION_PIECES} pieces of the training text; it has no entries for output and embedding: there "
+        "presets use none and ours those of random tokens."
     )
     return {
         "texts": names,

@@ -58,8 +58,8 @@ ROLES = ("token_embd", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", 
 
 
 def zoo_table(results: Sequence[Result]) -> str:
-    """Return what the models are."""
-    head = ("model", "group", "weights", "layers", "width", "ffn", "heads / KV", "vocabulary", "output", "what it is")
+    """Return the table of the models."""
+    head = ("model", "group", "parameters", "layers", "width", "ffn", "heads / KV", "vocabulary", "output", "about")
     rows = []
     for result in results:
         m = result["model"]
@@ -71,7 +71,7 @@ def zoo_table(results: Sequence[Result]) -> str:
 
 
 def goals_table(results: Sequence[Result], text: str, ours: str = OURS) -> str:
-    """Return what had to be reached and what was, group by group; for ``ours`` of another way, over stock alone."""
+    """Return goals and results, group by group; for another variant as ``ours``, over the presets alone."""
     rows = []
     for group in GROUPS[:2]:
         members = in_group(results, group)
@@ -95,11 +95,11 @@ def goals_table(results: Sequence[Result], text: str, ours: str = OURS) -> str:
                      NO_FIGURE, NO_FIGURE, worst))  # fmt: skip
     members = in_group(results, OUTLIER)
     cells = [
-        goal_cell(_mean(ratios(members, text, mixes, STOCK_IMATRIX, ours)), OUTLIER_GOAL)
-        for mixes in BUDGET_CLASSES.values()
+        goal_cell(_mean(ratios(members, text, presets, STOCK_IMATRIX, ours)), OUTLIER_GOAL)
+        for presets in BUDGET_CLASSES.values()
     ]
     rows.append((OUTLIER, STOCK_IMATRIX, *cells, f"{_worst(ratios(members, text, BUDGETS, STOCK_IMATRIX, ours))}"))
-    classes = [f"{name}: {', '.join(mixes)}" for name, mixes in BUDGET_CLASSES.items()]
+    classes = [f"{name}: {', '.join(presets)}" for name, presets in BUDGET_CLASSES.items()]
     return table(("models", "ours over", *classes, "worst single case"), rows)
 
 
@@ -117,10 +117,10 @@ def _worst(values: Sequence[float]) -> str:
 
 
 def main_table(results: Sequence[Result], text: str, ours: str = OURS) -> str:
-    """Return every model at every budget, for one way of ours."""
+    """Return every model at every budget, for one variant of ours."""
     kinds = (STOCK, STOCK_IMATRIX, ORACLE, RANDOM) if ours == OURS else (STOCK, STOCK_IMATRIX, OURS)
     over = [f"over {kind}" for kind in kinds]
-    head = ("model", "budget", "bpw", "stock KLD", *over, "perplexity: original, stock, this")
+    head = ("model", "budget", "bpw", "preset KLD", *over, "perplexity: original, preset, this")
     rows = []
     for result in results:
         for budget in BUDGETS:
@@ -152,7 +152,7 @@ def variants_table(results: Sequence[Result], text: str) -> str:
          mean_cell(ratios(in_group(results, group), text, BUDGETS, OURS, name)))
         for group in GROUPS for name in names
     ]  # fmt: skip
-    return table(("models", "over ours by default", *BUDGETS, "all"), rows)
+    return table(("models", "over the default", *BUDGETS, "all"), rows)
 
 
 def uniform_table(results: Sequence[Result], text: str) -> str:
@@ -218,8 +218,10 @@ def linearity_table(results: Sequence[Result]) -> str:
         twice = [(role, values[1] / values[0]) for role, values in found if len(values) > 1]
         if twice:
             rows.append((result["name"], *(mean_cell([x for role, x in twice if role == name]) for name in ROLES)))
-    told = "Sensitivity at the second type over that at the first, geometric means over layers; 1 where it is linear:"
-    return f"{told}\n\n{table(('model', *ROLES), rows)}" if rows else ""
+    caption = (
+        "Sensitivity at the second type over that at the first, geometric means over layers; 1 where it is linear:"
+    )
+    return f"{caption}\n\n{table(('model', *ROLES), rows)}" if rows else ""
 
 
 def additivity_table(results: Sequence[Result], text: str) -> str:
@@ -309,7 +311,7 @@ def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
 
     """
     first = facts["texts"][0]
-    parts = ["# Quality", intro(facts), "## What must hold", goals_note(results), goals_table(results, first),
+    parts = ["# Quality", intro(facts), "## Goals", goals_note(results), goals_table(results, first),
              f"The same of *{RTN}*:", goals_table(results, first, RTN),
              "## The models", zoo_table(results)]  # fmt: skip
     for text in facts["texts"]:
@@ -319,11 +321,11 @@ def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
         if text != first:
             parts += ["Goals on this text:", goals_table(results, text)]
     parts += [
-        "## Ways of ours",
-        "Divergence of each over that of the default, at equal bytes, geometric means.",
+        "## Variants of ours",
+        "Divergence of each variant over that of the default, at equal bytes, geometric means.",
         variants_table(results, first),
         "## One type for all",
-        "At Q2_K's bytes there is nothing to choose.",
+        "Q2_K is left out: at its bytes there is nothing to choose.",
         uniform_table(results, first),
         "## Does the Fisher information predict?",
         "Sensitivity of a tensor: divergence over relative error, one tensor at a time at Q2_K, on the choosing half. "
@@ -348,22 +350,22 @@ def page(results: Sequence[Result], facts: Mapping[str, Any]) -> str:
 
 
 def intro(facts: Mapping[str, Any]) -> str:
-    """Return how the page was made."""
+    """Return the introduction: how the page was made, and the names of the variants."""
     lines = [
         f"Made by `{facts['command']}`; the numbers are in [quality.json](quality.json). KLD is the mean KL divergence "
-        "from the original at its own precision, nats per token; every ratio is between files of equal bytes (those of "
-        "llama.cpp's mix of the name), over the same tokens, with the standard error of the paired chunks. Below 1 is "
-        "better for ours.",
+        "from the original at its own precision, nats per token; every ratio compares files of equal bytes (those of "
+        "the llama.cpp preset that the row names) on the same tokens, with the standard error of the paired chunks. "
+        "Below 1 is better for ours.",
         f"Texts: {', '.join(facts['texts'])}; {facts['n_chunks']} chunks of {facts['n_ctx']} tokens spread evenly over "
         f"the half of each that nothing was chosen on; sensitivities on {facts['sensitivity_chunks']} chunks of the "
         f"other half of {facts['texts'][0]}. Constants were frozen in commit {facts['commit']}. "
         f"llama.cpp {facts['build']}.",
-        f"*Ours*: what `convert` does with models of this size, GPTQ calibrated on text that the model generates. "
-        f"*{RTN[0].upper()}{RTN[1:]}*: what it does with large ones, round-to-nearest by ggml's quantizers with column "
+        f"*Ours*: the default of `convert` for models of this size, GPTQ calibrated on text that the model generates. "
+        f"*{RTN[0].upper()}{RTN[1:]}*: its default for large ones, round-to-nearest by ggml's quantizers with column "
         "weights from random tokens.",
         f"*Real imatrix*: {facts['imatrix']} *Oracle*: the same knapsack, errors and quantizer as ours, but with "
-        "measured sensitivities in place of predicted ones. *Random*: types drawn at random, output and embedding at "
-        "those of the mix. Oracle, random and uniform files are rounded as ours.",
+        "measured sensitivities in place of predicted ones. *Random*: random types, output and embedding at those of "
+        "the preset. Oracle, random and uniform files are rounded like ours.",
     ]
     if facts["trial"]:
         lines.insert(0, "**Trial: measured on the half for choosing; not for publication.**")
@@ -378,7 +380,7 @@ def goals_note(results: Sequence[Result]) -> str:
     measured = {result["name"] for result in results}
     looked_at = ", ".join(entry.name for entry in ZOO if entry.fitted and entry.name in measured)
     return (
-        f"Geometric means over models and budgets; in brackets what was to be reached, {NOT_REACHED} where it was not. "
-        f"The goals are for the {held_out} models that nothing was fitted on; the others are shown beside them. "
+        f"Geometric means over models and budgets; goals in brackets, {NOT_REACHED} where missed. "
+        f"The goals are for the {held_out} models that nothing was fitted on; the table shows the others beside them. "
         f"Looked at while choosing: {looked_at or 'none'}."
     )

@@ -1,4 +1,4 @@
-"""What is measured: the models, our variants, the budgets, and what must hold. Tables only."""
+"""The measurements: models, variants of ours, budgets and goals. Tables only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class Entry:
     """One model of the zoo.
 
     Attributes:
-        name: what tables call it; also that of its folder of results.
+        name: name in tables, and of its folder of results.
         folder: below ``examples`` of the repository, or else of the folder given by ``--zoo``; empty for a copy.
         fitted: whether constants were chosen by looking at it.
         copy_of: name of the model that this is an outlier copy of (``tools/quality/outlier_copy.py``), or empty.
         seed: of that copy.
-        about: what the reader should know, in a few words.
+        about: remark for the reader, in a few words.
     """
 
     name: str
@@ -42,12 +42,12 @@ PLAIN_HELD_OUT, PLAIN_FITTED, OUTLIER = "plain, held out", "plain, fitted on", "
 GROUPS = (PLAIN_HELD_OUT, PLAIN_FITTED, OUTLIER)
 
 ZOO = (
-    Entry("books-4.6m", "books-4.6m", fitted=True, about="5.9 tokens seen per weight"),
-    Entry("books-11m", "books-11m", fitted=True, about="0.8 tokens seen per weight"),
-    Entry("normed", "zoo/normed", fitted=True, about="Qwen3: norms on queries and keys; 28 tokens seen per weight"),
-    Entry("full", "zoo/full", about="a key head a query head; 81 tokens seen per weight"),
-    Entry("deep", "zoo/deep", about="24 layers, feed-forward as wide as the model; 21 tokens seen per weight"),
-    Entry("wide", "zoo/wide", about="width 512; 25 tokens seen per weight"),
+    Entry("books-4.6m", "books-4.6m", fitted=True, about="5.9 tokens seen per parameter"),
+    Entry("books-11m", "books-11m", fitted=True, about="0.8 tokens seen per parameter"),
+    Entry("normed", "zoo/normed", fitted=True, about="Qwen3: norms on queries and keys; 28 tokens seen per parameter"),
+    Entry("full", "zoo/full", about="one KV head per query head; 81 tokens seen per parameter"),
+    Entry("deep", "zoo/deep", about="24 layers, feed-forward as wide as the model; 21 tokens seen per parameter"),
+    Entry("wide", "zoo/wide", about="width 512; 25 tokens seen per parameter"),
     Entry("books-4.6m-outliers", copy_of="books-4.6m", seed=1, fitted=True, about="a copy with outlier channels"),
     Entry("wide-outliers", copy_of="wide", seed=2, about="a copy with outlier channels"),
 )
@@ -67,7 +67,7 @@ class Variant:
 
 IMATRIX_OF_TEXT = "imatrix of text"
 
-# What the command line does when it is not told otherwise, and what it does with models too large for that.
+# The default of the command line, and its default for models that are too large for GPTQ.
 OURS, RTN = "ours", "ours, rtn"
 VARIANTS = (
     Variant(OURS, "gptq", "generated"),
@@ -78,15 +78,15 @@ VARIANTS = (
     Variant("ours, rtn, no calibration", "rtn", "none"),
 )
 
-STOCK, STOCK_IMATRIX, ORACLE, RANDOM, UNIFORM = "stock", "stock, real imatrix", "oracle", "random", "uniform"
+STOCK, STOCK_IMATRIX, ORACLE, RANDOM, UNIFORM = "preset", "preset, real imatrix", "oracle", "random", "uniform"
 
-# Budgets: the bytes of llama.cpp's own mixes, in the classes of the goals.
+# Budgets: the bytes of llama.cpp's presets, in the classes of the goals.
 BUDGET_CLASSES = {
     "2 and 3 bit": ("Q2_K", "Q3_K_S", "Q3_K_M"),
     "4 bit": ("Q4_K_S", "Q4_K_M"),
     "5 bit": ("Q5_K_M",),
 }
-BUDGETS = tuple(mix for mixes in BUDGET_CLASSES.values() for mix in mixes)
+BUDGETS = tuple(preset for presets in BUDGET_CLASSES.values() for preset in presets)
 
 # Types of which one for all is compared with ours at its bytes; at Q2_K's there is nothing to choose.
 UNIFORM_TYPES = ("Q3_K", "Q4_K", "Q5_K")
@@ -101,7 +101,7 @@ PLAIN_GOALS = {
     RANDOM: {"2 and 3 bit": 0.50, "4 bit": 0.50, "5 bit": 0.50},
 }
 PLAIN_WORST = {STOCK: 1.0, STOCK_IMATRIX: 1.0, ORACLE: 1.35}
-OUTLIER_GOAL = 0.55  # of stock with a real importance matrix
+OUTLIER_GOAL = 0.55  # over the preset with a real importance matrix
 UNIFORM_GOAL = 1.0  # worst case, exclusive
 
 # The comparison of the paper: metrics (name, reading of SE) under its own allocator, mean bits of layers at 2 or 4.

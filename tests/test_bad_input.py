@@ -389,7 +389,7 @@ def test_failed_file_is_kept_when_asked(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "extra"), [(signal.SIGINT, ()), (signal.SIGTERM, ("--reference", "original"))])
-def test_a_stopped_conversion_leaves_nothing(tmp_path, number, extra):
+def test_a_stopped_conversion_leaves_its_records_alone(tmp_path, number, extra):
     write_tiny(tmp_path / "model", TINY)
     (tmp_path / "long.txt").write_text("What you eat today walks and talks tomorrow. " * 20_000)
     before = listing(tmp_path)
@@ -398,14 +398,18 @@ def test_a_stopped_conversion_leaves_nothing(tmp_path, number, extra):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".nsds-gguf-*/out.gguf")):
+    while not list(tmp_path.glob(".nsds-gguf-*/records/*.part")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
-    assert (out, err) == ("", f"error: stopped by {number.name}; no unfinished file is left\n")
-    assert listing(tmp_path) == before
+    assert out == "" and re.fullmatch(
+        rf"error: stopped by {number.name}; [\d.]+ MiB of finished work is kept in \.nsds-gguf-\w+: the same command "
+        r"goes on from there\n", err
+    )  # fmt: skip
+    left = [name for name in listing(tmp_path) if name not in before]
+    assert left and all(re.match(r"\.nsds-gguf-\w+(/lock|/records|$)", name) for name in left)
 
 
 def test_output_that_nobody_reads(tmp_path):

@@ -188,11 +188,11 @@ def test_the_command_takes_generated_text_with_gptq(models):
 
 
 @pytest.mark.parametrize("end", ["failure", "Ctrl-C", "SIGTERM"])
-def test_nothing_is_left_however_it_ends(models, monkeypatch, end):
+def test_hessian_factors_are_kept_however_it_ends(models, monkeypatch, end):
     seen = []
 
     def stopped(*_arguments, **_options):
-        seen.extend(Path().glob(".nsds-gguf-*/factors-0/*"))
+        seen.extend(Path().glob(".nsds-gguf-*/records/Hessian_factors*.bin"))
         if end == "failure":
             raise OutputError("the disk is full")
         os.kill(os.getpid(), signal.SIGINT if end == "Ctrl-C" else signal.SIGTERM)
@@ -205,7 +205,9 @@ def test_nothing_is_left_however_it_ends(models, monkeypatch, end):
         signal.signal(signal.SIGTERM, handler)
     assert outcome.code == {"failure": OutputError.exit_code, "Ctrl-C": 130, "SIGTERM": 143}[end]
     assert len(seen) == 5  # inputs: four of the layer, and the output's
-    assert list(Path().iterdir()) == []
+    (work,) = Path().iterdir()
+    assert {path.name for path in work.iterdir()} == {"lock", "records"}
+    assert len(list(work.glob("records/Hessian_factors*.bin"))) == 5
 
 
 def test_several_readings_by_llama_cpp_give_the_hessians_of_one(models, monkeypatch):

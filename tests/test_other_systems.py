@@ -13,7 +13,9 @@ from test_faults import dead, names
 from nsds_gguf.cli import run, signals
 from nsds_gguf.publish import template_child
 from nsds_gguf.system import atomic
-from nsds_gguf.system.workfolder import LOCK, WorkFolder, remove_stale
+from nsds_gguf.system.folder_lock import LOCK
+from nsds_gguf.system.leftovers import remove_stale
+from nsds_gguf.system.workfolder import WorkFolder
 
 fcntl = pytest.importorskip("fcntl", reason="acted out on systems of the Unix kind")
 
@@ -40,14 +42,14 @@ def test_a_work_folder_goes_although_its_lock_is_open(tmp_path, windows):
 def test_what_a_killed_run_left_goes_too(tmp_path, request):
     dead(tmp_path)
     request.getfixturevalue("windows")
-    assert remove_stale(tmp_path) == ["Removed 3.0 MiB of temporary files left by an interrupted run."]
+    assert remove_stale(tmp_path).notes == ["Removed 3.0 MiB of temporary files left by an interrupted run."]
     assert names(tmp_path) == []
 
 
 def test_a_live_run_keeps_its_folder(tmp_path, windows):
     with WorkFolder(tmp_path, ["a.gguf"]) as live:
         live.open()
-        assert remove_stale(tmp_path) == [] and names(live.path) == [LOCK]
+        assert remove_stale(tmp_path).notes == [] and names(live.path) == [LOCK]
 
 
 @pytest.mark.parametrize(("knows", "wanted"), [(True, ["full"]), (False, ["full", "plain"])])

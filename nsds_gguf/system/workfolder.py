@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Lock
 from types import TracebackType
 
-from ..errors import ModelError, NsdsError, OutputError, add_note
+from ..errors import GgmlError, NsdsError, OutputError, add_note
 from .folder_lock import (
     LOCK,
     NO_LOCKS,
@@ -49,7 +49,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class WorkFolder:
     """The files of one run beside its output: made and locked when first needed, removed when the ``with`` block ends.
 
-    Records outlive the death of the process and a block that an exception ends, other than that of a bad model.
+    Records outlive the death of the process and a block that an exception ends, but for errors that would recur.
 
     Attributes:
         folder: where it lies.
@@ -161,7 +161,7 @@ class WorkFolder:
         Where somebody else removed the folder, an error says that instead of what followed from it.
         """
         is_gone = self.is_open and not self._claims[0].path.is_dir()
-        if error is None or _is_of_bad_model(error):
+        if error is None or _would_recur(error):
             self.close()
         else:
             note = _kept_note(self._claims) if self._resume is not None else ""
@@ -187,11 +187,11 @@ def release_all() -> str:
     return note if is_clean else "temporary files are left, which the next run removes"
 
 
-def _is_of_bad_model(error: BaseException | None) -> bool:
-    """Tell whether an error says that the model must change, and not that the system could not read it just now."""
-    if not isinstance(error, ModelError):
+def _would_recur(error: BaseException | None) -> bool:
+    """Tell whether the same command would end the same way: neither stopped nor short of disk, memory or a process."""
+    if not isinstance(error, NsdsError) or isinstance(error, OutputError | GgmlError):
         return False
-    while error is not None and not isinstance(error, OSError):
+    while error is not None and not isinstance(error, OSError):  # the system could not read the model just now
         error = error.__cause__
     return error is None
 

@@ -147,7 +147,7 @@ def test_sensitivity_is_the_divergence_that_noise_causes(tiny):
 def test_so_it_is_of_experts(scores, normed):
     """Of one layer: noise in front of a router would change which experts are chosen."""
     arrays, hparams = expert_arrays(5, n_layers=1)
-    model = make_model(arrays, replace(hparams, expert_scores=scores, experts_normed=normed))
+    model = make_model(arrays, replace(hparams, expert_scores=scores, norm_topk_prob=normed))
     check_noise(model, arrays, lambda name: name.endswith(("_exps.weight", "shexp.weight")))
 
 
@@ -168,7 +168,7 @@ def retold(arrays, hparams, x):
         bias = a.get("blk.0.exp_probs_b.bias", np.zeros(len(scores)))
         ranked = sorted(range(len(scores)), key=lambda e: -(scores[e] + bias[e]))
         chosen = ranked[: hparams.n_experts_used]
-        total = sum(scores[e] for e in chosen) if hparams.experts_normed else 1.0
+        total = sum(scores[e] for e in chosen) if hparams.norm_topk_prob else 1.0
         written = block(a, "shexp", token)[0] / (1 + np.exp(-a["blk.0.ffn_gate_inp_shexp.weight"] @ token))
         for expert in chosen:
             by_expert, square = block(a, "exps", token, expert)
@@ -184,7 +184,7 @@ ROUTINGS = [("softmax", True, False), ("softmax", False, False), ("sigmoid", Tru
 @pytest.mark.parametrize("scores, normed, biased", ROUTINGS)
 def test_experts_are_chosen_and_weighed_as_told(scores, normed, biased):
     arrays, hparams = expert_arrays(7, n_experts=8, n_used=3)
-    hparams = replace(hparams, expert_scores=scores, experts_normed=normed, experts_scale=1.5)
+    hparams = replace(hparams, expert_scores=scores, norm_topk_prob=normed, experts_scale=1.5)
     rng = np.random.default_rng(0)
     if biased:
         arrays["blk.0.exp_probs_b.bias"] = rng.standard_normal(8).astype("f4") / 4
@@ -283,7 +283,7 @@ def test_routing_is_read_from_architecture_and_keys(architecture, keys, wanted):
         for name, value in keys.items()
     }
     hparams = read_hparams(architecture, metadata, [])
-    assert (hparams.expert_scores, hparams.experts_normed) == wanted
+    assert (hparams.expert_scores, hparams.norm_topk_prob) == wanted
 
 
 def test_threads_do_not_change_the_result(tiny):

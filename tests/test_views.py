@@ -43,7 +43,7 @@ def test_numbers_of_a_llama_come_from_its_keys():
         attention__layer_norm_rms_epsilon=1e-5,
     )  # fmt: skip
     assert found == Hparams(
-        **{**wanted.__dict__, "value_dim": 8, "norm_eps": float(np.float32(1e-5)), "rope": "neighbours", "rope_dim": 8}
+        **{**wanted.__dict__, "value_dim": 8, "norm_eps": float(np.float32(1e-5)), "rope": "norm", "rope_dim": 8}
     )
 
 

@@ -118,11 +118,11 @@ class Decoder:
             if gain is not None:
                 node = tape.heads_norm(gain, node, n_heads, h.norm, h.norm_eps)
             if self.cos.shape[1]:
-                node = tape.rotate(node, self.cos, self.sin, n_heads, h.rope == "halves")
+                node = tape.rotate(node, self.cos, self.sin, n_heads, h.rope == "neox")
             parts[part] = node
         v = tape.linear(a.v, x)
         scale = a.head_dim**-0.5 if h.attention_scale is None else h.attention_scale
-        o = tape.attention(parts["q"], parts["k"], v, a.n_heads, a.n_kv_heads, scale, h.attention_cap)
+        o = tape.attention(parts["q"], parts["k"], v, a.n_heads, a.n_kv_heads, scale, h.attn_logit_softcapping)
         return tape.linear(a.o, o)
 
     def feed_forward(self, tape: Tape, view: Layer, x: Node) -> Node:
@@ -146,7 +146,7 @@ class Decoder:
         scores = tape.scores(logits, h.expert_scores)
         ranked = scores.value if bias is None else scores.value + bias.load().ravel()
         chosen = np.argsort(-ranked, axis=1, kind="stable")[:, : h.n_experts_used]
-        weights = tape.chosen_weights(scores, chosen, h.experts_normed, h.experts_scale)
+        weights = tape.chosen_weights(scores, chosen, h.norm_topk_prob, h.experts_scale)
 
         def write(inner: Tape, expert: int, read: Node) -> Node:
             block = experts[expert]

@@ -95,9 +95,9 @@ class Head:
             logits += self.bias[slice(*slab)]
         logits *= np.float32(h.logit_scale)
         slope = np.float32(h.logit_scale) * np.ones(1, dtype=np.float32)
-        if h.logit_cap:
-            bent = np.tanh(logits / np.float32(h.logit_cap))
-            logits, slope = bent * np.float32(h.logit_cap), slope * (1 - bent**2)
+        if h.final_logit_softcapping:
+            bent = np.tanh(logits / np.float32(h.final_logit_softcapping))
+            logits, slope = bent * np.float32(h.final_logit_softcapping), slope * (1 - bent**2)
         return rows, logits, slope
 
     def scan(self, slab: Slab) -> Scan:

@@ -20,7 +20,7 @@ from gguf.gguf_writer import GGUFValue
 from ..records import Hparams, Tensor
 
 NormKind = Literal["rms", "layer", "unknown"]
-RopeKind = Literal["neighbours", "halves", "none"]
+RopeKind = Literal["norm", "neox", "none"]
 ExpertScores = Literal["softmax", "sigmoid", "unknown"]
 
 # Activation of the feed-forward blocks where it is not SiLU, llama.cpp's default (``LLM_FFN_*`` in src/models/*.cpp).
@@ -104,7 +104,7 @@ def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: 
     n_heads = keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length") or (n_embd // n_heads if n_heads else 0)
     norm, eps = _norm(keys)
-    expert_scores, experts_normed = _routing(architecture, keys)
+    expert_scores, norm_topk_prob = _routing(architecture, keys)
     return Hparams(
         n_layers=n_layers,
         n_embd=n_embd,
@@ -127,13 +127,13 @@ def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: 
         n_experts_used=keys.integer("expert_used_count"),
         experts_scale=keys.number("expert_weights_scale") or 1.0,
         expert_scores=expert_scores,
-        experts_normed=experts_normed,
+        norm_topk_prob=norm_topk_prob,
         rope=_rope(architecture),
         rope_dim=keys.integer("rope.dimension_count") or head_dim,
         rope_theta=keys.number("rope.freq_base") or DEFAULT_THETA,
         rope_factor=_rope_factor(keys),
-        attention_cap=keys.number("attn_logit_softcapping"),
-        logit_cap=keys.number("final_logit_softcapping"),
+        attn_logit_softcapping=keys.number("attn_logit_softcapping"),
+        final_logit_softcapping=keys.number("final_logit_softcapping"),
         logit_scale=_logit_scale(architecture, keys),
     )
 
@@ -150,7 +150,7 @@ def _routing(architecture: str, keys: _Keys) -> tuple[ExpertScores, bool]:
 def _rope(architecture: str) -> RopeKind:
     if architecture in NO_ROPE:
         return "none"
-    return "neighbours" if architecture in NEIGHBOUR_ROPE else "halves"
+    return "norm" if architecture in NEIGHBOUR_ROPE else "neox"
 
 
 def _rope_factor(keys: _Keys) -> float:

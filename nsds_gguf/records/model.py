@@ -60,14 +60,14 @@ class Hparams:
         experts_scale: factor on the routed experts' sum.
         expert_scores: what makes scores of the router's logits, over all experts: ``softmax`` or ``sigmoid``; those of
             the experts visited are their weights. ``unknown`` where that is not how they are chosen and weighed.
-        experts_normed: whether the weights of the experts visited are divided by their sum.
+        norm_topk_prob: whether the weights of the experts visited are divided by their sum.
         rope: which channels of queries and keys pair up to be turned by their position: ``neighbours``, ``halves`` (of
             the turned channels) or ``none``.
         rope_dim: channels of a head that are turned.
         rope_theta: base of the frequencies.
         rope_factor: what positions are divided by (linear scaling).
-        attention_cap: logits of attention are ``cap * tanh(logits / cap)``; 0 for no cap.
-        logit_cap: likewise the logits of the output.
+        attn_logit_softcapping: logits of attention are ``cap * tanh(logits / cap)``; 0 for no cap.
+        final_logit_softcapping: likewise the logits of the output.
         logit_scale: factor on the logits of the output.
     """
 
@@ -92,13 +92,13 @@ class Hparams:
     n_experts_used: int = 0
     experts_scale: float = 1.0
     expert_scores: Literal["softmax", "sigmoid", "unknown"] = "softmax"
-    experts_normed: bool = True
-    rope: Literal["neighbours", "halves", "none"] = "halves"
+    norm_topk_prob: bool = True
+    rope: Literal["norm", "neox", "none"] = "neox"
     rope_dim: int = 0
     rope_theta: float = 10000.0
     rope_factor: float = 1.0
-    attention_cap: float = 0.0
-    logit_cap: float = 0.0
+    attn_logit_softcapping: float = 0.0
+    final_logit_softcapping: float = 0.0
     logit_scale: float = 1.0
 
 

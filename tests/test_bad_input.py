@@ -792,11 +792,11 @@ def test_record_with_any_value_wrong(model, kind):
 
 RECORDS = {
     "not JSON": ("{", "r.json: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1); "
-                      "write it again"),
+                      "create it again"),
     "no JSON at all": ("\udcff", "r.json: not JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start "
-                                 "byte; write it again"),
+                                 "byte; create it again"),
     "another file": ("[]", "r.json: wanted a file of format 'nsds-gguf scores 2', got None"),
-    "nothing in it": ('{"format": "nsds-gguf scores 2"}', "r.json: the record lacks 'recipe'; write the file again"),
+    "nothing in it": ('{"format": "nsds-gguf scores 2"}', "r.json: the record lacks 'recipe'; create the file again"),
 }  # fmt: skip
 
 
@@ -817,5 +817,5 @@ def test_record_says_which_value_is_wrong(model, refused):
     scores["costs"][1]["errors"]["Q3_K"] = "0.1"
     Path("r.json").write_text(json.dumps(scores))
     assert refused(4, "plan", model, "--target-bpw", "4", "--scores", "r.json") == (
-        "r.json: costs[1].errors.Q3_K: wanted a number, got '0.1'; write the file again"
+        "r.json: costs[1].errors.Q3_K: wanted a number, got '0.1'; create the file again"
     )

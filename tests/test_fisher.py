@@ -104,8 +104,8 @@ def scored_logits(model, tokens):
 
 
 def check_noise(model, arrays, wanted):
-    """Check that noise of relative energy e in one tensor causes a mean KL divergence of its sensitivity times e."""
-    rng, energy = np.random.default_rng(1), 1e-4
+    """Check that noise of relative squared norm e in one tensor causes a mean KL divergence of its sensitivity times e."""
+    rng, relative = np.random.default_rng(1), 1e-4
     tokens = rng.integers(0, model.hparams.n_vocab, (4, 24))
     found = [fisher(model, tokens, 1, seed=seed).sensitivity for seed in range(24)]
     reference = scored_logits(model, tokens)
@@ -114,11 +114,11 @@ def check_noise(model, arrays, wanted):
     for name in names:
         measured = []
         for _ in range(12):
-            noise = rng.standard_normal(arrays[name].shape) * np.sqrt(energy)
+            noise = rng.standard_normal(arrays[name].shape) * np.sqrt(relative)
             noisy = make_model({**arrays, name: arrays[name] * (1 + noise)}, model.hparams)
             other = scored_logits(noisy, tokens)
             measured.append(float((np.exp(reference) * (reference - other)).sum(axis=1).mean()))
-        predicted = energy * np.mean([sensitivity[name] for sensitivity in found])
+        predicted = relative * np.mean([sensitivity[name] for sensitivity in found])
         assert predicted == pytest.approx(np.mean(measured), rel=0.25), name
 
 
@@ -218,8 +218,8 @@ def test_experts_that_no_token_visits_weigh_as_the_others_and_are_told():
     np.testing.assert_allclose(found.inputs[name], [moments.get(expert, others) for expert in range(16)])
     assert found.inputs["blk.0.ffn_up_exps.weight"].shape == (32,)
     assert found.notes == (
-        f"None of the tokens read visits {16 - len(moments)} of 16 experts: their columns weigh as those of the others "
-        "of their layer do on average.",
+        f"No token is routed to {16 - len(moments)} of 16 experts: their column weights are the mean of the other experts "
+        "in the layer.",
     )
     assert not [key for key in found.sensitivity if "gate_inp" in key]  # is not quantized
 

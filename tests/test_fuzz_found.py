@@ -199,7 +199,7 @@ def test_a_stream_wider_than_any_tensor(tmp_path: Path) -> None:
 def test_a_plan_without_weights() -> None:
     data = {"format": PLAN_FORMAT, "recipe": asdict(recipe()), "tensors": [], "header_bytes": 32, "model_id": "",
             "model_name": ""}  # fmt: skip
-    with pytest.raises(RecordError, match="tensors: wanted some, with sizes from 1 up"):
+    with pytest.raises(RecordError, match="tensors: wanted at least one, with positive sizes"):
         Plan.from_json(data)
 
 

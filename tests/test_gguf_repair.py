@@ -84,7 +84,7 @@ def test_vectors_become_f32_and_the_file_heals(tiny, kind):
     vectors = {name: kind for name, array in tiny_weights().items() if array.ndim == 1}
     source = rewritten(tiny, tiny.with_name("norms.gguf"), types=vectors)
     model = open_gguf(source)
-    assert model.is_mended and len(model.notes) == 1
+    assert model.is_repaired and len(model.notes) == 1
     assert model.notes[0].startswith(f"5 vectors and other small tensors stored as {kind} (blk.0.attn_norm.weight, ")
     out = converted(source, tiny.with_name("out.gguf"), uniform("Q8_0"))
     assert llama.logits(out, [1, 5, 9], n_threads=1).shape == (3, N_VOCAB)
@@ -324,7 +324,7 @@ def test_scores_beyond_the_tokens_are_left_out(tiny):
 
 def test_a_sound_file_is_left_as_it_is(tiny):
     model = open_gguf(tiny)
-    assert not model.notes and not model.is_mended
+    assert not model.notes and not model.is_repaired
     with WorkFolder(tiny.parent) as files, Session(model, Run(1), files).original() as path:
         assert path == tiny
 

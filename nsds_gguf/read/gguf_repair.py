@@ -1,6 +1,6 @@
-"""What llama.cpp refuses, or aborts on, in a GGUF that is converted: mended with a note, or refused, from its header.
+"""What llama.cpp refuses, or aborts on, in a GGUF that is converted: repaired with a note, or refused, from its header.
 
-``mended`` looks at keys and the tensor table alone. Where the repair is exact, the file heals: parts of a vision or
+``repaired`` looks at keys and the tensor table alone. Where the repair is exact, the file heals: parts of a vision or
 audio model inside are left out, the vocabulary is brought to the rows of the embedding. Everything else is refused
 with its reason before any work. What is not looked at here llama.cpp says itself, of an outline (``texts``).
 
@@ -80,7 +80,7 @@ class Header:
         return replace(self, notes=(*self.notes, note), **changes)
 
 
-def mended(architecture: str, metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEntry]) -> Header:
+def repaired(architecture: str, metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEntry]) -> Header:
     """Return the header as llama.cpp takes it, as far as that is the same model.
 
     Raises:

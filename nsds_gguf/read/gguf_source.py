@@ -1,6 +1,6 @@
 """A GGUF file becomes a ``Model``: any architecture, keys and tokenizer as they are, weights read a slab at a time.
 
-``open_gguf`` reads headers only; what llama.cpp would not take is mended or refused there (``gguf_repair``). What a
+``open_gguf`` reads headers only; what llama.cpp would not take is repaired or refused there (``gguf_repair``). What a
 file says about its own quantization does not survive a new one and is left out: ``general.file_type``,
 ``general.quantization_version``, the alignment, the keys of a split file, those of an importance matrix and our own.
 """
@@ -25,7 +25,7 @@ from ..llamacpp import ggml
 from ..llamacpp.gguf_header import GgufPart, TensorEntry, read_gguf_parts
 from ..records import COPIED_TYPES, Float32, Model, Rows, Tensor, kv, role_and_layer
 from ..system.filestate import file_states
-from .gguf_repair import Header, mended
+from .gguf_repair import Header, repaired
 from .hparams import read_hparams
 from .spans import read_spans, row_runs
 from .stored import FileTensor
@@ -110,7 +110,7 @@ def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False
     parts = read_gguf_parts(path)
     stated = parts[0].header.metadata
     architecture = _architecture(path, stated)
-    header = _mended(path, architecture, parts)
+    header = _repaired(path, architecture, parts)
     kept = {entry.name for entry in header.tensors}
     entries = [(part, entry) for part in parts for entry in part.header.tensors if entry.name in kept]
     tensors = tuple(_tensor(part.path, entry) for part, entry in entries)
@@ -134,19 +134,19 @@ def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False
         notes=notes,
         model_id=_identity(metadata, entries),
         files=tuple(part.path for part in parts),
-        is_mended=bool(header.notes) or pre is not None,
+        is_repaired=bool(header.notes) or pre is not None,
         inputs=file_states(part.path for part in parts),
     )
 
 
-def _mended(path: Path, architecture: str, parts: Sequence[GgufPart]) -> Header:
+def _repaired(path: Path, architecture: str, parts: Sequence[GgufPart]) -> Header:
     """Return keys that stay and tensors as llama.cpp takes them; errors name the file."""
     stated = {k: value for k, value in parts[0].header.metadata.items() if not k.startswith(LEFT_OUT)}
     entries = [entry for part in parts for entry in part.header.tensors]
     if not entries:
         raise UnsupportedError(f"{path}: holds a vocabulary and no weights; wanted a GGUF of a model")
     try:
-        return mended(architecture, stated, entries)
+        return repaired(architecture, stated, entries)
     except ModelError as error:
         raise type(error)(f"{path}: {error}") from error
 

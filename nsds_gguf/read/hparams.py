@@ -58,7 +58,7 @@ PARALLEL_KEY = ("gptneox",)
 
 # Rope turns neighbouring channels (``llama_model_rope_type`` in src/llama-model.cpp); elsewhere it turns the two halves
 # of a head, and there is none at all where positions have embeddings of their own or biases on the logits.
-NEIGHBOUR_ROPE = (
+NORM_ROPE = (
     "arcee", "arctic", "baichuan", "bailingmoe", "chameleon", "chatglm", "cohere2", "command-r", "deci", "deepseek",
     "deepseek2", "ernie4_5", "ernie4_5-moe", "granite", "granitehybrid", "granitemoe", "internlm2", "llada", "llama",
     "llama4", "minicpm", "mistral3", "neo-bert", "olmo", "plm", "smollm3", "starcoder", "xverse",
@@ -150,7 +150,7 @@ def _routing(architecture: str, keys: _Keys) -> tuple[ExpertScores, bool]:
 def _rope(architecture: str) -> RopeKind:
     if architecture in NO_ROPE:
         return "none"
-    return "norm" if architecture in NEIGHBOUR_ROPE else "neox"
+    return "norm" if architecture in NORM_ROPE else "neox"
 
 
 def _rope_factor(keys: _Keys) -> float:

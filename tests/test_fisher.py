@@ -104,7 +104,7 @@ def scored_logits(model, tokens):
 
 
 def check_noise(model, arrays, wanted):
-    """Check that noise of relative squared norm e in one tensor causes a mean KL divergence of its sensitivity times e."""
+    """Check that noise of relative squared norm e causes a mean KL divergence of e times the sensitivity."""
     rng, relative = np.random.default_rng(1), 1e-4
     tokens = rng.integers(0, model.hparams.n_vocab, (4, 24))
     found = [fisher(model, tokens, 1, seed=seed).sensitivity for seed in range(24)]
@@ -218,8 +218,8 @@ def test_experts_that_no_token_visits_weigh_as_the_others_and_are_told():
     np.testing.assert_allclose(found.inputs[name], [moments.get(expert, others) for expert in range(16)])
     assert found.inputs["blk.0.ffn_up_exps.weight"].shape == (32,)
     assert found.notes == (
-        f"No token is routed to {16 - len(moments)} of 16 experts: their column weights are the mean of the other experts "
-        "in the layer.",
+        f"No token is routed to {16 - len(moments)} of 16 experts: their column weights are the mean of the other "
+        "experts in the layer.",
     )
     assert not [key for key in found.sensitivity if "gate_inp" in key]  # is not quantized
 

@@ -224,8 +224,8 @@ CASES = {
         f"already quantized: {method}": Case(
             3,
             f"{{tmp}}/model: the weights are quantized ({method} 4: model.layers.0.self_attn.q_proj.weight); wanted "
-            "F32, F16, BF16 or FP8 (fp8, modelopt FP8, compressed-tensors float-quantized with one scale a tensor, row "
-            "or block): use the checkpoint that it was made of",
+            "F32, F16, BF16 or FP8 (fp8, modelopt FP8, compressed-tensors float-quantized with one scale per tensor, "
+            "row or block): use the original checkpoint",
             quantized(method),
         )
         for method in ("awq", "hqq")
@@ -250,7 +250,7 @@ CASES = {
     "unknown pre-tokenizer": Case(
         3,
         r"{tmp}/model/tokenizer.json: unknown pre-tokenizer Split(\d{{1,7}}|\w+, Isolated) > ByteLevel(); the nearest "
-        "known one is 'bloom' (70% alike); if text is to be split that way, say so with --pre-tokenizer bloom; "
+        "known one is 'bloom' (70% alike); to use it anyway, pass --pre-tokenizer bloom; "
         "if llama.cpp's converter knows it: python convert_hf_to_gguf.py MODEL --outtype bf16 --outfile model.gguf, "
         "then nsds-gguf convert model.gguf",
         entries("tokenizer.json", ("pre_tokenizer",), UNKNOWN_SPLIT),
@@ -321,7 +321,7 @@ CASES = {
     ),
     "a model whose last norm overflows": Case(
         3,
-        "tensor output_norm.weight: what it gives is not finite; the weights are damaged",
+        "tensor output_norm.weight: its output is not finite; the weights are damaged",
         norm_of(3e38),
         SCORED,
     ),

@@ -65,7 +65,11 @@ def setting(**values: Any) -> Edit:
         ("mamba", setting(state_size=[16]), "state_size: wanted a positive integer, got [16]"),
         ("deepseek2", setting(first_k_dense_replace={"a": 1}), "first_k_dense_replace: wanted a positive integer"),
         ("gemma2", setting(num_attention_heads=0), "num_attention_heads: wanted a positive integer, got 0"),
-        ("mixtral", setting(num_local_experts=2**31 - 1), "made of 2147483647 matrices, the weights hold 65 at most"),
+        (
+            "mixtral",
+            setting(num_local_experts=2**31 - 1),
+            "consists of 2147483647 matrices, the weights hold at most 65",
+        ),
         ("granite", setting(logits_scaling=10**400), "logits_scaling: wanted a number, got 1000000000"),
         ("granite", setting(logits_scaling=float("nan")), "logits_scaling: wanted a number, got nan"),
         ("cohere", setting(model_max_length="long"), "context_length: wanted a number of type UINT32, got 'long'"),
@@ -174,8 +178,8 @@ def test_layers_without_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "wanted"),
     [
-        ("tokenizer.ggml.bos_token_id", [1, 2], "a whole number"),
-        ("llama.pooling_type", [3], "a whole number"),
+        ("tokenizer.ggml.bos_token_id", [1, 2], "an integer"),
+        ("llama.pooling_type", [3], "an integer"),
         ("tokenizer.ggml.add_bos_token", "yes", "true or false"),
     ],
 )
@@ -184,7 +188,7 @@ def test_keys_of_another_kind(key: str, value: object, wanted: str, tmp_path: Pa
     entry = (key, 9, (5, value)) if isinstance(value, list) else (key, 8, value)  # an array of INT32, a text
     keys = [*((k, kind, v) for k, kind, v in parts.keys if k != key), entry]
     (tmp_path / "odd.gguf").write_bytes(gguf_bytes(replace(parts, keys=keys)))
-    with pytest.raises(ModelError, match=f"key {key} is .*; wanted {wanted}: get the file anew"):
+    with pytest.raises(ModelError, match=f"key {key} is .*; wanted {wanted}: download the file again"):
         open_model(tmp_path / "odd.gguf")
 
 
@@ -226,7 +230,7 @@ def test_a_norm_of_another_width_than_the_stream(name: str, n: int, tmp_path: Pa
     cut = [(tensor, [n] if tensor == name else sizes, *rest) for tensor, sizes, *rest in parts.tensors]
     file = tmp_path / "cut.gguf"
     file.write_bytes(gguf_bytes(replace(parts, tensors=cut)))
-    with pytest.raises(ModelError, match=f"tensor {name}: wanted 64 weights, as wide as what it works on, got {n}"):
+    with pytest.raises(ModelError, match=f"tensor {name}: wanted 64 weights, the width of its input, got {n}"):
         open_model(file)
 
 

@@ -729,12 +729,11 @@ def test_added_tokens_of_a_sentencepiece_model(spm: Path, tmp_path: Path) -> Non
     assert list(zip(*columns, strict=True)) == expected
     assert keys["tokenizer.ggml.padding_token_id"].value == 1000
     assert vocab.notes == (
-        "added_tokens.json disagrees with the tokenizer that transformers builds from these files about 1 added token: "
+        "added_tokens.json disagrees with the tokenizer that transformers builds from the files about 1 added token: "
         "for example, it lists '<old>' as ordinary with id 1001, which is not a token. "
         "The GGUF follows transformers.",
-        "1 special token that no chat template uses, such as '<ctl>' (id 1005), do not appear in llama.cpp's output: "
-        "it prints nothing for special tokens. If answers are made of them, run llama-cli or llama-server with "
-        "--special.",
+        "llama.cpp hides 1 special token that no chat template uses, such as '<ctl>' (id 1005): it prints no "
+        "special tokens. If answers contain them, run llama-cli or llama-server with --special.",
         "Added tokens such as '<ctl>' strip spaces around them or match whole words only; "
         "llama.cpp matches their text alone.",
     )

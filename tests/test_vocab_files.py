@@ -189,14 +189,14 @@ def test_added_tokens_are_those_of_transformers(
         (
             {CONFIG: {DECODER: {"2049": token("<x>"), "2048": token("<y>")}}},
             X,
-            "tokenizer_config.json disagrees with the tokenizer that transformers builds from these files about 2 added "
+            "tokenizer_config.json disagrees with the tokenizer that transformers builds from the files about 2 added "
             "tokens: for example, it lists '<y>' as special with id 2048, which has id 2049. "
             "The GGUF follows transformers.",
         ),
         (
             {CONFIG: {DECODER: {"2048": token("<x>", special=False)}}},
             X,
-            "tokenizer.json disagrees with the tokenizer that transformers builds from these files about 1 added token: "
+            "tokenizer.json disagrees with the tokenizer that transformers builds from the files about 1 added token: "
             "for example, it lists '<x>' as special with id 2048, which is not special. "
             "The GGUF follows transformers.",
         ),

@@ -245,8 +245,8 @@ def test_missing_tensors_stand_beside_what_is_there(tmp_path):
         open_model(changed(tmp_path, rename))
     assert str(error.value) == (
         "tensors missing from the weights: model.layers.0.self_attn.q_proj.weight, "
-        "model.layers.0.self_attn.k_proj.weight, model.layers.0.self_attn.v_proj.weight, … (5 more); unused tensors in the "
-        "weights: model.layers.0.attn.q_proj.weight, model.layers.0.attn.k_proj.weight, "
+        "model.layers.0.self_attn.k_proj.weight, model.layers.0.self_attn.v_proj.weight, … (5 more); unused "
+        "tensors in the weights: model.layers.0.attn.q_proj.weight, model.layers.0.attn.k_proj.weight, "
         "model.layers.0.attn.v_proj.weight, … (5 more); the checkpoint is incomplete or config.json belongs to another "
         "model"
     )

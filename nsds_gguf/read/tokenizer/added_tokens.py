@@ -250,7 +250,7 @@ def _note(file: str, differing: Sequence[tuple[AddedToken, str]]) -> Iterator[st
     token, how = differing[0]
     kind = "special" if token.special else "ordinary"
     yield (
-        f"{file} disagrees with the tokenizer that transformers builds from these files about {len(differing)} added "
+        f"{file} disagrees with the tokenizer that transformers builds from the files about {len(differing)} added "
         f"token{'s' * (len(differing) > 1)}: for example, it lists {token.text!r} as {kind} with id {token.token_id}, "
         f"{how}. The GGUF follows transformers."
     )

@@ -133,9 +133,9 @@ def unprinted_note(
     if silent:
         token_id, text = silent[0]
         yield (
-            f"{len(silent)} special token{'s' * (len(silent) > 1)} that no chat template uses, such as {text!r} (id "
-            f"{token_id}), do not appear in llama.cpp's output: it does not print special tokens. If answers "
-            "contain them, run llama-cli or llama-server with --special."
+            f"llama.cpp hides {len(silent)} special token{'s' * (len(silent) > 1)} that no chat template uses, "
+            f"such as {text!r} (id {token_id}): it prints no special tokens. If answers contain them, run llama-cli or "
+            "llama-server with --special."
         )
 
 

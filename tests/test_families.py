@@ -140,7 +140,7 @@ def test_a_tied_output_that_llama_cpp_demands_is_written_twice(tmp_path: Path) -
 
 def test_of_a_multimodal_model_the_language_model_is_taken(tmp_path: Path) -> None:
     model = open_model(written(tmp_path, "llava"))
-    (note,) = [note for note in model.notes if note.startswith("Only the language model is taken")]
+    (note,) = [note for note in model.notes if note.startswith("Only the language model is converted")]
     assert re.search(r"left out: multi_modal_projector \(\d+ tensors\), vision_tower \(\d+ tensors\)\.$", note)
     assert model.architecture == "llama"
     assert not [tensor for tensor in model.tensors if "vision" in tensor.source]
@@ -150,7 +150,7 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
     n_layers = json.loads((written(tmp_path / "a", "deepseek3") / "config.json").read_text())["num_hidden_layers"]
     extra = {f"model.layers.{n_layers}.eh_proj.weight": np.ones((4, 8), np.float32)}
     model = open_model(written(tmp_path / "b", "deepseek3", **extra))
-    assert "Only the language model is taken; left out: layer of multi-token prediction (1 tensors)." in model.notes
+    assert "Only the language model is converted; left out: layer of multi-token prediction (1 tensors)." in model.notes
 
 
 def test_tensors_of_other_models_need_a_multimodal_class(tmp_path: Path) -> None:

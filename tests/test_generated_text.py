@@ -26,7 +26,7 @@ from nsds_gguf.errors import OutputError, VerifyError
 from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp.llama import open_context, open_model
 from nsds_gguf.records import Options, Plan, no_progress
-from nsds_gguf.session import calibrated, room, session
+from nsds_gguf.session import room, session
 from nsds_gguf.session.run import Run, Silent
 
 WIDE = Spec("LlamaForCausalLM", n_embd=256, n_ff=256)  # rows fit K-quants; no BOS is added
@@ -48,7 +48,7 @@ def tiny(folder):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    for module in (generated_text, calibrated, room):
+    for module in (generated_text, room):
         monkeypatch.setattr(module, "N_TOKENS", 512)
 
 

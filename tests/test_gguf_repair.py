@@ -211,10 +211,10 @@ REFUSED = {
     "scores short": ({SCORES: listed([0.0] * 7, GGUFValueType.FLOAT32)}, "wanted 260 values, .* got 7"),
     "types short": ({TYPES: listed([1] * 7, GGUFValueType.INT32)}, "wanted 260 values, .* got 7"),
     "no tokens": ({TOKENS: None}, "the tokenizer is incomplete"),
-    "no merges": ({"tokenizer.ggml.model": kv("gpt2", STRING)}, "merges is missing: llama.cpp cannot make"),
+    "no merges": ({"tokenizer.ggml.model": kv("gpt2", STRING)}, "merges is missing: llama.cpp cannot build"),
     "merges empty": (
         {"tokenizer.ggml.model": kv("gpt2", STRING), "tokenizer.ggml.merges": listed([], STRING),
-         TYPES: listed([1] * N_VOCAB, GGUFValueType.INT32)}, "merges is empty: llama.cpp cannot make"),
+         TYPES: listed([1] * N_VOCAB, GGUFValueType.INT32)}, "merges is empty: llama.cpp cannot build"),
     "no BOS": (
         {"tokenizer.ggml.model": kv("t5", STRING), "tokenizer.ggml.bos_token_id": None},
         "add_bos_token is true, but tokenizer.ggml.bos_token_id is missing, on which llama.cpp aborts"),

@@ -76,9 +76,9 @@ def callback_hessians(
     with original() as file:
         for group in _groups(moments, names, _budget_bytes()):
             found = collect(file, ids, only=group, full_for=group, n_threads=n_threads)
-            for alike in {found[name].names: found[name] for name in group}.values():
-                if alike.full is not None:
-                    yield alike.names, alike.full.astype(np.float32)
+            for moment in {found[name].names: found[name] for name in group}.values():
+                if moment.full is not None:
+                    yield moment.names, moment.full.astype(np.float32)
 
 
 def _groups(moments: Mapping[str, Moments], names: Collection[str], max_bytes: int) -> Iterator[list[str]]:
@@ -88,12 +88,12 @@ def _groups(moments: Mapping[str, Moments], names: Collection[str], max_bytes: i
         if name in moments:
             by_input.setdefault(moments[name].names, []).append(name)
     group, n_bytes = list[str](), 0
-    for alike in by_input.values():
-        n_cols = moments[alike[0]].mean_squares.shape[-1]
+    for sharing in by_input.values():
+        n_cols = moments[sharing[0]].mean_squares.shape[-1]
         if group and n_bytes + 8 * n_cols**2 > max_bytes:
             yield group
             group, n_bytes = [], 0
-        group, n_bytes = [*group, *alike], n_bytes + 8 * n_cols**2
+        group, n_bytes = [*group, *sharing], n_bytes + 8 * n_cols**2
     if group:
         yield group
 

@@ -149,7 +149,7 @@ def map_tensors(
         notes.append(f"The embedding is written twice: llama.cpp's {family.architecture} has no tied output.")
     left_out = _left_over(found, used, family, is_wrapped, sizes["layers"])
     if left_out:
-        notes.append(f"Only the language model is taken; left out: {left_out}.")
+        notes.append(f"Only the language model is converted; left out: {left_out}.")
     digest, tensors = hashlib.sha256(), []
     for item, names in found.places:
         stored = [_reshaped(found.stored[name], item.part, sizes) for name in names]

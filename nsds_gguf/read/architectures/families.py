@@ -192,7 +192,7 @@ def every_fourth(config: Config) -> list[int]:
 
 
 def has_many_layers(config: Config) -> bool:
-    """Tell whether llama.cpp expects q and k norms in a Command-R model (command-r.cpp)."""
+    """Return whether llama.cpp expects q and k norms in a Command-R model (command-r.cpp)."""
     return int(config["num_hidden_layers"]) >= 64
 
 
@@ -329,12 +329,12 @@ _MLA_ATTENTION: Parts = {
 
 
 def is_dense_layer(config: Config, layer: int) -> bool:
-    """Tell whether a layer of a DeepSeek model has one feed-forward block in place of experts."""
+    """Return whether a layer of a DeepSeek model has one feed-forward block in place of experts."""
     return not config.get("num_experts") or layer < (config.get("first_k_dense_replace") or 0)
 
 
 def is_sparse_layer(config: Config, layer: int) -> bool:
-    """Tell whether a layer of a DeepSeek model has experts."""
+    """Return whether a layer of a DeepSeek model has experts."""
     return not is_dense_layer(config, layer)
 
 
@@ -489,18 +489,18 @@ def inner_width(config: Config) -> int | None:
 
 
 def is_mamba_layer(config: Config, layer: int) -> bool:
-    """Tell whether a layer of a Granite 4 model is a state space; the others attend."""
+    """Return whether a layer of a Granite 4 model is a state space; the others attend."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
     return isinstance(kinds, list) and layer < len(kinds) and kinds[layer] in ("mamba", "linear_attention")
 
 
 def is_attention_layer(config: Config, layer: int) -> bool:
-    """Tell whether a layer of a Granite 4 model attends."""
+    """Return whether a layer of a Granite 4 model attends."""
     return not is_mamba_layer(config, layer)
 
 
 def has_mamba_layers(config: Config) -> bool:
-    """Tell whether a Granite 4 model has state spaces at all."""
+    """Return whether a Granite 4 model has state spaces at all."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
     return isinstance(kinds, list) and any(is_mamba_layer(config, i) for i in range(len(kinds)))
 

@@ -134,7 +134,7 @@ def test_experts_split_the_tokens(folder):
     assert up.counts.sum() == 2 * tokens.size
     assert np.array_equal(up.counts, down.counts)
     assert np.allclose(up.counts @ up.mean_squares / tokens.size, 2 * router.mean_squares, rtol=1e-5)
-    with pytest.raises(GgmlError, match=r"ffn_up_exps\.weight: a stack of 4 matrices has no one matrix"):
+    with pytest.raises(GgmlError, match=r"ffn_up_exps\.weight: a stack of 4 matrices has no single matrix"):
         collect(file, tokens, full_for=["blk.1.ffn_up_exps.weight"])
 
 
@@ -151,7 +151,7 @@ def test_tokens_that_are_none(tokens, said, tiny):
 
 
 def test_a_tensor_that_multiplies_nothing(tiny):
-    with pytest.raises(GgmlError, match=r"blk\.7\.attn_q\.weight multiplies nothing"):
+    with pytest.raises(GgmlError, match=r"blk\.7\.attn_q\.weight multiplies no input"):
         collect(tiny, drawn(1, 4), full_for=["blk.7.attn_q.weight"])
 
 

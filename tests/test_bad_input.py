@@ -224,8 +224,8 @@ CASES = {
         f"already quantized: {method}": Case(
             3,
             f"{{tmp}}/model: the weights are quantized ({method} 4: model.layers.0.self_attn.q_proj.weight); wanted "
-            "F32, F16, BF16 or FP8 (fp8, modelopt FP8, compressed-tensors float-quantized with one scale a tensor, row "
-            "or block): use the checkpoint that it was made of",
+            "F32, F16, BF16 or FP8 (fp8, modelopt FP8, compressed-tensors float-quantized with one scale per tensor, "
+            "row or block): use the original checkpoint",
             quantized(method),
         )
         for method in ("awq", "hqq")
@@ -250,7 +250,7 @@ CASES = {
     "unknown pre-tokenizer": Case(
         3,
         r"{tmp}/model/tokenizer.json: unknown pre-tokenizer Split(\d{{1,7}}|\w+, Isolated) > ByteLevel(); the nearest "
-        "known one is 'bloom' (70% alike); if text is to be split that way, say so with --pre-tokenizer bloom; "
+        "known one is 'bloom' (70% alike); to use it anyway, pass --pre-tokenizer bloom; "
         "if llama.cpp's converter knows it: python convert_hf_to_gguf.py MODEL --outtype bf16 --outfile model.gguf, "
         "then nsds-gguf convert model.gguf",
         entries("tokenizer.json", ("pre_tokenizer",), UNKNOWN_SPLIT),
@@ -321,7 +321,7 @@ CASES = {
     ),
     "a model whose last norm overflows": Case(
         3,
-        "tensor output_norm.weight: what it gives is not finite; the weights are damaged",
+        "tensor output_norm.weight: its output is not finite; the weights are damaged",
         norm_of(3e38),
         SCORED,
     ),
@@ -796,11 +796,11 @@ def test_record_with_any_value_wrong(model, kind):
 
 RECORDS = {
     "not JSON": ("{", "r.json: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1); "
-                      "write it again"),
+                      "create it again"),
     "no JSON at all": ("\udcff", "r.json: not JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start "
-                                 "byte; write it again"),
+                                 "byte; create it again"),
     "another file": ("[]", "r.json: wanted a file of format 'nsds-gguf scores 2', got None"),
-    "nothing in it": ('{"format": "nsds-gguf scores 2"}', "r.json: the record lacks 'recipe'; write the file again"),
+    "nothing in it": ('{"format": "nsds-gguf scores 2"}', "r.json: the record lacks 'recipe'; create the file again"),
 }  # fmt: skip
 
 
@@ -821,5 +821,5 @@ def test_record_says_which_value_is_wrong(model, refused):
     scores["costs"][1]["errors"]["Q3_K"] = "0.1"
     Path("r.json").write_text(json.dumps(scores))
     assert refused(4, "plan", model, "--target-bpw", "4", "--scores", "r.json") == (
-        "r.json: costs[1].errors.Q3_K: wanted a number, got '0.1'; write the file again"
+        "r.json: costs[1].errors.Q3_K: wanted a number, got '0.1'; create the file again"
     )

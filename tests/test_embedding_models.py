@@ -114,7 +114,7 @@ def test_pooling_counts_without_modules(folder):
 
 def test_dense_module_is_refused(folder):
     with_modules(folder, (*MODULES[:2], "Dense"))
-    with pytest.raises(UnsupportedError, match=r"module Dense comes after the model, which llama.cpp does not"):
+    with pytest.raises(UnsupportedError, match=r"module Dense comes after the model, which llama.cpp does not compute"):
         read.open_model(folder)
 
 
@@ -133,9 +133,9 @@ def test_damaged_modules(folder):
 def test_notes_say_length_and_prompts(folder):
     with_modules(folder, MODULES, prompts={"query": "Instruct: ", "document": ""})
     assert read.open_model(folder).notes[-2:] == (
-        "A model for embeddings (modules.json): last pooling is written to the file; they are to be normalised, as "
+        "An embedding model (modules.json) with last pooling; embeddings are normalized, as "
         "llama-embedding and llama-server do by default.",
-        "sentence-transformers puts a prompt before a text; for llama.cpp, write it yourself (query: 'Instruct: ').",
+        "sentence-transformers prepends a prompt to a text; for llama.cpp, add it yourself (query: 'Instruct: ').",
     )
     with_modules(folder, MODULES[:2])
     assert "they are not to be normalised: pass --embd-normalize -1" in read.open_model(folder).notes[0]
@@ -146,7 +146,7 @@ def test_attention_both_ways_is_written(folder):
     (folder / "config.json").write_text(json.dumps({**config, "is_causal": False}))
     model = read.open_model(folder)
     assert model.metadata["qwen3.attention.causal"].value is False
-    assert any(note.startswith("config.json: is_causal false: every token sees all others") for note in model.notes)
+    assert any(note.startswith("config.json: is_causal false: attention is bidirectional") for note in model.notes)
 
 
 def test_head_is_not_missed_and_not_written(folder):

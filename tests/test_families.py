@@ -132,7 +132,7 @@ def test_a_tied_output_that_llama_cpp_demands_is_written_twice(tmp_path: Path) -
     save_file(weights, path / "model.safetensors")
     model = open_model(path)
     assert np.array_equal(model.by_name["output.weight"].load(), model.by_name["token_embd.weight"].load())
-    assert "The embedding is written twice: llama.cpp's qwen2moe knows no tied output." in model.notes
+    assert "The embedding is written twice: llama.cpp's qwen2moe has no tied output." in model.notes
 
 
 # What is left out
@@ -140,7 +140,7 @@ def test_a_tied_output_that_llama_cpp_demands_is_written_twice(tmp_path: Path) -
 
 def test_of_a_multimodal_model_the_language_model_is_taken(tmp_path: Path) -> None:
     model = open_model(written(tmp_path, "llava"))
-    (note,) = [note for note in model.notes if note.startswith("Only the language model is taken")]
+    (note,) = [note for note in model.notes if note.startswith("Only the language model is converted")]
     assert re.search(r"left out: multi_modal_projector \(\d+ tensors\), vision_tower \(\d+ tensors\)\.$", note)
     assert model.architecture == "llama"
     assert not [tensor for tensor in model.tensors if "vision" in tensor.source]
@@ -150,7 +150,7 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
     n_layers = json.loads((written(tmp_path / "a", "deepseek3") / "config.json").read_text())["num_hidden_layers"]
     extra = {f"model.layers.{n_layers}.eh_proj.weight": np.ones((4, 8), np.float32)}
     model = open_model(written(tmp_path / "b", "deepseek3", **extra))
-    assert "Only the language model is taken; left out: layer of multi-token prediction (1 tensors)." in model.notes
+    assert "Only the language model is converted; left out: layer of multi-token prediction (1 tensors)." in model.notes
 
 
 def test_tensors_of_other_models_need_a_multimodal_class(tmp_path: Path) -> None:
@@ -182,15 +182,15 @@ def test_names_may_begin_otherwise(name: str, inner: str, outer: str, tmp_path: 
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("qwen2moe", {"norm_topk_prob": True}, "norm_topk_prob True: llama.cpp's qwen2moe computes with False only"),
-        ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob False: llama.cpp's qwen3moe computes with True only"),
-        ("qwen3moe", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\]: llama.cpp's qwen3moe computes with \[\] only"),
-        ("olmoe", {"clip_qkv": 2.0}, "clip_qkv 2.0: llama.cpp's olmoe computes with None only"),
-        ("gemma2", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar 100: llama.cpp's gemma2 computes with"),
+        ("qwen2moe", {"norm_topk_prob": True}, "norm_topk_prob True: llama.cpp's qwen2moe supports False only"),
+        ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob False: llama.cpp's qwen3moe supports True only"),
+        ("qwen3moe", {"mlp_only_layers": [0]}, r"mlp_only_layers \[0\]: llama.cpp's qwen3moe supports \[\] only"),
+        ("olmoe", {"clip_qkv": 2.0}, "clip_qkv 2.0: llama.cpp's olmoe supports None only"),
+        ("gemma2", {"query_pre_attn_scalar": 100}, "query_pre_attn_scalar 100: llama.cpp's gemma2 supports"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         ("gpt2", {"activation_function": "relu"}, "hidden_act 'relu' is not supported for gpt2"),
-        ("cohere", {"use_qk_norm": True}, "use_qk_norm True: llama.cpp's command-r computes with False only"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm True: llama.cpp's command-r supports False only"),
         ("smollm3", {"no_rope_layers": [1, 1]}, r"no_rope_layers \[1, 1\]"),
         ("deepseek2", {"topk_method": "group_limited_greedy"}, "topk_method 'group_limited_greedy'"),
         ("gemma", {"tie_word_embeddings": False}, "llama.cpp's gemma has no output projection of its own"),
@@ -208,7 +208,7 @@ def test_a_theta_for_windowed_layers_that_llama_cpp_would_not_use(tmp_path: Path
         "full_attention": {"rope_type": "default", "rope_theta": 500.0},
         "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
     }
-    with pytest.raises(UnsupportedError, match=r"a rope theta of their own, 300\.0; llama\.cpp's olmo2 has one"):
+    with pytest.raises(UnsupportedError, match=r"a separate rope theta, 300\.0; llama\.cpp's olmo2 has one"):
         open_model(written(tmp_path, "olmo3", {"rope_parameters": rope}))
 
 
@@ -231,7 +231,7 @@ def test_longrope_factors_that_do_not_fit(factors: dict[str, Any], message: str,
     ("config", "message"),
     [
         ({"num_local_experts": -1}, "num_experts: wanted a positive integer"),
-        ({"num_experts_per_tok": 9}, "9 experts a token of 8 in all"),
+        ({"num_experts_per_tok": 9}, "9 experts per token of 8 in all"),
     ],
 )
 def test_experts_that_contradict_themselves(config: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_dynamic_scaling_is_none_up_to_the_context(tmp_path: Path) -> None:
     )
     assert model.metadata["internlm2.rope.freq_base"].value == 700.0
     assert "internlm2.rope.scaling.type" not in model.metadata
-    assert model.notes[0].startswith("llama.cpp has no dynamic rope scaling: the model is as it was trained up to 128")
+    assert model.notes[0].startswith("llama.cpp has no dynamic rope scaling: the model works up to 128")
 
 
 def test_the_context_of_command_r(tmp_path: Path) -> None:

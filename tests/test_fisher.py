@@ -104,8 +104,8 @@ def scored_logits(model, tokens):
 
 
 def check_noise(model, arrays, wanted):
-    """Check that noise of relative energy e in one tensor causes a mean KL divergence of its sensitivity times e."""
-    rng, energy = np.random.default_rng(1), 1e-4
+    """Check that noise of relative squared norm e causes a mean KL divergence of e times the sensitivity."""
+    rng, relative = np.random.default_rng(1), 1e-4
     tokens = rng.integers(0, model.hparams.n_vocab, (4, 24))
     found = [fisher(model, tokens, 1, seed=seed).sensitivity for seed in range(24)]
     reference = scored_logits(model, tokens)
@@ -114,11 +114,11 @@ def check_noise(model, arrays, wanted):
     for name in names:
         measured = []
         for _ in range(12):
-            noise = rng.standard_normal(arrays[name].shape) * np.sqrt(energy)
+            noise = rng.standard_normal(arrays[name].shape) * np.sqrt(relative)
             noisy = make_model({**arrays, name: arrays[name] * (1 + noise)}, model.hparams)
             other = scored_logits(noisy, tokens)
             measured.append(float((np.exp(reference) * (reference - other)).sum(axis=1).mean()))
-        predicted = energy * np.mean([sensitivity[name] for sensitivity in found])
+        predicted = relative * np.mean([sensitivity[name] for sensitivity in found])
         assert predicted == pytest.approx(np.mean(measured), rel=0.25), name
 
 
@@ -147,7 +147,7 @@ def test_sensitivity_is_the_divergence_that_noise_causes(tiny):
 def test_so_it_is_of_experts(scores, normed):
     """Of one layer: noise in front of a router would change which experts are chosen."""
     arrays, hparams = expert_arrays(5, n_layers=1)
-    model = make_model(arrays, replace(hparams, expert_scores=scores, experts_normed=normed))
+    model = make_model(arrays, replace(hparams, expert_scores=scores, norm_topk_prob=normed))
     check_noise(model, arrays, lambda name: name.endswith(("_exps.weight", "shexp.weight")))
 
 
@@ -168,7 +168,7 @@ def retold(arrays, hparams, x):
         bias = a.get("blk.0.exp_probs_b.bias", np.zeros(len(scores)))
         ranked = sorted(range(len(scores)), key=lambda e: -(scores[e] + bias[e]))
         chosen = ranked[: hparams.n_experts_used]
-        total = sum(scores[e] for e in chosen) if hparams.experts_normed else 1.0
+        total = sum(scores[e] for e in chosen) if hparams.norm_topk_prob else 1.0
         written = block(a, "shexp", token)[0] / (1 + np.exp(-a["blk.0.ffn_gate_inp_shexp.weight"] @ token))
         for expert in chosen:
             by_expert, square = block(a, "exps", token, expert)
@@ -184,7 +184,7 @@ ROUTINGS = [("softmax", True, False), ("softmax", False, False), ("sigmoid", Tru
 @pytest.mark.parametrize("scores, normed, biased", ROUTINGS)
 def test_experts_are_chosen_and_weighed_as_told(scores, normed, biased):
     arrays, hparams = expert_arrays(7, n_experts=8, n_used=3)
-    hparams = replace(hparams, expert_scores=scores, experts_normed=normed, experts_scale=1.5)
+    hparams = replace(hparams, expert_scores=scores, norm_topk_prob=normed, experts_scale=1.5)
     rng = np.random.default_rng(0)
     if biased:
         arrays["blk.0.exp_probs_b.bias"] = rng.standard_normal(8).astype("f4") / 4
@@ -218,8 +218,8 @@ def test_experts_that_no_token_visits_weigh_as_the_others_and_are_told():
     np.testing.assert_allclose(found.inputs[name], [moments.get(expert, others) for expert in range(16)])
     assert found.inputs["blk.0.ffn_up_exps.weight"].shape == (32,)
     assert found.notes == (
-        f"None of the tokens read visits {16 - len(moments)} of 16 experts: their columns weigh as those of the others "
-        "of their layer do on average.",
+        f"No token is routed to {16 - len(moments)} of 16 experts: their column weights are the mean of the other "
+        "experts in the layer.",
     )
     assert not [key for key in found.sensitivity if "gate_inp" in key]  # is not quantized
 
@@ -283,7 +283,7 @@ def test_routing_is_read_from_architecture_and_keys(architecture, keys, wanted):
         for name, value in keys.items()
     }
     hparams = read_hparams(architecture, metadata, [])
-    assert (hparams.expert_scores, hparams.experts_normed) == wanted
+    assert (hparams.expert_scores, hparams.norm_topk_prob) == wanted
 
 
 def test_threads_do_not_change_the_result(tiny):

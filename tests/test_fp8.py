@@ -237,10 +237,10 @@ MISFITS = {
 def test_scales_that_do_not_fit(tmp_path, shape, scale_shape, block):
     entry = ("F8_E4M3", shape, bytes(math.prod(shape)))
     entries = {"w": entry, "w_scale_inv": floats(np.ones(scale_shape))}
-    grid = ", or one a block of 128 x 128" if block else ""
+    grid = ", or one per block of 128 x 128" if block else ""
     assert refusal(ModelError, tmp_path, entries, {**FINE_GRAINED, "weight_block_size": block}) == (
-        f"model.safetensors: tensor w_scale_inv: shape {scale_shape} does not fit w, {shape}; wanted one scale, one a "
-        f"row{grid}: see quantization_config in config.json"
+        f"model.safetensors: tensor w_scale_inv: shape {scale_shape} does not fit w, {shape}; wanted one scale, "
+        f"one per row{grid}: see quantization_config in config.json"
     )
 
 
@@ -381,7 +381,7 @@ def test_methods_that_are_refused(tmp_path, quantization, method, route):
         checkpoint(tmp_path, PACKED, quantization)
     assert str(error.value) == (
         f"{tmp_path}: the weights are quantized ({method}: a.weight); wanted F32, F16, BF16 or FP8 (fp8, modelopt "
-        "FP8, compressed-tensors float-quantized with one scale a tensor, row or block): use the checkpoint that it "
+        "FP8, compressed-tensors float-quantized with one scale per tensor, row or block): use the checkpoint that it "
         "was made of" + route.format(folder=tmp_path)
     )
 
@@ -395,7 +395,7 @@ def test_settings_over_plain_weights_do_not_count(tmp_path, quantization):
     np.testing.assert_array_equal(read(found.tensors["w.weight"]), values)
     (note,) = found.notes
     assert note.startswith("config.json says that the weights are quantized (")
-    assert note.endswith("), but they are plain F32: its quantization settings do not count.")
+    assert note.endswith("), but they are plain F32: its quantization settings are ignored.")
 
 
 def test_two_groups_of_different_blocks_are_refused(tmp_path):

@@ -33,7 +33,7 @@ WIDE = Spec("LlamaForCausalLM", n_embd=256, n_ff=256)  # rows fit K-quants; no B
 UNCHECKED = VerifyOptions(enabled=False)
 NONE = np.array([], np.intp)
 GENERATED = {"rounding": "rtn", "calibration": "generated"}
-NOTE = "Column importance comes from 512 tokens that the model generated (sequences of "
+NOTE = "Column weights come from 512 tokens that the model generated (sequences of "
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,8 @@ def test_weights_of_what_the_text_reaches_and_of_the_rest(folder):
     assert np.allclose(weights[missed], columns[missed] / columns[missed].mean())
     assert all(array.dtype == np.float32 for array in weights.values())
     note = text.note()
-    assert note.startswith("Column importance comes from 15 tokens that the model generated (sequences of 5);")
-    assert note.endswith(" 1 matrices of experts, which take that of random tokens.")
+    assert note.startswith("Column weights come from 15 tokens that the model generated (sequences of 5);")
+    assert note.endswith(" 1 matrices of experts: their weights come from random tokens.")
     assert "token_embd" not in note
 
 
@@ -188,7 +188,7 @@ def test_a_gguf_generates_its_own_text(folder, tmp_path, monkeypatch):
     scores = score(file.path, Options(**GENERATED), run=Run(1))
     assert scores.recipe.calibration == "generated"
     assert scores.notes[-1].startswith(NOTE)
-    assert "They do not reach" not in scores.notes[-1]
+    assert "The text does not reach" not in scores.notes[-1]
     planned = plan(file.path, Options(target_bpw=4), loaded=scores, run=Run(1))
     assert planned.plans[0].notes.count(scores.notes[-1]) == 1
     uniform = Options(uniform="Q4_K", **GENERATED)

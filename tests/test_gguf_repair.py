@@ -84,7 +84,7 @@ def test_vectors_become_f32_and_the_file_heals(tiny, kind):
     vectors = {name: kind for name, array in tiny_weights().items() if array.ndim == 1}
     source = rewritten(tiny, tiny.with_name("norms.gguf"), types=vectors)
     model = open_gguf(source)
-    assert model.is_mended and len(model.notes) == 1
+    assert model.is_repaired and len(model.notes) == 1
     assert model.notes[0].startswith(f"5 vectors and other small tensors stored as {kind} (blk.0.attn_norm.weight, ")
     out = converted(source, tiny.with_name("out.gguf"), uniform("Q8_0"))
     assert llama.logits(out, [1, 5, 9], n_threads=1).shape == (3, N_VOCAB)
@@ -165,7 +165,7 @@ def test_vision_part_is_left_out_and_the_rest_is_the_same(tiny):
     assert model.metadata == plain.metadata and model.hparams == plain.hparams
     assert model.notes == (
         "The file holds a vision or audio part beside the language model, as Ollama stores it: 4 tensors (v.*, a.*, "
-        "mm.*) and 4 keys are left out; llama.cpp takes that part from a file of its own (mmproj).",
+        "mm.*) and 4 keys are left out; llama.cpp reads that part from a separate file (mmproj).",
     )
     first, second = (converted(f, f.with_name(f"{f.name}.out"), uniform("Q8_0")) for f in (source, tiny))
     assert tensor_bytes(first) == tensor_bytes(second)
@@ -197,27 +197,27 @@ def test_architecture_that_llama_cpp_does_not_know_is_refused_before_work(tiny):
 
 REFUSED = {
     "NaN": ({"llama.rope.freq_base": kv(float("nan"), GGUFValueType.FLOAT32)}, "rope.freq_base is nan; wanted"),
-    "no layers": ({"llama.block_count": kv(0, U32)}, "block_count is 0; wanted a whole number from 1 up"),
+    "no layers": ({"llama.block_count": kv(0, U32)}, "block_count is 0; wanted a positive integer"),
     "many layers": ({"llama.block_count": kv(513, U32)}, "block_count is 513; llama.cpp takes at most 512"),
-    "layer missing": ({"llama.block_count": kv(3, U32)}, "counts 3 layers, and there are no tensors of layer 2"),
-    "layer too many": ({"llama.block_count": kv(1, U32)}, "counts 1 layers, and there are tensors of layer 1"),
+    "layer missing": ({"llama.block_count": kv(3, U32)}, "is 3, but there are no tensors of layer 2"),
+    "layer too many": ({"llama.block_count": kv(1, U32)}, "is 1, but there are tensors of layer 1"),
     "more experts used": (
         {"llama.expert_count": kv(2, U32), "llama.expert_used_count": kv(3, U32)}, "expert_used_count are 2 and 3"),
     "no expert used": ({"llama.expert_count": kv(2, U32)}, "expert_used_count are 2 and 0"),
     "rope scaling": ({"llama.rope.scaling.type": kv("ntk", STRING)}, "is 'ntk'; llama.cpp knows none, linear, yarn"),
     "token twice": (
         {TOKENS: listed(["<unk>", "<s>", "</s>", *(f"t{i % 255}" for i in range(N_VOCAB - 3))], STRING)},
-        r"tokens 3 and 258 are both 't0' \(2 such in all\), on which llama.cpp aborts"),
+        r"tokens 3 and 258 are both 't0' \(2 duplicates in all\), on which llama.cpp aborts"),
     "scores short": ({SCORES: listed([0.0] * 7, GGUFValueType.FLOAT32)}, "wanted 260 values, .* got 7"),
     "types short": ({TYPES: listed([1] * 7, GGUFValueType.INT32)}, "wanted 260 values, .* got 7"),
     "no tokens": ({TOKENS: None}, "the tokenizer is incomplete"),
-    "no merges": ({"tokenizer.ggml.model": kv("gpt2", STRING)}, "merges is missing: llama.cpp cannot make"),
+    "no merges": ({"tokenizer.ggml.model": kv("gpt2", STRING)}, "merges is missing: llama.cpp cannot build"),
     "merges empty": (
         {"tokenizer.ggml.model": kv("gpt2", STRING), "tokenizer.ggml.merges": listed([], STRING),
-         TYPES: listed([1] * N_VOCAB, GGUFValueType.INT32)}, "merges is empty: llama.cpp cannot make"),
+         TYPES: listed([1] * N_VOCAB, GGUFValueType.INT32)}, "merges is empty: llama.cpp cannot build"),
     "no BOS": (
         {"tokenizer.ggml.model": kv("t5", STRING), "tokenizer.ggml.bos_token_id": None},
-        "add_bos_token is true, and there is no tokenizer.ggml.bos_token_id, on which llama.cpp aborts"),
+        "add_bos_token is true, but tokenizer.ggml.bos_token_id is missing, on which llama.cpp aborts"),
 }  # fmt: skip
 
 
@@ -282,7 +282,7 @@ def test_outline_takes_no_room(tiny):
 
 
 def healed(source):
-    """Return the model after its vocabulary was mended, having checked that llama.cpp runs what is made of it."""
+    """Return the model after its vocabulary was repaired, having checked that llama.cpp runs what is made of it."""
     model = open_gguf(source)
     out = Path("healed.gguf")
     convert(source, uniform("Q8_0"), verifying=NO_CHECK, output=Output(out, force=True), run=Run(1))
@@ -298,7 +298,7 @@ def test_tokens_beyond_the_embedding_are_left_out(tiny):
     assert [model.metadata[key] for key in (TOKENS, SCORES, TYPES)] == [before[key] for key in (TOKENS, SCORES, TYPES)]
     assert "tokenizer.ggml.eot_token_id" not in model.metadata
     assert model.notes == (
-        "The vocabulary has 262 tokens, the embedding 260 rows: the 2 tokens beyond ('more0', 'more1') are left out.",
+        "The vocabulary has 262 tokens, the embedding 260 rows: the last 2 tokens ('more0', 'more1') are left out.",
         "The vocabulary has 260 tokens, and these special ones are beyond: tokenizer.ggml.eot_token_id 260; left out, "
         "as llama.cpp ignores them.",
     )
@@ -310,8 +310,7 @@ def test_rows_without_tokens_get_unused_ones(tiny):
     assert model.metadata[TYPES].value[-3:] == [6, 5, 5]
     assert model.metadata[SCORES].value[-3:] == [0.0, -1000.0, -1000.0]
     assert model.notes == (
-        "The vocabulary has 258 tokens, the embedding 260 rows: the rows beyond get unused tokens [PAD258] to "
-        "[PAD259].",
+        "The vocabulary has 258 tokens, the embedding 260 rows: the other rows get unused tokens [PAD258] to [PAD259].",
     )
 
 
@@ -319,12 +318,12 @@ def test_scores_beyond_the_tokens_are_left_out(tiny):
     keys = {SCORES: listed([0.0] * (N_VOCAB + 4), GGUFValueType.FLOAT32)}
     model = healed(rewritten(tiny, tiny.with_name("scores.gguf"), keys=keys))
     assert len(model.metadata[SCORES].value) == N_VOCAB
-    assert model.notes == (f"Key {SCORES} has 264 values for 260 tokens: those beyond are left out.",)
+    assert model.notes == (f"Key {SCORES} has 264 values for 260 tokens: the surplus is left out.",)
 
 
 def test_a_sound_file_is_left_as_it_is(tiny):
     model = open_gguf(tiny)
-    assert not model.notes and not model.is_mended
+    assert not model.notes and not model.is_repaired
     with WorkFolder(tiny.parent) as files, Session(model, Run(1), files).original() as path:
         assert path == tiny
 

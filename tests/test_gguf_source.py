@@ -411,7 +411,7 @@ def test_types_that_ggml_does_not_read_back_are_refused(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert "tensor output.weight: ggml cannot read type Q8_K back" in message(call("score", path), 3)
+    assert "tensor output.weight: ggml cannot dequantize type Q8_K" in message(call("score", path), 3)
 
 
 @pytest.mark.parametrize("architecture", ["t5", "bert"])

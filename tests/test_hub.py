@@ -72,7 +72,7 @@ def test_only_the_files_that_are_needed(tmp_path, files):
 def test_offline(tmp_path, files):
     with Hub(files) as hub:
         line = message(plan(hub, cwd=tmp_path, HF_HUB_OFFLINE="1"), 3)
-        assert line == ("org/model: is not in the cache home/hub, and HF_HUB_OFFLINE forbids to download it: unset it")
+        assert line == ("org/model: is not in the cache home/hub, and HF_HUB_OFFLINE forbids the download: unset it")
         online = plan(hub, *PLAN, "--json", "-", "-q", cwd=tmp_path)
         hub.requests.clear()
         offline = plan(hub, *PLAN, "--json", "-", "-q", cwd=tmp_path, HF_HUB_OFFLINE="1")

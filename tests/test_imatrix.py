@@ -165,15 +165,15 @@ def on_random_tokens(folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.slow
-def test_the_plan_says_where_importance_comes_from(tmp_path: Path) -> None:
+def test_the_plan_says_where_column_weights_come_from(tmp_path: Path) -> None:
     imatrix = read_imatrix(GOLDEN / "imatrix.dat")
     options = Options(target_bpw=3.6, imatrix=imatrix.path)
     planned = plan(DEMO, options, run=Run(1))
     (made,) = planned.plans
     assert (made.recipe.calibration, made.recipe.rounding) == (imatrix.name, "rtn")
     note = (
-        f"Column importance comes from imatrix.dat (SHA-256 {imatrix.sha256[:12]}…). It has no entry for "
-        "token_embd.weight, output.weight: there it is that of --calibration random."
+        f"Column weights come from imatrix.dat (SHA-256 {imatrix.sha256[:12]}…). It has no entry for "
+        "token_embd.weight, output.weight: their weights come from random tokens."
     )
     assert made.notes.count(note) == 1
     with pytest.raises(RecordError, match=f"importance matrix {imatrix.name}: pass that file with --imatrix"):
@@ -233,8 +233,8 @@ def test_the_command(tmp_path: Path) -> None:
         (legacy(("a", 1, [1.0]), n=2), "bytes wanted at byte"),
         (legacy(("a", 1, [1.0]))[:-20], "bytes wanted at byte"),
         (struct.pack("<i", 1) + struct.pack("<i", -5), "-5 bytes wanted at byte 8"),
-        (legacy(("a", 1, [float("nan")])), "a: holds what no mean of squares can be"),
-        (legacy(("a", 1, [-1.0, 2.0])), "a: holds what no mean of squares can be"),
+        (legacy(("a", 1, [float("nan")])), "a: wanted finite mean squares from 0 up"),
+        (legacy(("a", 1, [-1.0, 2.0])), "a: wanted finite mean squares from 0 up"),
         (b"GGUF" + bytes(30), "GGUF"),
     ],
 )
@@ -252,7 +252,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"general\.type is 'model', wanted 'imatrix'"):
         read_imatrix(model)
     lonely = of_gguf(tmp_path / "lonely.gguf", {"a.weight.in_sum2": np.ones((2, 2), np.float32)})
-    with pytest.raises(RecordError, match=r"a\.weight\.in_sum2 has no fitting \.counts"):
+    with pytest.raises(RecordError, match=r"a\.weight\.in_sum2 has no matching \.counts"):
         read_imatrix(lonely)
 
 
@@ -263,5 +263,5 @@ def test_a_matrix_of_another_model(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"blk\.0\.attn_q\.weight: wanted 1 x 256 columns, got 1 x 64"):
         plan(DEMO, options)
     path.write_bytes(legacy(("h.0.weight", 1, [1.0])))
-    with pytest.raises(RecordError, match=r"speaks of no tensor of Books 4\.6m; it is of another model"):
+    with pytest.raises(RecordError, match=r"has no tensor of Books 4\.6m; it belongs to another model"):
         plan(DEMO, options)

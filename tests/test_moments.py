@@ -15,16 +15,16 @@ from nsds_gguf.sensitivity.blocks import ATTENTION_SHRINK, logit_variance
 from nsds_gguf.sensitivity.moment_propagation import STREAM_WEIGHT, propagate
 from nsds_gguf.sensitivity.moments import Signal, normed, unit_moments
 
-# What is left between the sweep and 3000 tokens by sampling and by the theory's independence: of the sum over columns;
-# of the logarithm over columns (standard deviation), in front of blocks and of hidden units; of noise. Measured on
-# these seeds: 0.033, 0.103, 0.122 (0.42 where units have large biases), 0.085.
+# What is left between propagation and 3000 tokens by sampling and by the theory's independence: of the sum over
+# columns; of the logarithm over columns (standard deviation), in front of blocks and of hidden units; of noise.
+# Measured on these seeds: 0.033, 0.103, 0.122 (0.42 where units have large biases), 0.085.
 SUM, READER_SPREAD, HIDDEN_SPREAD, NOISE = 0.06, 0.13, 0.16, 0.12
 BIASED_SPREAD, LATENT_SPREAD = 0.5, 0.25
 
 
 @functools.cache
 def swept(name):
-    """Return the model of a variant, its sweep, its simulation and the simulated stream at the end."""
+    """Return the model of a variant, its propagation, its simulation and the simulated stream at the end."""
     variant = VARIANTS[name]
     arrays, hparams = variant_arrays(variant)
     model = make_model(fused(arrays, variant), hparams)
@@ -38,7 +38,7 @@ def stored_name(name, model):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_matrices_multiply_what_the_sweep_says(name):
+def test_matrices_multiply_what_propagation_says(name):
     model, found, simulation, _ = swept(name)
     assert found.notes == ()
     assert {tensor.name for tensor in model.tensors if tensor.name in found.inputs} == set(found.inputs)
@@ -59,7 +59,7 @@ def allowed_spread(name, tensor):
 
 
 def noise_share(simulation, clean, name):
-    """Return the energy that relative noise of 1 in a matrix adds to the stream, over the stream's."""
+    """Return the squared norm that relative noise of 1 in a matrix adds to the stream, over the stream's."""
     size, original, rng = 1e-2, simulation.a[name], np.random.default_rng(7)
     noisy = original * (1 + size * rng.standard_normal(original.shape))
     delta = Simulation({**simulation.a, name: noisy}, simulation.variant, simulation.h).run() - clean
@@ -69,7 +69,7 @@ def noise_share(simulation, clean, name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_noise_reaches_the_stream_as_the_sweep_says(name):
+def test_noise_reaches_the_stream_as_propagation_says(name):
     _, found, simulation, clean = swept(name)
     roles = ("ffn_gate", "ffn_up", "ffn_down", "attn_gate")
     checked = [
@@ -89,7 +89,7 @@ def query_role(model):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_attention_logits_have_the_variance_that_the_sweep_says(name):
+def test_attention_logits_have_the_variance_that_propagation_says(name):
     model, found, simulation, _ = swept(name)
     if VARIANTS[name].latent:  # noise in queries counts by the logits, noise in values does not shrink
         queries, output = (found.sensitivity[f"blk.0.{role}.weight"] for role in (query_role(model), "attn_output"))

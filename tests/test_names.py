@@ -64,24 +64,24 @@ def within(pattern: str, replacement: str) -> Callable[[Weights], Weights]:
 
 
 RENAMED = {
-    "torch.compile": (before("_orig_mod."), "`_orig_mod.` is taken off the names of 21 tensors."),
-    "DDP": (before("module."), "`module.` is taken off the names of 21 tensors."),
-    "PEFT": (before("base_model.model."), "`base_model.model.` is taken off the names of 21 tensors."),
-    "both": (before("module._orig_mod."), "`module._orig_mod.` is taken off the names of 21 tensors."),
+    "torch.compile": (before("_orig_mod."), "`_orig_mod.` is removed from the names of 21 tensors."),
+    "DDP": (before("module."), "`module.` is removed from the names of 21 tensors."),
+    "PEFT": (before("base_model.model."), "`base_model.model.` is removed from the names of 21 tensors."),
+    "both": (before("module._orig_mod."), "`module._orig_mod.` is removed from the names of 21 tensors."),
     "FSDP around layers": (
         within(r"(layers\.\d+)\.", r"\1._fsdp_wrapped_module."),
-        "`_fsdp_wrapped_module.` is taken off the names of 18 tensors.",
+        "`_fsdp_wrapped_module.` is removed from the names of 18 tensors.",
     ),
     "checkpointed layers": (
         within(r"layers\.(\d+)\.", r"layers.\1._checkpoint_wrapped_module."),
-        "`_checkpoint_wrapped_module.` is taken off the names of 18 tensors.",
+        "`_checkpoint_wrapped_module.` is removed from the names of 18 tensors.",
     ),
     "PEFT's base layers": (
         within(r"(q_proj|v_proj)\.", r"\1.base_layer."),
-        "`base_layer.` is taken off the names of 4 tensors.",
+        "`base_layer.` is removed from the names of 4 tensors.",
     ),
-    "a trainer's own": (before("policy.net."), "`policy.net.` is taken off the names of 21 tensors."),
-    "model twice": (before("model."), "`model.` is taken off the names of 21 tensors."),
+    "a trainer's own": (before("policy.net."), "`policy.net.` is removed from the names of 21 tensors."),
+    "model twice": (before("model."), "`model.` is removed from the names of 21 tensors."),
     "model twice, the head once": (
         within(r"^model\.", "model.model."),
         "`model.model.` at the beginning of names is read as `model.`.",
@@ -105,7 +105,7 @@ def test_what_stands_around_names_is_taken_off(tmp_path, rename, note):
 def test_wrappers_of_other_families(tmp_path, name):
     model = open_model(saved(tmp_path / "a", name, before("module.")))
     check_same(model, open_model(write_spec(tmp_path / "b" / "model", name)))
-    assert model.notes[-1].startswith("`module.` is taken off the names of ")
+    assert model.notes[-1].startswith("`module.` is removed from the names of ")
 
 
 def test_two_models_in_one_file_are_not_guessed(tmp_path):

@@ -41,7 +41,7 @@ def test_dead_units_have_no_moments():
 
 
 def retold(arrays, h, tied):
-    """Retell the sweep loop by loop in float64: sensitivities and inputs by tensor name."""
+    """Retell the propagation loop by loop in float64: sensitivities and inputs by tensor name."""
     a = {name: value.astype(np.float64) for name, value in arrays.items()}
     stream = (a["token_embd.weight"] ** 2).mean(axis=0)
     alpha, inputs = {"token_embd.weight": STREAM_WEIGHT}, {}
@@ -59,7 +59,7 @@ def retold(arrays, h, tied):
         inputs[name("attn_output")] = o2
         write = t["attn_output.weight"] ** 2 @ o2
         stream = stream + write
-        energy = write.sum() / stream.sum()
+        share = write.sum() / stream.sum()
         logits = []
         for head in range(h.n_heads):
             q = t["attn_q.weight"][head * h.head_dim :][: h.head_dim]
@@ -73,8 +73,8 @@ def retold(arrays, h, tied):
         variance = np.mean(logits)
         if h.qk_norm:
             variance = ((t["attn_q_norm.weight"] * t["attn_k_norm.weight"]) ** 2).sum() / h.head_dim
-        alpha[name("attn_v")] = alpha[name("attn_output")] = STREAM_WEIGHT * energy / ATTENTION_SHRINK
-        alpha[name("attn_q")] = alpha[name("attn_k")] = STREAM_WEIGHT * energy * variance
+        alpha[name("attn_v")] = alpha[name("attn_output")] = STREAM_WEIGHT * share / ATTENTION_SHRINK
+        alpha[name("attn_q")] = alpha[name("attn_k")] = STREAM_WEIGHT * share * variance
         x2 = stream / (stream.mean() + h.norm_eps) * t["ffn_norm.weight"] ** 2
         inputs[name("ffn_gate")] = inputs[name("ffn_up")] = x2
         gate, up = t["ffn_gate.weight"], t["ffn_up.weight"]
@@ -103,7 +103,7 @@ def retold(arrays, h, tied):
     ],
     ids=lambda options: ",".join(options) or "plain",
 )
-def test_sweep_equals_its_formulas(options):
+def test_propagation_equals_its_formulas(options):
     arrays, hparams = random_arrays(seed=1, **options)
     model = make_model(arrays, hparams)
     found = propagate(model)
@@ -123,13 +123,13 @@ def calibrated(name, model):
 def test_column_weights_by_calibration():
     arrays, hparams = random_arrays(seed=2)
     model = make_model(arrays, hparams)
-    sweep, norm = calibrated("random", model), calibrated("norm", model)
+    random, norm = calibrated("random", model), calibrated("norm", model)
     assert calibrated("none", model) == {}
-    assert "token_embd.weight" not in sweep  # nothing is known about which tokens come
-    assert "blk.0.ffn_down.weight" in sweep and "blk.0.ffn_down.weight" not in norm  # no norm in front of it
+    assert "token_embd.weight" not in random  # nothing is known about which tokens come
+    assert "blk.0.ffn_down.weight" in random and "blk.0.ffn_down.weight" not in norm  # no norm in front of it
     gain = arrays["blk.0.attn_norm.weight"].astype(np.float64) ** 2
     np.testing.assert_allclose(norm["blk.0.attn_q.weight"], gain / gain.mean(), rtol=1e-5)
-    for weights in (*sweep.values(), *norm.values()):
+    for weights in (*random.values(), *norm.values()):
         assert weights.dtype == np.float32 and weights.mean() == pytest.approx(1, abs=1e-3) and weights.min() > 0
     with pytest.raises(PlanError, match=r"calibration 'x' is not known; wanted one of random, generated, imatrix, "):
         find_calibration("x")
@@ -171,7 +171,7 @@ def test_function_preserving_rescaling_moves_column_weights_not_sensitivity():
     assert ratio[7] == pytest.approx(400, rel=1e-4) and ratio[8] == pytest.approx(1, rel=1e-4)
 
 
-# --- what the sweep does not follow ---------------------------------------------------------------------------
+# --- what propagation does not follow ---------------------------------------------------------------------------
 
 
 def hybrid_arrays():

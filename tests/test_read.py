@@ -127,7 +127,7 @@ def test_one_missing_tensor_is_named(tmp_path: Path) -> None:
     message = refusal(ModelError, changed(tmp_path, weights=without("model.layers.1.mlp.up_proj.weight")))
     assert message == (
         "tensors missing from the weights: model.layers.1.mlp.up_proj.weight; "
-        "the checkpoint is incomplete or config.json is another model's"
+        "the checkpoint is incomplete or config.json belongs to another model"
     )
 
 
@@ -135,7 +135,7 @@ def test_many_missing_tensors_are_named_in_part(tmp_path: Path) -> None:
     assert refusal(ModelError, changed(tmp_path, QWEN3, {"num_hidden_layers": 3})) == (
         "tensors missing from the weights: model.layers.2.input_layernorm.weight, "
         "model.layers.2.self_attn.q_proj.weight, model.layers.2.self_attn.k_proj.weight, … (8 more); "
-        "the checkpoint is incomplete or config.json is another model's"
+        "the checkpoint is incomplete or config.json belongs to another model"
     )
 
 
@@ -157,7 +157,7 @@ def test_tables_that_rope_recomputes_are_ignored(tmp_path: Path) -> None:
 def test_an_untied_model_needs_its_output(tmp_path: Path) -> None:
     assert refusal(ModelError, changed(tmp_path, weights=without(LM_HEAD))) == (
         "tensors missing from the weights: lm_head.weight; "
-        "the checkpoint is incomplete or config.json is another model's"
+        "the checkpoint is incomplete or config.json belongs to another model"
     )
 
 
@@ -346,7 +346,7 @@ def test_no_class_is_in_two_families() -> None:
         (
             {"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": None},
             ModelError,
-            "hidden_size 64 is no multiple of num_attention_heads 5",
+            "hidden_size 64 is not a multiple of num_attention_heads 5",
         ),
         ({"num_hidden_layers": 513}, UnsupportedError, "num_hidden_layers 513: llama.cpp takes at most 512"),
         ({"num_key_value_heads": 3}, ModelError, "4 heads cannot share 3 key/value heads evenly"),
@@ -363,7 +363,7 @@ def test_config_that_is_refused(
 
 def test_qwen2_with_heads_of_their_own_size_is_refused(tmp_path: Path) -> None:
     assert refusal(UnsupportedError, changed(tmp_path, QWEN2, {"head_dim": 32})) == (
-        "config.json: head_dim 32 x 4 heads is not hidden_size 64; llama.cpp's qwen2 demands it"
+        "config.json: head_dim 32 x 4 heads is not hidden_size 64; llama.cpp's qwen2 requires it"
     )
 
 
@@ -413,7 +413,7 @@ def test_a_window_that_llama_cpp_does_not_have_is_told(
 ) -> None:
     model = open_model(changed(tmp_path, spec, config))
     told = (
-        f"llama.cpp has no sliding window for {model.architecture}: attention is full beyond {n_window} tokens, "
+        f"llama.cpp has no sliding window for {model.architecture}: beyond {n_window} tokens, attention is full, "
         f"where the original looks back {n_window}."
     )
     assert model.notes == ((told,) if n_window else ())
@@ -541,32 +541,31 @@ def test_llama3_factors_by_hand(tmp_path: Path) -> None:
             LLAMA,
             {**YARN, "beta_fast": 16},
             UnsupportedError,
-            "yarn rope with beta_fast 16: llama.cpp computes only beta_fast 32.0",
+            "yarn rope with beta_fast 16: llama.cpp supports only beta_fast 32.0",
         ),
         (
             LLAMA,
             {**YARN, "beta_slow": 2},
             UnsupportedError,
-            "yarn rope with beta_slow 2: llama.cpp computes only beta_slow 1.0",
+            "yarn rope with beta_slow 2: llama.cpp supports only beta_slow 1.0",
         ),
         (
             LLAMA,
             {**YARN, "truncate": False},
             UnsupportedError,
-            "yarn rope with truncate False: llama.cpp computes only truncate True",
+            "yarn rope with truncate False: llama.cpp supports only truncate True",
         ),
         (
             LLAMA,
             {**YARN, "truncate": None},
             UnsupportedError,
-            "yarn rope with truncate None: llama.cpp computes only truncate True",
+            "yarn rope with truncate None: llama.cpp supports only truncate True",
         ),
         (
             QWEN3,
             {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e3}},
             UnsupportedError,
-            "layers with a sliding window have a rope theta of their own, 1000.0; "
-            "llama.cpp's qwen3 has one for all layers",
+            "layers with a sliding window have a separate rope theta, 1000.0; llama.cpp's qwen3 has one for all layers",
         ),
         (
             LLAMA,
@@ -622,9 +621,9 @@ def test_rope_that_is_refused(
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "rope_parameters and rope_scaling disagree; keep the one that is meant",
+            "rope_parameters and rope_scaling disagree; keep the correct one",
         ),
-        ({"rope_theta": 10000.0}, "rope_theta is 10000.0, but 500.0 in rope_parameters; keep the one that is meant"),
+        ({"rope_theta": 10000.0}, "rope_theta is 10000.0, but 500.0 in rope_parameters; keep the correct one"),
     ],
 )
 def test_rope_settings_that_contradict_each_other(config: Mapping[str, Any], message: str, tmp_path: Path) -> None:

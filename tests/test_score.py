@@ -206,9 +206,9 @@ def exact_product_kurtosis(left: np.ndarray, right: np.ndarray) -> tuple[float, 
 def test_product_kurtosis_uses_float32_where_it_is_safe() -> None:
     rng = np.random.default_rng(3)
     left, right = rng.standard_t(3, (200, 16)).astype(np.float32), rng.standard_t(3, (16, 150)).astype(np.float32)
-    wanted, energy = exact_product_kurtosis(left, right)
-    assert stats.product_dtype(left, right, math.sqrt(energy / 30000)) == np.float32
-    assert stats.product_kurtosis(left, right, energy) == pytest.approx(wanted, rel=1e-6)
+    wanted, squared_norm = exact_product_kurtosis(left, right)
+    assert stats.product_dtype(left, right, math.sqrt(squared_norm / 30000)) == np.float32
+    assert stats.product_kurtosis(left, right, squared_norm) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_product_kurtosis_uses_float64_where_the_terms_cancel() -> None:
@@ -217,19 +217,19 @@ def test_product_kurtosis_uses_float64_where_the_terms_cancel() -> None:
     left = np.concatenate([half, half + 1e-6 * rng.standard_t(3, (200, 8))], axis=1).astype(np.float32)
     other = rng.standard_t(3, (8, 150))
     right = np.concatenate([other, -other]).astype(np.float32)
-    wanted, energy = exact_product_kurtosis(left, right)
-    std = math.sqrt(energy / 30000)
+    wanted, squared_norm = exact_product_kurtosis(left, right)
+    std = math.sqrt(squared_norm / 30000)
     assert stats.product_dtype(left, right, std) == np.float64
     assert nsds_oracle.kurtosis(left @ right) != pytest.approx(wanted, rel=1e-3)  # what float32 would have given
-    assert stats.product_kurtosis(left, right, energy) == pytest.approx(wanted, rel=1e-6)
+    assert stats.product_kurtosis(left, right, squared_norm) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_product_kurtosis_keeps_its_digits_beside_a_large_mean() -> None:
     rng = np.random.default_rng(5)
     left = (100 + 1e-3 * rng.standard_t(3, (200, 1))).astype(np.float32)
     right = (100 + 1e-3 * rng.standard_t(3, (1, 150))).astype(np.float32)
-    wanted, energy = exact_product_kurtosis(left, right)
-    assert stats.product_kurtosis(left, right, energy) == pytest.approx(wanted, rel=1e-3)
+    wanted, squared_norm = exact_product_kurtosis(left, right)
+    assert stats.product_kurtosis(left, right, squared_norm) == pytest.approx(wanted, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_product_kurtosis_keeps_its_digits_beside_a_large_mean() -> None:
         ([0, 0, 0], 2, 2),
     ],
 )
-def test_leading_triplets_hold_99_percent_of_the_energy(sigma: list[float], at_least: int, wanted: int) -> None:
+def test_leading_triplets_hold_99_percent_of_the_squared_norm(sigma: list[float], at_least: int, wanted: int) -> None:
     assert nsds.n_leading(np.array(sigma, dtype=float), at_least) == wanted
 
 

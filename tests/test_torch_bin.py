@@ -88,9 +88,9 @@ def test_torch_is_asked_for_tensors_only(tmp_path, monkeypatch):
 ERRORS = {
     pickle.UnpicklingError(
         "Weights only load failed.\n\tWeightsUnpickler error: Unsupported global: GLOBAL os.system was"
-    ): ("names os.system, which is no tensor and could run any code: refused; get the safetensors weights"),
+    ): ("calls os.system, which could run any code: refused; get the safetensors weights"),
     pickle.UnpicklingError("Weights only load failed.\n\tUnsupported operand 149"): (
-        "is no pickle of tensors: refused; get the safetensors weights"
+        "is not a pickle of tensors: refused; get the safetensors weights"
     ),
     RuntimeError("PytorchStreamReader failed\nstack"): "truncated or damaged: PytorchStreamReader failed: download it "
     "again",
@@ -125,8 +125,8 @@ def test_without_torch(tmp_path, monkeypatch):
 FILES = {
     "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", ModelError, "is a git-lfs pointer"),
     "old format": (pickle.dumps(0x1950A86A20F9469CFC6C, 2), UnsupportedError, "format of PyTorch before 1.6"),
-    "empty": (b"", ModelError, "truncated or damaged: it is no zip archive"),
-    "a web page": (b"<!DOCTYPE html>", ModelError, "truncated or damaged: it is no zip archive"),
+    "empty": (b"", ModelError, "truncated or damaged: not a PyTorch zip archive"),
+    "a web page": (b"<!DOCTYPE html>", ModelError, "truncated or damaged: not a PyTorch zip archive"),
 }
 
 

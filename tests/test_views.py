@@ -43,7 +43,7 @@ def test_numbers_of_a_llama_come_from_its_keys():
         attention__layer_norm_rms_epsilon=1e-5,
     )  # fmt: skip
     assert found == Hparams(
-        **{**wanted.__dict__, "value_dim": 8, "norm_eps": float(np.float32(1e-5)), "rope": "neighbours", "rope_dim": 8}
+        **{**wanted.__dict__, "value_dim": 8, "norm_eps": float(np.float32(1e-5)), "rope": "norm", "rope_dim": 8}
     )
 
 
@@ -258,7 +258,7 @@ def test_what_is_no_component_is_scored_by_its_kurtosis_alone_and_said():
     assert recurrent.nv["rest"] == pytest.approx(np.mean(kurtoses), rel=1e-5)
     assert (empty.nv, empty.p_nv, empty.p_se, empty.score) == ({}, None, None, 0)
     assert notes == (
-        "2 tensors of 1 layers are none of NSDS's components (QK, OV, gate, up, down) and are scored by their kurtosis"
+        "2 tensors of 1 layers are outside NSDS's components (QK, OV, gate, up, down) and are scored by their kurtosis"
         " alone: ssm_in, ssm_out.",
     )
     for metric in nsds_oracle.BASELINES:

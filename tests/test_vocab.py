@@ -305,7 +305,7 @@ def test_ids_of_a_converted_model_with_metaspace(scheme: str, spm: Path, strings
     with LlamaCpp(write_vocab(tmp_path / "v.gguf", folder, 1000)) as llama:
         ids = llama.tokenize(texts, parse_special=True)
     assert ids == HuggingFace(folder).tokenize(texts, parse_special=True)
-    note = "llama.cpp puts a blank in front of every stretch of text; the original leaves it out before another blank"
+    note = "llama.cpp adds a space before every piece of text; the original omits it before another space"
     assert (
         open_vocab(folder, 1000, {}).notes
         == {
@@ -339,7 +339,7 @@ def stored(folder: Path) -> Stored:
         ({}, None),
         ({"normalization_rule_name": "nmt_nfkc_cf"}, None),
         ({"normalization_rule_name": "identity"}, None),
-        ({"remove_extra_whitespaces": False}, "llama.cpp puts no blank in front of text that is nothing but blanks"),
+        ({"remove_extra_whitespaces": False}, "llama.cpp adds no space before text that consists of spaces only"),
         ({"remove_extra_whitespaces": False, "add_dummy_prefix": False}, None),
         ({"split_by_whitespace": False}, None),
     ],
@@ -421,8 +421,14 @@ def test_keys_of_a_unigram_model(strings: list[str], tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"byte_fallback": True}, "unigram model with byte fallback: llama.cpp has it for BPE only"),
-        ({"add_dummy_prefix": False}, "with remove_extra_whitespaces without a blank in front: llama.cpp has it not"),
-        ({"treat_whitespace_as_suffix": True}, "unigram model with blanks as suffix of words: llama.cpp has it not"),
+        (
+            {"add_dummy_prefix": False},
+            "with remove_extra_whitespaces without a space prefix: not supported by llama.cpp",
+        ),
+        (
+            {"treat_whitespace_as_suffix": True},
+            "unigram model with spaces as suffix of words: not supported by llama.cpp",
+        ),
     ],
 )
 def test_other_unigram_models_are_refused(
@@ -470,7 +476,7 @@ def test_the_normalizer_of_a_converted_unigram_model_is_refused(tmp_path: Path) 
     plain = unigram_json(Stored(["<unk>", "<s>", "</s>"], [], [0.0, 0.0, 0.0], []), "split")
     precompiled = {"type": "Precompiled", "precompiled_charsmap": ""}
     write_json(tmp_path / "tokenizer.json", {**plain, "normalizer": precompiled})
-    with pytest.raises(UnsupportedError, match=r"Precompiled > Metaspace\); add the tokenizer.model"):
+    with pytest.raises(UnsupportedError, match=r"Precompiled > Metaspace\); add the original tokenizer.model"):
         read_vocab(tmp_path, 10, {})
 
 
@@ -517,7 +523,7 @@ def test_ignore_merges_that_llama_cpp_has_not_is_refused() -> None:
         recognise(tokenizer, Path("tokenizer.json"))
     assert str(error.value) == (
         "tokenizer.json: pre-tokenizer of 'qwen2' with ignore_merges true, which llama.cpp has only with false; "
-        "--pre-tokenizer qwen2 converts it nevertheless, some words then get other ids"
+        "--pre-tokenizer qwen2 converts it anyway, and some words get other ids"
     )
 
 
@@ -526,7 +532,9 @@ def test_an_unknown_pattern_names_the_nearest_and_the_override(trained: Callable
     folder = edited(trained("Llama 3"), tmp_path / "model", pre_tokenizer=two_digits)
     with pytest.raises(UnsupportedError, match=r"unknown pre-tokenizer Split\(.*the nearest known one is 'llama-bpe'"):
         read_vocab(folder, 2000, {})
-    with pytest.raises(UnsupportedError, match=r"say so with --pre-tokenizer llama-bpe; if llama.cpp's.* MODEL"):
+    with pytest.raises(
+        UnsupportedError, match=r"to use it anyway, pass --pre-tokenizer llama-bpe; if llama.cpp's.* MODEL"
+    ):
         read_vocab(folder, 2000, {})
     assert read_vocab(folder, 2000, {}, pre="llama-bpe")["tokenizer.ggml.pre"].value == "llama-bpe"
     assert read_vocab(folder, 2000, {}, pre="jais-2")["tokenizer.ggml.pre"].value == "jais-2"
@@ -551,7 +559,7 @@ def test_other_options_are_another_pre_tokenizer(pre_tokenizer: Any) -> None:
 def test_an_override_must_be_a_name_of_llama_cpp(trained: Callable[[str], Path]) -> None:
     with pytest.raises(UnsupportedError) as error:
         read_vocab(trained("Qwen 3"), 2000, {}, pre="qwen3")
-    assert str(error.value) == "--pre-tokenizer qwen3: llama.cpp knows no such pre-tokenizer; near it: qwen35, qwen2"
+    assert str(error.value) == "--pre-tokenizer qwen3: llama.cpp has no such pre-tokenizer; similar: qwen35, qwen2"
 
 
 def test_llama_cpp_knows_every_name_of_the_table() -> None:
@@ -687,7 +695,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(spm: Path) -> None:
         read_vocab(spm, 999, {})
     message = str(error.value)
     assert "1000 tokens up to id 999" in message and "but the embedding has 999 rows" in message
-    assert "1 of those without a row are no added tokens: the tokenizer is another model's" in message
+    assert "1 of those without a row are not added tokens: the tokenizer belongs to another model" in message
 
 
 def test_added_tokens_of_a_sentencepiece_model(spm: Path, tmp_path: Path) -> None:
@@ -721,14 +729,13 @@ def test_added_tokens_of_a_sentencepiece_model(spm: Path, tmp_path: Path) -> Non
     assert list(zip(*columns, strict=True)) == expected
     assert keys["tokenizer.ggml.padding_token_id"].value == 1000
     assert vocab.notes == (
-        "added_tokens.json disagrees with the tokenizer that transformers makes of these files about 1 added token: "
-        "for example, it lists '<old>' as ordinary with id 1001, which is no token. "
-        "The GGUF has them as transformers does.",
-        "1 special token that no chat template uses, such as '<ctl>' (id 1005), will not show in llama.cpp's output: "
-        "it prints nothing for special tokens. If answers are made of them, run llama-cli or llama-server with "
-        "--special.",
-        "Added tokens such as '<ctl>' take blanks around them along or match whole words only; "
-        "llama.cpp matches them as they stand.",
+        "added_tokens.json disagrees with the tokenizer that transformers builds from the files about 1 added token: "
+        "for example, it lists '<old>' as ordinary with id 1001, which is not a token. "
+        "The GGUF follows transformers.",
+        "llama.cpp hides 1 special token that no chat template uses, such as '<ctl>' (id 1005): it prints no "
+        "special tokens. If answers contain them, run llama-cli or llama-server with --special.",
+        "Added tokens such as '<ctl>' strip spaces around them or match whole words only; "
+        "llama.cpp matches their text alone.",
     )
 
 
@@ -766,7 +773,7 @@ def test_tokens_of_phi_3_take_blanks_along_where_the_name_says_so(
     names = ("<|endoftext|>", "<|user|>", "<|end|>")
     write_converted_folder(tmp_path, extended(stored(spm), dict.fromkeys(names, TokenType.CONTROL), stripping))
     (note,) = open_vocab(tmp_path, 1010, {"architectures": ["Phi3ForCausalLM"]}).notes
-    assert note.endswith("llama.cpp matches them as they stand, unless general.name contains phi-3.")
+    assert note.endswith("llama.cpp matches their text alone, unless general.name contains phi-3.")
     texts = fill_slots(comparable(strings, "phi-3 json"), ["</s>", *names])
     file = write_vocab(tmp_path / "v.gguf", tmp_path, 1010)
     expected = HuggingFace(tmp_path).tokenize(texts, parse_special=True)
@@ -918,7 +925,7 @@ def test_no_end_of_text_is_refused(trained: Callable[[str], Path], tmp_path: Pat
     with pytest.raises(TokenizerError) as error:
         read_vocab(folder, 2000, {})
     assert str(error.value) == (
-        f"{folder}: no file names a token of the vocabulary that ends a text, and llama.cpp would take another for it; "
+        f"{folder}: no file names an EOS token of the vocabulary, and llama.cpp would use another token; "
         "set eos_token in tokenizer_config.json or eos_token_id in config.json"
     )
 
@@ -932,7 +939,7 @@ def test_a_special_token_that_no_file_lists_is_added_at_the_end(trained: Callabl
     assert vocab.metadata["tokenizer.ggml.tokens"].value[size:] == ["<none>", f"[PAD{size + 1}]"]
     assert f"names 1 special tokens that no file lists, such as '<none>': it gets id {size}" in vocab.notes[0]
     assert special_ids(folder, {"eos_token_id": 7}, size)["eos_token_id"] == 7
-    with pytest.raises(TokenizerError, match="no file names a token of the vocabulary that ends a text"):
+    with pytest.raises(TokenizerError, match="no file names an EOS token of the vocabulary"):
         read_vocab(folder, size, {})
 
 
@@ -1019,7 +1026,7 @@ def test_post_processors_beyond_llama_cpp_are_refused(trained: Callable[[str], P
 def test_bos_without_a_bos_token_is_refused(spm: Path, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes((spm / "tokenizer.model").read_bytes().replace(b"\x0a\x03<s>", b"\x0a\x03<S>"))
-    with pytest.raises(TokenizerError, match="a BOS token is to be added, but no file names it"):
+    with pytest.raises(TokenizerError, match="a BOS token must be added, but no file names it"):
         read_vocab(tmp_path, 1000, {})
 
 
@@ -1114,7 +1121,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         (
             "tokenizer.model",
             b"\x0a\x03\x0a\x01a\x1a\x02\x10\x07",
-            r"sentencepiece model \(normalizer field 2 is no text\)",
+            r"sentencepiece model \(normalizer field 2 is not text\)",
         ),
     ],
 )
@@ -1205,7 +1212,7 @@ def test_contradicting_files(spm: Path, tmp_path: Path) -> None:
     [
         ({"model_type": "char", "vocab_size": 500}, "sentencepiece char models are not supported; known: BPE and uni"),
         ({"byte_fallback": False}, r"no byte fallback: \d+ of 256 byte tokens are missing, the first <0x00>"),
-        ({"treat_whitespace_as_suffix": True}, "blanks as suffix of words: llama.cpp has them in front only"),
+        ({"treat_whitespace_as_suffix": True}, "spaces as suffix of words: llama.cpp supports them as prefix only"),
         ({"normalization_rule_name": "nmt_nfkc"}, "character normalization 'nmt_nfkc': llama.cpp does not apply it"),
         ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces: llama.cpp does not apply it"),
     ],
@@ -1233,7 +1240,7 @@ def test_converted_models_that_llama_cpp_would_join_differently_are_refused(spm:
     left, right = merges[at]
     others = merges[:at] + merges[at + 1 :]
     lacking = edited_model(tmp_path / "good", tmp_path / "lacking", merges=others)
-    with pytest.raises(UnsupportedError, match=f"'{left}' '{right}' makes a token, but is no merge, so llama.cpp"):
+    with pytest.raises(UnsupportedError, match=f"'{left}' '{right}' forms a token, but is not a merge, so llama.cpp"):
         read_vocab(lacking, 1000, {})
     late = edited_model(tmp_path / "good", tmp_path / "late", merges=[*others, merges[at]])
     with pytest.raises(UnsupportedError, match=f"merges of .*'{left}{right}'.* interleave, so llama.cpp"):
@@ -1244,7 +1251,7 @@ def test_converted_models_that_llama_cpp_would_join_differently_are_refused(spm:
         "prepend": {"type": "Prepend", "prepend": "▁"},
     }.items():
         folder = edited(tmp_path / "good", tmp_path / name, normalizer=normalizer)
-        with pytest.raises(UnsupportedError, match=r"add the tokenizer.model that it was made from"):
+        with pytest.raises(UnsupportedError, match=r"add the original tokenizer.model"):
             read_vocab(folder, 1000, {})
     words = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     folder = edited(tmp_path / "good", tmp_path / "words", normalizer=None, pre_tokenizer=words)

@@ -189,16 +189,16 @@ def test_added_tokens_are_those_of_transformers(
         (
             {CONFIG: {DECODER: {"2049": token("<x>"), "2048": token("<y>")}}},
             X,
-            "tokenizer_config.json disagrees with the tokenizer that transformers makes of these files about 2 added "
+            "tokenizer_config.json disagrees with the tokenizer that transformers builds from the files about 2 added "
             "tokens: for example, it lists '<y>' as special with id 2048, which has id 2049. "
-            "The GGUF has them as transformers does.",
+            "The GGUF follows transformers.",
         ),
         (
             {CONFIG: {DECODER: {"2048": token("<x>", special=False)}}},
             X,
-            "tokenizer.json disagrees with the tokenizer that transformers makes of these files about 1 added token: "
+            "tokenizer.json disagrees with the tokenizer that transformers builds from the files about 1 added token: "
             "for example, it lists '<x>' as special with id 2048, which is not special. "
-            "The GGUF has them as transformers does.",
+            "The GGUF follows transformers.",
         ),
         (
             {MAP: {"eos_token": "<s>"}},
@@ -297,6 +297,6 @@ def test_a_post_processor_without_a_token_is_refused(ids: list[Any], converted: 
     content["post_processor"]["special_tokens"]["<s>"]["ids"] = ids
     write_json(folder / "tokenizer.json", content)
     with pytest.raises(
-        TokenizerError, match=r"adds id .*, which is no token with a row|wanted a token id, got (\{\}|True)"
+        TokenizerError, match=r"adds id .*, which is not a token with a row|wanted a token id, got (\{\}|True)"
     ):
         open_vocab(folder, 2048, {})

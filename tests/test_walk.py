@@ -237,7 +237,7 @@ def test_damage_is_named_by_layer():
 def test_hessians_need_a_taker():
     model = make_model(*random_arrays(5, n_layers=1))
     options = WalkOptions(5, Recording(frozenset(multiplied(model))))
-    with pytest.raises(ValueError, match="nothing takes them"), walk(model, tokens_of(model), options):
+    with pytest.raises(ValueError, match="on_hessian is None"), walk(model, tokens_of(model), options):
         pass
 
 

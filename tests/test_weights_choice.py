@@ -50,47 +50,47 @@ CHOICES = {
     "one file before an index whose shards are gone": (
         {SINGLE: tensor(1), INDEX: TWO_INDEX},
         {"a": 1},
-        f"Weights are read from {SINGLE}, as transformers would; 1 file is left aside: {INDEX}.",
+        f"Weights are read from {SINGLE}, as transformers would; 1 file is ignored: {INDEX}.",
     ),
     "one file before the shards of another save": (
         {SINGLE: tensor(7), INDEX: TWO_INDEX, **TWO},
         {"a": 7},
-        f"Weights are read from {SINGLE}, as transformers would; 3 files are left aside: {shard(1, 2)}, {shard(2, 2)}, "
+        f"Weights are read from {SINGLE}, as transformers would; 3 files are ignored: {shard(1, 2)}, {shard(2, 2)}, "
         f"{INDEX}.",
     ),
     "other formats beside": (
         {SINGLE: tensor(1), "pytorch_model.bin": b"", "consolidated.safetensors": tensor(3), "tf_model.h5": b"",
          "flax_model.msgpack": b"", "training_args.bin": b"", "optimizer.pt": b"", "adapter_model.safetensors": b""},
         {"a": 1},
-        f"Weights are read from {SINGLE}, as transformers would; 4 files are left aside: consolidated.safetensors, "
+        f"Weights are read from {SINGLE}, as transformers would; 4 files are ignored: consolidated.safetensors, "
         "flax_model.msgpack, pytorch_model.bin, … (1 more).",
     ),
     "shards of an older save beside": (
         {INDEX: TWO_INDEX, **TWO, shard(1, 3): tensor(8), shard(2, 3): tensor(9), shard(3, 3): tensor(9)},
         {"a": 1, "b": 2},
-        f"Weights are read from {INDEX}, as transformers would; 3 files are left aside: {shard(1, 3)}, {shard(2, 3)}, "
+        f"Weights are read from {INDEX}, as transformers would; 3 files are ignored: {shard(1, 3)}, {shard(2, 3)}, "
         f"{shard(3, 3)}.",
     ),
     "an index that names another shard": (
         {INDEX: index(a=shard(2, 2), b=shard(2, 2), c=shard(1, 2)), **TWO},
         {"a": 1, "b": 2},
-        f"{INDEX} is wrong about 1 tensors (a): the shards themselves count. "
+        f"{INDEX} is wrong about 1 tensors (a): the shards count. "
         f"{INDEX} names 1 tensors that are in no shard: c.",
     ),
     "all shards without an index": (
         TWO,
         {"a": 1, "b": 2},
-        f"Weights are read from {shard(1, 2)} … {shard(2, 2)}: all 2 shards are there, no index is.",
+        f"Weights are read from {shard(1, 2)} … {shard(2, 2)}: all 2 shards are present, but no index.",
     ),
     "one shard of one without an index": (
         {shard(1, 1): tensor(1)},
         {"a": 1},
-        f"Weights are read from {shard(1, 1)}: all 1 shards are there, no index is.",
+        f"Weights are read from {shard(1, 1)}: all 1 shards are present, but no index.",
     ),
     "all shards, and some of another save": (
         {**TWO, shard(2, 3): tensor(9)},
         {"a": 1, "b": 2},
-        f"Weights are read from {shard(1, 2)} … {shard(2, 2)}: all 2 shards are there, no index is; 1 file is left "
+        f"Weights are read from {shard(1, 2)} … {shard(2, 2)}: all 2 shards are present, but no index; 1 file is "
         f"aside: {shard(2, 3)}.",
     ),
     "another name": (
@@ -139,8 +139,9 @@ def test_what_was_left_aside_is_said_when_tensors_are_missing(tmp_path):
     with pytest.raises(ModelError) as error:
         open_model(folder)
     assert str(error.value).endswith(
-        "in the weights without a place: a; the checkpoint is incomplete or config.json is another model's (Weights "
-        f"are read from {SINGLE}, as transformers would; 3 files are left aside: {shard(1, 2)}, {shard(2, 2)}, "
+        "unused tensors in the weights: a; the checkpoint is incomplete or config.json belongs to another model "
+        "(Weights "
+        f"are read from {SINGLE}, as transformers would; 3 files are ignored: {shard(1, 2)}, {shard(2, 2)}, "
         f"{INDEX}.)"
     )
 
@@ -170,7 +171,7 @@ FOREIGN = {
     ),
     "a pipeline of diffusers": (
         ("model_index.json", "text_encoder/config.json"),
-        "is a pipeline of diffusers, not a language model: pass {folder}/text_encoder",
+        "is a diffusers pipeline, not a language model: pass {folder}/text_encoder",
     ),
     "sentence-transformers": (
         ("modules.json", "0_Transformer/config.json", "0_Transformer/model.safetensors"),
@@ -178,7 +179,7 @@ FOREIGN = {
     ),
     "the Hub's cache": (("snapshots/abc/config.json", "refs/main"), "the Hub's cache: pass {folder}/snapshots/abc"),
     "a model below": (("final/config.json",), "holds no weights itself: pass {folder}/final"),
-    "state of a training": (("optimizer.pt", "rng_state.pth"), r"holds the state of a training \(optimizer.pt\)"),
+    "state of a training": (("optimizer.pt", "rng_state.pth"), r"holds a training state \(optimizer.pt\)"),
     "an ONNX model": (("model.onnx",), "holds model.onnx but no model.safetensors: an ONNX model"),
 }
 
@@ -244,24 +245,25 @@ def test_missing_tensors_stand_beside_what_is_there(tmp_path):
         open_model(changed(tmp_path, rename))
     assert str(error.value) == (
         "tensors missing from the weights: model.layers.0.self_attn.q_proj.weight, "
-        "model.layers.0.self_attn.k_proj.weight, model.layers.0.self_attn.v_proj.weight, … (5 more); in the weights "
-        "without a place: model.layers.0.attn.q_proj.weight, model.layers.0.attn.k_proj.weight, "
-        "model.layers.0.attn.v_proj.weight, … (5 more); the checkpoint is incomplete or config.json is another model's"
+        "model.layers.0.self_attn.k_proj.weight, model.layers.0.self_attn.v_proj.weight, … (5 more); unused "
+        "tensors in the weights: model.layers.0.attn.q_proj.weight, model.layers.0.attn.k_proj.weight, "
+        "model.layers.0.attn.v_proj.weight, … (5 more); the checkpoint is incomplete or config.json belongs to another "
+        "model"
     )
 
 
 W = "model.layers.0.mlp.up_proj"
 PACKED = {
     "MLX": ({f"{W}.weight": "U32", f"{W}.scales": "F16", f"{W}.biases": "F16"}, "MLX", "mlx_lm.convert --hf-path"),
-    "GPTQ": ({f"{W}.qweight": "I32", f"{W}.qzeros": "I32", f"{W}.g_idx": "I32"}, "GPTQ", "that it was made of"),
-    "AWQ": ({f"{W}.qweight": "I32", f"{W}.qzeros": "I32"}, "AWQ or GPTQ", "that it was made of"),
+    "GPTQ": ({f"{W}.qweight": "I32", f"{W}.qzeros": "I32", f"{W}.g_idx": "I32"}, "GPTQ", "use the original checkpoint"),
+    "AWQ": ({f"{W}.qweight": "I32", f"{W}.qzeros": "I32"}, "AWQ or GPTQ", "use the original checkpoint"),
     "bitsandbytes 4": ({f"{W}.weight": "U8", f"{W}.weight.absmax": "F32"}, "bitsandbytes", r"dequantize\(\)"),
     "bitsandbytes 8": ({f"{W}.weight": "I8", f"{W}.SCB": "F32"}, "bitsandbytes", r"dequantize\(\)"),
-    "HQQ": ({f"{W}.W_q": "U8"}, "HQQ", "that it was made of"),
-    "compressed-tensors": ({f"{W}.weight_packed": "I32"}, "compressed-tensors", "that it was made of"),
-    "NVFP4": ({f"{W}.weight": "U8", f"{W}.weight_scale_2": "F32"}, "modelopt NVFP4", "that it was made of"),
-    "EETQ": ({f"{W}.weight": "I8", f"{W}.weight_scales": "F16"}, "EETQ", "that it was made of"),
-    "unknown": ({f"{W}.weight": "I8"}, "codes of I8", "that it was made of"),
+    "HQQ": ({f"{W}.W_q": "U8"}, "HQQ", "use the original checkpoint"),
+    "compressed-tensors": ({f"{W}.weight_packed": "I32"}, "compressed-tensors", "use the original checkpoint"),
+    "NVFP4": ({f"{W}.weight": "U8", f"{W}.weight_scale_2": "F32"}, "modelopt NVFP4", "use the original checkpoint"),
+    "EETQ": ({f"{W}.weight": "I8", f"{W}.weight_scales": "F16"}, "EETQ", "use the original checkpoint"),
+    "unknown": ({f"{W}.weight": "I8"}, "codes of I8", "use the original checkpoint"),
 }
 _SIZES = {"U32": 4, "I32": 4, "F32": 4, "F16": 2, "U8": 1, "I8": 1}
 

@@ -154,7 +154,7 @@ def variant_arrays(variant, seed=0, *, n_layers=1, n_embd=128, n_ff=160, n_heads
                 out[f"{role}.weight"] += rng.standard_normal(out[f"{role}.weight"].shape[1]).astype("f4") / 8
         return out
 
-    mean = vector(n_embd) if variant.norm == "layer" else 0  # the sweep follows means behind layer norms alone
+    mean = vector(n_embd) if variant.norm == "layer" else 0  # propagation follows means after layer norms alone
     arrays = {"token_embd.weight": table(1.0) + mean}
     if variant.positions:
         arrays["position_embd.weight"] = table(0.5) + mean
@@ -210,7 +210,7 @@ class Simulation:
         self.seen, self.logit_square = {}, []
 
     def run(self):
-        """Return the stream behind the last layer, ``(n_vocab, n_embd)``."""
+        """Return the stream after the last layer, ``(n_vocab, n_embd)``."""
         x = self.a["token_embd.weight"] * self.variant.embedding_scale
         if self.variant.positions:
             x = x + self.rng.permutation(self.a["position_embd.weight"])

@@ -1,6 +1,6 @@
-"""Where tokens and column statistics come from: random tokens, generated text, an importance matrix.
+"""Sources of tokens and column statistics: random tokens, generated calibration text, an importance matrix.
 
-A new calibration is a class like those here and one line in ``kinds.CALIBRATIONS``.
+To add a calibration, write a class like those here and add one line to ``kinds.CALIBRATIONS``.
 """
 
 from .evidence import Calibration, Evidence, TokenRequest

@@ -1,11 +1,11 @@
-"""Second moments of what the matrices of a GGUF multiply, collected while llama.cpp runs tokens through it.
+"""Second moments of the inputs of a GGUF's matrices, collected while llama.cpp evaluates tokens.
 
-The diagonal, the mean square of every column's input, is what llama.cpp calls an importance matrix; sums and counts
-are those of llama-imatrix (tools/imatrix/imatrix.cpp, ``collect_imatrix``), but in double precision. The full matrix
-``E[x x^T]`` is the Hessian of a row's squared output error, up to a factor (GPTQ, arXiv 2210.17323, section 3).
+The diagonal, the mean square of every column's input, is the content of llama.cpp's importance matrices; sums and
+counts are those of llama-imatrix (tools/imatrix/imatrix.cpp, ``collect_imatrix``), but in double precision. The full
+matrix ``E[x x^T]`` is the Hessian of a row's squared output error, up to a factor (GPTQ, arXiv 2210.17323, section 3).
 
-Matrices that read the same rows (q, k and v; gate and up) share one computation and one set of arrays. Weights keep
-their GGUF name: a tied embedding appears under its own as the output matrix.
+Matrices that share an input (q, k and v; gate and up) share one computation and one set of arrays. Names are those of
+the GGUF: the output matrix of a tied model is ``token_embd.weight``.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ def collect(
     n_threads: int | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, Moments]:
-    """Run token sequences through a GGUF and return the moments of what its matrices multiply.
+    """Evaluate token sequences with llama.cpp and return the second moments of the inputs of matrices.
 
     In memory besides the model: the logits of 512 tokens, and ``8 * n_cols**2`` bytes for every distinct input of
-    ``full_for``. Products use as many threads as the BLAS is allowed (``resources.blas_threads``).
+    ``full_for``. Products use the threads allowed to BLAS (``resources.blas_threads``).
 
     Args:
         file: the GGUF.
-        tokens: ``(n_sequences, n_tokens)`` int32, ids as they are (no BOS is added); every sequence starts anew.
-        only: names of the weights to look at; ``None`` for all that are multiplied.
-        full_for: names of the matrices whose full second moments are wanted; stacks have none.
-        n_threads: CPU threads of llama.cpp; ``None`` for ``llama.default_threads()``.
-        progress: called with (tokens done, tokens in all).
+        tokens: ``(n_sequences, n_tokens)`` int32, without added BOS; sequences are independent.
+        only: names of the weights to observe; default: all that multiply an input.
+        full_for: names of the matrices for which to collect full second moments; stacks have none.
+        n_threads: CPU threads of llama.cpp; default: ``llama.default_threads()``.
+        progress: called with (tokens done, total).
 
     Returns:
-        By GGUF name. Matrices that read the same rows share their arrays: compare with ``is``.
+        Moments by GGUF name. Matrices that share an input share the arrays: compare with ``is``.
 
     Raises:
-        TextError: no tokens, or tokens that the vocabulary does not have.
-        VerifyError: the file cannot be loaded, or is no decoder.
-        GgmlError: llama.cpp is missing or refuses, its tensors have another layout than the one known, activations
-            are not finite, or what ``full_for`` names is a stack, or is not multiplied at all.
+        TextError: no tokens, or tokens outside the vocabulary.
+        VerifyError: the file cannot be loaded, or is not a decoder.
+        GgmlError: llama.cpp is missing or fails, its tensors have an unknown layout, activations are not finite, or
+            ``full_for`` names a stack or a tensor that multiplies no input.
 
     """
     collector = _Collector(None if only is None else {*only, *full_for}, frozenset(full_for))
@@ -76,9 +76,9 @@ def collect(
                 progress((start + len(group)) * n_tokens, tokens.size)
             for names, moments in context.observed():
                 found |= dict.fromkeys(names, _read_only(replace(moments, names=tuple(names))))
-    lacking = sorted(set(full_for) - found.keys())
-    if lacking:
-        raise GgmlError(f"{file}: {lacking[0]} multiplies nothing; its second moments cannot be had")
+    missing = sorted(set(full_for) - found.keys())
+    if missing:
+        raise GgmlError(f"{file}: {missing[0]} multiplies no input, so it has no second moments")
     return found
 
 
@@ -87,7 +87,7 @@ def _range(tokens: Int32) -> str:
 
 
 def _pieces(n_tokens: int) -> Iterator[tuple[int, int]]:
-    """Yield first and last tokens of each graph: llama.cpp computes 512 of a sequence at a time."""
+    """Yield the token range of each graph: llama.cpp evaluates 512 tokens of a sequence at a time."""
     for start in range(0, n_tokens, N_PHYSICAL_BATCH):
         yield start, min(start + N_PHYSICAL_BATCH, n_tokens)
 
@@ -100,26 +100,26 @@ def _read_only(moments: Moments) -> Moments:
 
 
 class _Collector:
-    """An ``llama.Observer`` that sums. Weights with the same input share the sums of the first of them, their owner."""
+    """An ``llama.Observer`` that sums. Weights that share an input use the sums of the first of them, their owner."""
 
     def __init__(self, only: Collection[str] | None, full_for: Collection[str]) -> None:
         self._only, self._full_for = only, full_for
         self._sums: dict[str, _Sums] = {}  # by owner
         self._owners: dict[str, str] = {}
-        self._read: dict[tuple[int, int | None, int, bool], str] = {}  # in the graph at hand: input -> owner
+        self._read: dict[tuple[int, int | None, int, bool], str] = {}  # in the current graph: input -> owner
 
     def begin(self) -> None:
-        """Begin a graph: addresses of the last one mean nothing any more."""
+        """Begin a graph: discard the addresses of the last one."""
         self._read = {}
 
     def wants(self, product: ggml.Product) -> bool:
-        """Return whether the product's rows are to be added; note whose they are."""
+        """Return whether to add the rows of a product; register their owner."""
         name = product.weight
         if self._only is not None and name not in self._only:
             return False
         full = name in self._full_for
         if full and product.n_matrices > 1:
-            raise GgmlError(f"{name}: a stack of {product.n_matrices} matrices has no one matrix of second moments")
+            raise GgmlError(f"{name}: a stack of {product.n_matrices} matrices has no single matrix of second moments")
         if name not in self._owners:
             key = (product.inputs, product.ids, product.n_matrices, full)
             self._owners[name] = self._read.setdefault(key, name)
@@ -133,7 +133,7 @@ class _Collector:
         self._sums[product.weight].add(rows, matrices, product.weight)
 
     def results(self) -> Iterator[tuple[list[str], Moments]]:
-        """Yield the names of weights with one input, and its moments, which are forgotten."""
+        """Yield the names of weights that share an input, and its moments; drop the sums."""
         for owner in list(self._sums):
             names = [name for name, of in self._owners.items() if of == owner]
             yield names, self._sums.pop(owner).moments()
@@ -157,7 +157,7 @@ class _Sums:
             self._products += rows.T @ rows
 
     def moments(self) -> Moments:
-        """Return means of the sums, which are gone then."""
+        """Convert the sums to means, in place."""
         counts = np.maximum(self._counts, 1)[:, np.newaxis]
         squares = self._squares / counts
         if self._products is not None:

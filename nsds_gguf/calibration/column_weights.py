@@ -1,4 +1,4 @@
-"""From mean squared inputs of columns to the weights that quantizers take."""
+"""Column weights for quantizers, from mean squared inputs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 from ..compute.input_moments import InputSums
 from ..records import Float32, Float64
 
-FLOOR = 1e-4  # of the mean: a block of columns that no token touched would make ggml divide by zero
+FLOOR = 1e-4  # of the mean: ggml would divide by zero in a block of columns without input
 
 
 def normalized(moments: Float64) -> Float32:
-    """Return float32 weights of mean 1, shaped as ``moments``, at least ``FLOOR``."""
+    """Return float32 weights of mean 1, at least ``FLOOR``, in the shape of ``moments``."""
     mean = float(moments.mean())
     if mean <= 0:
         return np.ones(moments.shape, dtype=np.float32)
@@ -22,10 +22,10 @@ def normalized(moments: Float64) -> Float32:
 
 
 def column_moments(inputs: Mapping[str, InputSums]) -> dict[str, Float64]:
-    """Return mean squares by stored name, ``(n_cols,)``, first positions left out.
+    """Return mean squares by stored name, ``(n_cols,)``, without first positions.
 
-    Of stacked experts that multiply the stream it is the mean over all tokens; of those that multiply hidden units of
-    their own, ``(n_experts, n_cols)``: an expert that no token is routed to has the mean of the others.
+    For stacked experts that read the stream: the mean over all tokens. For experts that read their own hidden units:
+    ``(n_experts, n_cols)``, with the mean of the others for an expert that no token is routed to.
     """
     found: dict[str, Float64] = {}
     for name, sums in inputs.items():
@@ -40,5 +40,5 @@ def column_moments(inputs: Mapping[str, InputSums]) -> dict[str, Float64]:
 
 
 def has_own_inputs(stack: str) -> bool:
-    """Return whether the matrices of a stack multiply hidden units of their own, not the stream."""
+    """Return whether the matrices of a stack read their own hidden units, not the stream."""
     return ".ffn_down" in stack

@@ -1,4 +1,4 @@
-"""What a calibration is made from: what is known of a model's matrices' inputs once tokens went through it."""
+"""Evidence: statistics of the inputs of a model's matrices, from which calibrations are made."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def no_hessians() -> Iterator[NamedHessian]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of the inputs of a model's matrices.
+    """Statistics of the inputs of a model's matrices.
 
     Attributes:
         model: the model.
-        tokens: ``(n_sequences, n_positions)`` ids that went through it, if any did.
-        columns: by stored name mean squares of each column's input, ``(n_cols,)`` or ``(n_experts, n_cols)``, first
-            positions left out; predicted by moment propagation where the pass over tokens cannot follow the model.
-        gains: by stored name the squared gain of the norm in front of the matrix, ``(n_cols,)``.
-        moments: of all tokens, by stored name; empty where none were collected.
-        hessians: yields the Hessians of all tokens, in the order of the layers; nothing where none were collected.
+        tokens: ``(n_sequences, n_positions)`` ids that the model has read, if any.
+        columns: by stored name, mean squares of each column's input, ``(n_cols,)`` or ``(n_experts, n_cols)``, without
+            first positions; from moment propagation if the Fisher pass does not support the model.
+        gains: by stored name, the squared gain of the norm before the matrix, ``(n_cols,)``.
+        moments: of all tokens, by stored name; empty if not collected.
+        hessians: yields the Hessians of all tokens, in the order of the layers; yields nothing if not collected.
         imatrix: an importance matrix of the model.
 
     """
@@ -45,36 +45,36 @@ class Evidence:
 
 
 class Calibration(Protocol):
-    """Where a model's column statistics come from, by stored tensor name."""
+    """A source of column statistics of a model, by stored tensor name."""
 
     @property
     def tokens(self) -> Tokens | None:
-        """``(n_sequences, n_positions)`` ids, where it has them."""
+        """``(n_sequences, n_positions)`` ids, or ``None``."""
 
     def column_moments(self, name: str) -> Float64 | None:
-        """Return mean squares of each column's input, ``(n_cols,)`` or ``(n_experts, n_cols)``, where it has them."""
+        """Return mean squares of each column's input, ``(n_cols,)`` or ``(n_experts, n_cols)``, or ``None``."""
 
     def column_weights(self, name: str) -> Float32 | None:
-        """Return what quantizers weigh columns by, in the same shape; ``None`` where all weigh the same."""
+        """Return the column weights for quantizers, in the same shape; ``None`` for equal weights."""
 
     def hessians(self) -> Iterator[NamedHessian]:
-        """Yield ``E[x x^T]`` of every input in the order of the layers, once; nothing where it has none."""
+        """Yield ``E[x x^T]`` of every input in the order of the layers, once; nothing without Hessians."""
 
     def note(self) -> str:
-        """Return what the user must know of it, a sentence or more, or an empty string."""
+        """Return facts that the user must see, in full sentences, or an empty string."""
 
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """What tokens are wanted.
+    """A request for tokens.
 
     Attributes:
-        model: for which model.
-        original: gives the model as a GGUF for the length of a ``with`` block.
-        for_hessians: whether Hessians are taken on them, which want more than sensitivities do.
+        model: the model that will read them.
+        original: provides the model as a GGUF for the duration of a ``with`` block.
+        for_hessians: whether they serve for Hessians, which need more tokens than sensitivities.
         n_threads: CPU threads.
-        seed: of what is drawn.
-        progress: called with tokens done and tokens in all, where they take long.
+        seed: of random choices.
+        progress: called with (tokens done, total) if they take long.
 
     """
 
@@ -87,6 +87,6 @@ class TokenRequest:
 
 
 def column_weights(calibration: Calibration, model: Model) -> dict[str, Float32]:
-    """Return the column weights of all matrices of a model that have any, by stored name."""
+    """Return the column weights of all matrices that have any, by stored name."""
     found = {t.name: calibration.column_weights(t.name) for t in model.tensors if t.is_matrix}
     return {name: weights for name, weights in found.items() if weights is not None}

@@ -1,8 +1,8 @@
-"""Calibration text that a model generates itself.
+"""Generated calibration text: text that the model generates itself.
 
-Nothing is needed but the file. Tokens are drawn one after another from the model's own predictions at temperature 1,
-many sequences at a time. A sequence begins with BOS where the vocabulary begins every text so, else with a token drawn
-uniformly. Tokens that end a text are not drawn, so that all sequences are of one length.
+It needs nothing but the file. The model samples tokens one after another at temperature 1, many sequences in parallel.
+A sequence begins with BOS if the vocabulary adds one, else with a uniformly random token. Tokens that end a text are
+never sampled, so that all sequences have the same length.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from .column_weights import FLOOR, normalized
 from .evidence import TokenRequest
 from .random_tokens import RandomTokens
 
-N_TOKENS = 8192  # more change no column weight that shows; full matrices want four times as many (docs/log.md)
+N_TOKENS = 8192  # more do not improve column weights; Hessians would need four times as many (docs/log.md)
 LENGTH = 256  # tokens of a sequence
-N_PARALLEL = 32  # sequences drawn at a time
+N_PARALLEL = 32  # sequences sampled in parallel
 SEED = 0
 
-_TABLES = ("token_embd", "position_embd", "token_types")  # rows are looked up, nothing is multiplied unless tied
+_TABLES = ("token_embd", "position_embd", "token_types")  # lookup tables: multiplied only if tied
 
 
 @dataclass(frozen=True)
 class GeneratedText(RandomTokens):
-    """A ``Calibration``: statistics of tokens that the model generated, all positions counted."""
+    """A ``Calibration``: statistics of generated calibration text, over all positions."""
 
     def column_moments(self, name: str) -> Float64 | None:
-        """Return mean squares; of what the text does not reach those of the evidence's ``columns``."""
+        """Return mean squares; those of ``evidence.columns`` for tensors that the text does not reach."""
         moments = self.evidence.moments.get(name)
         return super().column_moments(name) if moments is None else moments.mean_squares
 
     def column_weights(self, name: str) -> Float32 | None:
-        """Return weights of mean 1; those of ``columns`` for what the text does not reach, single experts too."""
+        """Return weights of mean 1; those of ``evidence.columns`` for tensors and experts without text."""
         moments, other = self.evidence.moments.get(name), self.evidence.columns.get(name)
         if moments is None:
             return None if other is None else normalized(other)
@@ -50,30 +50,30 @@ class GeneratedText(RandomTokens):
         return _weights(moments, np.ones(n_cols, np.float32) if other is None else normalized(other))
 
     def note(self) -> str:
-        """Return where the columns' importance comes from, and what the text did not reach."""
+        """Return the note on the source of column weights, with the tensors that the text does not reach."""
         tokens = self.evidence.tokens
         if tokens is None:
             return ""
-        start = "" if (tokens[:, 0] == tokens[0, 0]).all() else ", each begun with a token drawn uniformly"
+        start = "" if (tokens[:, 0] == tokens[0, 0]).all() else ", each beginning with a random token"
         return (
-            f"Column importance comes from {tokens.size:,} tokens that the model generated (sequences of "
+            f"Column weights come from {tokens.size:,} tokens that the model generated (sequences of "
             f"{tokens.shape[1]}{start}); another CPU or llama.cpp version may generate others.{self._missed()}"
         )
 
     def _missed(self) -> str:
-        """Return a sentence on the matrices that multiplied nothing."""
+        """Return a sentence on the matrices without input."""
         found, model = self.evidence.moments, self.evidence.model
         quantized = [t for t in model.tensors if t.is_matrix and not kept_reason(t, model.architecture)]
         matrices = [t.name for t in quantized if t.role not in _TABLES or t.name in found]
-        lacking = [name for name in matrices if name not in found or not found[name].counts.any()]
-        n_experts = sum(int((found[name].counts == 0).sum()) for name in matrices if name not in lacking)
-        missed = [*lacking[:3], *([f"{len(lacking) - 3} more tensors"] if len(lacking) > 3 else [])]
+        unseen = [name for name in matrices if name not in found or not found[name].counts.any()]
+        n_experts = sum(int((found[name].counts == 0).sum()) for name in matrices if name not in unseen)
+        missed = [*unseen[:3], *([f"{len(unseen) - 3} more tensors"] if len(unseen) > 3 else [])]
         missed += [f"{n_experts} matrices of experts"] if n_experts else []
-        return f" They do not reach {', '.join(missed)}, which take that of random tokens." if missed else ""
+        return f" The text does not reach {', '.join(missed)}: their weights come from random tokens." if missed else ""
 
 
 def generated_tokens(request: TokenRequest) -> Tokens:
-    """Let the model generate ``N_TOKENS`` tokens in sequences of ``LENGTH``."""
+    """Generate ``N_TOKENS`` tokens in sequences of ``LENGTH``."""
     with request.original() as file:
         tokens = write_tokens(
             file, n_sequences=-(-N_TOKENS // LENGTH), length=LENGTH, seed=request.seed,
@@ -92,10 +92,10 @@ def write_tokens(
     n_threads: int | None = None,
     progress: Progress = no_progress,
 ) -> Int32:
-    """Let a model write token sequences, ``(n_sequences, length)`` int32.
+    """Generate token sequences, ``(n_sequences, length)`` int32.
 
-    The same file, seed, threads and llama.cpp write the same tokens on the same kind of processor. ``temperature``
-    divides the logits; ``progress`` is called with tokens written and tokens in all.
+    The tokens are the same for the same file, seed, threads, llama.cpp version and kind of processor. ``temperature``
+    divides the logits; ``progress`` is called with (tokens done, total).
 
     Raises:
         VerifyError: the file cannot be loaded, or does not predict the next token.
@@ -119,7 +119,7 @@ def write_tokens(
 
 
 def _first_tokens(model: LlamaModel, n: int, banned: NDArray[np.intp], rng: np.random.Generator) -> Int32:
-    """Return what sequences begin with: BOS where every text of the vocabulary does, else uniform draws."""
+    """Return the first token of each sequence: BOS if the vocabulary adds it, else uniformly random tokens."""
     if model.bos is not None:
         return np.full(n, model.bos, np.int32)
     allowed = np.setdiff1d(np.arange(model.n_vocab, dtype=np.int32), banned)
@@ -129,7 +129,7 @@ def _first_tokens(model: LlamaModel, n: int, banned: NDArray[np.intp], rng: np.r
 def _write(
     context: LlamaContext, group: Int32, temperature: float, banned: NDArray[np.intp], rng: np.random.Generator
 ) -> Iterator[int]:
-    """Fill ``(n, length)`` sequences from their first tokens on; yield the tokens there are after each step."""
+    """Fill ``(n, length)`` sequences after their first tokens; yield the number of tokens after each step."""
     context.clear()
     for at in range(1, group.shape[1]):
         logits = context.decode(group[:, at - 1 : at], start=at - 1)[:, 0]
@@ -138,13 +138,13 @@ def _write(
 
 
 def draw(logits: Float32, temperature: float, banned: NDArray[np.intp], rng: np.random.Generator) -> Int32:
-    """Draw a token for each row of logits, by inverting the distribution function.
+    """Sample a token for each row of logits, by inverting the distribution function.
 
     Args:
-        logits: ``(n, n_vocab)`` float32; one row is looked at at a time.
-        temperature: divides them.
-        banned: tokens that are never drawn.
-        rng: where the draws come from, one a row.
+        logits: ``(n, n_vocab)`` float32; processed one row at a time.
+        temperature: divisor of the logits.
+        banned: tokens to exclude.
+        rng: source of randomness, one number per row.
 
     Returns:
         ``(n,)`` int32.
@@ -165,7 +165,7 @@ def draw(logits: Float32, temperature: float, banned: NDArray[np.intp], rng: np.
 
 
 def _weights(moments: Moments, other: Float32) -> Float32:
-    """Return mean squares over their mean, at least ``FLOOR``; ``other`` where a matrix multiplied nothing."""
+    """Return mean squares over their mean, at least ``FLOOR``; ``other`` for a matrix without input."""
     means = moments.mean_squares
     seen = (moments.counts > 0) & (np.atleast_2d(means).mean(axis=1) > 0)
     if not seen.any():

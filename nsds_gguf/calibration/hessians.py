@@ -1,4 +1,4 @@
-"""Hessians of what matrices multiply, ``E[x x^T]``, for GPTQ rounding: kept on disk until they are factored."""
+"""Hessians for GPTQ rounding: ``E[x x^T]`` of the inputs of matrices, on disk until they are factored."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ..system.resources import available_memory_bytes
 from ..system.workfolder import output_error
 from .activations import collect
 
-_SHARE_OF_MEMORY = 0.25  # of what is available, for the Hessians of one reading by llama.cpp
+_SHARE_OF_MEMORY = 0.25  # of the available memory, for the Hessians of one run of llama.cpp
 _LEAST_BYTES = 1 << 28
 
 
 class HessianFiles:
-    """Hessians in a folder of the caller's, who removes it: float32, a file for every input."""
+    """Hessians in a folder of the caller, who removes it: float32, one file per input."""
 
     def __init__(self, folder: Path) -> None:
         """Take an existing folder."""
@@ -32,7 +32,7 @@ class HessianFiles:
         self._files: dict[Path, tuple[str, ...]] = {}
 
     def add(self, names: tuple[str, ...], hessian: NDArray[np.float32]) -> None:
-        """Write the Hessian of the matrices with one input; raises ``OutputError`` when the disk is full."""
+        """Write the Hessian of the matrices that share an input; raise ``OutputError`` when the disk is full."""
         path = self._folder / f"hessian-{len(self._files)}.npy"
         try:
             np.save(path, hessian)
@@ -41,7 +41,7 @@ class HessianFiles:
         self._files[path] = names
 
     def take(self) -> Iterator[NamedHessian]:
-        """Yield them in the order in which they were added; each file is removed once it is read."""
+        """Yield the Hessians in the order of ``add``; remove each file once read."""
         for path, names in list(self._files.items()):
             hessian = np.load(path, allow_pickle=False)
             path.unlink()
@@ -56,16 +56,16 @@ def callback_hessians(
     names: Collection[str],
     n_threads: int | None = None,
 ) -> Iterator[NamedHessian]:
-    """Yield Hessians collected by llama.cpp's callback, for models that the pass over tokens cannot follow.
+    """Yield Hessians collected by llama.cpp's callback, for models that the Fisher pass does not support.
 
-    The tokens are read once for every group of inputs whose Hessians fit in a quarter of the memory available, at 8
-    bytes an entry.
+    llama.cpp reads the tokens once per group of inputs whose Hessians fit in a quarter of the available memory, at 8
+    bytes per entry.
 
     Args:
-        original: gives the model as a GGUF.
+        original: provides the model as a GGUF.
         tokens: ``(n_sequences, n_positions)`` ids.
         moments: of the same tokens, by stored name.
-        names: matrices, no stacks; those without moments are left out.
+        names: matrices, no stacks; matrices without moments are skipped.
         n_threads: CPU threads.
 
     Raises:
@@ -76,24 +76,24 @@ def callback_hessians(
     with original() as file:
         for group in _groups(moments, names, _budget_bytes()):
             found = collect(file, ids, only=group, full_for=group, n_threads=n_threads)
-            for alike in {found[name].names: found[name] for name in group}.values():
-                if alike.full is not None:
-                    yield alike.names, alike.full.astype(np.float32)
+            for moment in {found[name].names: found[name] for name in group}.values():
+                if moment.full is not None:
+                    yield moment.names, moment.full.astype(np.float32)
 
 
 def _groups(moments: Mapping[str, Moments], names: Collection[str], max_bytes: int) -> Iterator[list[str]]:
-    """Yield names whose Hessians fit in so many bytes, those with one input together, one input at least."""
+    """Yield groups of names whose Hessians fit in ``max_bytes``: whole inputs, at least one per group."""
     by_input: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         if name in moments:
             by_input.setdefault(moments[name].names, []).append(name)
     group, n_bytes = list[str](), 0
-    for alike in by_input.values():
-        n_cols = moments[alike[0]].mean_squares.shape[-1]
+    for sharing in by_input.values():
+        n_cols = moments[sharing[0]].mean_squares.shape[-1]
         if group and n_bytes + 8 * n_cols**2 > max_bytes:
             yield group
             group, n_bytes = [], 0
-        group, n_bytes = [*group, *alike], n_bytes + 8 * n_cols**2
+        group, n_bytes = [*group, *sharing], n_bytes + 8 * n_cols**2
     if group:
         yield group
 
@@ -115,12 +115,12 @@ def factor_hessians(
 
     Args:
         model: the model.
-        hessians: of the matrices as they are stored; inputs that are all zero are left out.
-        factors: gets the factors, and is returned.
-        shrinkage: how far what is off the diagonal is mistrusted; see ``factor_hessian``.
-        looked_up: for a tied embedding, the share of its sensitivity that is not the output's.
-        equalization: the factors are those of the equalized matrices.
-        progress: called with matrices done and matrices in all.
+        hessians: of the stored matrices; inputs that are all zero are skipped.
+        factors: receives the factors, and is returned.
+        shrinkage: of the off-diagonal; see ``factor_hessian``.
+        looked_up: for a tied embedding, the share of its sensitivity that is due to lookups.
+        equalization: if set, factor the Hessians of the equalized matrices.
+        progress: called with (matrices done, total).
 
     Raises:
         ModelError: a Hessian cannot be factored.
@@ -143,45 +143,45 @@ def factor_hessians(
 
 
 def mixed_roles(moments: Float64, looked_up: float) -> Float64:
-    """Return column moments, or full ones, of a tied embedding, each role weighing its share of the sensitivity.
+    """Return column moments, or a Hessian, of a tied embedding: both roles, weighted by share of the sensitivity.
 
-    Looked-up rows enter the stream, where noise in one channel does as much as in another.
+    Looked-up rows enter the stream, where noise counts equally in all channels.
 
     Args:
-        moments: ``(n_cols,)`` or ``(n_cols, n_cols)``, of what the output multiplies.
-        looked_up: share of the other role, from 0 to 1.
+        moments: ``(n_cols,)`` or ``(n_cols, n_cols)``, of the input of the output matrix.
+        looked_up: share of lookups, from 0 to 1.
 
     """
     scale = (moments if moments.ndim == 1 else moments.diagonal()).mean()
-    alike = np.ones(len(moments)) if moments.ndim == 1 else np.eye(len(moments))
-    mixed: Float64 = (1 - looked_up) * moments + looked_up * scale * alike
+    uniform = np.ones(len(moments)) if moments.ndim == 1 else np.eye(len(moments))
+    mixed: Float64 = (1 - looked_up) * moments + looked_up * scale * uniform
     return mixed
 
 
 def multiplied(model: Model) -> list[str]:
-    """Return the names of the plain matrices that are multiplied and quantized: those of layers, and the output."""
+    """Return the names of the quantized plain matrices that multiply an input: those of layers, and the output."""
     output = model.unembedding().name
     quantized = [tensor for tensor in model.tensors if not kept_reason(tensor, model.architecture)]
     return [t.name for t in quantized if len(t.shape) == 2 and (t.layer is not None or t.name == output)]
 
 
 def note(model: Model, factors: FactorStore) -> str:
-    """Return what the user must know: how many matrices are rounded by GPTQ, and which are not."""
+    """Return the note on the matrices that GPTQ rounding covers, and those that it does not."""
     matrices = [t for t in model.tensors if t.is_matrix and not kept_reason(t, model.architecture)]
-    lacking = [tensor.name for tensor in matrices if tensor.name not in factors.names]
+    uncovered = [tensor.name for tensor in matrices if tensor.name not in factors.names]
     n_weights = sum(tensor.n_weights for tensor in matrices)
     share = sum(tensor.n_weights for tensor in matrices if tensor.name in factors.names) / max(n_weights, 1)
-    told = (
-        f"GPTQ rounding covers {len(matrices) - len(lacking)} of {len(matrices)} matrices "
+    coverage = (
+        f"GPTQ rounding covers {len(matrices) - len(uncovered)} of {len(matrices)} matrices "
         f"({100 * share:.0f} % of their weights)"
     )
-    if not lacking:
-        return f"{told}."
-    others = [*lacking[:3], *([f"{len(lacking) - 3} more"] if len(lacking) > 3 else [])]
-    return f"{told}; rounded to nearest: {', '.join(others)}."
+    if not uncovered:
+        return f"{coverage}."
+    others = [*uncovered[:3], *([f"{len(uncovered) - 3} more"] if len(uncovered) > 3 else [])]
+    return f"{coverage}; rounded to nearest: {', '.join(others)}."
 
 
 def disk_bytes(model: Model) -> int:
-    """Return the bytes that Hessians and factors take on disk at most: as if no two matrices had the same input."""
+    """Return an upper bound on the disk space of Hessians and factors: as if no matrices shared an input."""
     columns = {name: model.by_name[name].n_cols for name in multiplied(model)}
     return sum(4 * n**2 for n in columns.values())

@@ -1,12 +1,11 @@
-"""Importance matrices of llama.cpp: mean squared inputs of every column, collected by running a text through a model.
+"""Importance matrices of llama.cpp: mean squared inputs of every column, collected by evaluating a text.
 
-Two forms are read, and the first is written, as ``llama-imatrix`` has them (tools/imatrix/imatrix.cpp; it is read by
-common/imatrix-loader.cpp).
+Reads both formats of ``llama-imatrix``, and writes the first (tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp).
 
 GGUF: per tensor ``NAME.in_sum2`` ``(n_matrices, n_cols)``, the sums of squares, and ``NAME.counts``
-``(n_matrices, 1)``, how many tokens they are of; leading dimensions of 1 are not in the file. The older binary form,
+``(n_matrices, 1)``, their numbers of tokens; leading dimensions of 1 are not in the file. The older binary format,
 little-endian: i32 entries; each: i32 length, name, i32 calls, i32 values, float32 sums; at the end i32 chunks and the
-name of the text. ``n_matrices`` is above 1 for stacked experts; the older form does not tell it.
+name of the text. ``n_matrices`` is above 1 for stacked experts; the older format does not store it.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ from ..errors import ModelError, RecordError
 from ..llamacpp.gguf_header import is_gguf, read_gguf_header
 from ..records import Float32, Model
 
-IMATRIX = "imatrix:"  # in front of the digest, in the name of the importance that comes from such a file
+IMATRIX = "imatrix:"  # precedes the digest in the name of a calibration from a file
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_FLOOR = 1e-4  # of a tensor's mean: a block of columns that no text touched would make ggml divide by zero
+_FLOOR = 1e-4  # of a tensor's mean: ggml would divide by zero in a block of columns without input
 _I32 = struct.Struct("<i")
 
 
@@ -43,13 +42,13 @@ class Imatrix:
 
     @property
     def name(self) -> str:
-        """What records call it: the beginning of its digest."""
+        """Its name in records: the first digits of its SHA-256."""
         return IMATRIX + self.sha256[:12]
 
     def weights(self, model: Model) -> dict[str, Float32]:
         """Return the column weights of the model's tensors: ``(n_cols,)``, or ``(n_experts, n_cols)`` for a stack.
 
-        Raises ``RecordError`` when it speaks of no tensor of the model, or of one in another shape.
+        Raises ``RecordError`` when it has no tensor of the model, or a tensor of another shape.
         """
         matrices = {tensor.name: tensor for tensor in model.tensors if tensor.is_matrix}
         found = {}
@@ -58,30 +57,30 @@ class Imatrix:
                 continue
             shape = matrices[name].shape
             n_matrices = shape[0] if len(shape) == 3 else 1
-            if columns.shape == (1, n_matrices * shape[-1]):  # the older form, of a stack
+            if columns.shape == (1, n_matrices * shape[-1]):  # the older format, of a stack
                 columns = columns.reshape(n_matrices, -1)
             if columns.shape not in ((1, shape[-1]), (n_matrices, shape[-1])):
                 raise RecordError(
                     f"{self.path}: {name}: wanted {n_matrices} x {shape[-1]} columns, got {columns.shape[0]} x "
-                    f"{columns.shape[1]}; the importance matrix is of another model"
+                    f"{columns.shape[1]}; the importance matrix belongs to another model"
                 )
             found[name] = columns if len(columns) > 1 else columns[0]
         if not found:
-            raise RecordError(f"{self.path}: speaks of no tensor of {model.name}; it is of another model")
+            raise RecordError(f"{self.path}: has no tensor of {model.name}; it belongs to another model")
         return found
 
     def note(self, model: Model) -> str:
-        """Return what the user must know: where the columns' importance comes from, tensor by tensor if need be."""
+        """Return the note on the source of column weights, with the tensors that have no entry."""
         matrices = [tensor.name for tensor in model.tensors if tensor.is_matrix]
-        lacking = [name for name in matrices if name not in self.columns]
-        rest = f" It has no entry for {', '.join(lacking[:3])}" if lacking else ""
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-        swept = f"{rest}{more}: there it is that of --calibration random." if lacking else ""
-        return f"Column importance comes from {self.path.name} (SHA-256 {self.sha256[:12]}…).{swept}"
+        missing = [name for name in matrices if name not in self.columns]
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        named = f"{', '.join(missing[:3])}{more}"
+        rest = f" It has no entry for {named}: their weights come from random tokens." if missing else ""
+        return f"Column weights come from {self.path.name} (SHA-256 {self.sha256[:12]}…).{rest}"
 
 
 def read_imatrix(path: Path) -> Imatrix:
-    """Read an importance matrix in either form; raises ``RecordError`` when it is none, or damaged."""
+    """Read an importance matrix in either format; raise ``RecordError`` for any other or a damaged file."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -92,19 +91,19 @@ def read_imatrix(path: Path) -> Imatrix:
         raise RecordError(f"{path}: not a readable importance matrix: {error}") from error
     for name, columns in entries.items():
         if not columns.size or not np.isfinite(columns).all() or (columns < 0).any():
-            raise RecordError(f"{path}: {name}: holds what no mean of squares can be; make it again")
+            raise RecordError(f"{path}: {name}: wanted finite mean squares from 0 up; create the file again")
     return Imatrix(path, hashlib.sha256(data).hexdigest(), {name: _floored(value) for name, value in entries.items()})
 
 
 def write_imatrix(path: Path, moments: Mapping[str, Moments], *, source: str, n_chunks: int, n_ctx: int) -> None:
-    """Write collected mean squares as llama-imatrix would, in its GGUF form.
+    """Write mean squares in the GGUF format of llama-imatrix.
 
     Args:
         path: file to write; an existing one is replaced.
         moments: by tensor name.
-        source: what the tokens were of; the file says so.
-        n_chunks: sequences that were run.
-        n_ctx: tokens of each.
+        source: origin of the tokens, stored in the file.
+        n_chunks: number of sequences.
+        n_ctx: tokens per sequence.
 
     """
     writer = GGUFWriter(path, "")
@@ -135,12 +134,12 @@ def _of_gguf(path: Path) -> Iterator[tuple[str, Float32]]:
         counts = tensors.get(name.removesuffix(_SUMS) + _COUNTS)
         n_matrices = math.prod(entry.shape[:-1])
         if counts is None or {entry.type, counts.type} != {"F32"} or math.prod(counts.shape) != n_matrices:
-            raise ValueError(f"{name} has no fitting {_COUNTS}")
+            raise ValueError(f"{name} has no matching {_COUNTS}")
         sums, n_tokens = (
             np.fromfile(path, np.float32, tensor.n_bytes // 4, offset=tensor.offset).reshape(n_matrices, -1)
             for tensor in (entry, counts)
         )
-        with np.errstate(all="ignore"):  # what is not finite is refused by the caller
+        with np.errstate(all="ignore"):  # the caller refuses values that are not finite
             means = np.where(n_tokens > 0, sums / np.maximum(n_tokens, 1), np.float32(1)).astype(np.float32)
         yield name.removesuffix(_SUMS), means
 
@@ -171,7 +170,7 @@ def _of_legacy(data: bytes) -> Iterator[tuple[str, Float32]]:
 
 
 def _floored(columns: Float32) -> Float32:
-    """Return the means with the least a column may weigh, and ones where a matrix saw nothing at all."""
+    """Return the means, at least ``_FLOOR`` of the mean of their matrix; ones for a matrix without input."""
     means = columns.mean(axis=1, keepdims=True)
     floored: Float32 = np.where(means > 0, np.maximum(columns, means * np.float32(_FLOOR)), np.float32(1))
     return floored.astype(np.float32)

@@ -1,4 +1,4 @@
-"""The calibrations that users choose from."""
+"""The table of calibrations."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from .random_tokens import RandomTokens, n_sequences_for, random_tokens
 
 @dataclass(frozen=True)
 class CalibrationKind:
-    """A calibration as users choose it.
+    """A calibration that users can choose.
 
     Attributes:
-        name: what ``--calibration`` and records call it.
+        name: its name in ``--calibration`` and in records.
         description: one line for ``--help``.
-        make: makes it of what is known of the model.
-        tokens: returns the tokens that sensitivities, moments and Hessians are taken on.
-        shrinkage: share by which its Hessians are mistrusted (``factor_hessian``); ``None``: GPTQ rounding needs more
-            than it holds.
+        make: creates it from the evidence.
+        tokens: returns the tokens for sensitivities, moments and Hessians.
+        shrinkage: of the off-diagonal of its Hessians (``factor_hessian``); ``None``: it cannot serve GPTQ rounding.
         first_positions: whether the first position of a sequence counts in its Hessians.
-        is_generated: whether llama.cpp generates its tokens, with the original at hand.
-        n_sequences: how many of the tokens' sequences sensitivities are found on.
+        is_generated: whether llama.cpp generates its tokens, from the original model.
+        n_sequences: returns the number of sequences for sensitivities.
 
     """
 
@@ -43,18 +42,18 @@ class CalibrationKind:
 
     @property
     def has_hessians(self) -> bool:
-        """Whether GPTQ rounding can take its Hessians."""
+        """Whether it has Hessians for GPTQ rounding."""
         return self.shrinkage is not None
 
     @property
     def token_source(self) -> str:
-        """Name of the calibration whose tokens it takes: sensitivities are the same for all of one source."""
+        """Name of the calibration whose tokens it uses: calibrations of one source share sensitivities."""
         return "random" if self.tokens is random_tokens else self.name
 
 
 @dataclass(frozen=True)
 class NoCalibration(RandomTokens):
-    """A ``Calibration`` that knows nothing: all columns weigh the same."""
+    """A ``Calibration`` without statistics: equal column weights."""
 
     def column_moments(self, name: str) -> Float64 | None:
         """Return nothing."""
@@ -62,12 +61,12 @@ class NoCalibration(RandomTokens):
 
 
 class ImatrixFile(RandomTokens):
-    """A ``Calibration``: an importance matrix; random tokens where it has no entry."""
+    """A ``Calibration``: an importance matrix; random tokens for tensors without an entry."""
 
     def __init__(self, evidence: Evidence) -> None:
         """Take evidence with an importance matrix.
 
-        Raises ``PlanError`` without one, ``RecordError`` when it is of another model.
+        Raises ``PlanError`` without one, ``RecordError`` if it belongs to another model.
         """
         if evidence.imatrix is None:
             raise PlanError("calibration imatrix: wanted the file of an importance matrix")
@@ -81,25 +80,25 @@ class ImatrixFile(RandomTokens):
         return super().column_moments(name) if found is None else found.astype("f8")
 
     def column_weights(self, name: str) -> Float32 | None:
-        """Return the mean squares of the file as they are, like llama-quantize."""
+        """Return the mean squares of the file unchanged, like llama-quantize."""
         found = self._columns.get(name)
         return super().column_weights(name) if found is None else found
 
     def note(self) -> str:
-        """Return which file it is, and what it lacks."""
+        """Return the note on the file and its missing entries."""
         return self._imatrix.note(self.evidence.model)
 
 
-# Of what is off the diagonal of a Hessian: how far it is mistrusted (docs/log.md, 2026-11-25).
+# Shrinkage of the off-diagonal of Hessians (docs/log.md, 2026-11-25).
 SHRINKAGE_RANDOM, SHRINKAGE_GENERATED = 0.3, 0.05
 
-N_SEQUENCES_GENERATED = 8  # of the generated text, that sensitivities are found on
+N_SEQUENCES_GENERATED = 8  # sequences of generated text for sensitivities
 
 CALIBRATIONS = {
     kind.name: kind
     for kind in (
         CalibrationKind(
-            "random", "tokens drawn at random from the vocabulary, common ones more often", RandomTokens,
+            "random", "random tokens of the vocabulary, common ones more often", RandomTokens,
             shrinkage=SHRINKAGE_RANDOM,
         ),
         CalibrationKind(
@@ -107,14 +106,14 @@ CALIBRATIONS = {
             first_positions=True, is_generated=True, n_sequences=lambda _: N_SEQUENCES_GENERATED,
         ),
         CalibrationKind("imatrix", "an importance matrix of llama.cpp, read from a file", ImatrixFile),
-        CalibrationKind("norm", "squared gains of the norm in front of each matrix", NormGains),
-        CalibrationKind("none", "no statistics: all columns weigh the same", NoCalibration),
+        CalibrationKind("norm", "squared gains of the norm before each matrix", NormGains),
+        CalibrationKind("none", "no statistics: equal column weights", NoCalibration),
     )
 }  # fmt: skip
 
 
 def find_calibration(name: str) -> CalibrationKind:
-    """Return a calibration by name; raises ``PlanError`` when there is none."""
+    """Return a calibration by name; raise ``PlanError`` if it is unknown."""
     if name not in CALIBRATIONS:
         raise PlanError(f"calibration {name!r} is not known; wanted one of {', '.join(CALIBRATIONS)}")
     return CALIBRATIONS[name]

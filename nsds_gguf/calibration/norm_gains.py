@@ -1,4 +1,4 @@
-"""Squared gains of the norms in front of matrices: a calibration without tokens."""
+"""Squared gains of the norms before matrices: a calibration without tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .random_tokens import RandomTokens
 
 @dataclass(frozen=True)
 class NormGains(RandomTokens):
-    """A ``Calibration``: the squared gain of the norm in front of a matrix, nothing where there is none."""
+    """A ``Calibration``: the squared gain of the norm before a matrix, if it has one."""
 
     def column_moments(self, name: str) -> Float64 | None:
         """Return the squared gains, ``(n_cols,)``."""
@@ -20,7 +20,7 @@ class NormGains(RandomTokens):
 
 
 def squared_gains(model: Model) -> dict[str, Float64]:
-    """Return the squared gain of the norm in front of every matrix that has one, ``(n_cols,)`` by stored name."""
+    """Return the squared gain of the norm before every matrix that has one, ``(n_cols,)`` by stored name."""
     h, found = model.hparams, dict[str, Float64]()
 
     def note(norms: BlockNorms, *names: str) -> None:

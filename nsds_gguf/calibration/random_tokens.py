@@ -1,4 +1,4 @@
-"""Tokens drawn at random by Zipf's law from the vocabulary, whose ids are ordered by how common tokens were."""
+"""Random tokens: sampled by Zipf's law from the vocabulary, whose ids are ordered by frequency."""
 
 from __future__ import annotations
 
@@ -13,56 +13,56 @@ from ..records import Float32, Float64, Model
 from .column_weights import normalized
 from .evidence import Evidence, TokenRequest
 
-N_SEQUENCES, N_POSITIONS = 4, 512  # of the tokens that sensitivities are found on
-N_SEQUENCES_LARGE, LARGE_WEIGHTS = 2, 10**8  # half as many tell as much (docs/log.md), where more would cost minutes
-N_SEQUENCES_HESSIANS = 16  # of those that Hessians are
-ZIPF_SHIFT = 27.0  # ranks count from here (Mandelbrot's form of the law): the commonest token is 1 % of the text
+N_SEQUENCES, N_POSITIONS = 4, 512  # for sensitivities
+N_SEQUENCES_LARGE, LARGE_WEIGHTS = 2, 10**8  # half is as good (docs/log.md) where more would take minutes
+N_SEQUENCES_HESSIANS = 16  # for Hessians
+ZIPF_SHIFT = 27.0  # added to ranks (Mandelbrot's form of the law): the most common token is 1 % of the text
 
 _NORMAL = 1  # LLAMA_TOKEN_TYPE_NORMAL
 
 
 @dataclass(frozen=True)
 class RandomTokens:
-    """A ``Calibration``: statistics of random tokens, or what moment propagation predicts."""
+    """A ``Calibration``: statistics of random tokens, or predictions of moment propagation."""
 
     evidence: Evidence
 
     @property
     def tokens(self) -> Tokens | None:
-        """The tokens."""
+        """The random tokens."""
         return self.evidence.tokens
 
     def column_moments(self, name: str) -> Float64 | None:
-        """Return mean squares, first positions left out."""
+        """Return mean squares, without first positions."""
         return self.evidence.columns.get(name)
 
     def column_weights(self, name: str) -> Float32 | None:
-        """Return them with a mean of 1."""
+        """Return the mean squares, scaled to a mean of 1."""
         moments = self.column_moments(name)
         return None if moments is None else normalized(moments)
 
     def hessians(self) -> Iterator[NamedHessian]:
-        """Yield the Hessians, first positions left out."""
+        """Yield the Hessians, without first positions."""
         return self.evidence.hessians()
 
     def note(self) -> str:
-        """Return nothing."""
+        """Return an empty string."""
         return ""
 
 
 def random_tokens(request: TokenRequest) -> Tokens:
-    """Return as many random tokens as are wanted; those for sensitivities are the first of those for Hessians."""
+    """Return the requested random tokens; those for sensitivities are the first of those for Hessians."""
     model = request.model
     n_sequences = N_SEQUENCES_HESSIANS if request.for_hessians else n_sequences_for(model)
     return draw_tokens(model, n_sequences, seed=request.seed)
 
 
 def draw_tokens(model: Model, n_sequences: int = N_SEQUENCES, n_positions: int = N_POSITIONS, seed: int = 0) -> Tokens:
-    """Return ``(n_sequences, n_positions)`` token ids drawn by Zipf's law, behind BOS where the model knows one.
+    """Sample ``(n_sequences, n_positions)`` token ids by Zipf's law, after BOS if the model has one.
 
-    Ranks are those of the vocabulary's scores where it has any (sentencepiece), otherwise of its ids; control tokens
-    and bytes are left out. A model without a vocabulary gets all rows of its embedding alike. No sequence exceeds the
-    context that the model was trained for.
+    Ranks follow the scores of the vocabulary if it has any (sentencepiece), else its ids; control tokens and bytes are
+    excluded. Without a vocabulary, all rows of the embedding are equally likely. Sequences are at most as long as the
+    training context.
     """
     rng = np.random.default_rng(seed)
     n_vocab, n_positions = model.hparams.n_vocab, min(n_positions, model.hparams.n_ctx_train or n_positions)
@@ -76,7 +76,7 @@ def draw_tokens(model: Model, n_sequences: int = N_SEQUENCES, n_positions: int =
 
 
 def n_sequences_for(model: Model) -> int:
-    """Return how many sequences are drawn for a model."""
+    """Return the number of sequences for sensitivities of a model."""
     return N_SEQUENCES if model.n_weights < LARGE_WEIGHTS else N_SEQUENCES_LARGE
 
 

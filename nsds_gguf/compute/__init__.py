@@ -1,6 +1,6 @@
-"""The numerics of a decoder: layer views, forward and backward through them, behind one seam for what computes them.
+"""The numerics of a decoder: layer views, the forward and backward pass, and the backends that compute them.
 
-A new backend is a class like ``numpy_backend.NumpyBackend`` and one line in ``backend.BACKENDS``.
+To add a backend, write a class like ``numpy_backend.NumpyBackend`` and add one line to ``backend.BACKENDS``.
 """
 
 from .backend import BACKENDS, Backend, BackendEntry, find_backend

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..records import Float64
 
-# An activation and its slope.
+# An activation function and its derivative.
 Activation = tuple[Callable[[Float64], Float64], Callable[[Float64], Float64]]
 
 
@@ -19,7 +19,7 @@ def sigmoid(x: Float64) -> Float64:
 
 
 def _swish(beta: float) -> Activation:
-    """Return ``x sigmoid(beta x)`` and its slope; ``beta`` 1 is SiLU."""
+    """Return ``x sigmoid(beta x)`` and its derivative; ``beta`` 1 is SiLU."""
 
     def value(x: Float64) -> Float64:
         return x * sigmoid(beta * x)
@@ -53,14 +53,14 @@ def _step(x: Float64) -> Float64:
     return (x > 0).astype(np.float64)
 
 
-# By name, as ``Hparams.activation`` has it.
+# By the name in ``Hparams.activation``.
 ACTIVATIONS: dict[str, Activation] = {
     "silu": _swish(1.0),
     "gelu": (_gelu, _gelu_slope),
     "relu": (_relu, _step),
     "relu2": (lambda x: _relu(x) ** 2, lambda x: 2 * _relu(x)),
-    "swiglu_oai": _swish(1.702),  # its clamp at 7 is left out: pre-activations rarely get there
+    "swiglu_oai": _swish(1.702),  # without its clamp at 7, which pre-activations rarely reach
 }
 
-# What the gated product adds to ``up`` before it multiplies (gpt-oss: ``(up + 1) gate sigmoid(1.702 gate)``).
+# Constant added to ``up`` in the gated product (gpt-oss: ``(up + 1) gate sigmoid(1.702 gate)``).
 UP_OFFSETS = {"swiglu_oai": 1.0}

@@ -1,9 +1,9 @@
-"""The seam between what is computed of a model and what computes it.
+"""The interface of compute backends.
 
-A backend runs one model: its embedding, its layers one at a time, its output. Arrays cross the seam at the layer
-boundary only, float32 in numpy on the CPU; inside, weights, activations and sums may stay on a device. The order of
-calls is that of ``walk``. To add a backend, write a module with a class like ``NumpyBackend`` and add one line to
-``BACKENDS``.
+A backend runs one model: its embedding, its layers one at a time, its output. Arrays pass between caller and backend at
+layer boundaries only, as float32 numpy arrays on the CPU; within the backend, weights, activations and sums may stay on
+a device. ``walk`` determines the order of calls. To add a backend, write a module with a class like ``NumpyBackend``
+and add one line to ``BACKENDS``.
 
 Shapes: ``n = n_sequences * n_positions`` rows, sequence after sequence; ``x`` and ``grad`` are ``(n, n_embd)``.
 """
@@ -27,21 +27,21 @@ Tokens = NDArray[np.int64]
 
 
 class LayerPass(Protocol):
-    """One layer, its weights decoded at most once while it is in use (if they fit in memory)."""
+    """One layer; decodes its weights at most once while in use (if they fit in memory)."""
 
     def forward(self, x: Float32) -> Float32:
-        """Return the stream behind the layer; add the inputs of its matrices to the sums."""
+        """Return the output stream of the layer; add the inputs of its matrices to the sums."""
 
     def backward(self, x: Float32, grad: Float32) -> tuple[Float32, Mapping[str, float]]:
-        """Compute the layer again from ``x``, then go back through it.
+        """Recompute the layer from ``x``, then differentiate.
 
         Args:
-            x: the stream in front of the layer.
-            grad: derivative of the loss by the stream behind it.
+            x: the input stream of the layer.
+            grad: derivative of the loss with respect to its output stream.
 
         Returns:
-            The derivative by ``x``, and by stored name ``sum (W dL/dW)^2`` of every matrix, where the gradient is taken
-            for each sequence by itself and the squares are summed over sequences.
+            The derivative with respect to ``x``, and by stored name ``sum (W dL/dW)^2`` of every matrix: the gradient
+            of each sequence is squared separately, and the squares are summed over sequences.
 
         """
 
@@ -62,10 +62,11 @@ class OutputPass(Protocol):
         """Add the input of the output matrix to the sums."""
 
     def backward(self, x: Float32, scored: NDArray[np.intp], seed: int) -> tuple[Float32, float]:
-        """Draw a prediction at every scored row and go back from its log-likelihood, with a random sign each.
+        """Sample a prediction at every scored row and differentiate its log-likelihood, each with a random sign.
 
         Returns:
-            The derivative of ``sum signs * log p(drawn)`` by ``x``, and ``sum (W dL/dW)^2`` of the output matrix.
+            The derivative of ``sum signs * log p(sampled)`` with respect to ``x``, and ``sum (W dL/dW)^2`` of the
+            output matrix.
 
         """
 
@@ -83,30 +84,30 @@ class Backend(Protocol):
     """The numerics of one model for sequences of one length."""
 
     def embed(self, tokens: Tokens) -> Float32:
-        """Return the stream in front of the first layer for ``(n_sequences, n_positions)`` ids."""
+        """Return the input stream of the first layer for ``(n_sequences, n_positions)`` ids."""
 
     def embed_backward(self, tokens: Tokens, grad: Float32) -> float:
-        """Return ``sum (W dL/dW)^2`` of the embedding's rows as looked up, from the derivative by the stream."""
+        """Return ``sum (W dL/dW)^2`` of the embedding rows looked up, from the derivative of the stream."""
 
     def layer(self, index: int, recording: Recording | None = None) -> LayerPass:
-        """Return a layer; without a recording it sums up nothing."""
+        """Return a layer; without a recording it collects no sums."""
 
     def output(self, recording: Recording | None = None) -> OutputPass:
-        """Return the output likewise."""
+        """Return the output; without a recording it collects no sums."""
 
 
-# Opens a backend: of a model, for sequences of so many positions, with so many CPU threads.
+# Opens a backend; takes the model, the positions of a sequence and the number of CPU threads.
 Open = Callable[[Model, int, int], AbstractContextManager[Backend]]
 
 
 @dataclass(frozen=True)
 class BackendEntry:
-    """A backend as users choose it.
+    """A backend that users can choose.
 
     Attributes:
-        name: what ``--device`` and records call it.
+        name: its name in ``--device`` and in records.
         description: one line for ``--help``.
-        missing: returns what keeps it from running on this machine, or an empty string.
+        missing: returns why it cannot run on this machine, or an empty string.
         open: opens it.
 
     """
@@ -126,7 +127,7 @@ DEFAULT_BACKEND = "cpu"
 
 
 def find_backend(name: str) -> BackendEntry:
-    """Return a backend that can run here; raises ``PlanError`` when it is unknown, or cannot."""
+    """Return a backend; raise ``PlanError`` when it is unknown or cannot run on this machine."""
     if name not in BACKENDS:
         raise PlanError(f"backend {name!r} is not known; wanted one of {', '.join(BACKENDS)}")
     missing = BACKENDS[name].missing()

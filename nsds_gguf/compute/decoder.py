@@ -1,8 +1,8 @@
-"""A decoder's layers on a ``Tape``: which operations a model is made of, from the views of its tensors.
+"""The layers of a decoder as operations on a ``Tape``, from its layer views.
 
-Norm placement, fused and separate matrices, biases, norms of queries and keys, caps, scales and mixtures of experts are
-followed. Left out is what only moves attention: sliding windows, layers without rope among those with it, a theta of
-their own of windowed layers, the fine print of yarn and longrope.
+Supports every norm placement, fused and separate matrices, biases, norms of queries and keys, softcapping, scales and
+mixtures of experts. Ignores what only shifts attention: sliding windows, single layers without rope, a separate rope
+theta of windowed layers, details of yarn and longrope.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .norm_placement import BlockNorms, has_plain_experts, is_plain_stream, norm
 from .norms import Norm
 from .tape import Node, Tape, angles
 
-# Roles in a layer beside plain norms, attention and feed-forward blocks that change what is computed.
+# Roles that change the result of a layer and are not supported.
 _UNKNOWN = ("attn_gate", "attn_sinks", "attn_sub_norm", "ffn_sub_norm", "attn_rot_embd")
 
 
 def what_is_missing(model: Model) -> str:
-    """Return what of a model cannot be put together here, in words; empty when everything can."""
+    """Return, in words, the first part of a model that a ``Decoder`` does not support; empty when it supports all."""
     h = model.hparams
     embedding = model.by_name.get("token_embd.weight")
     if embedding is None or embedding.n_cols != h.n_embd or h.norm == "unknown" or not h.n_heads:
@@ -47,7 +47,7 @@ def what_is_missing(model: Model) -> str:
 
 
 def _has_known_experts(view: Layer, hparams: Hparams) -> bool:
-    """Return whether a layer is of routed experts, chosen and weighed in a known way, with or without a shared one."""
+    """Return whether a layer has routed experts with a supported router, with or without a shared expert."""
     kinds, router = [block.kind for block in view.feed_forward], view.tensors.get("ffn_gate_inp")
     return (
         kinds.count(ROUTED) == len(kinds) - kinds.count(SHARED)
@@ -62,7 +62,7 @@ def _has_known_experts(view: Layer, hparams: Hparams) -> bool:
 
 @dataclass(frozen=True)
 class Decoder:
-    """What all layers share: the numbers, and the turns of rope, ``(n_positions, n_pairs)``."""
+    """The parts that layers share: hparams, and the cosines and sines of rope, ``(n_positions, n_pairs)``."""
 
     hparams: Hparams
     cos: Float32
@@ -80,10 +80,10 @@ class Decoder:
         return cls(h, *angles(n_positions, frequencies))
 
     def layer(self, tape: Tape, view: Layer, x: Node) -> Node:
-        """Return the stream behind a layer."""
+        """Return the output stream of a layer."""
         placement = norm_placement(view.tensors, self.hparams)
         if view.attention is None:
-            raise ValueError("a layer without attention: ask what_is_missing first")
+            raise ValueError("a layer without attention: call what_is_missing first")
         attended = self.attention(tape, view.attention, view.tensors, self.block_input(tape, placement.attention, x))
         if placement.parallel:
             fed = self.feed_forward(tape, view, self.block_input(tape, placement.feed_forward, x))
@@ -96,37 +96,37 @@ class Decoder:
         return x if scale is None else tape.add(Node(np.zeros_like(x.value)), x, float(scale.load().ravel()[0]))
 
     def block_input(self, tape: Tape, norms: BlockNorms, x: Node) -> Node:
-        """Return what a block reads of the stream."""
+        """Return the input of a block: the stream, through its norm if it has one."""
         return x if norms.before is None else self.norm(tape, norms.before, x)
 
     def norm(self, tape: Tape, norm: Norm, x: Node) -> Node:
-        """Return a norm of the stream's kind."""
+        """Apply a norm of the kind that the stream has."""
         return tape.norm(norm, x, self.hparams.norm, self.hparams.norm_eps)
 
     def add_update(self, tape: Tape, norms: BlockNorms, x: Node, write: Node) -> Node:
-        """Return the stream with what a block writes, normed where the layer says so."""
-        if norms.behind is not None:
-            write = self.norm(tape, norms.behind, write)
+        """Add a residual update to the stream; apply the norms of the placement."""
+        if norms.after is not None:
+            write = self.norm(tape, norms.after, write)
         x = tape.add(x, write, self.hparams.residual_scale)
         return x if norms.on_stream is None else self.norm(tape, norms.on_stream, x)
 
     def attention(self, tape: Tape, a: Attention, tensors: Mapping[str, Tensor], x: Node) -> Node:
-        """Return what attention writes."""
+        """Return the residual update of attention."""
         h, parts = self.hparams, {}
         for part, linear, n_heads in (("q", a.q, a.n_heads), ("k", a.k, a.n_kv_heads)):
             node, gain = tape.linear(linear, x), tensors.get(f"attn_{part}_norm")
             if gain is not None:
                 node = tape.heads_norm(gain, node, n_heads, h.norm, h.norm_eps)
             if self.cos.shape[1]:
-                node = tape.rotate(node, self.cos, self.sin, n_heads, h.rope == "halves")
+                node = tape.rotate(node, self.cos, self.sin, n_heads, h.rope == "neox")
             parts[part] = node
         v = tape.linear(a.v, x)
         scale = a.head_dim**-0.5 if h.attention_scale is None else h.attention_scale
-        o = tape.attention(parts["q"], parts["k"], v, a.n_heads, a.n_kv_heads, scale, h.attention_cap)
+        o = tape.attention(parts["q"], parts["k"], v, a.n_heads, a.n_kv_heads, scale, h.attn_logit_softcapping)
         return tape.linear(a.o, o)
 
     def feed_forward(self, tape: Tape, view: Layer, x: Node) -> Node:
-        """Return what the feed-forward blocks of a layer write together: a dense one, or experts."""
+        """Return the sum of the residual updates of a layer's feed-forward blocks: dense, or experts."""
         routed = [block for block in view.feed_forward if block.kind == ROUTED]
         parts = [self.routed(tape, routed, view.tensors, x)] if routed else []
         for block in view.feed_forward:
@@ -134,19 +134,19 @@ class Decoder:
                 continue
             written, gate = tape.linear(block.down, self.units(tape, block, x)), view.tensors.get("ffn_gate_inp_shexp")
             if block.kind == SHARED and gate is not None:
-                opening = tape.scores(tape.linear(Linear(rows_of(gate, 0, 1)), x), "sigmoid")
-                written = tape.times(written, opening)
+                gate_value = tape.scores(tape.linear(Linear(rows_of(gate, 0, 1)), x), "sigmoid")
+                written = tape.times(written, gate_value)
             parts.append(written)
         return functools.reduce(tape.add, parts)
 
     def routed(self, tape: Tape, experts: Sequence[FeedForward], tensors: Mapping[str, Tensor], x: Node) -> Node:
-        """Return what the experts that the router chooses write together; the bias of scores counts for the choice."""
+        """Return the residual update of the experts that the router chooses; a score bias affects the choice only."""
         h, bias = self.hparams, tensors.get("exp_probs_b.bias")
         logits = tape.linear(Linear(tensors["ffn_gate_inp"], tensors.get("ffn_gate_inp.bias")), x)
         scores = tape.scores(logits, h.expert_scores)
         ranked = scores.value if bias is None else scores.value + bias.load().ravel()
         chosen = np.argsort(-ranked, axis=1, kind="stable")[:, : h.n_experts_used]
-        weights = tape.chosen_weights(scores, chosen, h.experts_normed, h.experts_scale)
+        weights = tape.chosen_weights(scores, chosen, h.norm_topk_prob, h.experts_scale)
 
         def write(inner: Tape, expert: int, read: Node) -> Node:
             block = experts[expert]
@@ -160,7 +160,7 @@ class Decoder:
         return tape.experts(x, chosen, weights, write)
 
     def units(self, tape: Tape, block: FeedForward, x: Node) -> Node:
-        """Return the hidden units of a feed-forward block, behind its activation."""
+        """Return the hidden units of a feed-forward block, after its activation function."""
         gate = None if block.gate is None else tape.linear(block.gate, x)
         offset = 0.0 if gate is None else UP_OFFSETS.get(self.hparams.activation, 0.0)
         return tape.units(gate, tape.linear(block.up, x), self.hparams.activation, offset)

@@ -1,4 +1,4 @@
-"""From token ids to the residual stream in front of the first layer."""
+"""From token ids to the input stream of the first layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .tape import Node, Tape
 
 
 def embed(model: Model, decoder: Decoder, tape: Tape, tokens: NDArray[np.int64]) -> tuple[Node, Node]:
-    """Return the scaled rows of the embedding, and the stream in front of the first layer, each ``(n, n_embd)``.
+    """Return the scaled rows of the embedding, and the input stream of the first layer, each ``(n, n_embd)``.
 
     ``tokens`` are ``(n_sequences, n_positions)`` ids.
     """
@@ -32,7 +32,7 @@ def embed(model: Model, decoder: Decoder, tape: Tape, tokens: NDArray[np.int64])
 def lookup_squared_norm(rows: Node, tokens: NDArray[np.int64]) -> float:
     """Return ``sum (W dL/dW)^2`` of the rows looked up, summed over sequences.
 
-    ``rows`` has received its derivative. Of a row's occurrences in a sequence the derivatives add up.
+    ``rows`` has received its derivative. The derivatives of all occurrences of a row in a sequence add up.
     """
     if rows.grad is None:
         return 0.0
@@ -47,6 +47,6 @@ def lookup_squared_norm(rows: Node, tokens: NDArray[np.int64]) -> float:
 
 
 def _rows(tensor: Tensor, ids: NDArray[np.intp]) -> Float32:
-    """Return rows by number, ``(len(ids), n_cols)``; each is read once."""
+    """Return rows by number, ``(len(ids), n_cols)``; read each distinct row once."""
     distinct, at = np.unique(ids, return_inverse=True)
     return tensor.rows(distinct)[at]

@@ -1,9 +1,9 @@
-"""Second moments of what matrices multiply: sums over the rows of their inputs, batch by batch.
+"""Second moments of the inputs of matrices: sums over rows, batch by batch.
 
-The diagonal, the mean square of every column's input, is what llama.cpp calls an importance matrix. The full matrix
-``X^T X / n`` is the Hessian of a row's squared output error, up to a factor (GPTQ, arXiv 2210.17323, section 3).
+The diagonal, the mean square of every column's input, is the content of llama.cpp's importance matrices. The full
+matrix ``X^T X / n`` is the Hessian of a row's squared output error, up to a factor (GPTQ, arXiv 2210.17323, section 3).
 
-First positions are counted apart: they are attention sinks, whose activations are like no other position's.
+First positions are summed separately: they are attention sinks, with activations unlike those of other positions.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from ..records import Float32, Float64
 
 @dataclass(frozen=True)
 class Moments:
-    """What one weight tensor multiplied.
+    """Second moments of the input of one weight tensor.
 
     Attributes:
-        mean_squares: float64 mean square of the input of each column: ``(n_cols,)``, of stacked matrices (experts,
+        mean_squares: float64 mean square of the input of each column: ``(n_cols,)``, for stacked matrices (experts,
             heads) ``(n_matrices, n_cols)``; 0 for a matrix that no token was routed to.
-        counts: rows that each matrix multiplied, ``(n_matrices,)`` int64.
-        full: ``E[x x^T]``, not centred, ``(n_cols, n_cols)``; ``None`` unless asked for.
-        names: the tensors that multiply this input.
+        counts: number of input rows of each matrix, ``(n_matrices,)`` int64.
+        full: ``E[x x^T]``, not centred, ``(n_cols, n_cols)``; default: not collected.
+        names: the tensors that share this input.
 
     """
 
@@ -37,12 +37,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class Recording:
-    """What a forward pass sums up of every input.
+    """The sums that a forward pass collects.
 
     Attributes:
-        hessians: stored names of the matrices whose ``X^T X`` is wanted; stacks have none.
+        hessians: stored names of the matrices for which to sum ``X^T X``; stacks have none.
         first_positions: whether the first position of every sequence counts in ``X^T X``.
-        column_squares: whether the squared norms of the matrices' own columns are wanted too.
+        column_squares: whether to compute the squared norms of the columns of the weights too.
 
     """
 
@@ -53,12 +53,12 @@ class Recording:
 
 @dataclass(frozen=True)
 class InputSums:
-    """Sums over the input rows of the matrices ``names``, which all multiply the same rows.
+    """Sums over the input rows of the matrices ``names``, which share the same input.
 
     Attributes:
         names: stored names.
         squares: ``(2, n_matrices, n_cols)`` float64 sums of squares: of first positions, and of all others.
-        counts: ``(2, n_matrices)`` int64 rows likewise.
+        counts: ``(2, n_matrices)`` int64 numbers of rows, split the same way.
         is_stack: whether they are stacked matrices.
 
     """
@@ -69,16 +69,16 @@ class InputSums:
     is_stack: bool
 
     def moments(self, first_positions: bool) -> Moments:
-        """Return the means, with or without those of first positions."""
+        """Return the means, with or without first positions."""
         squares = self.squares.sum(axis=0) if first_positions else self.squares[1]
         counts = self.counts.sum(axis=0) if first_positions else self.counts[1]
         means = squares / np.maximum(counts, 1)[:, np.newaxis]
         return Moments(means if self.is_stack else means[0], counts, names=self.names)
 
     def copy(self) -> InputSums:
-        """Return the sums as they are now."""
+        """Return a copy of the sums."""
         return replace(self, squares=self.squares.copy(), counts=self.counts.copy())
 
 
-# Stored names of the matrices with one input, and ``E[x x^T]`` of that, ``(n_cols, n_cols)`` float32.
+# Stored names of the matrices that share an input, and its ``E[x x^T]``, ``(n_cols, n_cols)`` float32.
 NamedHessian = tuple[tuple[str, ...], Float32]

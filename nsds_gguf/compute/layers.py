@@ -1,11 +1,11 @@
-"""A layer's logical matrices, whatever the file calls or fuses them.
+"""Layer views: the logical matrices of a layer, independent of how the file names or fuses them.
 
-llama.cpp stores queries, keys and values apart or as rows of one ``attn_qkv``; gate and up apart or as rows of one
-``ffn_up``; experts stacked. A view is a ``Tensor`` over some rows of a stored one, under the stored one's name, so that
-scores and sensitivities of views add up to those of what is quantized.
+llama.cpp stores queries, keys and values separately or as rows of one ``attn_qkv``; gate and up separately or as rows
+of one ``ffn_up``; experts stacked. A view is a ``Tensor`` over some rows of a stored tensor, under its name, so that
+the scores and sensitivities of views add up to those of the stored tensor.
 
-Shapes decide, not architectures: a layer whose shapes do not fit the pattern has no view of that part, and its
-matrices are the ``rest``.
+Shapes decide, not architectures: where the shapes do not fit the pattern, the layer has no view of that part, and its
+matrices go to ``rest``.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from ..records import Hparams, Model, Tensor
 from ..records.transforms import SliceColumns, SliceRows
 from .norm_placement import norm_placement
 
-# Roles of matrices between the stream and the heads that a plain attention does not have: latent queries, keys and
-# values (MLA), a second set of experts for pictures.
+# Roles of matrices that plain attention does not have: latent queries, keys and values (MLA), attention for images.
 _NOT_PLAIN = ("attn_q_a", "attn_kv_a_mqa", "attn_kv", "attn_kv_b", "attn_k_b", "vis_attn_qkv", "cross_attn_q")
 
-# Suffixes of feed-forward tensors: dense, the expert that every token visits, routed experts (stacked).
+# Suffixes of feed-forward tensors: dense, shared expert, routed experts (stacked).
 DENSE, SHARED, ROUTED = "", "_shexp", "_exps"
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix ``(out_features, in_features)`` and the bias ``(out_features,)`` added to its product, if any."""
+    """A matrix ``(out_features, in_features)`` and its bias ``(out_features,)``, if any."""
 
     weight: Tensor
     bias: Tensor | None = None
 
     @property
     def name(self) -> str:
-        """GGUF name of the stored tensor that the matrix is part of."""
+        """GGUF name of the stored tensor that contains the matrix."""
         return self.weight.name
 
 
@@ -73,7 +72,7 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Layer:
-    """What can be seen of a layer: attention, feed-forward blocks, and the other matrices that may be quantized."""
+    """The views of a layer: attention, feed-forward blocks, and all other matrices that may be quantized."""
 
     tensors: Mapping[str, Tensor]
     attention: Attention | None
@@ -82,13 +81,13 @@ class Layer:
 
     @property
     def is_empty(self) -> bool:
-        """True for a layer without any matrix, as pruning leaves them."""
+        """True for a layer without any matrix, as left by pruning."""
         return self.attention is None and not self.feed_forward and not self.rest
 
     def input_groups(self, hparams: Hparams) -> list[tuple[str, ...]]:
-        """Return the stored names of the matrices in the views, those that multiply the same input together.
+        """Return the stored names of the matrices in the views, grouped by shared input.
 
-        Both blocks of a parallel layer with one norm multiply the same; stacks keep to themselves.
+        Both blocks of a parallel layer with one norm share their input; stacks do not share theirs.
         """
         placement = norm_placement(self.tensors, hparams)
         groups: list[list[Linear | None]] = []
@@ -145,9 +144,9 @@ def entries_of(vector: Tensor, start: int, stop: int, row: int = 0) -> Tensor:
 
 
 def view_attention(tensors: Mapping[str, Tensor], hparams: Hparams) -> Attention | None:
-    """Return the attention of a layer, or ``None`` where its tensors are not those of a plain one.
+    """Return the attention of a layer, or ``None`` if it is not plain attention.
 
-    The number of heads is the layer's own, from the shapes: ``hparams`` gives the width of a head only.
+    Shapes give the number of heads of the layer; ``hparams`` gives the width of a head only.
     """
     output = _matrix(tensors, "attn_output")
     head_dim, value_dim = _head_widths(tensors, hparams)
@@ -173,7 +172,7 @@ def view_attention(tensors: Mapping[str, Tensor], hparams: Hparams) -> Attention
 
 
 def _head_widths(tensors: Mapping[str, Tensor], hparams: Hparams) -> tuple[int, int]:
-    """Return channels of a key and of a value head; layers whose heads have their own width say so in the key norm."""
+    """Return the channels of a key head and of a value head; the key norm shows a width that differs by layer."""
     value_dim = hparams.head_dim if hparams.value_dim is None else hparams.value_dim
     norm, k = tensors.get("attn_k_norm"), _matrix(tensors, "attn_k")
     if norm is not None and k is not None and norm.n_weights != k.n_rows and norm.n_cols != hparams.head_dim:
@@ -198,7 +197,7 @@ def _separate_qkv(tensors: Mapping[str, Tensor]) -> tuple[Linear, Linear, Linear
 def _fused_qkv(
     tensors: Mapping[str, Tensor], n_heads: int, head_dim: int, value_dim: int
 ) -> tuple[Linear, Linear, Linear] | None:
-    """Return the rows of ``attn_qkv``: queries, then keys, then values; their biases may be stored apart."""
+    """Return the rows of ``attn_qkv``: queries, then keys, then values; biases may be separate tensors."""
     fused = _matrix(tensors, "attn_qkv")
     if fused is None:
         return None
@@ -221,7 +220,7 @@ def _fused_qkv(
 
 
 def view_feed_forward(tensors: Mapping[str, Tensor], n_embd: int) -> Iterator[FeedForward]:
-    """Yield the dense block, the shared expert and the routed experts of a layer, as far as it has them."""
+    """Yield the dense block, the shared expert and the routed experts of a layer, if present."""
     for kind in (DENSE, SHARED, ROUTED):
         up, down = tensors.get(f"ffn_up{kind}"), tensors.get(f"ffn_down{kind}")
         gate, both = tensors.get(f"ffn_gate{kind}"), tensors.get(f"ffn_gate_up{kind}")
@@ -237,7 +236,7 @@ def view_feed_forward(tensors: Mapping[str, Tensor], n_embd: int) -> Iterator[Fe
 def _block(
     tensors: Mapping[str, Tensor], gate: Tensor | None, up: Tensor, down: Tensor, kind: str, expert: int
 ) -> FeedForward | None:
-    """Return one block or expert; ``up`` may hold the gate's rows first; ``None`` where the shapes do not fit."""
+    """Return one block or expert; ``up`` may begin with the rows of the gate; ``None`` if the shapes do not fit."""
     n_ff, n_rows = down.n_cols, up.shape[-2]
     shapes_fit = n_rows in (n_ff, 2 * n_ff) and (gate is None or (gate.shape == up.shape and n_rows == n_ff))
     if not shapes_fit or len(up.shape) != len(down.shape):

@@ -1,17 +1,17 @@
-"""Where a layer's norms sit: what its blocks read, and what happens to what they write.
+"""Norm placement: the norms before and after the blocks of a layer.
 
-llama.cpp has one graph per architecture; what distinguishes them here can be told from which norms a layer has.
+llama.cpp has one graph per architecture; here, the set of norms in a layer determines their placement.
 
 =========================================  ====================================================================
 norms of the layer                         placement
 =========================================  ====================================================================
 attn_norm, ffn_norm                        each block reads the stream through its norm (llama, gpt2, ...)
-... and post_attention_norm, post_ffw_norm what a block writes is normed too (gemma 2 and 3, glm4, plamo2)
+... and post_attention_norm, post_ffw_norm residual updates are normed too (gemma 2 and 3, glm4, plamo2)
 ... and attn_output_norm, layer_output...  the same under other names (grok)
 post_attention_norm, post_ffw_norm alone   blocks read the bare stream (olmo2, exaone4)
 attn_norm, post_attention_norm             the latter is the feed-forward block's own (qwen3next, glm4moe, gpt-oss)
-attn_norm, attn_output_norm                so here (dbrx)
-attn_norm alone                            both blocks read what it gives, at once (command-r, phi2, falcon)
+attn_norm, attn_output_norm                the same under another name (dbrx)
+attn_norm alone                            both blocks read its output, in parallel (command-r, phi2, falcon)
 ... and attn_norm_2                        attention reads this one instead (falcon 40B)
 attn_output_norm, layer_output_norm alone  the stream itself is normed after each block (bert)
 none                                       each block reads the stream through a norm without gain (olmo)
@@ -30,16 +30,16 @@ from .norms import Norm
 
 @dataclass(frozen=True)
 class BlockNorms:
-    """Norm in front of a block, norm on what it writes, norm on the stream after it; ``None``: there is none."""
+    """Norm before a block, norm on its residual update, norm on the stream after the update; ``None`` for none."""
 
     before: Norm | None
-    behind: Norm | None = None
+    after: Norm | None = None
     on_stream: Norm | None = None
 
 
 @dataclass(frozen=True)
 class NormPlacement:
-    """NormPlacement of a layer's two blocks; ``parallel``: the feed-forward block reads what the layer reads."""
+    """The norms of both blocks of a layer; ``parallel``: both blocks read the input of the layer."""
 
     attention: BlockNorms
     feed_forward: BlockNorms
@@ -47,7 +47,7 @@ class NormPlacement:
 
     @property
     def has_one_input(self) -> bool:
-        """Whether both blocks read the same: what the layer reads, through the same norm."""
+        """Whether both blocks read the input of the layer through the same norm."""
         return self.parallel and self.attention.before == self.feed_forward.before
 
 
@@ -77,12 +77,12 @@ def norm_placement(tensors: Mapping[str, Tensor], hparams: Hparams) -> NormPlace
     return NormPlacement(BlockNorms(Norm()), BlockNorms(Norm()), parallel=False)
 
 
-# Parts of layers that are put together in another way: several streams mixed (gemma3n, hyper-connections), experts that
-# read something else than the dense block (gemma4, arctic).
+# Unsupported structures: several mixed streams (gemma3n, hyper-connections), experts with another input than the dense
+# block (gemma4, arctic).
 _OTHER_STREAM = re.compile(r"altup_|hc_|attn_res_score|ffn_res_score")
 _OTHER_EXPERTS = ("pre_ffw_norm_2", "ffn_norm_exps")
 
-# Matrices that read what attention reads, whatever is done with it: linear attention, latent queries and keys, ...
+# Matrices that share the input of attention: linear attention, latent queries and keys, ...
 _ATTENTION_READERS = (
     "attn_q", "attn_k", "attn_v", "attn_qkv", "attn_gate", "attn_q_a", "attn_kv_a_mqa", "ssm_in", "ssm_ba",
     "ssm_alpha", "ssm_beta", "ssm_f_a", "ssm_g_a", "shortconv.in_proj",
@@ -90,12 +90,12 @@ _ATTENTION_READERS = (
 
 
 def is_plain_stream(tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether a layer adds to one stream."""
+    """Return whether a layer has a single residual stream."""
     return not any(_OTHER_STREAM.match(role) for role in tensors)
 
 
 def has_plain_experts(tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether all feed-forward blocks of a layer read the same."""
+    """Return whether all feed-forward blocks of a layer share their input."""
     return not any(role in tensors for role in _OTHER_EXPERTS)
 
 

@@ -1,4 +1,4 @@
-"""A norm's parameters, by the tensors that hold them."""
+"""The parameters of a norm."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..records import Float64, Tensor
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm's gain and bias, ``(n,)`` each; ``None`` where it has none."""
+    """Gain and bias of a norm, ``(n,)`` each; ``None`` for none."""
 
     gain: Tensor | None = None
     bias: Tensor | None = None
 
     def gains(self, n: int) -> Float64:
-        """Return the gain, ``(n,)``."""
+        """Return the gain, ``(n,)``; ones without a gain."""
         return np.ones(n) if self.gain is None else self.gain.load().astype(np.float64).ravel()

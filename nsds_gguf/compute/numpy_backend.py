@@ -1,7 +1,7 @@
-"""The numpy backend: a tape for every batch, slabs of rows as jobs of a thread pool.
+"""The numpy backend: a tape per batch, slabs of rows as jobs of a thread pool.
 
-Every job runs one BLAS thread (the caller sets that, ``resources.blas_threads``). Neither the size of the blocks nor
-the order of sums depends on the number of threads: nor do results.
+Every job uses one BLAS thread (the caller sets that, ``resources.blas_threads``). Neither block sizes nor the order of
+sums depend on the number of threads, so results do not either.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .output import loss_gradient, output_norm
 from .tape import Ids, Node, Tape
 from .weights import LayerWeights, held_bytes, slabs
 
-_STRIPE = 512  # columns of one job of a sum of squares or of products
+_STRIPE = 512  # columns per job of a sum of squares or products
 
 
 @contextmanager
 def open_numpy(model: Model, n_positions: int, n_threads: int) -> Iterator[NumpyBackend]:
-    """Give the backend of a model; see ``BackendEntry.open``."""
+    """Open the backend for a model; see ``BackendEntry.open``."""
     with ThreadPoolExecutor(n_threads) as pool:
         yield NumpyBackend(model, n_positions, pool)
 
@@ -36,16 +36,16 @@ class NumpyBackend:
     """A ``Backend``.
 
     In memory: the activations of one batch in one layer, the sums of that layer's inputs, and its weights in float32
-    where they fit in a quarter of the memory available; otherwise they are decoded for every batch.
+    if they fit in a quarter of the available memory; otherwise every batch decodes them again.
     """
 
     def __init__(self, model: Model, n_positions: int, pool: Executor) -> None:
-        """Take a model of which nothing ``decoder.what_is_missing``, and the pool that runs the jobs."""
+        """Take a model that ``Decoder`` supports (``decoder.what_is_missing``), and the pool that runs the jobs."""
         self.model, self.n_positions, self.pool = model, n_positions, pool
         self.decoder = Decoder.of(model, n_positions)
 
     def tape(self, weights: LayerWeights | None = None, recorder: InputRecorder | None = None) -> Tape:
-        """Return an empty tape; with a recorder, of a forward pass alone."""
+        """Return an empty tape; with a recorder, for a forward pass only."""
         weights = LayerWeights() if weights is None else weights
         if recorder is None:
             return Tape(self.pool, self.n_positions, {}, weights=weights)
@@ -54,11 +54,11 @@ class NumpyBackend:
         )
 
     def weights_of(self, tensors: Collection[Tensor]) -> LayerWeights:
-        """Return the rows of these matrices, held where they fit in memory."""
+        """Return the rows of these matrices, cached if they fit in memory."""
         return LayerWeights(held_bytes(sum(tensor.n_weights for tensor in tensors)) > 0)
 
     def column_squares(self, matrices: Iterable[Tensor], weights: LayerWeights) -> dict[str, Float64]:
-        """Return the squared norms of columns; parts of one stored tensor add up."""
+        """Return the squared norms of columns; views of one stored tensor add up."""
         found: dict[str, Float64] = {}
         for matrix in matrices:
             if len(self.model.by_name[matrix.name].shape) == 2:
@@ -68,11 +68,11 @@ class NumpyBackend:
         return found
 
     def embed(self, tokens: NDArray[np.int64]) -> Float32:
-        """Return the stream in front of the first layer."""
+        """Return the input stream of the first layer."""
         return embed(self.model, self.decoder, self.tape(), tokens)[1].value
 
     def embed_backward(self, tokens: NDArray[np.int64], grad: Float32) -> float:
-        """Return ``sum (W dL/dW)^2`` of the rows looked up."""
+        """Return ``sum (W dL/dW)^2`` of the embedding rows looked up."""
         tape = self.tape()
         rows, entry = embed(self.model, self.decoder, tape, tokens)
         entry.receive(grad)
@@ -92,19 +92,19 @@ class NumpyLayer:
     """A ``LayerPass``."""
 
     def __init__(self, backend: NumpyBackend, view: Layer, recording: Recording | None) -> None:
-        """Take the layer's views, and what is recorded of its inputs."""
+        """Take the views of the layer and the recording of its inputs."""
         self._backend, self._view = backend, view
         self._weights = backend.weights_of([*view.matrices()])
         groups = view.input_groups(backend.model.hparams) if recording is not None else []
         self._recorder = InputRecorder(backend, groups, recording or Recording())
 
     def forward(self, x: Float32) -> Float32:
-        """Return the stream behind the layer."""
+        """Return the output stream of the layer."""
         tape = self._backend.tape(self._weights, self._recorder.of_batch())
         return self._backend.decoder.layer(tape, self._view, Node(x)).value
 
     def backward(self, x: Float32, grad: Float32) -> tuple[Float32, Mapping[str, float]]:
-        """Return the derivative by the input, and the squared norms."""
+        """Return the derivative with respect to the input, and the squared norms."""
         tape, entry = self._backend.tape(self._weights), Node(x)
         self._backend.decoder.layer(tape, self._view, entry).receive(grad)
         tape.backward()
@@ -127,7 +127,7 @@ class NumpyOutput:
     """An ``OutputPass``."""
 
     def __init__(self, backend: NumpyBackend, recording: Recording | None) -> None:
-        """Take what is recorded."""
+        """Take the recording."""
         self._backend = backend
         self._name = backend.model.unembedding().name
         self._weights = backend.weights_of([backend.model.unembedding()])
@@ -139,7 +139,7 @@ class NumpyOutput:
         self._recorder.of_batch().add(self._name, read.value)
 
     def backward(self, x: Float32, scored: NDArray[np.intp], seed: int) -> tuple[Float32, float]:
-        """Return the derivative by the stream, and the squared norm."""
+        """Return the derivative with respect to the stream, and the squared norm."""
         backend = self._backend
         return loss_gradient(backend.model, backend.decoder, backend.tape(self._weights), x, scored, seed)
 
@@ -157,10 +157,10 @@ class NumpyOutput:
 
 
 class InputRecorder:
-    """Sums over the inputs of matrices, as a tape names them: every input counts once in a batch."""
+    """Sums over the inputs of matrices; an input shared by several matrices counts once per batch."""
 
     def __init__(self, backend: NumpyBackend, groups: Sequence[tuple[str, ...]], recording: Recording) -> None:
-        """Take the names that share an input, and what is summed up."""
+        """Take the names grouped by shared input, and the recording."""
         self._backend, self._recording = backend, recording
         self._group_of = {name: group for group in groups for name in group}
         self._sums: dict[tuple[str, ...], InputSums] = {}
@@ -168,7 +168,7 @@ class InputRecorder:
         self._seen: set[str] = set()
 
     def of_batch(self) -> InputRecorder:
-        """Return itself, ready for the next batch."""
+        """Prepare for the next batch; return itself."""
         self._seen = set()
         return self
 
@@ -185,7 +185,7 @@ class InputRecorder:
             yield names, products / np.float32(max(n_rows, 1))
 
     def add(self, name: str, x: Float32) -> None:
-        """Add the input of a matrix, ``(n, n_cols)``: of all matrices with that input the first is asked."""
+        """Add the input of a matrix, ``(n, n_cols)``; only the first matrix of a group counts."""
         group = self._group_of.get(name)
         if group is None or group[0] != name or name in self._seen:
             return
@@ -201,7 +201,7 @@ class InputRecorder:
             self._add_products(products, rows)
 
     def add_expert(self, name: str, expert: int, tokens: Ids, x: Float32) -> None:
-        """Add the input of one matrix of a stack, ``(n_routed, n_cols)``, at these tokens."""
+        """Add the input of one matrix of a stack, ``(n_routed, n_cols)``, for the tokens routed to it."""
         group = self._group_of.get(name)
         if group is None or group[0] != name:
             return
@@ -245,7 +245,7 @@ class InputRecorder:
         self._each_stripe(add, len(total))
 
     def _each_stripe(self, add: Callable[[int], None], n_cols: int) -> None:
-        """Run a job for every stripe of columns, longest first."""
+        """Run a job for every stripe of columns, last (longest) first."""
 
         def quietly(start: int) -> None:
             with np.errstate(over="ignore", invalid="ignore"):  # every thread has its own

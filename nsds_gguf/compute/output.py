@@ -1,4 +1,4 @@
-"""Output norm and output matrix: predictions that are drawn, and the derivative of their log-likelihood."""
+"""Output norm and output matrix: sampled predictions, and the derivative of their log-likelihood."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .weights import LayerWeights, Slab, slabs
 
 
 def output_norm(model: Model, decoder: Decoder, tape: Tape, x: Node) -> Node:
-    """Return what the output matrix multiplies, ``(n, n_embd)``."""
+    """Return the input of the output matrix, ``(n, n_embd)``."""
     tensors = model.by_name
     gain = tensors.get("output_norm.weight")
-    if gain is None:  # RMS models without a gain have no norm here; layer norms without one are olmo's
+    if gain is None:  # olmo has layer norms without gain; RMS models without gain have no norm
         return x if model.hparams.norm == "rms" else decoder.norm(tape, Norm(), x)
     return decoder.norm(tape, Norm(gain, tensors.get("output_norm.bias")), x)
 
@@ -27,14 +27,14 @@ def output_norm(model: Model, decoder: Decoder, tape: Tape, x: Node) -> Node:
 def loss_gradient(
     model: Model, decoder: Decoder, tape: Tape, stream: Float32, scored: NDArray[np.intp], seed: int
 ) -> tuple[Float32, float]:
-    """Return the derivative of ``sum signs * log p(drawn)`` by the stream, and the output's ``sum (W dL/dW)^2``.
+    """Return the derivative of ``sum signs * log p(sampled)`` by the stream, and the output's ``sum (W dL/dW)^2``.
 
     Args:
         model: the model.
         decoder: its decoder.
         tape: an empty tape.
-        stream: ``(n, n_embd)`` behind the last layer.
-        scored: rows at which a token is drawn from the prediction, as many in every sequence.
+        stream: ``(n, n_embd)``, output of the last layer.
+        scored: rows at which to sample a token from the prediction, equally many in every sequence.
         seed: of tokens and signs.
 
     Raises:
@@ -44,7 +44,7 @@ def loss_gradient(
     x = Node(stream)
     read = output_norm(model, decoder, tape, x)
     if not np.isfinite(read.value).all():
-        raise ModelError("tensor output_norm.weight: what it gives is not finite; the weights are damaged")
+        raise ModelError("tensor output_norm.weight: its output is not finite; the weights are damaged")
     head = Head(model, read.value[scored], seed, tape.weights)
     found = list(tape.each(head.scan, head.slabs))
     log_sum = np.logaddexp.reduce([part.log_sum for part in found])
@@ -59,13 +59,13 @@ def loss_gradient(
     read.receive(grad)
     tape.backward()
     if x.grad is None:
-        raise ModelError("the output reads nothing of the stream")
+        raise ModelError("the output does not depend on the stream")
     return x.grad, squared_norm
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Of a slab of the vocabulary, by position: ``log sum exp`` of logits, the largest perturbed one, its token."""
+    """One slab of the vocabulary, by position: ``log sum exp`` of logits, largest perturbed logit, its token."""
 
     log_sum: Float64
     best: Float64
@@ -73,14 +73,14 @@ class Scan:
 
 
 class Head:
-    """The output tensor over slabs of the vocabulary: no more than a slab of logits is held.
+    """The output tensor over slabs of the vocabulary: holds one slab of logits at a time.
 
-    A token is drawn from the softmax as the largest logit after adding Gumbel noise (Gumbel, 1954), which needs no
-    normalization; the noise of a slab comes from a generator of its own.
+    The largest logit after adding Gumbel noise is a sample of the softmax (Gumbel, 1954), without normalization; each
+    slab has its own noise generator.
     """
 
     def __init__(self, model: Model, x: Float32, seed: int, weights: LayerWeights | None = None) -> None:
-        """Take the input of the scored positions, ``(n_scored, n_embd)``, and the seed of the draws."""
+        """Take the input of the scored positions, ``(n_scored, n_embd)``, and the seed of the samples."""
         self.tensor, self.hparams, self.x, self.seed = model.unembedding(), model.hparams, x, seed
         self.weights = LayerWeights() if weights is None else weights
         bias = model.by_name.get("output.bias")
@@ -88,20 +88,20 @@ class Head:
         self.slabs = slabs(self.tensor)
 
     def logits(self, slab: Slab) -> tuple[Float32, Float32, Float32]:
-        """Return the rows of a slab, its logits ``(n_scored, n_rows)``, and their derivative by the plain product."""
+        """Return the rows of a slab, its logits ``(n_scored, n_rows)``, and their derivative by ``x W^T``."""
         h, rows = self.hparams, self.weights.rows(self.tensor, slab)
         logits = self.x @ rows.T
         if self.bias is not None:
             logits += self.bias[slice(*slab)]
         logits *= np.float32(h.logit_scale)
         slope = np.float32(h.logit_scale) * np.ones(1, dtype=np.float32)
-        if h.logit_cap:
-            bent = np.tanh(logits / np.float32(h.logit_cap))
-            logits, slope = bent * np.float32(h.logit_cap), slope * (1 - bent**2)
+        if h.final_logit_softcapping:
+            bent = np.tanh(logits / np.float32(h.final_logit_softcapping))
+            logits, slope = bent * np.float32(h.final_logit_softcapping), slope * (1 - bent**2)
         return rows, logits, slope
 
     def scan(self, slab: Slab) -> Scan:
-        """Return what of a slab is needed to draw."""
+        """Return the scan of a slab."""
         _, logits, _ = self.logits(slab)
         noise = np.random.default_rng([self.seed, slab[0]]).gumbel(size=logits.shape)
         perturbed = logits + noise
@@ -113,7 +113,7 @@ class Head:
     def derivative(
         self, slab: Slab, log_sum: Float64, drawn: NDArray[np.int64], signs: Float32, length: int
     ) -> tuple[Float32, float]:
-        """Return the derivative of ``sum signs log p(drawn)`` by the input, and ``sum (W dL/dW)^2`` of the rows."""
+        """Return the derivative of ``sum signs log p(sampled)`` by the input, and ``sum (W dL/dW)^2`` of the rows."""
         rows, logits, slope = self.logits(slab)
         grad = -np.exp(logits - log_sum[:, np.newaxis].astype(np.float32))
         inside = np.flatnonzero((drawn >= slab[0]) & (drawn < slab[1]))

@@ -1,4 +1,4 @@
-"""The residual stream between layers, kept in a temporary file without a name: it is gone when the process is."""
+"""The residual stream between layers, in an unnamed temporary file that disappears with the process."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..system.workfolder import output_error
 
 
 class StreamFile:
-    """Float32 arrays of at most ``slot_bytes`` each, by slot number; a slot may be written again."""
+    """Float32 arrays of at most ``slot_bytes`` each, by slot number; a slot can be overwritten."""
 
     def __init__(self, stream: IO[bytes], folder: Path, slot_bytes: int) -> None:
-        """Take an unbuffered file: a full disk then raises on writing, and not once more on closing."""
+        """Take an unbuffered file: a full disk raises on writing, not on closing."""
         self._stream, self._folder, self._slot_bytes = stream, folder, slot_bytes
         self._shapes: dict[int, tuple[int, ...]] = {}
 
@@ -37,7 +37,7 @@ class StreamFile:
             raise output_error(self._folder / "layers", error) from error
 
     def read(self, slot: int) -> Float32:
-        """Return the array that was written to a slot last."""
+        """Return the array last written to a slot."""
         values = np.empty(self._shapes[slot], dtype=np.float32)
         view, at = values.data.cast("B"), 0
         self._stream.seek(slot * self._slot_bytes)
@@ -48,9 +48,9 @@ class StreamFile:
 
 @contextmanager
 def stream_file(folder: Path | None, n_slots: int, slot_bytes: int) -> Iterator[StreamFile]:
-    """Give an empty file in a folder, by default the system's folder for temporary files.
+    """Open an empty file in a folder (default: the system's temporary folder).
 
-    Raises ``OutputError`` when it cannot be made or the disk has no room for ``n_slots``.
+    Raises ``OutputError`` when it cannot be created or the disk has no room for ``n_slots``.
     """
     folder = Path(tempfile.gettempdir()) if folder is None else folder
     check_disk(folder, n_slots * slot_bytes, "the residual stream of every layer")

@@ -1,8 +1,8 @@
-"""Operations of a decoder with their derivatives: what is computed forward is undone backward, in reverse order.
+"""Reverse-mode differentiation of a decoder: operations forward, their derivatives backward.
 
-Activations are ``(n, channels)`` float32, ``n = n_sequences * n_positions`` rows, sequence after sequence; of an expert
-those of the tokens routed to it. Every slab of a matrix is one job of one BLAS thread, and sums are taken in the order
-of the slabs: results do not depend on the number of threads.
+Activations are ``(n, channels)`` float32, ``n = n_sequences * n_positions`` rows, sequence after sequence; an expert
+has the rows of the tokens routed to it. Every slab of a matrix is one job with one BLAS thread, and sums follow the
+order of the slabs: results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .layers import Linear
 from .norms import Norm
 from .weights import LayerWeights, slabs
 
-_LEAST_SUM = np.float32(2.0**-14)  # of experts' weights that are divided by it: llama.cpp's, the least float16
+_LEAST_SUM = np.float32(2.0**-14)  # least divisor of expert weights: llama.cpp's, the smallest normal float16
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -31,7 +31,7 @@ Ids = NDArray[np.intp]
 
 @dataclass(eq=False)
 class Node:
-    """A value of the forward pass, ``(n, channels)``, and the derivative of the loss by it once that is known."""
+    """A value of the forward pass, ``(n, channels)``, and the derivative of the loss with respect to it, once known."""
 
     value: Float32
     grad: Float32 | None = None
@@ -43,49 +43,49 @@ class Node:
 
 @dataclass
 class Tape:
-    """Operations done so far, to be undone by ``backward``.
+    """Operations so far, for ``backward`` to differentiate.
 
     Attributes:
         pool: runs the jobs of an operation.
         n_positions: tokens of a sequence; rows of one sequence lie together.
-        squared_norms: by stored tensor name, ``sum (W dL/dW)^2`` summed over sequences: grows backward.
+        squared_norms: by stored tensor name, ``sum (W dL/dW)^2`` summed over sequences; filled by ``backward``.
         on_input: called forward for every matrix that is not part of a stack: stored name and input, ``(n, n_cols)``.
-        is_kept: whether operations can be undone; otherwise values go as soon as nothing reads them.
+        keeps_values: whether ``backward`` can follow; otherwise values are freed as soon as nothing needs them.
         on_expert: called forward for every matrix of a routed expert: stored name, number of the expert, the tokens
             routed to it, ``(n_routed,)``, and the input, ``(n_routed, n_cols)``.
-        tokens: of all tokens, ascending, those whose activations these are, ``(n,)``; ``None``: all.
-        weights: where the rows of matrices come from.
+        tokens: ascending numbers of the tokens of these activations, ``(n,)``; ``None``: all tokens.
+        weights: source of the rows of matrices.
     """
 
     pool: Executor
     n_positions: int
     squared_norms: dict[str, float]
     on_input: Callable[[str, Float32], None] | None = None
-    is_kept: bool = True
+    keeps_values: bool = True
     on_expert: Callable[[str, int, Ids, Float32], None] | None = None
     tokens: Ids | None = None
     weights: LayerWeights = field(default_factory=LayerWeights)
     _undo: list[Callable[[], None]] = field(default_factory=list)
 
     def backward(self) -> None:
-        """Undo all operations, last first: every node that they read receives its derivative."""
+        """Differentiate all operations, last first: every input node receives its derivative."""
         while self._undo:
             self._undo.pop()()
 
     def keep(self, undo: Callable[[], None]) -> None:
-        """Take how the operation just done is undone."""
-        if self.is_kept:
+        """Register the derivative of the last operation."""
+        if self.keeps_values:
             self._undo.append(undo)
 
     def edges(self, n: int) -> list[int]:
-        """Return where the sequences of ``n`` rows begin, and ``n``."""
+        """Return the first row of every sequence, and ``n``."""
         if self.tokens is None:
             return list(range(0, n + 1, self.n_positions))
         firsts = range(0, int(self.tokens[-1]) + 1, self.n_positions)
         return [*np.searchsorted(self.tokens, firsts).tolist(), n]
 
     def each(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
-        """Yield the results of jobs in their order; what overflows is for the caller to find."""
+        """Yield the results of jobs in order; the caller checks for overflow."""
 
         def quietly(job: Job) -> Result:
             with np.errstate(over="ignore", invalid="ignore"):  # every thread has its own
@@ -134,7 +134,7 @@ class Tape:
         return total
 
     def norm(self, norm: Norm, x: Node, kind: str, eps: float) -> Node:
-        """Return a norm of each row: RMS, or about the mean (``kind`` ``layer``), with its gain and bias."""
+        """Normalize each row: RMS norm, or layer norm (``kind`` ``layer``), with gain and bias."""
         gain = norm.gains(x.value.shape[1]).astype(np.float32)
         centred = x.value - x.value.mean(axis=1, keepdims=True) if kind == "layer" else x.value
         inverse = 1 / np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + np.float32(eps))
@@ -155,10 +155,10 @@ class Tape:
         return out
 
     def heads_norm(self, gain: Tensor, x: Node, n_heads: int, kind: str, eps: float) -> Node:
-        """Return the norm of queries or keys, of each head or of all together, whichever the gain is as long as."""
+        """Normalize queries or keys, per head or over all heads, depending on the length of the gain."""
         width = x.value.shape[1] // n_heads if gain.n_weights != x.value.shape[1] else x.value.shape[1]
         if gain.n_weights == x.value.shape[1] and len(gain.shape) > 1:
-            width = gain.n_cols  # a gain for every head
+            width = gain.n_cols  # one gain per head
         gains = np.resize(gain.load().ravel(), x.value.shape[1])
         shaped = x.value.reshape(len(x.value), -1, width)
         if kind == "layer":
@@ -178,22 +178,22 @@ class Tape:
         self.keep(undo)
         return out
 
-    def rotate(self, x: Node, cos: Float32, sin: Float32, n_heads: int, halves: bool) -> Node:
-        """Return queries or keys turned by their positions.
+    def rotate(self, x: Node, cos: Float32, sin: Float32, n_heads: int, is_neox: bool) -> Node:
+        """Apply rope to queries or keys.
 
         Args:
             x: ``(n, n_heads * head_dim)``.
-            cos: ``(n_positions, n_pairs)``; channels beyond twice ``n_pairs`` stay.
-            sin: likewise.
-            n_heads: heads.
-            halves: whether a pair is a channel of the first half and one of the second, or two neighbours.
+            cos: ``(n_positions, n_pairs)``; channels beyond ``2 * n_pairs`` stay unchanged.
+            sin: ``(n_positions, n_pairs)``.
+            n_heads: number of heads.
+            is_neox: NEOX pairs (one channel of each half) instead of NORM pairs (adjacent channels).
 
         """
-        out = Node(_rotated(x.value, cos, sin, n_heads, halves))
+        out = Node(_rotated(x.value, cos, sin, n_heads, is_neox))
 
         def undo() -> None:
             if out.grad is not None:
-                x.receive(_rotated(out.grad, cos, -sin, n_heads, halves))
+                x.receive(_rotated(out.grad, cos, -sin, n_heads, is_neox))
 
         self.keep(undo)
         return out
@@ -208,7 +208,7 @@ class Tape:
             n_heads: query heads, a multiple of ``n_kv_heads``.
             n_kv_heads: key and value heads.
             scale: factor on the logits.
-            cap: logits are ``cap * tanh(logits / cap)``; 0 for no cap.
+            cap: logits become ``cap * tanh(logits / cap)``; 0 for no cap.
 
         """
         t = self.n_positions
@@ -221,7 +221,7 @@ class Tape:
         jobs = [(s, h) for s in range(n_sequences) for h in range(n_heads)]
 
         def weights(job: tuple[int, int]) -> tuple[Float32, Float32 | None]:
-            """Return what a head attends to, ``(t, t)``, and the slope of the cap."""
+            """Return the attention weights of a head, ``(t, t)``, and the derivative of the cap."""
             s, h = job
             logits = queries[s, :, h] @ keys[s, :, h // group].T
             logits *= np.float32(scale)
@@ -293,7 +293,7 @@ class Tape:
         return out
 
     def scores(self, logits: Node, kind: str) -> Node:
-        """Return the softmax of each row, or the sigmoid of each entry, whichever ``kind`` says."""
+        """Return the softmax of each row, or the sigmoid of each entry, depending on ``kind``."""
         if kind == "softmax":
             raised = np.exp(logits.value - logits.value.max(axis=1, keepdims=True))
             out = Node(raised / raised.sum(axis=1, keepdims=True))
@@ -313,13 +313,13 @@ class Tape:
         return out
 
     def chosen_weights(self, scores: Node, chosen: Ids, normed: bool, scale: float) -> Node:
-        """Return the scores of the chosen, ``(n, n_chosen)``, over their sum where they are ``normed``, times a factor.
+        """Return the weights of the chosen experts, ``(n, n_chosen)``: their scores, ``normed`` to sum 1, and scaled.
 
         Args:
             scores: ``(n, n_experts)``.
-            chosen: ``(n, n_chosen)`` columns of it, different ones in a row.
-            normed: whether they are divided by their sum.
-            scale: the factor.
+            chosen: ``(n, n_chosen)`` columns of ``scores``, distinct within a row.
+            normed: whether to divide the scores by their sum (``norm_topk_prob``).
+            scale: factor on the result.
 
         """
         picked = np.take_along_axis(scores.value, chosen, axis=1)
@@ -341,13 +341,13 @@ class Tape:
         return out
 
     def experts(self, x: Node, chosen: Ids, weights: Node, write: Callable[[Tape, int, Node], Node]) -> Node:
-        """Return the weighed sum of what the chosen experts write, ``(n, channels)`` as ``x``.
+        """Return the weighted sum of the outputs of the chosen experts, ``(n, channels)`` like ``x``.
 
-        One expert at a time: nothing of it is kept, backward it is computed again. Which experts are chosen is taken as
-        given; derivatives go through what they write and through their weights.
+        Runs one expert at a time and recomputes it backward instead of keeping its values. The choice of experts is a
+        constant; derivatives pass through their outputs and weights.
 
         Args:
-            x: what they read.
+            x: their input.
             chosen: ``(n, n_chosen)`` numbers of experts, different ones in a row.
             weights: ``(n, n_chosen)``.
             write: what an expert does, from a tape of its own, its number and the rows of ``x`` that it gets.
@@ -417,7 +417,7 @@ def weighted_gradient_norm(rows: Float32, grad: Float32, x: Float32, edges: Sequ
         rows: ``(n_rows, n_cols)`` of ``W``.
         grad: derivative of the loss by their output, ``(n, n_rows)``.
         x: their input, ``(n, n_cols)``.
-        edges: where in ``x`` each sequence begins, and ``n``.
+        edges: the first row of each sequence in ``x``, and ``n``.
 
     """
     total = 0.0
@@ -431,25 +431,25 @@ def weighted_gradient_norm(rows: Float32, grad: Float32, x: Float32, edges: Sequ
 
 
 def _in_float32(function: Callable[[Float64], Float64]) -> Callable[[Float32], Float32]:
-    """Return a function of arrays as one of float32: numpy keeps the precision that it is given."""
+    """Cast a function of arrays to float32: numpy preserves the precision of its input."""
     return cast("Callable[[Float32], Float32]", function)
 
 
 def angles(n_positions: int, frequencies: Float64) -> tuple[Float32, Float32]:
     """Return cosines and sines ``(n_positions, n_pairs)`` of positions times frequencies ``(n_pairs,)``."""
-    turns = np.arange(n_positions)[:, np.newaxis] * frequencies
-    return np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)
+    radians = np.arange(n_positions)[:, np.newaxis] * frequencies
+    return np.cos(radians).astype(np.float32), np.sin(radians).astype(np.float32)
 
 
-def _rotated(x: Float32, cos: Float32, sin: Float32, n_heads: int, halves: bool) -> Float32:
+def _rotated(x: Float32, cos: Float32, sin: Float32, n_heads: int, is_neox: bool) -> Float32:
     n_positions, n_pairs = cos.shape
     shaped = x.reshape(-1, n_positions, n_heads, x.shape[1] // n_heads)
-    pairs = (slice(0, n_pairs), slice(n_pairs, 2 * n_pairs)) if halves else (
+    pairs = (slice(0, n_pairs), slice(n_pairs, 2 * n_pairs)) if is_neox else (
         slice(0, 2 * n_pairs, 2), slice(1, 2 * n_pairs, 2))  # fmt: skip
     a, b = shaped[..., pairs[0]], shaped[..., pairs[1]]
     cos, sin = cos[:, np.newaxis], sin[:, np.newaxis]
     out = shaped.copy()
     out[..., pairs[0]] = a * cos - b * sin
     out[..., pairs[1]] = a * sin + b * cos
-    turned: Float32 = out.reshape(x.shape)
-    return turned
+    rotated: Float32 = out.reshape(x.shape)
+    return rotated

@@ -1,7 +1,7 @@
-"""One sweep forward over the layers of a model, and what a sweep back needs of it.
+"""The forward pass over the layers of a model; keeps the streams that a backward pass needs.
 
-Tokens go through in batches, the stream of all batches kept in a file between layers, so that the weights of a layer
-are decoded once for all of them. The first batch is kept in front of every layer for the way back.
+Tokens run in batches; between layers, the streams of all batches are in a file, so that the weights of a layer are
+decoded once for all batches. The streams of the first batch stay in the file for the backward pass.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .layers import view_layer
 from .stream_file import StreamFile, stream_file
 from .weights import held_bytes
 
-# Copies of the stream's width and of the hidden units that a layer holds at most: 14 and 7 of keys' and values' width
-# were measured, and 8.6 (docs/log.md, 2026-11-25).
+# Peak copies of the stream and of the hidden units in one layer: 14 + 7 (of the width of keys and values) and 8.6 were
+# measured (docs/log.md, 2026-11-25).
 _WIDTHS, _HIDDEN_WIDTHS = 21, 9
 
 OnHessian = Callable[[tuple[str, ...], Float32], None]
@@ -32,15 +32,15 @@ OnHessian = Callable[[tuple[str, ...], Float32], None]
 
 @dataclass(frozen=True)
 class WalkOptions:
-    """How tokens go through a model.
+    """Options of a walk.
 
     Attributes:
-        n_first: sequences of the first batch, which can go back; every other batch has as many, the last perhaps fewer.
-        recording: what is summed up of the inputs.
-        on_hessian: called in the order of the layers with the stored names of the matrices of one input and its
-            ``E[x x^T]``, ``(n_cols, n_cols)`` float32; required where ``recording`` asks for any.
+        n_first: sequences per batch; only the first batch can run backward, and the last may be smaller.
+        recording: the sums to collect of the inputs.
+        on_hessian: called in the order of the layers with the stored names of the matrices that share an input and its
+            ``E[x x^T]``, ``(n_cols, n_cols)`` float32; required if ``recording`` asks for Hessians.
         n_threads: CPU threads; they do not change the result.
-        folder: where the temporary file goes; ``None`` for the system's folder of such.
+        folder: of the temporary file; default: the system's temporary folder.
         backend: a key of ``BACKENDS``.
 
     """
@@ -55,16 +55,16 @@ class WalkOptions:
 
 @dataclass(frozen=True)
 class Walk:
-    """A forward sweep that is done; its backend and files live as long as ``walk``'s ``with`` block.
+    """A completed forward pass; its backend and files live as long as the ``with`` block of ``walk``.
 
     Attributes:
         model: the model.
         tokens: ``(n_first, n_positions)`` of the first batch.
-        backend: what computed it.
-        inputs: sums over all tokens, by stored name; matrices with one input share an entry.
+        backend: the backend that computed it.
+        inputs: sums over all tokens, by stored name; matrices that share an input share an entry.
         first_inputs: sums over the first batch alone.
-        column_squares: squared norms of the columns of matrices, ``(n_cols,)`` by stored name, where asked for.
-        streams: what every layer read of the first batch, and behind the last layer its output, by index.
+        column_squares: squared norms of the columns of matrices, ``(n_cols,)`` by stored name, if recorded.
+        streams: input stream of every layer for the first batch, then the output of the last layer, by index.
 
     """
 
@@ -79,42 +79,42 @@ class Walk:
 
 @contextmanager
 def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress = no_progress) -> Iterator[Walk]:
-    """Give the forward sweep of tokens through a model.
+    """Run tokens forward through a model.
 
     In memory: what the backend holds of one layer for one batch; the Hessians of one layer. In a temporary file:
     ``(n_layers + 1) * n_first * n_positions + n_tokens`` rows of the stream at most.
 
     Args:
-        model: one of which nothing ``decoder.what_is_missing``.
+        model: a model that ``Decoder`` supports (``decoder.what_is_missing``).
         tokens: ``(n_sequences, n_positions)`` ids.
         options: batches, sums, threads, folder, backend.
-        progress: called with layers done, times batches, and all of these.
+        progress: called with (done, total), in batches times layers.
 
     Raises:
         ModelError: activations are not finite: the weights are damaged.
-        OutputError: there is too little memory, or no room on the disk for the temporary file.
+        OutputError: too little memory, or no room on the disk for the temporary file.
         PlanError: the backend cannot run here.
 
     """
     entry, n_positions = find_backend(options.backend), tokens.shape[1]
     batches = [tokens[start : start + options.n_first] for start in range(0, len(tokens), options.n_first)]
     if options.recording.hessians and options.on_hessian is None:
-        raise ValueError("Hessians are asked for, and nothing takes them")
+        raise ValueError("the recording asks for Hessians, but on_hessian is None")
     n_bytes = working_bytes(model, batches[0].size, options.recording)
     check_memory(n_bytes, "the pass over tokens", "close other programs")
     slot_bytes = 4 * batches[0].size * model.hparams.n_embd
     with ExitStack() as stack:
-        stack.enter_context(np.errstate(over="ignore", invalid="ignore"))  # refused where it appears: finite checks
+        stack.enter_context(np.errstate(over="ignore", invalid="ignore"))  # the finite checks report overflow
         file = stack.enter_context(stream_file(options.folder, model.hparams.n_layers + len(batches), slot_bytes))
         backend = stack.enter_context(entry.open(model, n_positions, options.n_threads))
-        sweep = _Sweep(model, batches, backend, file, options)
+        forward = _ForwardPass(model, batches, backend, file, options)
         progress(0, (model.hparams.n_layers + 1) * len(batches))
-        sweep.run(progress)
-        yield Walk(model, batches[0], backend, sweep.inputs, sweep.first_inputs, sweep.column_squares, file)
+        forward.run(progress)
+        yield Walk(model, batches[0], backend, forward.inputs, forward.first_inputs, forward.column_squares, file)
 
 
 def working_bytes(model: Model, n_tokens: int, recording: Recording | None = None) -> int:
-    """Return about what one layer takes in memory: activations of ``n_tokens`` there and back, weights, Hessians."""
+    """Estimate the memory of one layer: activations of ``n_tokens`` forward and backward, weights, Hessians."""
     h, weights, hessians = model.hparams, 0, 0
     for index in range(h.n_layers):
         view = view_layer(model, index)
@@ -125,8 +125,8 @@ def working_bytes(model: Model, n_tokens: int, recording: Recording | None = Non
     return 4 * (n_tokens * (_WIDTHS * h.n_embd + _HIDDEN_WIDTHS * h.n_ff) + hessians) + held_bytes(weights)
 
 
-class _Sweep:
-    """State of one forward sweep: the sums over all batches, and over the first."""
+class _ForwardPass:
+    """State of a forward pass: the sums over all batches, and over the first."""
 
     def __init__(
         self, model: Model, batches: Sequence[Tokens], backend: Backend, file: StreamFile, options: WalkOptions
@@ -138,21 +138,21 @@ class _Sweep:
         self.column_squares: dict[str, Float64] = {}
 
     def run(self, progress: Progress) -> None:
-        """Go forward through all layers and the output."""
+        """Run all layers and the output."""
         for batch, tokens in enumerate(self._batches):
             self._file.write(self._slot(batch, 0), self._backend.embed(tokens))
         n_batches, recording = len(self._batches), self._options.recording
         total = (self._n_layers + 1) * n_batches
         for index in range(self._n_layers):
             layer = self._backend.layer(index, recording)
-            told = _shifted(progress, index * n_batches, total)
-            self._all_batches(layer, functools.partial(self._through, layer, index), told)
+            shifted = _shifted(progress, index * n_batches, total)
+            self._all_batches(layer, functools.partial(self._through, layer, index), shifted)
         output = self._backend.output(recording)
-        told = _shifted(progress, self._n_layers * n_batches, total)
-        self._all_batches(output, lambda batch: output.forward(self._read(batch, self._n_layers)), told)
+        shifted = _shifted(progress, self._n_layers * n_batches, total)
+        self._all_batches(output, lambda batch: output.forward(self._read(batch, self._n_layers)), shifted)
 
     def _all_batches(self, stage: LayerPass | OutputPass, forward: Callable[[int], None], progress: Progress) -> None:
-        """Take every batch through a layer or the output, keep the sums, hand the Hessians on."""
+        """Run every batch through a layer or the output; collect sums and pass on Hessians."""
         for batch in range(len(self._batches)):
             forward(batch)
             if batch == 0:
@@ -175,7 +175,7 @@ class _Sweep:
         return self._file.read(self._slot(batch, index))
 
     def _slot(self, batch: int, index: int) -> int:
-        """Return where the stream of a batch in front of a layer is kept: of the first batch all are."""
+        """Return the slot of a batch's stream before a layer; the first batch has a slot for every layer."""
         return index if batch == 0 else self._n_layers + batch
 
 

@@ -1,7 +1,7 @@
-"""Stage 2 of the pipeline: a Model becomes one sensitivity per layer, higher = more sensitive.
+"""Layer metrics: one score per layer of a Model, higher = more sensitive.
 
-``nsds`` is the method of the paper, ``baselines`` what it compares with, ``stats`` the statistics under both. A new
-metric is a function ``(model, se, progress) -> tuple[LayerScore, ...]`` and one line in ``METRICS``.
+``nsds`` is the method of the paper, ``baselines`` has the metrics it compares with, ``stats`` the shared statistics. To
+add a metric, write a function ``(model, se, progress) -> tuple[LayerScore, ...]`` and add one line to ``METRICS``.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ METRICS: dict[str, Metric] = {
     "kurtboost": baseline(mean_kurtosis, boost_jumps),
 }
 
-# Digits of a stored value: fewer than float64 has, so that the last bits of a BLAS do not change a digest.
+# Digits of a stored value: fewer than float64 has, so that the last bits of BLAS results do not change a digest.
 STORED_DIGITS = 7
 
 
 def score_layers(
     model: Model, metric: str = "nsds", se: str | None = "product", progress: Progress = no_progress
 ) -> tuple[tuple[LayerScore, ...], tuple[str, ...]]:
-    """Return a score for every layer, values of 7 significant digits, and what the metric cannot see, as notes.
+    """Return a score for every layer, to 7 significant digits, and notes on what the metric cannot see.
 
     Args:
         model: read one matrix at a time.
         metric: a key of ``METRICS``.
-        se: reading of structural expressiveness, a key of ``SE_READINGS``; concerns ``nsds`` only.
-        progress: called as the work goes on.
+        se: reading of structural expressiveness, a key of ``SE_READINGS``; for ``nsds`` only.
+        progress: called with (done, total).
 
     Raises:
-        PlanError: the metric or the reading is not known.
+        PlanError: unknown metric or reading.
         ModelError: a tensor holds NaN or infinite weights.
 
     """
@@ -56,7 +56,7 @@ def score_layers(
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes scores."""
+    """Return the versions of the packages that compute scores."""
     return {"nsds-gguf": __version__, "numpy": np.__version__, "scipy": scipy.__version__}
 
 

@@ -1,7 +1,7 @@
-"""The data-free baselines that the NSDS paper compares with (arXiv 2603.17354), one number per layer.
+"""The data-free baselines of the NSDS paper (arXiv 2603.17354), one number per layer.
 
-Each looks at a layer's matrices separately (q, k, v, o, gate, up, down and whatever else it has), in float64 over row
-tiles. Higher = more sensitive. They are here to be compared with, under the same contract as NSDS.
+Each treats the matrices of a layer separately (q, k, v, o, gate, up, down and any others), in float64 over row tiles.
+Higher = more sensitive. They have the same interface as NSDS and serve for comparison.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .stats import matrix_kurtosis, matrix_mean, row_tiles
 # Value of one layer, from its matrices.
 Measure = Callable[[Iterator[Float32]], float]
 
-# Scores every layer of a model; the name of the SE reading concerns NSDS alone.
+# Scores every layer of a model; the name of the SE reading is for NSDS alone.
 Metric = Callable[[Model, str, Progress], tuple[LayerScore, ...]]
 
 # Largest quantized magnitude of the symmetric 2-bit quantizer of MSE: levels -1, 0, 1.
@@ -77,7 +77,8 @@ def mse(matrices: Iterator[Float32]) -> float:
 def ewq(matrices: Iterator[Float32]) -> float:
     """Return EWQ of a layer: ``sum_t(H_t / size_t) / sum_t(size_t)``.
 
-    The authors add 0.01 inside the entropy's logarithm, which shifts every tensor by a constant per weight; left out.
+    The authors add 0.01 inside the entropy's logarithm, which shifts every tensor by a constant per weight; omitted
+    here.
     """
     entropies, sizes = zip(*((softmax_entropy(matrix), matrix.size) for matrix in matrices), strict=True)
     return float((np.array(entropies) / np.array(sizes)).sum() / sum(sizes))
@@ -102,20 +103,20 @@ def boost_jumps(kurtosis: Float64) -> Float64:
 
 
 def layer_matrices(layer: Layer) -> Iterator[Float32]:
-    """Yield the matrices of one layer that the baselines look at, one in memory at a time.
+    """Yield the logical matrices of one layer, one in memory at a time.
 
-    Its logical matrices: the parts of fused ones apart, every expert's own, and what is none of the paper's.
+    Fused matrices are split, experts are separate, and matrices outside the paper's components count too.
     """
     return (matrix.rows(slice(None)) for matrix in layer.matrices())
 
 
 def unchanged(scores: Float64) -> Float64:
-    """Return the scores as they are: the layers do not look at one another."""
+    """Return the scores unchanged."""
     return scores
 
 
 def baseline(measure: Measure, adjust: Callable[[Float64], Float64] = unchanged) -> Metric:
-    """Return the metric that gives each layer ``measure`` of its matrices and then puts all through ``adjust``."""
+    """Return the metric that computes ``measure`` for each layer, then applies ``adjust`` to all scores."""
 
     def metric(model: Model, _se: str, progress: Progress) -> tuple[LayerScore, ...]:
         n_layers = model.hparams.n_layers

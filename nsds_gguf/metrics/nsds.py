@@ -1,16 +1,16 @@
 """NSDS: how sensitive each layer is to quantization, from the weights alone (arXiv 2603.17354).
 
-A layer is taken apart into components that read the residual stream (detectors: QK, gate, up) and components that
-write to it (writers: OV, down). Each gets a numerical vulnerability NV, the kurtosis of its matrix, and a structural
-expressiveness SE, its singular values weighted by what their vectors do. Both are compared across the layers
-robustly and combined into one score.
+A layer has components that read the residual stream (detectors: QK, gate, up) and components that write to it
+(writers: OV, down). Each gets a numerical vulnerability NV, the kurtosis of its matrix, and a structural
+expressiveness SE, its singular values weighted by a property of their vectors. Both are standardized robustly across
+layers and combined into one score.
 
-The numbers are those of full singular value decompositions, at a fraction of the cost. Attention products have
+The results equal those of full singular value decompositions, at a fraction of the cost. Attention products have
 rank ``head_dim`` at most and are decomposed through their factors; an FFN matrix needs its vectors on the residual
 side only, which are the eigenvectors of a Gram matrix. Decompositions run in float64: squaring in float32 mixes
-vectors whose singular values are below about a tenth of the largest, and trained FFN matrices keep plenty of
-those. Float32 is left to the products of full size (``stats.product_kurtosis``, where a rule guards it) and to
-projections of unit vectors (``writer_weight``, where it is always safe).
+vectors whose singular values are below about a tenth of the largest, and trained FFN matrices have many of
+those. Only the products of full size (``stats.product_kurtosis``, guarded by a rule) and projections of unit vectors
+(``writer_weight``, always safe) use float32.
 
 Names: ``d`` is the width of the residual stream; ``u`` and ``v`` hold left and right singular vectors as columns.
 """
@@ -41,28 +41,28 @@ from .stats import (
 
 FFN_COMPONENTS = ("gate", "up", "down")
 
-# Matrices of a layer that are none of the paper's components (latent attention, recurrence, ...): NV alone.
+# Matrices outside the paper's components (latent attention, recurrence, ...): NV alone.
 REST = "rest"
 
 COMPONENTS = ("qk", "ov", *FFN_COMPONENTS, REST)
 
-# Share of sum(sigma**2) that the kept singular triplets hold (the paper's 99 %).
-KEPT_ENERGY = 0.99
+# Share of sum(sigma**2) in the retained singular triplets (the paper's 99 %).
+RETAINED_SHARE = 0.99
 
-# Triplets of a component that are kept at least.
+# Minimum number of retained triplets per component.
 MIN_TRIPLETS = 2
 
-# Entries of a slab that goes into a Gram matrix at once: 16 MiB in float64, so that the slab's multiplication outweighs
-# reading and writing the d x d sum.
+# Entries of a slab added to a Gram matrix at once: 16 MiB in float64, so that the multiplication outweighs reading and
+# writing the d x d sum.
 GRAM_ENTRIES = 2**21
 
-SLAB_BYTES = 16 << 20  # float32 rows of the unembedding that are read at a time
+SLAB_BYTES = 16 << 20  # float32 rows of the unembedding per read
 
 # Ratio of the largest to the smallest diagonal entry of R up to which Cholesky-QR is used: a factor 100 below the
 # condition number at which it loses digits.
 MAX_CHOLESKY_CONDITION = 1e6
 
-MAX_SHOWN_ROLES = 4  # of the matrices without components, in the note on them
+MAX_SHOWN_ROLES = 4  # in the note on matrices outside the components
 
 # Combines spectral magnitude M and spectral entropy E (nats) into SE.
 Reading = Callable[[float, float], float]
@@ -78,7 +78,7 @@ FfnWeight = Callable[[Float64], Float64]
 
 
 def se_ratio(magnitude: float, entropy_nats: float) -> float:
-    """Return ``M / exp(E)``: spectral magnitude over effective rank, as the authors' released code has it."""
+    """Return ``M / exp(E)``: spectral magnitude over effective rank, as in the authors' released code."""
     return magnitude / math.exp(entropy_nats)
 
 
@@ -88,10 +88,10 @@ def se_product(magnitude: float, entropy_nats: float) -> float:
 
 
 def n_leading(sigma: Float64, at_least: int) -> int:
-    """Return how many of the singular values (n,), largest first, hold 99 % of the energy ``sum(sigma**2)``."""
-    energy = np.cumsum(sigma**2)
-    n_kept = int(np.searchsorted(energy, KEPT_ENERGY * energy[-1])) + 1
-    return min(max(n_kept, at_least), len(sigma))
+    """Return how many of the singular values (n,), largest first, hold 99 % of the squared norm ``sum(sigma**2)``."""
+    squared_norms = np.cumsum(sigma**2)
+    n_retained = int(np.searchsorted(squared_norms, RETAINED_SHARE * squared_norms[-1])) + 1
+    return min(max(n_retained, at_least), len(sigma))
 
 
 def detector_ffn_weight(v: Float64) -> Float64:
@@ -151,15 +151,15 @@ def right_vectors(gram: Float64, at_least: int = MIN_TRIPLETS) -> tuple[Float64,
 
     Args:
         gram: upper triangle of ``W^T W``, float64 (d, d); overwritten.
-        at_least: how many triplets to keep even when fewer hold the energy.
+        at_least: minimum number of triplets to retain.
 
     Returns:
         Singular values (k,), largest first, and vectors (d, k).
     """
     eigenvalues, vectors = linalg.eigh(gram, lower=False, overwrite_a=True, check_finite=False, driver="evd")
     sigma = np.sqrt(np.maximum(eigenvalues[::-1], 0.0))
-    n_kept = n_leading(sigma, at_least)
-    return sigma[:n_kept], vectors[:, ::-1][:, :n_kept]
+    n_retained = n_leading(sigma, at_least)
+    return sigma[:n_retained], vectors[:, ::-1][:, :n_retained]
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Head:
     Attributes:
         left: float32 (d, head_dim).
         right: float32 (head_dim, d).
-        energy: ``sum(sigma**2)`` over all singular values.
+        squared_norm: ``sum(sigma**2)`` over all singular values.
         sigma: the leading singular values, largest first: (k,).
         u: left singular vectors (d, k).
         v: right singular vectors (d, k).
@@ -177,7 +177,7 @@ class Head:
 
     left: Float32
     right: Float32
-    energy: float
+    squared_norm: float
     sigma: Float64
     u: Float64
     v: Float64
@@ -225,9 +225,9 @@ def _cholesky_qr(a: Float64) -> tuple[Float64, Float64]:
 
 
 def output_projection(model: Model) -> Float32:
-    """Return P: the leading right singular vectors of the unembedding that hold 99 % of its energy, float32 (d, r).
+    """Return P, float32 (d, r): the leading right singular vectors of the unembedding, with 99 % of its squared norm.
 
-    Without an unembedding of the stream's width all directions count alike: the identity.
+    Without an unembedding of the stream's width, return the identity: all directions count equally.
     """
     unembedding = model.by_name.get("output.weight") or model.by_name.get("token_embd.weight")
     if unembedding is None or unembedding.n_cols != model.hparams.n_embd:
@@ -250,12 +250,12 @@ class Sensitivity:
 def attention_component(lefts: Float32, rights: Float32, weight: HeadWeight, reading: Reading) -> Sensitivity:
     """Return NV and SE of QK or OV: the means over the heads.
 
-    Heads are worked on side by side, each with one BLAS thread: their matrices are too small to share.
+    Heads run in parallel, each with one BLAS thread: their matrices are too small for more.
 
     Args:
         lefts: (n_heads, d, head_dim).
         rights: (n_kv_heads, head_dim, d); head h uses ``h // (n_heads // n_kv_heads)``, factored once per group.
-        weight: of each singular value, from its vectors.
+        weight: returns the weight of each singular value from its vectors.
         reading: of structural expressiveness.
     """
     n_per_group = len(lefts) // len(rights)
@@ -265,7 +265,7 @@ def attention_component(lefts: Float32, rights: Float32, weight: HeadWeight, rea
         group = index // n_per_group
         head = decompose_head(lefts[index], rights[group], right_factors[group])
         se = structural_expressiveness(head.sigma, weight(head.u, head.v), reading)
-        return Sensitivity(product_kurtosis(head.left, head.right, head.energy), se)
+        return Sensitivity(product_kurtosis(head.left, head.right, head.squared_norm), se)
 
     with blas_threads(1), ThreadPoolExecutor(n_threads) as pool:
         right_factors = list(pool.map(thin_qr, [right.T for right in rights]))
@@ -276,7 +276,7 @@ def attention_component(lefts: Float32, rights: Float32, weight: HeadWeight, rea
 def qk_component(attention: Attention, reading: Reading) -> Sensitivity:
     """Return NV and SE of ``W_Q[h]^T @ W_K[g(h)]``, a detector on both sides.
 
-    GGUF permutes the rows of q and k within each head, both alike: a sum over those rows does not see it.
+    GGUF permutes the rows of q and k within each head in the same way, which a sum over those rows does not see.
     """
     q = attention.q.weight.rows(slice(None)).reshape(attention.n_heads, attention.head_dim, -1)
     k = attention.k.weight.rows(slice(None)).reshape(attention.n_kv_heads, attention.head_dim, -1)
@@ -293,7 +293,8 @@ def ov_component(attention: Attention, projection: Float32, reading: Reading) ->
 def ffn_component(matrix: Float32, weight: FfnWeight, reading: Reading) -> Sensitivity:
     """Return NV and SE of an FFN ``matrix`` (n_ff, d), the residual stream last.
 
-    A narrow one, as experts are, is decomposed from its other side, which is smaller: ``v_i = W^T u_i / sigma_i``.
+    A matrix with ``n_ff < d``, such as an expert's, is decomposed from its other side, which is smaller: ``v_i = W^T
+    u_i / sigma_i``.
     """
     if matrix.shape[0] >= matrix.shape[1]:
         sigma, vectors = right_vectors(residual_gram(row_tiles(matrix, GRAM_ENTRIES), matrix.shape[1]))
@@ -316,10 +317,10 @@ def ffn_components(block: FeedForward, projection: Float32, reading: Reading) ->
 
 
 def layer_components(layer: Layer, projection: Float32, reading: Reading) -> dict[str, Sensitivity]:
-    """Return NV and SE of every component that the layer has, by component; biases and gains are left out.
+    """Return NV and SE of every component of the layer, by component; biases and gains do not count.
 
-    With experts, the mean over them; an expert that every token visits counts as one more. Matrices that are none of
-    the components have no SE (which side of them is the stream's is not known): NaN.
+    Experts are averaged; a shared expert counts as one more. Matrices outside the components have no SE (which of
+    their sides is the stream is unknown): NaN.
     """
     components = {}
     if layer.attention is not None:
@@ -347,8 +348,7 @@ def aggregate(raw: Sequence[Mapping[str, float]]) -> Float64:
     """Return the soft-OR over components of each layer's standing among the layers: float64 (n_layers,) in [0, 1].
 
     Args:
-        raw: per layer the value of each component; a component that a layer lacks does not count for it. A layer
-            without any gets NaN.
+        raw: per layer the value of each of its components; a layer without components gets NaN.
     """
     standing: list[list[float]] = [[] for _ in raw]
     for component in COMPONENTS:
@@ -364,9 +364,9 @@ def score_nsds(model: Model, se: str, progress: Progress) -> tuple[LayerScore, .
     """Score every layer by NSDS, higher = more sensitive.
 
     Args:
-        model: its matrices are read one at a time.
-        se: name of the reading of structural expressiveness, a key of ``SE_READINGS``.
-        progress: counts the unembedding and then the layers.
+        model: read one matrix at a time.
+        se: reading of structural expressiveness, a key of ``SE_READINGS``.
+        progress: counts the unembedding, then the layers.
     """
     n_layers = model.hparams.n_layers
     progress(0, n_layers + 1)
@@ -386,9 +386,9 @@ def score_nsds(model: Model, se: str, progress: Progress) -> tuple[LayerScore, .
 
 
 def combined(p_nv: float, p_se: float) -> float:
-    """Return NSDS of a layer, the soft-OR of its two halves, or of the one that is not NaN; 0 without any matrix."""
-    halves = [p for p in (p_nv, p_se) if not math.isnan(p)]
-    return soft_or(np.array(halves)) if halves else 0.0
+    """Return NSDS of a layer: the soft-OR of NV and SE, or the one that is not NaN; 0 without any matrix."""
+    present = [p for p in (p_nv, p_se) if not math.isnan(p)]
+    return soft_or(np.array(present)) if present else 0.0
 
 
 def _known(p: float) -> float | None:
@@ -396,7 +396,7 @@ def _known(p: float) -> float | None:
 
 
 def rest_notes(model: Model) -> tuple[str, ...]:
-    """Return the note on layers' matrices that NSDS scores by their kurtosis alone."""
+    """Return the note on matrices that NSDS scores by kurtosis alone."""
     layers = [view_layer(model, index) for index in range(model.hparams.n_layers)]
     n_layers, n_rest = sum(bool(layer.rest) for layer in layers), sum(len(layer.rest) for layer in layers)
     if not n_rest:
@@ -404,6 +404,6 @@ def rest_notes(model: Model) -> tuple[str, ...]:
     roles = sorted({tensor.role for layer in layers for tensor in layer.rest})
     shown = ", ".join(roles[:MAX_SHOWN_ROLES]) + (", ..." if len(roles) > MAX_SHOWN_ROLES else "")
     return (
-        f"{n_rest} tensors of {n_layers} layers are none of NSDS's components (QK, OV, gate, up, down) and are scored "
+        f"{n_rest} tensors of {n_layers} layers are outside NSDS's components (QK, OV, gate, up, down) and are scored "
         f"by their kurtosis alone: {shown}.",
     )

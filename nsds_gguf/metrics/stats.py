@@ -1,7 +1,7 @@
-"""Statistics that the metrics share: kurtosis in its three forms, entropy, robust aggregation.
+"""Statistics for the metrics: kurtosis in three forms, entropy, robust aggregation.
 
-Pure numpy. Inputs are float32 or float64, results float64; large inputs are walked in row tiles, so that nothing
-of their size is allocated.
+Pure numpy. Inputs are float32 or float64, results float64; large inputs are processed in row tiles, without copies of
+their full size.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from ..records import Float32, Float64
 
 Matrix = NDArray[np.floating[Any]]
 
-# Entries of one row tile: 1 MiB in float32, small enough to stay in a core's second-level cache between passes.
+# Entries of a row tile: 1 MiB in float32, which stays in a core's second-level cache between passes.
 TILE_ENTRIES = 2**18
 
-# Rounding noise of a float32 product, relative to the spread of its entries, above which the product is taken in
+# Rounding noise of a float32 product, relative to the spread of its entries, above which the product is computed in
 # float64. Noise of relative size e changes a kurtosis by about 6 e**2: less than 1e-7 at this bound.
 MAX_RELATIVE_NOISE = 1e-4
 
 # Spread relative to the mean below which entries count as constant: float32 weights cannot express less than 6e-8.
 CONSTANT_SPREAD = 1e-6
 
-# Makes a MAD normal deviates' standard deviation: 1 / (the normal distribution's third quartile).
+# Scales the MAD of normal deviates to their standard deviation: 1 / (the normal distribution's third quartile).
 MAD_TO_STD = 1.4826
 
-# Added to the scaled MAD: keeps z finite when most layers agree, and rounding noise from deciding when all do.
+# Added to the scaled MAD: keeps z finite when most layers agree, and stops rounding noise from deciding when all do.
 MAD_EPSILON = 1e-8
 
 
 def row_tiles(matrix: Matrix, n_entries: int | None = None) -> Iterator[Float64]:
     """Yield the rows of ``matrix`` (n, m) in order, as fresh float64 tiles in C order.
 
-    A tile has at most ``n_entries`` entries (``TILE_ENTRIES`` unless told), or one row.
+    A tile has at most ``n_entries`` entries (default: ``TILE_ENTRIES``), or one row.
     """
     n_rows = max(1, (n_entries or TILE_ENTRIES) // matrix.shape[1])
     for start in range(0, matrix.shape[0], n_rows):
@@ -47,7 +47,7 @@ def row_tiles(matrix: Matrix, n_entries: int | None = None) -> Iterator[Float64]
 def sum_of_squares(rows: Matrix) -> Float64:
     """Return ``sum(x**2)`` of each row of ``rows`` (n, m): float64 (n,).
 
-    Summing per row first keeps float32 sums short; the caller adds the rows up in float64.
+    Sums per row keep float32 sums short; the caller adds the rows in float64.
     """
     sums: Float64 = np.einsum("ij,ij->i", rows, rows).astype(np.float64)
     return sums
@@ -56,7 +56,7 @@ def sum_of_squares(rows: Matrix) -> Float64:
 def excess_kurtosis(mean: float, m2: float, m4: float) -> float:
     """Return Fisher's biased kurtosis ``m4 / m2**2 - 3`` from central moments (NSDS, numerical vulnerability).
 
-    Entries that are constant up to rounding have no tails: 0.
+    Returns 0 for entries that are constant up to rounding: they have no tails.
     """
     return m4 / m2**2 - 3.0 if is_spread(mean, m2) else 0.0
 
@@ -95,20 +95,20 @@ def column_kurtosis(vectors: Float64) -> Float64:
     return np.concatenate(parts)
 
 
-def product_kurtosis(left: Float32, right: Float32, energy: float) -> float:
-    """Return the excess kurtosis over all entries of ``left @ right``, which is never stored.
+def product_kurtosis(left: Float32, right: Float32, squared_norm: float) -> float:
+    """Return the excess kurtosis over all entries of ``left @ right`` without storing the product.
 
-    The factors hold the mean (from column sums) and the variance (from ``energy``), so a column appended to them
-    makes every tile of the product standardized as it leaves the matrix multiplication.
+    Column sums give the mean, ``squared_norm`` the variance; with a column appended to the factors, every tile of the
+    product is standardized when it leaves the matrix multiplication.
 
     Args:
         left: float32 (n, r).
         right: float32 (r, m).
-        energy: ``sum((left @ right)**2)``, the sum of its squared singular values.
+        squared_norm: ``sum((left @ right)**2)``, the sum of its squared singular values.
     """
     n_entries = left.shape[0] * right.shape[1]
     mean = float(left.sum(axis=0, dtype=np.float64) @ right.sum(axis=1, dtype=np.float64)) / n_entries
-    m2 = energy / n_entries - mean**2
+    m2 = squared_norm / n_entries - mean**2
     if not is_spread(mean, m2):
         return 0.0
     std = math.sqrt(m2)
@@ -120,10 +120,10 @@ def product_kurtosis(left: Float32, right: Float32, energy: float) -> float:
 
 
 def product_dtype(left: Float32, right: Float32, std: float) -> np.dtype[np.floating[Any]]:
-    """Return the type in which ``left @ right`` keeps the digits of entries of standard deviation ``std``.
+    """Return the dtype in which ``left @ right`` is accurate for entries of standard deviation ``std``.
 
     Rounding leaves noise of about ``eps * |left_i| * |right_j|`` in entry (i, j), whatever the entry's size. Where
-    the terms cancel, or the mean outweighs the spread, that is too much for float32.
+    terms cancel, or the mean exceeds the spread, float32 is not enough.
     """
     norms = float(np.linalg.norm(left.astype(np.float64)) * np.linalg.norm(right.astype(np.float64)))
     noise = np.finfo(np.float32).eps * norms / math.sqrt(left.shape[0] * right.shape[1])
@@ -162,6 +162,6 @@ def sigmoid(z: Float64) -> Float64:
 
 
 def soft_or(p: Float64) -> float:
-    """Return ``1 - exp(mean(ln(1 - p)))`` of probabilities (n,): NSDS's soft-OR; 1 as soon as one of them is 1."""
+    """Return ``1 - exp(mean(ln(1 - p)))`` of probabilities (n,): NSDS's soft-OR; 1 if any of them is 1."""
     with np.errstate(divide="ignore"):
         return float(-np.expm1(np.log1p(-p).mean()))

@@ -1,6 +1,6 @@
-"""Stage 1, read: what the user names becomes a ``Model`` of canonical tensors.
+"""Open a model folder or a GGUF as a ``Model`` of canonical tensors.
 
-Headers and JSON only; weights are read later, a slab of rows at a time, through ``Tensor.rows``.
+Reads headers and JSON only; ``Tensor.rows`` reads weights later, a slab of rows at a time.
 """
 
 from __future__ import annotations

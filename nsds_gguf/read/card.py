@@ -1,7 +1,7 @@
-"""What a folder says about its model in words: name, author, licence, base model, sampling defaults.
+"""Descriptive keys of a model folder: name, author, licence, base model, sampling defaults.
 
-gguf knows where such facts are written and how a name falls into its parts. What it finds is brought to the types that
-GGUF keys have: a README's front matter is written by hand, and holds whatever its author put there.
+gguf finds these facts and splits a name into its parts. This module converts them to the types of GGUF keys: the front
+matter of a README is written by hand and may hold anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gguf.gguf_writer import GGUFValue
 from ..records import Tensor, kv
 from .tokenizer.json_files import read_json
 
-# A name as the Hub has them, with or without owner; a path on somebody's machine is none.
+# A model name as on the Hub, with or without owner; not a local path.
 _NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 _PLACE = re.compile(
     r"(checkpoint|ckpt|step|epoch|outputs?|results?|models?|runs?|saves?|tmp|data|home|mnt|root|workspace|content)([-_]?\d+)?"
@@ -29,17 +29,17 @@ _PLACE = re.compile(
 
 
 def _is_name(text: Any) -> bool:
-    """Tell whether a text is the name of a model, not where one lay when it was trained."""
+    """Return whether a text is the name of a model, not a local path from training."""
     return isinstance(text, str) and bool(_NAME.fullmatch(text)) and not any(map(_PLACE.fullmatch, text.split("/")))
 
 
 def card_keys(
     folder: Path, config: Mapping[str, Any], tensors: Sequence[Tensor]
 ) -> tuple[dict[str, GGUFValue], list[str]]:
-    """Return the ``general.*`` keys that describe the model, and a note when the README could not be read.
+    """Return the ``general.*`` keys that describe the model, and a note if the README cannot be read.
 
     Args:
-        folder: model folder; without a better source its name is the model's.
+        folder: model folder; its name is the default name of the model.
         config: the parsed config.json.
         tensors: of the model, for the size label.
 
@@ -57,7 +57,7 @@ def card_keys(
         field = "sampling_temp" if key == "temperature" else f"sampling_{key}"
         if hasattr(found, field):
             setattr(found, field, value)
-    writer = GGUFWriter(None, "")  # its empty architecture goes the way of all empty values
+    writer = GGUFWriter(None, "")  # its empty architecture is dropped like all empty values
     found.set_gguf_meta_model(writer)
     keys = {key: fitted for key, value in writer.kv_data[0].items() if (fitted := _fitted(value)) is not None}
     keys.setdefault("general.name", kv(_called(folder).name, GGUFValueType.STRING))
@@ -76,7 +76,7 @@ def _size_label(tensors: Sequence[Tensor]) -> str:
 
 
 def _called(folder: Path) -> Path:
-    """Return a folder by the name of its model: the Hub's cache has it in ``models--ORG--NAME/snapshots/COMMIT``."""
+    """Return the folder, renamed to its model: the Hub's cache uses ``models--ORG--NAME/snapshots/COMMIT``."""
     owner = folder.parent.parent.name
     if folder.parent.name == "snapshots" and owner.startswith("models--"):
         return folder.with_name(owner.rpartition("--")[2])
@@ -100,12 +100,12 @@ def _front_matter(folder: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _is_path(base: Any) -> bool:
-    """Tell whether a base model is a path on the machine of whoever wrote the README."""
+    """Return whether a base model is a local path on the author's machine."""
     return isinstance(base, str) and not _is_name(base) and not base.startswith(("http://", "https://"))
 
 
 def _fitted(entry: GGUFValue) -> GGUFValue | None:
-    """Return the entry with a value of its key's type, or ``None`` when it holds something else."""
+    """Convert the value of an entry to the type of its key; ``None`` if that is impossible."""
     fitted: Any
     if entry.type == GGUFValueType.ARRAY:
         fitted = [text for text in map(_text, entry.value) if text] or None

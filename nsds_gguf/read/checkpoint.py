@@ -1,7 +1,7 @@
-"""The weights of a model folder: one file or shards, of whatever format, become one dict of tensors.
+"""The weights of a model folder, in one file or shards of any format, as one dict of tensors.
 
-Where a folder holds several sets of weights, transformers' order of preference decides (``modeling_utils``,
-``_get_resolved_checkpoint_files``), and what is left aside is a note.
+If a folder holds several sets of weights, transformers' order of preference decides (``modeling_utils``,
+``_get_resolved_checkpoint_files``), and a note names the ignored files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .torch_bin import read_torch_file
 
 FileReader = Callable[[Path], Mapping[str, StoredTensor]]
 
-# The name of all weights in one file, the name of the index of several, and who reads one: the first found is taken.
+# Name of a single weight file, name of the index of shards, and reader of one file; the first match counts.
 FORMATS: tuple[tuple[str, str, FileReader], ...] = (
     ("model.safetensors", "model.safetensors.index.json", read_header),
     ("pytorch_model.bin", "pytorch_model.bin.index.json", read_torch_file),
@@ -32,7 +32,7 @@ FORMATS: tuple[tuple[str, str, FileReader], ...] = (
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<ending>safetensors|bin)")
 
-# Files that hold weights, or say where they are; what a trainer keeps beside them is none.
+# Weight files and indexes; files that trainers keep beside them do not count.
 _WEIGHTS = re.compile(r".+\.(safetensors|bin|pth|pt|ckpt|h5|msgpack)(\.index\.json)?")
 _NO_WEIGHTS = re.compile(
     r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|spiece|sentencepiece).*|.*imatrix.*|adapter_.+"
@@ -41,7 +41,7 @@ _NO_WEIGHTS = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a folder by checkpoint name, in file order, and notes on which files they come from."""
+    """The tensors of a folder by checkpoint name, in file order, and notes on their files."""
 
     tensors: dict[str, StoredTensor]
     notes: tuple[str, ...] = ()
@@ -49,7 +49,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """The files that are read, what reads one, the index that names them, and why they where that is a choice."""
+    """The chosen files, the reader of one file, the index that names them, and the reason if there was a choice."""
 
     files: tuple[Path, ...]
     read: FileReader
@@ -58,26 +58,26 @@ class _Chosen:
 
 
 def open_checkpoint(folder: Path, config: Mapping[str, Any]) -> dict[str, StoredTensor]:
-    """Return the tensors of ``read_checkpoint``."""
+    """Return the tensors of a model folder; see ``read_checkpoint``."""
     return read_checkpoint(folder, config).tensors
 
 
 def read_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
-    """Read the headers of the weights: safetensors or, where there are none, PyTorch's; one file or several.
+    """Read the headers of the weights: safetensors, else PyTorch; one file or several.
 
     Args:
         folder: model folder.
-        config: the parsed config.json; says how FP8 weights are stored.
+        config: the parsed config.json, with the settings of FP8 weights.
 
     Returns:
-        The tensors, FP8 weights joined to their scales, which do not show. Any dtype may be among them; those that are
-        not read fail when they are asked for their values.
+        The tensors, FP8 weights combined with their scales. Tensors may have any dtype; reading their values fails for
+        unsupported dtypes.
 
     Raises:
         ModelError: no weights, a missing shard, a git-lfs pointer, an index that leaves the folder, a header that
             is truncated, contradicts itself or another shard, FP8 weights without scales that fit, or PyTorch weights
             without torch.
-        UnsupportedError: weights in a format that is not read, or quantized by a method that is not known.
+        UnsupportedError: weights in an unsupported format or quantized by an unsupported method.
 
     """
     try:
@@ -94,8 +94,8 @@ def read_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
 
 
 def _choose(folder: Path, config: Mapping[str, Any]) -> _Chosen:
-    """Return what transformers would load, or else the one complete set of weights under other names."""
-    named = config.get("transformers_weights")  # transformers 5: the file that is meant
+    """Return the files that transformers would load, else the only complete set under other names."""
+    named = config.get("transformers_weights")  # transformers 5: name of the weight file
     if isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json")):
         file = folder / _in_folder(named, f"{folder / 'config.json'}: transformers_weights")
         if file.name.endswith(".json") and file.is_file():
@@ -122,7 +122,7 @@ def _by_index(index: Path, read: FileReader) -> _Chosen:
 
 
 def _other_names(folder: Path) -> _Chosen:
-    """Return the one set of weights that is there under names that transformers does not look for."""
+    """Return the only set of weights under names that transformers does not search for."""
     readers = {"safetensors": read_header, "bin": FORMATS[1][2]}
     names = [path.name for path in sorted(folder.iterdir()) if path.is_file() and not _NO_WEIGHTS.fullmatch(path.name)]
     sets: dict[tuple[str, ...], list[str]] = {}
@@ -133,7 +133,7 @@ def _other_names(folder: Path) -> _Chosen:
     if len(whole) == 1:
         (_, count, ending), shards = whole[0]
         files = tuple(folder / shard for shard in shards)
-        return _Chosen(files, readers[ending], reason=f"all {int(count)} shards are there, no index is")
+        return _Chosen(files, readers[ending], reason=f"all {int(count)} shards are present, but no index")
     alone = [name for name in names if name.endswith(".safetensors") and not _SHARD.fullmatch(name)]
     if not whole and len(alone) == 1:
         reason = "the folder holds no model.safetensors and no other weights"
@@ -142,9 +142,9 @@ def _other_names(folder: Path) -> _Chosen:
 
 
 def _aside(folder: Path, chosen: _Chosen) -> list[str]:
-    """Return the note on weights of the folder that are not read, and on why others are."""
+    """Return the note on ignored weight files, and the reason for the choice."""
     read = {file.name for file in chosen.files} | ({chosen.index.name} if chosen.index else set())
-    aside = [
+    ignored = [
         path.name
         for path in sorted(folder.iterdir())
         if path.name not in read and _WEIGHTS.fullmatch(path.name) and not _NO_WEIGHTS.fullmatch(path.name)
@@ -153,26 +153,26 @@ def _aside(folder: Path, chosen: _Chosen) -> list[str]:
     what = chosen.index.name if chosen.index else first
     if not chosen.index and len(chosen.files) > 1:
         what = f"{first} … {chosen.files[-1].name}"
-    files = "1 file is" if len(aside) == 1 else f"{len(aside)} files are"
-    rest = f"; {files} left aside: {some(aside)}" if aside else ""
+    files = "1 file is" if len(ignored) == 1 else f"{len(ignored)} files are"
+    rest = f"; {files} ignored: {some(ignored)}" if ignored else ""
     if chosen.reason:
         return [f"Weights are read from {what}: {chosen.reason}{rest}."]
-    return [f"Weights are read from {what}, as transformers would{rest}."] if aside else []
+    return [f"Weights are read from {what}, as transformers would{rest}."] if ignored else []
 
 
-# --- what is in them ------------------------------------------------------------------------------------------
+# --- their contents ------------------------------------------------------------------------------------------
 
 
 def _open(chosen: _Chosen) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Return the tensors of all files and the note on an index that says otherwise; raises for a name held twice."""
+    """Return the tensors of all files and notes on a wrong index; raise for a name with different tensors."""
     tensors: dict[str, StoredTensor] = {}
     for file in chosen.files:
         for name, tensor in chosen.read(file).items():
             first = tensors.setdefault(name, tensor)
             if first is not tensor and not _is_same(first, tensor):
                 raise ModelError(
-                    f"{file}: holds tensor {name}, and {first.file.name} another one of that name: the shards are of "
-                    "different saves; download them again"
+                    f"{file}: holds tensor {name}, and {first.file.name} a different one of that name: the shards come "
+                    "from different saves; download them again"
                 )
     return tensors, _index_notes(chosen.index, tensors) if chosen.index else []
 
@@ -182,20 +182,20 @@ def _is_same(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def _index_notes(index: Path, tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Return the note on tensors that lie elsewhere than the index says; transformers goes by the shards as well."""
+    """Return notes on tensors that are not where the index says; transformers also goes by the shards."""
     places = read_index(index)
     wrong = [name for name, tensor in tensors.items() if places.get(name) != tensor.file.name]
     lost = [name for name in places if name not in tensors]
     notes = []
     if wrong:
-        notes.append(f"{index.name} is wrong about {len(wrong)} tensors ({some(wrong)}): the shards themselves count.")
+        notes.append(f"{index.name} is wrong about {len(wrong)} tensors ({some(wrong)}): the shards count.")
     if lost:
         notes.append(f"{index.name} names {len(lost)} tensors that are in no shard: {some(lost)}.")
     return notes
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Return the shard of every tensor; raises ``ModelError`` for a damaged index or one that leaves its folder."""
+    """Return the shard of every tensor; raise ``ModelError`` for a damaged index or one that leaves its folder."""
     raw = index.read_bytes()
     if raw.startswith(LFS_MARK):
         raise ModelError(f"{index}: is a git-lfs pointer: run `git lfs pull` in {index.parent}")
@@ -207,7 +207,7 @@ def read_index(index: Path) -> dict[str, str]:
 
 
 def _in_folder(name: Any, where: str) -> str:
-    """Return the name of a file; raises ``ModelError`` when it is none or leaves the folder."""
+    """Return a valid file name; raise ``ModelError`` if it is not one or leaves the folder."""
     if not isinstance(name, str) or Path(name).name != name or "\\" in name or name in ("", ".", ".."):
         raise ModelError(f"{where} {reprlib.repr(name)}; wanted the name of a file in the same folder")
     return name

@@ -1,7 +1,7 @@
-"""config.json: read, brought to one set of names, and turned into the dimensions of the tensors.
+"""config.json: reading, canonical names of settings, dimensions of the tensors.
 
-transformers' classes name the same things differently, and leave out what is their default. From ``canonical`` on there
-is one name for each setting, and none that a family's defaults give is missing.
+transformers' classes use different names for the same setting, and omit defaults. After ``canonical``, each setting has
+one name, and the defaults of the family are filled in.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ ALIASES = {
     "rope_theta": ("rope_theta", "rotary_emb_base"),
 }
 
-# Of a multimodal model: settings of the whole that count for the language model in it (transformers 5 ties by them).
+# Settings of a whole multimodal model that apply to its language model (transformers 5 ties by them).
 _OUTER_SETTINGS = ("tie_word_embeddings",)
 
-# Defaults that ``rope.rope_settings`` applies.
+# Settings whose defaults ``rope.rope_settings`` applies.
 ROPE_SETTINGS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "original_max_position_embeddings")
 
 _LFS_MARK = "version https://git-lfs"
-_FF_FACTOR = 4  # width of the feed-forward block over the stream's where config.json has none (GPT-2)
+_FF_FACTOR = 4  # default ratio of intermediate_size to hidden_size (GPT-2)
 
 
 def read_config(folder: Path, shown: Path) -> dict[str, Any]:
     """Return the parsed config.json of a model folder; ``shown`` is the folder as the user named it.
 
-    Raises ``ModelError`` when there is none or it is damaged, ``UnsupportedError`` for a file in place of a folder.
+    Raises ``ModelError`` when it is missing or damaged, ``UnsupportedError`` for a file in place of a folder.
     """
     if not folder.exists():
         raise ModelError(f"{shown}: no such folder")
@@ -73,9 +73,9 @@ def read_config(folder: Path, shown: Path) -> dict[str, Any]:
 
 
 def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[str]]:
-    """Return class and settings of the language model, and notes: config.json's own, or those of its text_config.
+    """Return class and settings of the language model (top level or text_config), and notes.
 
-    Raises ``UnsupportedError`` when the language model within is of a kind that is not known.
+    Raises ``UnsupportedError`` for an unknown type of inner language model.
     """
     name, note = named_class(config)
     notes = [note] if note else []
@@ -93,32 +93,31 @@ def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[str
 
 
 def canonical(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Return the settings under their canonical names, the family's defaults where config.json is silent.
+    """Return the settings under their canonical names, with the family's defaults filled in.
 
-    Defaults of rope are left to ``rope.rope_settings``: config.json has two more places for these settings.
+    ``rope.rope_settings`` applies the defaults of rope: config.json has two more places for these settings.
     """
     settings = dict(config)
     for name, aliases in ALIASES.items():
         values = [settings.pop(alias) for alias in aliases if alias in settings]
-        given = [value for value in values if value is not None]
         if values:
-            settings[name] = given[0] if given else None
+            settings[name] = next((value for value in values if value is not None), None)
     defaults = {**default_sizes(family.classes[0]), **family.defaults}
-    silent = [name for name in defaults if name not in ROPE_SETTINGS and settings.get(name) is None]
-    silent = [name for name in silent if not (name in settings and name in _MAY_BE_NULL)]
-    settings |= {name: defaults[name] for name in silent if not callable(defaults[name])}
+    absent = [name for name in defaults if name not in ROPE_SETTINGS and settings.get(name) is None]
+    absent = [name for name in absent if not (name in settings and name in _MAY_BE_NULL)]
+    settings |= {name: defaults[name] for name in absent if not callable(defaults[name])}
     _check_whole_numbers(settings)
-    for name in silent:
+    for name in absent:
         if callable(defaults[name]):
             settings[name] = defaults[name](settings)
     if settings.get("intermediate_size") is None and isinstance(settings.get("hidden_size"), int):
         settings["intermediate_size"] = _FF_FACTOR * settings["hidden_size"]
     if settings.get("tie_word_embeddings") is None:
-        settings["tie_word_embeddings"] = True  # transformers' default for a class that has none of its own
+        settings["tie_word_embeddings"] = True  # transformers' default
     return settings
 
 
-# Settings that a class may compute with before its dimensions are known, and the least that they may be.
+# Integer settings that defaults may be computed from, and their minimums.
 _WHOLE = {
     "num_hidden_layers": 1, "hidden_size": 1, "num_attention_heads": 1, "num_key_value_heads": 0, "head_dim": 0,
     "intermediate_size": 0, "num_experts": 0, "moe_intermediate_size": 0, "first_k_dense_replace": 0,
@@ -129,7 +128,7 @@ _WHOLE = {
 
 
 def _check_whole_numbers(config: Config) -> None:
-    """Raise ``ModelError`` for a setting of ``_WHOLE`` that is something else, ``UnsupportedError`` for many layers."""
+    """Raise ``ModelError`` for an invalid setting of ``_WHOLE``, ``UnsupportedError`` for too many layers."""
     for key, least in _WHOLE.items():
         if config.get(key) is not None:
             integer(config, key, at_least=least)
@@ -138,7 +137,7 @@ def _check_whole_numbers(config: Config) -> None:
         raise UnsupportedError(f"config.json: num_hidden_layers {n_layers}: llama.cpp takes at most {MAX_LAYERS}")
 
 
-# Settings for which null is a value: of the key/value heads, as many as there are heads.
+# Settings for which null is a value; for num_key_value_heads, it means num_attention_heads.
 _MAY_BE_NULL = (
     "norm_eps", "sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "num_key_value_heads",
     "q_lora_rank",
@@ -146,7 +145,7 @@ _MAY_BE_NULL = (
 
 
 def check_settings(config: Config, family: Family) -> None:
-    """Raise ``UnsupportedError`` for a setting that llama.cpp's architecture computes otherwise, or not at all."""
+    """Raise ``UnsupportedError`` for a setting that llama.cpp does not implement for the architecture."""
     activation = config.get("hidden_act") or family.activations[0]
     if activation not in family.activations:
         raise UnsupportedError(
@@ -156,9 +155,9 @@ def check_settings(config: Config, family: Family) -> None:
     for key, value in family.fixed.items():
         wanted = value(config) if callable(value) else value
         found = config.get(key, wanted)
-        if found != wanted and (found or wanted):  # null, false, 0 and nothing are alike
+        if found != wanted and (found or wanted):  # null, false, 0 and absent are equivalent
             raise UnsupportedError(
-                f"config.json: {key} {found!r}: llama.cpp's {family.architecture} computes with {wanted!r} only"
+                f"config.json: {key} {found!r}: llama.cpp's {family.architecture} supports {wanted!r} only"
             )
 
 
@@ -167,7 +166,7 @@ def dimensions(config: Config, family: Family) -> dict[str, int]:
 
     Raises:
         ModelError: a size is missing, or sizes contradict one another.
-        UnsupportedError: sizes that llama.cpp cannot take.
+        UnsupportedError: sizes that llama.cpp does not support.
 
     """
     n_layers, n_heads = integer(config, "num_hidden_layers"), integer(config, "num_attention_heads")
@@ -200,12 +199,12 @@ def dimensions(config: Config, family: Family) -> dict[str, int]:
     }
     sizes |= _checked_sizes(config, family)
     if n_experts and integer(config, "num_experts_per_tok") > n_experts:
-        raise ModelError(f"config.json: {config['num_experts_per_tok']} experts a token of {n_experts} in all")
+        raise ModelError(f"config.json: {config['num_experts_per_tok']} experts per token of {n_experts} in all")
     return sizes
 
 
 def _checked_sizes(config: Config, family: Family) -> dict[str, int]:
-    """Return the family's own dimensions; raises ``ModelError`` when config.json does not give them."""
+    """Return the family's own dimensions; raise ``ModelError`` if config.json does not determine them."""
     try:
         found = family.sizes(config)
     except (KeyError, TypeError, ZeroDivisionError) as error:
@@ -214,12 +213,12 @@ def _checked_sizes(config: Config, family: Family) -> dict[str, int]:
 
 
 def _shared_ff(config: Config) -> str:
-    """Return the setting that holds the width of the shared expert: Granite's name of it, or Qwen's."""
+    """Return the name of the setting for the width of the shared expert: Granite's or Qwen's."""
     return "shared_intermediate_size" if "shared_intermediate_size" in config else "shared_expert_intermediate_size"
 
 
 def integer(config: Config, key: str, default: int | None = None, at_least: int = 1) -> int:
-    """Return a whole number of config.json; raises ``ModelError`` when it is none or out of range."""
+    """Return an integer setting of config.json; raise ``ModelError`` if it is invalid or out of range."""
     value = default if config.get(key) is None else config[key]
     if isinstance(value, bool) or not isinstance(value, int) or not at_least <= value < 2**31:
         raise ModelError(f"config.json: {key}: wanted a positive integer, got {reprlib.repr(value)}")
@@ -229,12 +228,12 @@ def integer(config: Config, key: str, default: int | None = None, at_least: int 
 def _head_dim(config: Config, family: Family, n_heads: int) -> int:
     n_embd = integer(config, "hidden_size")
     if config.get("head_dim") is None and n_embd % n_heads:
-        raise ModelError(f"config.json: hidden_size {n_embd} is no multiple of num_attention_heads {n_heads}")
+        raise ModelError(f"config.json: hidden_size {n_embd} is not a multiple of num_attention_heads {n_heads}")
     head_dim = integer(config, "head_dim", n_embd // n_heads)
     if family.fixed_head_dim and head_dim * n_heads != n_embd:
         raise UnsupportedError(
             f"config.json: head_dim {head_dim} x {n_heads} heads is not hidden_size {n_embd}; "
-            f"llama.cpp's {family.architecture} demands it"
+            f"llama.cpp's {family.architecture} requires it"
         )
     if head_dim % 2 and family.rope_kinds:
         raise UnsupportedError(f"config.json: head_dim {head_dim} is odd; rope rotates pairs of channels")
@@ -242,7 +241,7 @@ def _head_dim(config: Config, family: Family, n_heads: int) -> int:
 
 
 def norm_eps(config: Config, family: Family) -> float:
-    """Return the epsilon of the norms; raises ``ModelError`` when it is no number from 0 to 1."""
+    """Return the epsilon of the norms; raise ``ModelError`` if it is not a number from 0 to 1."""
     eps, key = config.get("norm_eps"), f"{family.norm}_norm_eps"
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps < 1:
         raise ModelError(f"config.json: {key}: wanted a number from 0 to 1, got {eps!r}")

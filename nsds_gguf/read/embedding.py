@@ -1,8 +1,8 @@
-"""What sentence-transformers keeps beside a model that embeds texts: modules.json and the settings of its modules.
+"""Embedding models of sentence-transformers: modules.json and the settings of its modules.
 
-The modules are run one after another. ``Transformer`` is the model itself, ``Pooling`` makes one vector of its tokens,
-``Normalize`` gives that the length 1. A GGUF says how tokens are pooled (``pooling_type``,
-as llama.cpp's converter writes it); llama.cpp's programs normalise by themselves.
+The modules run in sequence: ``Transformer`` is the model itself, ``Pooling`` reduces its tokens to one vector,
+``Normalize`` scales that to length 1. The key ``pooling_type`` of a GGUF states the pooling (as written by llama.cpp's
+converter); llama.cpp's programs normalize on their own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..records import kv
 MODULES = "modules.json"
 POOLING = "1_Pooling"
 
-# Settings of 1_Pooling/config.json, old and new, and what llama.cpp has for them.
+# Settings of 1_Pooling/config.json, old and new, and llama.cpp's pooling types.
 _POOLINGS = {
     "pooling_mode_mean_tokens": PoolingType.MEAN,
     "pooling_mode_cls_token": PoolingType.CLS,
@@ -33,22 +33,22 @@ _MODES = {"mean": PoolingType.MEAN, "cls": PoolingType.CLS, "lasttoken": Pooling
 
 @dataclass(frozen=True)
 class Embedding:
-    """Keys after the architecture's name, and what the user must know; both empty for a model that is none."""
+    """Keys without the architecture's prefix, and notes; both empty for other models."""
 
     keys: Mapping[str, GGUFValue]
     notes: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        """Tell whether the folder is that of a model for embeddings."""
+        """Return whether the model is an embedding model."""
         return bool(self.keys)
 
 
 def read_embedding(folder: Path, config: Mapping[str, Any]) -> Embedding:
-    """Return how a folder's model embeds a text.
+    """Return the embedding settings of a folder.
 
     Raises:
         ModelError: modules.json or the settings of pooling are damaged or missing.
-        UnsupportedError: a module, or a way of pooling, that llama.cpp does not compute.
+        UnsupportedError: a module or a pooling that llama.cpp does not support.
 
     """
     if (folder / MODULES).is_file():
@@ -59,34 +59,34 @@ def read_embedding(folder: Path, config: Mapping[str, Any]) -> Embedding:
         return Embedding({})
     kinds = [kind for kind, _ in modules]
     if "Pooling" not in kinds:
-        return Embedding({}, (f"{MODULES} names no module that pools: the file holds a language model.",))
+        return Embedding({}, (f"{MODULES} has no pooling module: the file holds a language model.",))
     unknown = [kind for kind in kinds if kind not in ("Transformer", "Pooling", "Normalize")]
     if unknown:
         raise UnsupportedError(
-            f"{folder / MODULES}: module {unknown[0]} comes after the model, which llama.cpp does not compute for it: "
-            f"embeddings would not be the model's; to convert the language model alone, remove {MODULES}"
+            f"{folder / MODULES}: module {unknown[0]} comes after the model, which llama.cpp does not compute: its "
+            f"embeddings would differ; to convert the language model alone, remove {MODULES}"
         )
     pooling = _pooling(folder / dict(modules)["Pooling"] / "config.json")
     keys = {"pooling_type": kv(int(pooling), GGUFValueType.UINT32)}
     if source != MODULES:
-        length = "nothing says whether they are to be normalised, as llama-embedding and llama-server do by default"
+        length = "no file states whether to normalize embeddings; llama-embedding and llama-server do by default"
     elif "Normalize" in kinds:
-        length = "they are to be normalised, as llama-embedding and llama-server do by default"
+        length = "embeddings are normalized, as llama-embedding and llama-server do by default"
     else:
-        length = "they are not to be normalised: pass --embd-normalize -1 to llama.cpp's programs"
-    note = f"A model for embeddings ({source}): {pooling.name.lower()} pooling is written to the file; {length}."
+        length = "embeddings are not normalized: pass --embd-normalize -1 to llama.cpp's programs"
+    note = f"An embedding model ({source}) with {pooling.name.lower()} pooling; {length}."
     causal, causal_notes = _attention(config)
     return Embedding({**keys, **causal}, (note, *causal_notes, *_prompts(folder)))
 
 
 def _attention(config: Mapping[str, Any]) -> tuple[dict[str, GGUFValue], tuple[str, ...]]:
-    """Return the key of attention that looks both ways, and its note."""
-    both_ways = [name for name, told in (("is_causal", False), ("use_bidirectional_attention", True))
-                 if config.get(name) is told]  # fmt: skip
-    if not both_ways:
+    """Return the key of bidirectional attention, and its note."""
+    switches = (("is_causal", False), ("use_bidirectional_attention", True))
+    active = [name for name, value in switches if config.get(name) is value]
+    if not active:
         return {}, ()
-    value = json.dumps(config[both_ways[0]])
-    note = f"config.json: {both_ways[0]} {value}: every token sees all others; the file says so too (attention.causal)."
+    value = json.dumps(config[active[0]])
+    note = f"config.json: {active[0]} {value}: attention is bidirectional (key attention.causal is false)."
     return {"attention.causal": kv(False, GGUFValueType.BOOL)}, (note,)
 
 
@@ -100,7 +100,7 @@ def _modules(folder: Path) -> list[tuple[str, str]]:
 
 
 def _inside(folder: Path, name: str) -> str:
-    """Return a module's folder; raises ``ModelError`` for one outside of the model's."""
+    """Return a module's folder; raise ``ModelError`` if it is outside the model's."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ModelError(f"{folder / MODULES}: path {name!r} leads out of the folder; wanted one inside")
     return name
@@ -121,14 +121,14 @@ def _pooling(file: Path) -> PoolingType:
 
 
 def _prompts(folder: Path) -> tuple[str, ...]:
-    """Return the note on texts that sentence-transformers puts before what is embedded."""
+    """Return the note on prompts that sentence-transformers prepends to texts."""
     file = folder / "config_sentence_transformers.json"
     prompts = (_json(file) or {}).get("prompts") if file.is_file() else None
     used = {name: text for name, text in prompts.items() if text} if isinstance(prompts, dict) else {}
     if not used:
         return ()
-    told = "; ".join(f"{name}: {text!r}" for name, text in used.items())
-    return (f"sentence-transformers puts a prompt before a text; for llama.cpp, write it yourself ({told}).",)
+    listed = "; ".join(f"{name}: {text!r}" for name, text in used.items())
+    return (f"sentence-transformers prepends a prompt to a text; for llama.cpp, add it yourself ({listed}).",)
 
 
 def _json(file: Path) -> Any:

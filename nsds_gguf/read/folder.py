@@ -1,9 +1,8 @@
-"""A Hugging Face model folder becomes a ``Model`` of canonical tensors.
+"""Open a Hugging Face model folder as a ``Model`` of canonical tensors.
 
-``open_folder`` reads JSON and headers only; weights are read later, a slab of rows at a time, through
-``Tensor.rows`` (but a stored ``lm_head`` that config.json ties to the embedding is compared with it at once).
-Everything that can be refused is refused here: class, rope, activation, tokenizer, and a tensor mapping that is not
-total in both directions.
+``open_folder`` reads JSON and headers only; ``Tensor.rows`` reads weights later, a slab of rows at a time (but a stored
+``lm_head`` that config.json ties to the embedding is compared with it at once). It refuses everything that is not
+supported: class, rope, activation function, tokenizer, missing or unused tensors.
 """
 
 from __future__ import annotations
@@ -57,17 +56,17 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
 
     Args:
         path: folder with ``config.json``, safetensors weights and a tokenizer.
-        pre: name of llama.cpp's pre-tokenizer, overriding the one recognised.
+        pre: name of llama.cpp's pre-tokenizer; default: recognised.
 
     Returns:
-        The model; no weights have been read.
+        The model; reads no weights.
 
     Raises:
         ModelError: files are missing, damaged or contradict one another.
-        UnsupportedError: a class, rope kind, activation, weight format or tokenizer that is not supported.
+        UnsupportedError: an unsupported class, rope kind, activation function, weight format or tokenizer.
 
     """
-    folder = Path(os.path.realpath(path))  # Path.resolve raises on a loop of links before Python 3.13
+    folder = Path(os.path.realpath(path))  # before Python 3.13, Path.resolve raises on a loop of links
     check_files(folder)
     whole = read_config(folder, path)
     with _naming(folder):
@@ -75,14 +74,14 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
 
 
 def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Model:
-    """Open a folder whose config.json is parsed; messages about that file begin with its bare name."""
+    """Open a folder with a parsed config.json; messages about that file begin with its bare name."""
     known = _checked_settings(whole)
     source_class, family, config, sizes, rope = known.source_class, known.family, known.config, known.sizes, known.rope
     checkpoint = read_checkpoint(folder, whole)
     check_no_adapter(folder, checkpoint.tensors)
     embedding = read_embedding(folder, whole)
     if embedding and not any(name.endswith(HEAD) for name in checkpoint.tensors):
-        config = {**config, "tie_word_embeddings": True}  # an embedding model needs no head: as llama.cpp loads it
+        config = {**config, "tie_word_embeddings": True}  # llama.cpp loads embedding models without a head
     mapped = map_tensors(
         checkpoint.tensors, config, family, sizes, is_wrapped="text_config" in whole, hints=checkpoint.notes
     )
@@ -113,7 +112,7 @@ def _named(architecture: str, keys: Mapping[str, GGUFValue]) -> dict[str, GGUFVa
 
 @contextmanager
 def _naming(folder: Path) -> Iterator[None]:
-    """Put the folder before messages that begin with ``config.json``."""
+    """Prefix messages that begin with ``config.json`` with the folder."""
     try:
         yield
     except ModelError as error:
@@ -123,11 +122,11 @@ def _naming(folder: Path) -> Iterator[None]:
 
 
 def check_supported(folder: Path, dtypes: Collection[str] = ()) -> None:
-    """Raise what ``open_folder`` raises for config.json; weights and tokenizer need not be there.
+    """Raise what ``open_folder`` raises for config.json, without weights and tokenizer.
 
     Args:
         folder: model folder.
-        dtypes: of the weights, where they are known, in the spelling of safetensors.
+        dtypes: of the weights, if known, in the spelling of safetensors.
 
     """
     check_files(folder)
@@ -139,7 +138,7 @@ def check_supported(folder: Path, dtypes: Collection[str] = ()) -> None:
 
 @dataclass(frozen=True)
 class _Settings:
-    """What config.json says of the language model; notes of one sentence each."""
+    """The settings of the language model in config.json, with notes of one sentence each."""
 
     source_class: str
     family: Family
@@ -150,17 +149,17 @@ class _Settings:
 
 
 def _checked_settings(whole: Mapping[str, Any]) -> _Settings:
-    """Return what config.json says; raises for what llama.cpp would not compute."""
-    source_class, given, notes = text_model(whole)
-    family = find_family(source_class, canonical(given, find_family(source_class)))
-    config = canonical(given, family)
+    """Return the settings in config.json; raise for settings that llama.cpp does not support."""
+    source_class, settings, notes = text_model(whole)
+    family = find_family(source_class, canonical(settings, find_family(source_class)))
+    config = canonical(settings, family)
     sizes = dimensions(config, family)
     check_settings(config, family)
     return _Settings(source_class, family, config, sizes, _checked_rope(config, family, sizes), notes)
 
 
 def _checked_rope(config: Mapping[str, Any], family: Family, sizes: Mapping[str, int]) -> dict[str, Any] | None:
-    """Return the rope settings, ``None`` where the class has none; raises for what llama.cpp would not compute."""
+    """Return the rope settings, ``None`` for a class without rope; raise for unsupported settings."""
     if not family.rope_kinds:
         return None
     settings = rope_settings(config, family.defaults)
@@ -168,7 +167,7 @@ def _checked_rope(config: Mapping[str, Any], family: Family, sizes: Mapping[str,
     local = settings.get("local_theta")
     if local is not None and not family.has_local_theta and local != settings["rope_theta"]:
         raise UnsupportedError(
-            f"config.json: layers with a sliding window have a rope theta of their own, {local}; llama.cpp's "
+            f"config.json: layers with a sliding window have a separate rope theta, {local}; llama.cpp's "
             f"{family.architecture} has one for all layers"
         )
     if family.window is None or not family.window.period:
@@ -179,7 +178,7 @@ def _checked_rope(config: Mapping[str, Any], family: Family, sizes: Mapping[str,
 
 
 def _rope_tensors(rope: Mapping[str, Any] | None, sizes: Mapping[str, int]) -> list[Tensor]:
-    """Return the tables of frequency divisors that some kinds of rope scaling need."""
+    """Return the tables of frequency divisors for llama3 and longrope scaling."""
     if rope is None:
         return []
     tables: dict[str, Float32] = {}
@@ -191,24 +190,24 @@ def _rope_tensors(rope: Mapping[str, Any] | None, sizes: Mapping[str, int]) -> l
 
 
 def _constant(name: str, role: str, values: Float32) -> Tensor:
-    """Return a tensor that is computed, not read."""
+    """Return a computed tensor."""
     return Tensor(name, role, None, values.shape, "F32", "computed from config.json", FromArray(name, values))
 
 
 def _check_letters(folder: Path, metadata: Mapping[str, GGUFValue]) -> None:
-    """Raise ``ModelError`` for text that no UTF-8 file can hold: JSON may spell halves of a letter, file names too."""
+    """Raise ``ModelError`` for text that is not valid UTF-8: JSON and file names may contain lone surrogates."""
     for key, entry in metadata.items():
         texts = entry.value if isinstance(entry.value, list) else [entry.value]
         try:
             "".join(text for text in texts if isinstance(text, str)).encode()
         except UnicodeEncodeError as error:
             raise ModelError(
-                f"{folder}: {key} is not UTF-8: {error.object[error.start]!r}; correct it where it comes from: "
+                f"{folder}: {key} is not UTF-8: {error.object[error.start]!r}; correct it at its source: "
                 "a file of the model, or the folder's name"
             ) from error
 
 
-# The numbers that a key of a type can hold.
+# Range of each key type.
 _RANGES = {
     GGUFValueType.UINT32: (0, 2**32 - 1),
     GGUFValueType.INT32: (-(2**31), 2**31 - 1),
@@ -218,7 +217,7 @@ _RANGES = {
 
 
 def _check_numbers(folder: Path, metadata: Mapping[str, GGUFValue]) -> None:
-    """Raise ``ModelError`` for a number that its key's type cannot hold: JSON may hold any."""
+    """Raise ``ModelError`` for a number out of range of its key's type."""
     for key, entry in metadata.items():
         kind = entry.sub_type if entry.sub_type is not None else entry.type
         if kind not in _RANGES:
@@ -233,7 +232,7 @@ def _check_numbers(folder: Path, metadata: Mapping[str, GGUFValue]) -> None:
 
 
 def _identity(metadata: Mapping[str, GGUFValue], architecture: str, mapped: Mapped) -> str:
-    """Return a hex SHA-256 of what the model is: how it computes, and the beginning of its tensors."""
+    """Return the hex SHA-256 of the architecture's keys and the digest of the tensors."""
     keys = {key: entry.value for key, entry in metadata.items() if key.startswith(f"{architecture}.")}
     text = json.dumps([architecture, keys, mapped.digest], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

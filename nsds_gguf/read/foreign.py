@@ -1,4 +1,4 @@
-"""Folders that hold no weights that are read: what they are, and which command or path leads on."""
+"""Identify folders without supported weights, and suggest the next step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import ModelError, UnsupportedError
 
-# Weights of other programs, by the ending of a file: what they are and what helps.
+# Weights of other programs: file extension, description, next step.
 _OTHER_FORMATS = (
     (".nemo", "a NeMo archive", "convert it to Hugging Face's format with NeMo's export scripts"),
     (".onnx", "an ONNX model", "get the safetensors weights"),
@@ -29,7 +29,7 @@ _CHECKPOINT = re.compile(r"(checkpoint|epoch|step|iter)[-_]?(\d+)")
 
 
 def foreign_folder(folder: Path) -> ModelError:
-    """Return the error that says what a folder without weights to read is, and what to do."""
+    """Return the error for a folder without supported weights: what it is, and what to do."""
     found = describe(folder)
     if found is not None:
         return UnsupportedError(f"{folder}: {found}")
@@ -41,7 +41,7 @@ def foreign_folder(folder: Path) -> ModelError:
     if shards:
         more = f" (and {len(shards) - 1} more)" if len(shards) > 1 else ""
         return ModelError(
-            f"{folder}: holds {shards[0]}{more} but no model.safetensors.index.json that says which belong together: "
+            f"{folder}: holds {shards[0]}{more} but no model.safetensors.index.json to say which belong together: "
             "download the index and all shards"
         )
     for ending, what, help_ in _OTHER_FORMATS:
@@ -52,7 +52,7 @@ def foreign_folder(folder: Path) -> ModelError:
 
 
 def describe(folder: Path) -> str | None:
-    """Return what a folder is in place of a model, and what to do; ``None`` when nothing is known of it."""
+    """Return what a folder is instead of a model, and what to do; ``None`` if unknown."""
     return next((found for look in _LOOKS if (found := look(folder)) is not None), None)
 
 
@@ -71,7 +71,7 @@ def _adapter(folder: Path) -> str | None:
 
 
 def merge_step(folder: Path) -> str:
-    """Return how an adapter is merged, as one line of Python."""
+    """Return the step to merge an adapter, as one line of Python."""
     return (
         f"`AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(OUT)` with "
         "peft, then convert OUT"
@@ -81,7 +81,7 @@ def merge_step(folder: Path) -> str:
 def _diffusers(folder: Path) -> str | None:
     if not (folder / "model_index.json").is_file():
         return None
-    return f"is a pipeline of diffusers, not a language model{_pass(_models_below(folder))}"
+    return f"is a diffusers pipeline, not a language model{_pass(_models_below(folder))}"
 
 
 def _deepspeed(folder: Path) -> str | None:
@@ -107,7 +107,7 @@ def _distributed(folder: Path) -> str | None:
         return None
     return (
         f"holds a distributed training checkpoint (FSDP, {place.name}): merge it first: "
-        f"`accelerate merge-weights {place} OUT`, put config.json and tokenizer beside, then convert OUT"
+        f"`accelerate merge-weights {place} OUT`, copy config.json and the tokenizer to OUT, then convert OUT"
     )
 
 
@@ -115,12 +115,12 @@ def _sentence_transformers(folder: Path) -> str | None:
     if not (folder / "modules.json").is_file():
         return None
     models = _models_below(folder)
-    return f"is a model of sentence-transformers with its weights in a subfolder{_pass(models)}" if models else None
+    return f"is a sentence-transformers model with its weights in a subfolder{_pass(models)}" if models else None
 
 
 def _hub_cache(folder: Path) -> str | None:
     snapshots = [path for path in sorted((folder / "snapshots").glob("*")) if path.is_dir()]
-    return f"is a folder of the Hub's cache: pass {snapshots[-1]}" if snapshots else None
+    return f"is a folder of the Hub cache: pass {snapshots[-1]}" if snapshots else None
 
 
 def _checkpoints(folder: Path) -> str | None:
@@ -129,7 +129,7 @@ def _checkpoints(folder: Path) -> str | None:
         return None
     latest = max(found)[1]
     many = f"{len(found)} training checkpoints" if len(found) > 1 else "a training checkpoint"
-    return f"holds {many} in subfolders: pass the one that is meant, the latest is {folder / latest}"
+    return f"holds {many} in subfolders: pass one of them; the latest is {folder / latest}"
 
 
 def _subfolder(folder: Path) -> str | None:
@@ -142,7 +142,7 @@ def _training_state(folder: Path) -> str | None:
     state = [name for name in names if name in ("optimizer.pt", "optimizer.bin", "trainer_state.json", "scheduler.pt")]
     if not state:
         return None
-    return f"holds the state of a training ({state[0]}) but no weights: pass the folder that the model was saved to"
+    return f"holds a training state ({state[0]}) but no weights: pass the folder where the model was saved"
 
 
 _LOOKS: Sequence[Callable[[Path], str | None]] = (
@@ -170,7 +170,7 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """Return a JSON object, empty where there is none that can be read: it only helps to say what a folder is."""
+    """Return a JSON object, empty if unreadable: it only serves to describe a folder."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

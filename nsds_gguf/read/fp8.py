@@ -1,8 +1,8 @@
-"""FP8 checkpoints: codes of eight bits, times the scale of the tensor, the row or the block that they lie in.
+"""FP8 checkpoints: 8-bit codes, times the scale of their tensor, row or block.
 
-Such a checkpoint stores ``NAME`` as F8_E4M3 and ``NAME_scale_inv`` or ``NAME_scale`` beside it; in spite of the name,
-both are factors (DeepSeek-V3, ``inference/kernel.py``, ``weight_dequant``; llama.cpp, ``conversion/base.py``,
-``dequant_simple``). Products are made in float32 when rows are read; nothing is kept.
+Such a checkpoint stores ``NAME`` as F8_E4M3 and ``NAME_scale_inv`` or ``NAME_scale`` beside it; despite the name, both
+are factors (DeepSeek-V3, ``inference/kernel.py``, ``weight_dequant``; llama.cpp, ``conversion/base.py``,
+``dequant_simple``). Products are computed in float32 when rows are read, and not cached.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .stored import StoredTensor
 
 _SCALES = ("_scale_inv", "_scale")  # after the name of the weight
 
-# Of activations and of the key/value cache: of no use once the weights are numbers.
+# Scales of activations and of the key/value cache, which weights do not need.
 _UNUSED = (".input_scale", "activation_scale", ".output_scale", ".k_scale", ".v_scale")
 
 
@@ -32,7 +32,7 @@ class ScaledTensor(StoredTensor):
     Args:
         codes: the stored codes, in the shape of the tensor.
         scales: the scales, with as many dimensions as the tensor.
-        blocks: along every dimension, the number of codes that one scale covers; the last block may be cut off.
+        blocks: number of codes per scale along every dimension; the last block may be smaller.
 
     """
 
@@ -62,14 +62,14 @@ class ScaledTensor(StoredTensor):
 
 
 def with_scales(tensors: Mapping[str, StoredTensor], fp8: Fp8 | None) -> dict[str, StoredTensor]:
-    """Return the tensors with every FP8 one joined to its scales, which do not show any more.
+    """Return the tensors, every FP8 tensor combined with its scales.
 
     Args:
-        tensors: everything that the checkpoint stores, by name.
-        fp8: what config.json says; ``None`` when it says nothing.
+        tensors: all tensors of the checkpoint, by name.
+        fp8: FP8 settings of config.json; ``None`` without any.
 
     Raises:
-        ModelError: FP8 codes without scales, or scales of a shape that does not fit.
+        ModelError: FP8 codes without scales, or scales of the wrong shape.
 
     """
     codes = {name: tensor for name, tensor in tensors.items() if tensor.dtype == "F8_E4M3"}
@@ -101,21 +101,21 @@ def _scaled(codes: StoredTensor, scales: StoredTensor, block: tuple[int, int] | 
     aligned = _aligned(scales.shape, len(codes.shape))
     blocks = _blocks(codes.shape, aligned, block) if len(codes.shape) > 1 else None
     if blocks is None:
-        grid = f", or one a block of {block[0]} x {block[1]}" if block else ""
+        grid = f", or one per block of {block[0]} x {block[1]}" if block else ""
         raise ModelError(
             f"{scales.file}: tensor {scales.name}: shape {scales.shape} does not fit {codes.name}, {codes.shape}; "
-            f"wanted one scale, one a row{grid}: see quantization_config in config.json"
+            f"wanted one scale, one per row{grid}: see quantization_config in config.json"
         )
     return ScaledTensor(codes.name, codes.dtype, codes.shape, codes.file, codes, replace(scales, shape=aligned), blocks)
 
 
 def _aligned(shape: tuple[int, ...], n_dims: int) -> tuple[int, ...]:
-    """Return the shape of scales with ``n_dims`` dimensions: those that are missing are the last (dequant_simple)."""
+    """Return the shape of scales with ``n_dims`` dimensions; missing dimensions are the last (dequant_simple)."""
     return (1,) * n_dims if math.prod(shape) == 1 else shape + (1,) * (n_dims - len(shape))
 
 
 def _blocks(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, int] | None) -> tuple[int, ...] | None:
-    """Return how many weights a scale covers along every dimension, ``None`` when the scales do not fit."""
+    """Return the number of weights per scale along every dimension; ``None`` if the scales do not fit."""
     if len(scales) != len(shape):
         return None
     pairs = list(zip(shape, scales, strict=True))
@@ -127,7 +127,7 @@ def _blocks(shape: tuple[int, ...], scales: tuple[int, ...], block: tuple[int, i
 
 
 def _span(n_weights: int, n_scales: int) -> int:
-    """Return how many weights a scale covers where it covers one or all, 0 where it is neither."""
+    """Return the number of weights per scale if that is one or all, else 0."""
     if n_scales == 1:
         return n_weights
     return 1 if n_scales == n_weights else 0

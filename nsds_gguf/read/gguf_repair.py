@@ -1,8 +1,8 @@
-"""What llama.cpp refuses, or aborts on, in a GGUF that is converted: mended with a note, or refused, from its header.
+"""Repair or refuse what llama.cpp rejects, or aborts on, in the header of an input GGUF.
 
-``mended`` looks at keys and the tensor table alone. Where the repair is exact, the file heals: parts of a vision or
-audio model inside are left out, the vocabulary is brought to the rows of the embedding. Everything else is refused
-with its reason before any work. What is not looked at here llama.cpp says itself, of an outline (``texts``).
+``repaired`` reads keys and the tensor table alone. It makes exact repairs: it drops the tensors of a vision or audio
+model in the file, and fits the vocabulary to the rows of the embedding. It refuses everything else with a reason before
+any work. llama.cpp itself checks the rest on an outline of the file (``evaluate.texts``).
 
 Sources: llama.cpp src/llama-model.cpp (``load_hparams``), src/llama-vocab.cpp (``llama_vocab::impl::load``);
 Ollama llama/compat/README.md.
@@ -26,7 +26,7 @@ from ..llamacpp.rules import needs_f32
 from ..records import COPIED_TYPES, kv, role_and_layer
 from .config import MAX_LAYERS
 
-# Ollama's own names of architectures, and what llama.cpp calls the model whose keys and tensors it names otherwise.
+# Ollama's own architectures, and llama.cpp's name of the model, whose keys and tensors are named otherwise.
 OLLAMA_NAMES = {
     "deepseekocr": "deepseek2-ocr",
     "glm4moelite": "deepseek2",
@@ -38,7 +38,7 @@ OLLAMA_NAMES = {
     "qwen25vl": "qwen2vl",
 }
 
-# Tensors and keys of the vision or audio part that some tools keep in the file of the language model.
+# Tensors and keys of a vision or audio part that some tools store in the file of the language model.
 _OTHER_PART = re.compile(r"(v|a|s|mm|resampler|adapter|vision_tower|audio_tower|multi_modal_projector)\.")
 _OTHER_KEYS = ("vision.", "audio.", "mm.", "sam.", "projector.")
 
@@ -52,7 +52,7 @@ _SPECIAL_ID = re.compile(r"tokenizer\.ggml\.\w+_(token_)?id")
 _FLAG = re.compile(r"tokenizer\.ggml\.(add|remove)_\w+")
 _NORMAL, _UNUSED = 1, 5  # llama.cpp, enum llama_token_type
 _NO_VOCABULARY = ("no_vocab", "none")
-# Tokenizers of llama.cpp that have a BOS, an EOS or a separator without a key that names it.
+# Default ids of BOS and EOS in llama.cpp's tokenizers, if no key names them.
 _DEFAULT_IDS = {
     "bos": {"llama": 1, "bert": 101, "gpt2": 11, "plamo2": 1},
     "eos": {"llama": 2, "gpt2": 11, "t5": 1, "plamo2": 2},
@@ -64,7 +64,7 @@ Metadata = dict[str, GGUFValue]
 
 @dataclass(frozen=True)
 class Header:
-    """Keys and tensor table, and what was changed about them: one sentence each."""
+    """Keys and tensor table, with notes on repairs, one sentence each."""
 
     metadata: Metadata
     tensors: tuple[TensorEntry, ...]
@@ -76,16 +76,16 @@ class Header:
         return None if entry is None else entry.value
 
     def noting(self, note: str, **changes: Any) -> Header:
-        """Return the header with changes, and the note on them."""
+        """Return the header with changes and a note on them."""
         return replace(self, notes=(*self.notes, note), **changes)
 
 
-def mended(architecture: str, metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEntry]) -> Header:
-    """Return the header as llama.cpp takes it, as far as that is the same model.
+def repaired(architecture: str, metadata: Mapping[str, GGUFValue], tensors: Sequence[TensorEntry]) -> Header:
+    """Return the header with repairs that do not change the model.
 
     Raises:
-        ModelError: a key, a tensor or the vocabulary is such that llama.cpp cannot load or run the file.
-        UnsupportedError: the architecture is one that only Ollama knows.
+        ModelError: llama.cpp cannot load or run the file because of a key, a tensor or the vocabulary.
+        UnsupportedError: an architecture that only Ollama knows.
 
     """
     check_architecture(architecture)
@@ -96,16 +96,16 @@ def mended(architecture: str, metadata: Mapping[str, GGUFValue], tensors: Sequen
 
 
 def check_architecture(architecture: str) -> None:
-    """Raise ``UnsupportedError`` for an architecture that is Ollama's own."""
+    """Raise ``UnsupportedError`` for an architecture of Ollama's own."""
     if architecture not in OLLAMA_NAMES:
         return
     known = OLLAMA_NAMES[architecture]
-    theirs = f"llama.cpp's is {known}, with other keys and tensor names" if known else "llama.cpp has none like it"
+    theirs = f"llama.cpp's is {known}, with other keys and tensor names" if known else "llama.cpp has no equivalent"
     remedy = "download the model's GGUF made for llama.cpp, or its safetensors, from Hugging Face"
     raise UnsupportedError(f"architecture {architecture} is Ollama's own: {theirs}; {remedy}")
 
 
-# --- parts that are not the language model ---------------------------------------------------------------------------
+# --- other parts than the language model ---------------------------------------------------------------------------
 
 
 def _without_other_parts(architecture: str, header: Header) -> Header:
@@ -118,13 +118,14 @@ def _without_other_parts(architecture: str, header: Header) -> Header:
     n_keys = len(header.metadata) - len(keys)
     return header.noting(
         f"The file holds a vision or audio part beside the language model, as Ollama stores it: {len(left_out)} "
-        f"tensors ({parts}) and {n_keys} keys are left out; llama.cpp takes that part from a file of its own (mmproj).",
+        f"tensors ({parts}) and {n_keys} keys are left out; llama.cpp reads that part from a separate file (mmproj).",
         metadata=keys,
         tensors=tuple(tensor for tensor in header.tensors if not _OTHER_PART.match(tensor.name)),
     )
 
 
-# --- numbers ---------------------------------------------------------------------------------------------------------
+# --- hyperparameters
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _check_keys(architecture: str, header: Header) -> None:
@@ -132,10 +133,10 @@ def _check_keys(architecture: str, header: Header) -> None:
     for name in _NEEDED:
         key = f"{architecture}.{name}"
         if key in header.metadata and not (type(value := header.value(key)) is int and value > 0):
-            raise ModelError(f"key {key} is {value!r}; wanted a whole number from 1 up")
+            raise ModelError(f"key {key} is {value!r}; wanted a positive integer")
     for key, entry in header.metadata.items():
         if key.startswith(f"{architecture}.") and not _is_finite(entry.value):
-            raise ModelError(f"key {key} is {entry.value!r}; wanted a finite number: get the file anew")
+            raise ModelError(f"key {key} is {entry.value!r}; wanted a finite number: download the file again")
     widest = max((size for tensor in header.tensors for size in tensor.shape), default=0)
     if (n_embd := header.value(f"{architecture}.embedding_length")) is not None and n_embd > widest:
         raise ModelError(f"key {architecture}.embedding_length is {n_embd}; no tensor is wider than {widest}")
@@ -152,22 +153,22 @@ def _check_keys(architecture: str, header: Header) -> None:
 
 
 def _check_kinds(architecture: str, header: Header) -> None:
-    """Raise ``ModelError`` for an id, a flag or a kind of pooling that is something else: llama.cpp throws."""
+    """Raise ``ModelError`` for an id, flag or pooling type of the wrong type: llama.cpp throws."""
     for key, entry in header.metadata.items():
         is_number = _SPECIAL_ID.fullmatch(key) is not None or key == f"{architecture}.pooling_type"
         if (is_number and type(entry.value) is not int) or (_FLAG.fullmatch(key) and type(entry.value) is not bool):
-            wanted = "a whole number" if is_number else "true or false"
-            raise ModelError(f"key {key} is {reprlib.repr(entry.value)}; wanted {wanted}: get the file anew")
+            wanted = "an integer" if is_number else "true or false"
+            raise ModelError(f"key {key} is {reprlib.repr(entry.value)}; wanted {wanted}: download the file again")
 
 
 def _with_needed_keys(architecture: str, header: Header) -> Header:
-    """Return the header with a note on keys without which llama.cpp loads no model."""
+    """Return the header with a note on missing keys that llama.cpp requires."""
     needed = [f"{architecture}.{name}" for name in _NEEDED] + ["tokenizer.ggml.model"]
     missing = [key for key in needed if key not in header.metadata]
     if not missing:
         return header
     what = "has no tokenizer and " if needed[-1] in missing else ""
-    return header.noting(f"The file {what}lacks {', '.join(missing)}: llama.cpp cannot load what is made of it.")
+    return header.noting(f"The file {what}lacks {', '.join(missing)}: llama.cpp cannot load the output.")
 
 
 def _is_finite(value: Any) -> bool:
@@ -199,7 +200,7 @@ def _largest(value: Any) -> int:
 
 
 def _check_layers(architecture: str, header: Header) -> None:
-    """Raise ``ModelError`` unless there are tensors of exactly the layers that ``block_count`` counts."""
+    """Raise ``ModelError`` unless the layers of the tensors match ``block_count``."""
     found = {layer for tensor in header.tensors if (layer := role_and_layer(tensor.name)[1]) is not None}
     n_layers = header.value(f"{architecture}.block_count")
     if not found or n_layers is None:
@@ -208,16 +209,14 @@ def _check_layers(architecture: str, header: Header) -> None:
     extra = sorted(found - set(range(n_layers)))
     if missing or extra:
         what = f"no tensors of layer {missing[0]}" if missing else f"tensors of layer {extra[0]}"
-        raise ModelError(
-            f"key {architecture}.block_count counts {n_layers} layers, and there are {what}; get a complete file"
-        )
+        raise ModelError(f"key {architecture}.block_count is {n_layers}, but there are {what}; get a complete file")
 
 
 # --- vocabulary ------------------------------------------------------------------------------------------------------
 
 
 def _with_fitting_vocabulary(header: Header) -> Header:
-    """Return the header with a vocabulary that llama.cpp loads, and of as many tokens as the embedding has rows."""
+    """Return the header with a vocabulary that llama.cpp loads, one token per row of the embedding."""
     kind, tokens = header.value("tokenizer.ggml.model"), header.value(_TOKENS)
     if kind is None and tokens is None:
         return header
@@ -237,7 +236,7 @@ def _with_fitting_vocabulary(header: Header) -> Header:
 
 
 def _of_fitting_lists(header: Header) -> Header:
-    """Return the header with scores and types for the tokens and no more; raises ``ModelError`` for fewer."""
+    """Return the header without surplus scores and types; raise ``ModelError`` if there are too few."""
     n_tokens = len(header.value(_TOKENS))
     for key in _BY_TOKEN:
         values = header.value(key)
@@ -245,9 +244,9 @@ def _of_fitting_lists(header: Header) -> Header:
             continue
         if not isinstance(values, list) or len(values) < n_tokens:
             found = len(values) if isinstance(values, list) else repr(values)
-            raise ModelError(f"key {key}: wanted {n_tokens} values, one for every token, got {found}; get a sound file")
+            raise ModelError(f"key {key}: wanted {n_tokens} values, one per token, got {found}; get a valid file")
         header = header.noting(
-            f"Key {key} has {len(values)} values for {n_tokens} tokens: those beyond are left out.",
+            f"Key {key} has {len(values)} values for {n_tokens} tokens: the surplus is left out.",
             metadata=_cut(header.metadata, (key,), n_tokens),
         )
     return header
@@ -259,7 +258,7 @@ def _cut(metadata: Metadata, keys: Sequence[str], n: int) -> Metadata:
 
 
 def _of_embedded_tokens(header: Header) -> Header:
-    """Return the header with one token for every row of the embedding: cut, or filled as llama.cpp's converter does."""
+    """Return the header with one token per row of the embedding: truncated, or padded like llama.cpp's converter."""
     shape = next((tensor.shape for tensor in header.tensors if tensor.name == "token_embd.weight"), None)
     tokens = header.value(_TOKENS)
     if shape is None or len(shape) != 2 or len(tokens) == shape[0]:
@@ -269,7 +268,7 @@ def _of_embedded_tokens(header: Header) -> Header:
     if n_tokens > n_rows:
         names = ", ".join(map(repr, tokens[n_rows : n_rows + _SHOWN]))
         return header.noting(
-            f"The vocabulary has {n_tokens} tokens, the embedding {n_rows} rows: the {n_tokens - n_rows} tokens beyond "
+            f"The vocabulary has {n_tokens} tokens, the embedding {n_rows} rows: the last {n_tokens - n_rows} tokens "
             f"({names}{', …' if n_tokens - n_rows > _SHOWN else ''}) are left out.",
             metadata={**_cut(header.metadata, size_keys, n_rows), **sizes},
         )
@@ -285,14 +284,14 @@ def _of_embedded_tokens(header: Header) -> Header:
         if (entry := header.metadata.get(key))
     }
     return header.noting(
-        f"The vocabulary has {n_tokens} tokens, the embedding {n_rows} rows: the rows beyond get unused tokens "
+        f"The vocabulary has {n_tokens} tokens, the embedding {n_rows} rows: the other rows get unused tokens "
         f"[PAD{n_tokens}] to [PAD{n_rows - 1}].",
         metadata={**header.metadata, **filled, **sizes},
     )
 
 
 def _of_known_ids(header: Header) -> Header:
-    """Return the header without ids of special tokens that no token has; llama.cpp ignores them."""
+    """Return the header without special token ids outside the vocabulary; llama.cpp ignores them."""
     n_tokens = len(header.value(_TOKENS))
     wrong = {
         key: entry.value
@@ -301,29 +300,30 @@ def _of_known_ids(header: Header) -> Header:
     }
     if not wrong:
         return header
-    told = ", ".join(f"{key} {value}" for key, value in wrong.items())
+    ids = ", ".join(f"{key} {value}" for key, value in wrong.items())
     return header.noting(
-        f"The vocabulary has {n_tokens} tokens, and these special ones are beyond: {told}; left out, as llama.cpp "
-        "ignores them.",
+        f"The vocabulary has {n_tokens} tokens; special token ids outside it are left out, as llama.cpp ignores them: "
+        f"{ids}.",
         metadata={key: entry for key, entry in header.metadata.items() if key not in wrong},
     )
 
 
 def _check_tokens(header: Header) -> None:
-    """Raise ``ModelError`` for a token that is there twice: llama.cpp aborts."""
+    """Raise ``ModelError`` for a duplicate token: llama.cpp aborts."""
     ids: dict[str, int] = {}
-    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(header.value(_TOKENS))]  # as llama.cpp calls them
+    tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(header.value(_TOKENS))]  # llama.cpp's names
     for i, token in enumerate(tokens):
         first = ids.setdefault(token, i)
         if first != i:
             raise ModelError(
-                f"key {_TOKENS}: tokens {first} and {i} are both {token!r} ({len(tokens) - len(set(tokens))} such in "
-                "all), on which llama.cpp aborts; convert the model's folder, or get a file with a sound vocabulary"
+                f"key {_TOKENS}: tokens {first} and {i} are both {token!r} ({len(tokens) - len(set(tokens))} "
+                "duplicates in all), on which llama.cpp aborts; convert the model's folder, or get a file with a valid "
+                "vocabulary"
             )
 
 
 def _check_merges(header: Header) -> None:
-    """Raise ``ModelError`` where byte-level BPE has tokens of several letters and no merges that make them."""
+    """Raise ``ModelError`` for byte-level BPE with tokens of several letters, but without merges."""
     if header.value("tokenizer.ggml.model") != "gpt2" or header.value("tokenizer.ggml.pre") == "kimi-k2":
         return
     merges, kinds = header.value(_MERGES), header.value(_BY_TOKEN[1])
@@ -331,20 +331,20 @@ def _check_merges(header: Header) -> None:
     is_long = (len(token) > 1 and kinds is not None and kinds[i] == _NORMAL for i, token in enumerate(tokens))
     if merges is None or (not merges and any(is_long)):
         raise ModelError(
-            f"key {_MERGES} is {'missing' if merges is None else 'empty'}: llama.cpp cannot make the tokens of several "
-            "letters from text; get a complete file"
+            f"key {_MERGES} is {'missing' if merges is None else 'empty'}: llama.cpp cannot build tokens of several "
+            "letters; get a complete file"
         )
 
 
 def _check_added(header: Header) -> None:
-    """Raise ``ModelError`` where every text is to begin or end with a token that there is not: llama.cpp aborts."""
+    """Raise ``ModelError`` if BOS or EOS must be added, but does not exist: llama.cpp aborts."""
     kind, n_tokens = header.value("tokenizer.ggml.model"), len(header.value(_TOKENS))
     for name, defaults in _DEFAULT_IDS.items():
         key = f"tokenizer.ggml.{name}_token_id"
         has_default = defaults.get(str(kind), n_tokens) < n_tokens
         if header.value(f"tokenizer.ggml.add_{name}_token") and key not in header.metadata and not has_default:
             raise ModelError(
-                f"key tokenizer.ggml.add_{name}_token is true, and there is no {key}, on which llama.cpp aborts; "
+                f"key tokenizer.ggml.add_{name}_token is true, but {key} is missing, on which llama.cpp aborts; "
                 "get a complete file"
             )
 
@@ -353,7 +353,7 @@ def _check_added(header: Header) -> None:
 
 
 def _with_f32(header: Header) -> Header:
-    """Return the header with the note on tensors that are stored in a type which llama.cpp's kernels do not take."""
+    """Return the header with a note on tensors that are stored in a type that llama.cpp's kernels do not support."""
     wrong = [t for t in header.tensors if needs_f32(t.name, t.shape) and t.type not in ("F32", *COPIED_TYPES)]
     if not wrong:
         return header
@@ -361,5 +361,5 @@ def _with_f32(header: Header) -> Header:
     names = ", ".join(tensor.name for tensor in wrong[:_SHOWN]) + (", …" if len(wrong) > _SHOWN else "")
     return header.noting(
         f"{len(wrong)} vectors and other small tensors stored as {types} ({names}) become F32, the only type that "
-        "llama.cpp's kernels take there; their values stay the same."
+        "llama.cpp's kernels support there; their values do not change."
     )

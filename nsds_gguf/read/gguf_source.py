@@ -1,8 +1,8 @@
-"""A GGUF file becomes a ``Model``: any architecture, keys and tokenizer as they are, weights read a slab at a time.
+"""Open a GGUF file as a ``Model``: any architecture, unchanged keys and tokenizer, weights read a slab at a time.
 
-``open_gguf`` reads headers only; what llama.cpp would not take is mended or refused there (``gguf_repair``). What a
-file says about its own quantization does not survive a new one and is left out: ``general.file_type``,
-``general.quantization_version``, the alignment, the keys of a split file, those of an importance matrix and our own.
+``open_gguf`` reads headers only, and repairs or refuses what llama.cpp would reject (``gguf_repair``). It drops the
+keys on the file's own quantization and layout: ``general.file_type``, ``general.quantization_version``, the alignment,
+the keys of a split file, of an importance matrix and of nsds-gguf.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ..llamacpp import ggml
 from ..llamacpp.gguf_header import GgufPart, TensorEntry, read_gguf_parts
 from ..records import COPIED_TYPES, Float32, Model, Rows, Tensor, kv, role_and_layer
 from ..system.filestate import file_states
-from .gguf_repair import Header, mended
+from .gguf_repair import Header, repaired
 from .hparams import read_hparams
 from .spans import read_spans, row_runs
 from .stored import FileTensor
 
-# Types that hold the weights as good as they were: quantizing again loses nothing to speak of.
+# Types that can be quantized without noticeable additional loss.
 SOURCE_TYPES = (*ggml.FLOAT_TYPES, "Q8_0")
 
-# Keys, or beginnings of keys, that describe the file's quantization and layout and not the model.
+# Keys, or prefixes of keys, that describe the quantization and layout of the file, not the model.
 LEFT_OUT = (
     "general.file_type",
     "general.quantization_version",
@@ -43,7 +43,7 @@ LEFT_OUT = (
     "nsds_gguf.",
 )
 
-# What a GGUF that holds no language model calls itself in general.type, and how people know it (gguf, GGUFType).
+# Values of general.type for files without a language model, in words (gguf, GGUFType).
 OTHER_KINDS = {
     "mmproj": "the image or audio encoder of a multimodal model",
     "adapter": "an adapter (LoRA)",
@@ -64,12 +64,12 @@ _IDENTITY_BYTES = 4096  # of every tensor
 
 @dataclass(frozen=True)
 class GgufTensor(FileTensor):
-    """A tensor that lies in a GGUF file, ``offset_bytes`` from its beginning; ``dtype`` is one of ggml's types."""
+    """A tensor in a GGUF file, at ``offset_bytes``; ``dtype`` is a ggml type."""
 
     offset_bytes: int
 
     def values(self, rows: Rows, columns: slice) -> Float32:
-        """Return some rows and columns, dequantized by ggml; blocks are read whole."""
+        """Return some rows and columns, dequantized by ggml; reads whole rows."""
         data = self.stored_rows(rows)
         if self.dtype in _NUMPY_DTYPES:
             values: Float32 = data.view(_NUMPY_DTYPES[self.dtype]).astype(np.float32)
@@ -78,29 +78,29 @@ class GgufTensor(FileTensor):
         return values if columns == slice(0, self.n_cols) else values[:, columns].copy()
 
     def stored_rows(self, rows: Rows) -> NDArray[np.uint8]:
-        """Return rows as they are stored, ``(n, row bytes)`` uint8, fresh."""
+        """Return rows as stored, ``(n, row bytes)`` uint8, fresh."""
         if isinstance(rows, slice):
             return self._read([(rows.start, rows.stop - rows.start)])
         distinct, at = np.unique(rows, return_inverse=True)
         return self._read(row_runs(distinct))[at]
 
     def _read(self, runs: list[tuple[int, int]]) -> NDArray[np.uint8]:
-        """Read runs of rows, given as first row and number of rows."""
+        """Read runs of rows: first row and number of rows each."""
         n_bytes, n_rows = ggml.row_bytes(self.dtype, self.n_cols), sum(n for _, n in runs)
         spans = [(self.offset_bytes + first * n_bytes, n * n_bytes) for first, n in runs]
         return read_spans(self.file, self.name, spans, n_rows * n_bytes).reshape(n_rows, n_bytes)
 
 
 def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False) -> Model:
-    """Open a GGUF, or all parts of a split one of which any is named.
+    """Open a GGUF, or all parts of a split GGUF.
 
     Args:
-        path: the file.
-        pre: name of llama.cpp's pre-tokenizer, replacing the one that the file states.
-        allow_requantize: take weights that are quantized already to less than Q8_0.
+        path: the file, or any part.
+        pre: name of llama.cpp's pre-tokenizer; default: the one in the file.
+        allow_requantize: accept weights that are quantized to less than Q8_0.
 
     Returns:
-        The model; no weights have been read.
+        The model; reads no weights.
 
     Raises:
         ModelError: a file is missing, damaged or contradicts another part.
@@ -110,9 +110,9 @@ def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False
     parts = read_gguf_parts(path)
     stated = parts[0].header.metadata
     architecture = _architecture(path, stated)
-    header = _mended(path, architecture, parts)
-    kept = {entry.name for entry in header.tensors}
-    entries = [(part, entry) for part in parts for entry in part.header.tensors if entry.name in kept]
+    header = _repaired(path, architecture, parts)
+    names = {entry.name for entry in header.tensors}
+    entries = [(part, entry) for part in parts for entry in part.header.tensors if entry.name in names]
     tensors = tuple(_tensor(part.path, entry) for part, entry in entries)
     _check_vectors(path, tensors)
     notes = (*header.notes, *_requantize_notes(path, tensors, allow_requantize))
@@ -134,19 +134,19 @@ def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False
         notes=notes,
         model_id=_identity(metadata, entries),
         files=tuple(part.path for part in parts),
-        is_mended=bool(header.notes) or pre is not None,
+        is_repaired=bool(header.notes) or pre is not None,
         inputs=file_states(part.path for part in parts),
     )
 
 
-def _mended(path: Path, architecture: str, parts: Sequence[GgufPart]) -> Header:
-    """Return keys that stay and tensors as llama.cpp takes them; errors name the file."""
+def _repaired(path: Path, architecture: str, parts: Sequence[GgufPart]) -> Header:
+    """Return the repaired header; errors name the file."""
     stated = {k: value for k, value in parts[0].header.metadata.items() if not k.startswith(LEFT_OUT)}
     entries = [entry for part in parts for entry in part.header.tensors]
     if not entries:
         raise UnsupportedError(f"{path}: holds a vocabulary and no weights; wanted a GGUF of a model")
     try:
-        return mended(architecture, stated, entries)
+        return repaired(architecture, stated, entries)
     except ModelError as error:
         raise type(error)(f"{path}: {error}") from error
 
@@ -156,7 +156,7 @@ _STREAM_NORMS = ("attn_norm", "ffn_norm", "post_attention_norm", "post_ffw_norm"
 
 
 def _check_vectors(path: Path, tensors: Sequence[Tensor]) -> None:
-    """Raise ``ModelError`` for a norm that is not as wide as the stream, or a bias as what it is added to."""
+    """Raise ``ModelError`` for a norm or a bias of the wrong width."""
     by_name = {tensor.name: tensor for tensor in tensors}
     embedding = by_name.get("token_embd.weight")
     for tensor in tensors:
@@ -169,13 +169,13 @@ def _check_vectors(path: Path, tensors: Sequence[Tensor]) -> None:
             wanted = base.n_rows if len(base.shape) == 2 else base.n_weights
         if tensor.n_weights != wanted:
             raise ModelError(
-                f"{path}: tensor {tensor.name}: wanted {wanted} weights, as wide as what it works on, got "
+                f"{path}: tensor {tensor.name}: wanted {wanted} weights, the width of its input, got "
                 f"{tensor.n_weights}: the file is damaged, download it again"
             )
 
 
 def _architecture(path: Path, metadata: Mapping[str, GGUFValue]) -> str:
-    """Return the architecture; raises ``UnsupportedError`` for what is not a language model."""
+    """Return the architecture; raise ``UnsupportedError`` for a file without a language model."""
     kind = _text(metadata, "general.type")
     architecture = _text(metadata, "general.architecture")
     if kind in OTHER_KINDS or architecture == "clip":
@@ -193,7 +193,7 @@ def _text(metadata: Mapping[str, GGUFValue], key: str) -> str | None:
 
 def _tensor(file: Path, entry: TensorEntry) -> Tensor:
     if entry.type not in (*ggml.READ_TYPES, *COPIED_TYPES):
-        raise UnsupportedError(f"{file}: tensor {entry.name}: ggml cannot read type {entry.type} back; "
+        raise UnsupportedError(f"{file}: tensor {entry.name}: ggml cannot dequantize type {entry.type}; "
                                f"wanted one of {', '.join(SOURCE_TYPES)}")  # fmt: skip
     if 0 in entry.shape:
         raise ModelError(f"{file}: tensor {entry.name}: has no weights, shape {entry.shape}; download it again")
@@ -203,7 +203,7 @@ def _tensor(file: Path, entry: TensorEntry) -> Tensor:
 
 
 def _requantize_notes(path: Path, tensors: tuple[Tensor, ...], allowed: bool) -> tuple[str, ...]:
-    """Return the note on weights that are quantized already; raises ``UnsupportedError`` unless that is allowed."""
+    """Return the note on weights that are already quantized; raise ``UnsupportedError`` unless that is allowed."""
     counts = Counter(t.dtype for t in tensors if t.dtype not in (*SOURCE_TYPES, *COPIED_TYPES))
     if not counts:
         return ()
@@ -218,14 +218,14 @@ def _requantize_notes(path: Path, tensors: tuple[Tensor, ...], allowed: bool) ->
 
 
 def _writable(entry: GGUFValue) -> GGUFValue:
-    """Return a value whose text is bytes where it is not UTF-8, as gguf's writer takes it."""
+    """Return a value for gguf's writer, with text that is not UTF-8 as bytes."""
     if isinstance(entry.value, list):
         return kv([_bytes_unless_utf8(item) for item in entry.value], entry.type, entry.sub_type)
     return kv(_bytes_unless_utf8(entry.value), entry.type)
 
 
 def _bytes_unless_utf8(value: Any) -> Any:
-    """Return text that holds lone surrogates as the bytes which they stand for, anything else as it is."""
+    """Return text with lone surrogates as the bytes that they stand for, anything else unchanged."""
     if not isinstance(value, str) or value.isascii():
         return value
     data = value.encode(errors="surrogateescape")
@@ -237,7 +237,7 @@ def _bytes_unless_utf8(value: Any) -> Any:
 
 
 def _identity(metadata: Mapping[str, GGUFValue], entries: list[tuple[GgufPart, TensorEntry]]) -> str:
-    """Return the hex SHA-256 that tells models apart: the same for a split file and a whole one."""
+    """Return the hex SHA-256 that identifies the model: the same for a split file and a single one."""
     keys = {key: [int(entry.type), entry.value] for key, entry in metadata.items()}
     digest = hashlib.sha256(json.dumps(keys, sort_keys=True).encode())
     for part, entry in entries:

@@ -1,11 +1,11 @@
-"""The numbers of a decoder, from what every GGUF states: architecture, keys, tensor names and shapes.
+"""Hyperparameters (hparams) of a decoder, from the architecture, keys, tensor names and shapes of a GGUF.
 
-The same function serves a Hugging Face folder and any GGUF, so that both give the same scores and plans. Nothing is
-refused here: of an architecture that is not known the keys still say most, and what they do not say becomes 0, 1 or
-``unknown``, which later stages take as *cannot be seen*.
+The same function serves Hugging Face folders and GGUFs, so that both give the same scores and plans. It refuses
+nothing: keys state most hparams of an unknown architecture too, and the others become 0, 1 or ``unknown``, which later
+stages treat as not supported.
 
-Facts that a GGUF does not store (activation, scales fixed in code) come from the graphs in llama.cpp's
-``src/models/*.cpp``; they are tables of differences from the common case.
+Facts that a GGUF does not store (activation function, scales fixed in code) come from llama.cpp's graphs in
+``src/models/*.cpp``, as tables of exceptions from the common case.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from gguf.gguf_writer import GGUFValue
 from ..records import Hparams, Tensor
 
 NormKind = Literal["rms", "layer", "unknown"]
-RopeKind = Literal["neighbours", "halves", "none"]
+RopeKind = Literal["norm", "neox", "none"]
 ExpertScores = Literal["softmax", "sigmoid", "unknown"]
 
-# Activation of the feed-forward blocks where it is not SiLU, llama.cpp's default (``LLM_FFN_*`` in src/models/*.cpp).
-# ``unknown``: none of those that moment propagation has a formula for.
+# FFN activation where it is not SiLU, llama.cpp's default (``LLM_FFN_*`` in src/models/*.cpp). ``unknown``: moment
+# propagation has no formula for it.
 ACTIVATIONS = {
     **dict.fromkeys(
         (
@@ -40,39 +40,39 @@ ACTIVATIONS = {
     **dict.fromkeys(("apertus", "kimi-k3", "t5", "t5encoder"), "unknown"),
 }  # fmt: skip
 
-# Architectures whose graphs multiply the embedding by sqrt(n_embd), or by a constant unless a key says otherwise.
+# Architectures whose graphs multiply the embedding by sqrt(n_embd), or by a constant that a key can override.
 SQRT_EMBEDDING = ("afmoe", "gemma", "gemma-embedding", "gemma2", "gemma3", "gemma3n", "gemma4")
 EMBEDDING_SCALES = {"minicpm": 12.0, "minicpm3": 12.0, "grok": 78.38367176906169}
 
-# Blocks write ``1.4 / sqrt(n_layers)`` of their output to the stream unless a key says otherwise.
+# Residual updates are scaled by ``1.4 / sqrt(n_layers)``, which a key can override.
 DEPTH_SCALED = ("minicpm", "minicpm3")
 DEPTH_SCALE = 1.4
 
 # Factor of the attention logits where it is not ``1 / sqrt(head_dim)``.
 UNSCALED_ATTENTION = ("gemma3n", "gemma4")
-# The 27B models scale by the width of a head had all of the stream been shared out: known by their number of layers.
+# The 27B models, recognised by their number of layers, scale by ``1 / sqrt(n_embd / n_heads)``.
 WIDTH_SCALED_ATTENTION = {"gemma2": 46, "gemma3": 62}
 
-# The only architecture whose graph asks ``use_parallel_residual``; elsewhere the layer's norms tell.
+# The only architecture whose graph reads ``use_parallel_residual``; elsewhere the norms of the layer decide.
 PARALLEL_KEY = ("gptneox",)
 
-# Rope turns neighbouring channels (``llama_model_rope_type`` in src/llama-model.cpp); elsewhere it turns the two halves
-# of a head, and there is none at all where positions have embeddings of their own or biases on the logits.
-NEIGHBOUR_ROPE = (
+# Architectures with NORM rope (``llama_model_rope_type`` in src/llama-model.cpp), and without rope (position embeddings
+# or biases on the logits); all others have NEOX rope.
+NORM_ROPE = (
     "arcee", "arctic", "baichuan", "bailingmoe", "chameleon", "chatglm", "cohere2", "command-r", "deci", "deepseek",
     "deepseek2", "ernie4_5", "ernie4_5-moe", "granite", "granitehybrid", "granitemoe", "internlm2", "llada", "llama",
     "llama4", "minicpm", "mistral3", "neo-bert", "olmo", "plm", "smollm3", "starcoder", "xverse",
 )  # fmt: skip
 NO_ROPE = ("bert", "bloom", "gpt2", "jais", "jina-bert-v2", "mpt", "refact", "starcoder", "t5", "t5encoder")
 
-DEFAULT_THETA = 10000.0  # of llama.cpp, where no key says
+DEFAULT_THETA = 10000.0  # llama.cpp's default
 
 # Architectures that divide the output's logits by ``logit_scale``; others multiply.
 DIVIDED_LOGITS = ("granite", "granitemoe", "granitehybrid", "minicpm")
 
-# What makes scores of a router's logits, and whether the weights of the experts visited are divided by their sum
-# (``build_moe_ffn`` in src/llama-graph.cpp and its callers); ``None`` where a key says so. Other architectures choose
-# or weigh otherwise, or have not been looked at.
+# Function from a router's logits to scores, and whether the weights of the chosen experts are divided by their sum
+# (``build_moe_ffn`` in src/llama-graph.cpp and its callers); ``None``: a key decides. Architectures that are not listed
+# route otherwise, or have not been examined.
 ROUTING: dict[str, tuple[ExpertScores | None, bool | None]] = {
     **dict.fromkeys(("granitehybrid", "granitemoe", "llama", "qwen3moe", "qwen3vlmoe"), ("softmax", True)),
     **dict.fromkeys(("deepseek", "olmoe", "qwen2moe"), ("softmax", False)),
@@ -84,16 +84,16 @@ GATING: dict[int, ExpertScores] = {1: "softmax", 2: "sigmoid"}  # ``expert_gatin
 
 
 def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: Sequence[Tensor]) -> Hparams:
-    """Return the numbers of a model.
+    """Return the hparams of a model.
 
     Args:
-        architecture: ``general.architecture``; one that is not known is taken as a plain decoder.
-        metadata: GGUF keys; only those of the architecture are looked at. A key may hold one number or one a layer:
-            the largest counts, and later stages take a layer's own from the shapes of its tensors.
-        tensors: names and shapes; no weights are read.
+        architecture: ``general.architecture``; an unknown one is treated as a plain decoder.
+        metadata: GGUF keys; only those of the architecture count. Of a key with one number per layer, the largest
+            counts; later stages derive a layer's own from the shapes of its tensors.
+        tensors: names and shapes; reads no weights.
 
     Returns:
-        The numbers; 0 where neither keys nor shapes say.
+        The hparams; 0 where neither keys nor shapes state one.
 
     """
     keys = _Keys(architecture, metadata)
@@ -104,7 +104,7 @@ def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: 
     n_heads = keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length") or (n_embd // n_heads if n_heads else 0)
     norm, eps = _norm(keys)
-    expert_scores, experts_normed = _routing(architecture, keys)
+    expert_scores, norm_topk_prob = _routing(architecture, keys)
     return Hparams(
         n_layers=n_layers,
         n_embd=n_embd,
@@ -127,19 +127,19 @@ def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: 
         n_experts_used=keys.integer("expert_used_count"),
         experts_scale=keys.number("expert_weights_scale") or 1.0,
         expert_scores=expert_scores,
-        experts_normed=experts_normed,
+        norm_topk_prob=norm_topk_prob,
         rope=_rope(architecture),
         rope_dim=keys.integer("rope.dimension_count") or head_dim,
         rope_theta=keys.number("rope.freq_base") or DEFAULT_THETA,
         rope_factor=_rope_factor(keys),
-        attention_cap=keys.number("attn_logit_softcapping"),
-        logit_cap=keys.number("final_logit_softcapping"),
+        attn_logit_softcapping=keys.number("attn_logit_softcapping"),
+        final_logit_softcapping=keys.number("final_logit_softcapping"),
         logit_scale=_logit_scale(architecture, keys),
     )
 
 
 def _routing(architecture: str, keys: _Keys) -> tuple[ExpertScores, bool]:
-    """Return what makes scores of a router's logits, and whether the chosen ones are divided by their sum."""
+    """Return the score function of a router, and whether the chosen scores are divided by their sum."""
     if architecture not in ROUTING or keys.integer("expert_group_count") > 1:  # chosen within chosen groups
         return "unknown", False
     scores, normed = ROUTING[architecture]
@@ -150,11 +150,11 @@ def _routing(architecture: str, keys: _Keys) -> tuple[ExpertScores, bool]:
 def _rope(architecture: str) -> RopeKind:
     if architecture in NO_ROPE:
         return "none"
-    return "neighbours" if architecture in NEIGHBOUR_ROPE else "halves"
+    return "norm" if architecture in NORM_ROPE else "neox"
 
 
 def _rope_factor(keys: _Keys) -> float:
-    """Return what linear scaling divides positions by."""
+    """Return the divisor of positions in linear scaling."""
     kind = keys.first("rope.scaling.type")
     kind = kind.decode(errors="replace") if isinstance(kind, bytes) else kind
     return keys.number("rope.scaling.factor") or 1.0 if kind == "linear" else 1.0
@@ -166,7 +166,7 @@ def _logit_scale(architecture: str, keys: _Keys) -> float:
 
 
 class _Keys:
-    """Keys of one architecture by the part of their name after it; a list counts by its largest entry."""
+    """Keys of one architecture by name without its prefix; of a list, the largest entry counts."""
 
     def __init__(self, architecture: str, metadata: Mapping[str, GGUFValue]) -> None:
         self.architecture, self.metadata = architecture, metadata
@@ -176,9 +176,9 @@ class _Keys:
         return default if entry is None else entry.value
 
     def number(self, name: str) -> float:
-        """Return a finite number, the largest of a list; 0 where there is none.
+        """Return a finite number, the largest of a list; 0 without one.
 
-        Fractions are rounded to float32, as a GGUF holds them: a folder and its GGUF then give the same.
+        Fractions are rounded to float32, as in a GGUF, so that a folder and its GGUF give the same value.
         """
         value = self.first(name)
         values = value if isinstance(value, list | tuple) else [value]
@@ -191,7 +191,7 @@ class _Keys:
 
 
 def _norm(keys: _Keys) -> tuple[NormKind, float]:
-    """Return the kind of the stream's norms and their epsilon: which epsilon there is says which norm is meant."""
+    """Return the kind of the stream's norms and their epsilon; the name of the epsilon key decides the kind."""
     kinds: tuple[tuple[NormKind, str], ...] = (("rms", "layer_norm_rms_epsilon"), ("layer", "layer_norm_epsilon"))
     for kind, name in kinds:
         if keys.first(f"attention.{name}") is not None:

@@ -1,9 +1,8 @@
-"""Models of the Hugging Face Hub: what is needed of a repository is downloaded, by ``huggingface_hub``, to its cache.
+"""Download models of the Hugging Face Hub into the cache of ``huggingface_hub`` (extra ``hub``).
 
-The extra ``hub``. The library sees to the cache, to broken connections, which it resumes, and to the environment:
-``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HOME``, ``HF_HUB_OFFLINE``. Here is decided which files are needed, and said what to
-do when they cannot be had. Settings and tokenizer come first, so that a model that is not supported costs no download
-of weights.
+The library manages the cache, resumes broken downloads and reads the environment: ``HF_TOKEN``, ``HF_ENDPOINT``,
+``HF_HOME``, ``HF_HUB_OFFLINE``. This module selects the files and explains errors. It downloads settings and tokenizer
+first, so that an unsupported model costs no download of weights.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ..system.resources import check_disk
 from . import check_supported
 from .checkpoint import FORMATS, read_index
 
-# Files beside the weights; chat templates may lie in a folder of their own. Never code, nor weights of other formats.
+# Files beside the weights, chat templates in subfolders included; never code, nor weights in other formats.
 SMALL_FILES = re.compile(
     r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
     r"|tokenizer\.model|merges\.txt|chat_template\.jinja|additional_chat_templates/\w[\w.-]*\.jinja|README\.md"
@@ -37,13 +36,13 @@ _URL = re.compile(
     rf"https?://(huggingface\.co|hf\.co)/{_ID}(/(tree|blob|resolve)/(?P<revision>[^/?]+)(/(?P<file>.+\.gguf))?)?/?",
     re.ASCII,
 )
-_PATH = re.compile(r"\w[\w+.-]*(/\w[\w+.-]*)*", re.ASCII)  # a path that stays below where it starts
+_PATH = re.compile(r"\w[\w+.-]*(/\w[\w+.-]*)*", re.ASCII)  # a relative path without ..
 _SPLIT = re.compile(r"(.+)-\d{5}-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class HubName:
-    """A model on the Hub: ``ORG/MODEL``, a branch, tag or commit, and of a repository of GGUFs the file."""
+    """A model on the Hub: ``ORG/MODEL``, a branch, tag or commit, and a file in a repository of GGUFs."""
 
     repo: str
     revision: str | None = None
@@ -54,12 +53,12 @@ class HubName:
 
 
 def parse_name(text: str, revision: str | None = None) -> HubName | None:
-    """Return the model of the Hub that a text names, ``None`` when it is a local path.
+    """Parse the name of a Hub model; ``None`` for a local path.
 
-    ``hf:ORG/MODEL`` and ``https://huggingface.co/ORG/MODEL`` always name one, ``ORG/MODEL`` does where neither that
-    path nor a folder ``ORG`` exists; ``:FILE.gguf`` may follow.
+    ``hf:ORG/MODEL`` and ``https://huggingface.co/ORG/MODEL`` always name a Hub model, ``ORG/MODEL`` only if neither
+    that path nor a folder ``ORG`` exists; ``:FILE.gguf`` may follow.
 
-    Raises ``ModelError`` for a prefix without a name behind it, two revisions, or a file that is none.
+    Raises ``ModelError`` for a prefix without a name, two revisions, or an invalid file name.
     """
     prefix, plain = text.partition(":")[0], text.removeprefix("hf:")
     is_marked = prefix in ("hf", "http", "https")
@@ -79,11 +78,11 @@ def parse_name(text: str, revision: str | None = None) -> HubName | None:
 
 
 def fetch(name: HubName, progress: Progress = no_progress) -> Path:
-    """Download what is needed of a model, unless the cache holds it, and return its folder or GGUF file.
+    """Download the needed files of a model unless cached; return its folder or GGUF file.
 
     Raises:
-        ModelError: the library is missing, or the model cannot be had: the message says what to do.
-        UnsupportedError: the settings say that it cannot be converted; no weights are downloaded then.
+        ModelError: the library is missing, or the model is not available; the message says what to do.
+        UnsupportedError: the model cannot be converted; downloads no weights then.
         OutputError: the disk is too small, or full.
 
     """
@@ -106,14 +105,14 @@ def fetch(name: HubName, progress: Progress = no_progress) -> Path:
 
 
 class _Download:
-    """Files of one repository, downloaded one after the other; progress counts their bytes."""
+    """Sequential download of the files of one repository; progress counts bytes."""
 
     def __init__(self, name: HubName, sizes: dict[str, int], library: ModuleType, progress: Progress) -> None:
         self.name, self.sizes, self.library, self.progress = name, sizes, library, progress
         self.folders: set[Path] = set()
 
     def files(self, names: Sequence[str]) -> list[Path]:
-        """Return where files of the repository now lie; raises ``OutputError`` when the disk has no room for them."""
+        """Download files and return their paths; raise ``OutputError`` when the disk has no room for them."""
         self._check_disk(names)
         total, done, paths = sum(self.sizes[file] for file in names), 0, []
         for file in names:
@@ -126,29 +125,29 @@ class _Download:
         return paths
 
     def _report(self, done: int, end: int, total: int, n_bytes: int) -> None:
-        """Report bytes of one file, never more than it has: the library counts again when it starts again."""
+        """Report bytes of one file, at most its size: the library counts from 0 again after a restart."""
         self.progress(min(done + n_bytes, end), total)
 
     def _check_disk(self, names: Iterable[str]) -> None:
         cache = Path(self.library.constants.HF_HUB_CACHE)
         missing = sum(self.sizes[file] for file in names if not isinstance(self._cached(file), str))
         existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
-        check_disk(existing, missing, f"the download of {self.name} to {cache} (HF_HOME says where)")
+        check_disk(existing, missing, f"the download of {self.name} to {cache} (set HF_HOME to change the place)")
 
     def _cached(self, file: str) -> Any:
         return self.library.try_to_load_from_cache(self.name.repo, file, revision=self.name.revision)
 
     def check_one_commit(self) -> None:
-        """Raise ``ModelError`` when the repository changed meanwhile: its commits have folders of their own."""
+        """Raise ``ModelError`` when the repository changed during the download: each commit has its own folder."""
         if len(self.folders) > 1:
             raise ModelError(f"{self.name}: the repository changed during the download: run the command again")
 
 
 def _bar(report: Callable[[int], None]) -> type[Any]:
-    """Return a class of progress bars, as the library wants one, that draws nothing and reports bytes so far."""
+    """Return a progress bar class for the library that draws nothing and reports bytes so far."""
     from huggingface_hub.utils import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc]  # the library's own types are not looked at, see pyproject.toml
+    class Bar(tqdm):  # type: ignore[misc]  # mypy ignores the library's types, see pyproject.toml
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": True})
             self.n_done = int(options.get("initial") or 0)
@@ -158,7 +157,7 @@ def _bar(report: Callable[[int], None]) -> type[Any]:
             report(self.n_done)
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """Leave out bytes on the wire, which the library counts beside those that reach the disk."""
+            """Ignore bytes on the wire, which the library counts in addition to bytes on disk."""
 
     return Bar
 
@@ -172,7 +171,7 @@ def _library(name: HubName) -> ModuleType:
             f"{name}: no such folder; to download the model of this name run `pip install 'nsds-gguf[hub]'`"
         ) from error
     if "HF_HUB_VERBOSITY" not in os.environ:
-        utils.logging.set_verbosity_error()  # what it warns of, it does again or raises
+        utils.logging.set_verbosity_error()  # after its warnings, it retries or raises
     library: ModuleType = huggingface_hub
     return library
 
@@ -181,14 +180,14 @@ def _cached(name: HubName, library: ModuleType) -> Path:
     found = library.try_to_load_from_cache(name.repo, name.file or "config.json", revision=name.revision)
     if not isinstance(found, str):
         raise ModelError(
-            f"{name}: is not in the cache {library.constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to download it: "
+            f"{name}: is not in the cache {library.constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids the download: "
             "unset it"
         )
     return Path(found) if name.file is not None else Path(found).parent
 
 
 def _weight_files(name: HubName, sizes: Iterable[str], download: Callable[[str], Path]) -> list[str]:
-    """Return the files of the first format that ``open_checkpoint`` would take; ``download`` gets the index."""
+    """Return the files of the first format that ``open_checkpoint`` would use; ``download`` fetches the index."""
     for single, index, _ in FORMATS:
         if single in sizes:
             return [single]
@@ -196,13 +195,13 @@ def _weight_files(name: HubName, sizes: Iterable[str], download: Callable[[str],
             shards = sorted(set(read_index(download(index)).values()))
             missing = [shard for shard in shards if shard not in sizes]
             if missing:
-                raise ModelError(f"{name}: {index} names {missing[0]}, which the repository does not hold")
+                raise ModelError(f"{name}: {index} names {missing[0]}, which is not in the repository")
             return shards
     raise _no_model(name, sizes)
 
 
 def _gguf_parts(name: HubName, sizes: Iterable[str]) -> list[str]:
-    """Return the file that is named, or all parts of a split one, the named one first."""
+    """Return the named file, or all parts of a split one, the named part first."""
     wanted = str(name.file)
     if wanted not in sizes:
         raise ModelError(f"{name}: no such file in the repository; its GGUF files: {_some(_ggufs(sizes)) or 'none'}")
@@ -238,9 +237,9 @@ def _some(names: Sequence[str], n_shown: int = 10) -> str:
 
 @contextmanager
 def _plain_errors(name: HubName, library: ModuleType) -> Iterator[None]:
-    """Turn what the library and its HTTP client raise into one line that says what to do."""
+    """Convert errors of the library and its HTTP client to one line that says what to do."""
     errors = library.errors
-    transport = errors.HfHubHTTPError.__bases__[0]  # the HTTP client's base class; which client, depends on the version
+    transport = errors.HfHubHTTPError.__bases__[0]  # base class of the HTTP client, which depends on the version
     try:
         yield
     except OSError as error:
@@ -263,7 +262,7 @@ def _explained(name: HubName, library: ModuleType, error: Exception) -> ModelErr
     if status in (401, 403):
         return ModelError(f"{name}: {endpoint} refuses access ({status}): check the token in HF_TOKEN")
     if isinstance(error, errors.HFValidationError):
-        return ModelError(f"{name}: no name of a model: {error}")
+        return ModelError(f"{name}: not a valid model name: {error}")
     if getattr(error, "errno", None) == errno.ENOSPC:
         return OutputError(f"{name}: no space left in {library.constants.HF_HUB_CACHE}: make room or set HF_HOME")
     reason = f"status {status}" if status else next(iter(str(error.__cause__ or error).splitlines()), repr(error))

@@ -1,4 +1,4 @@
-"""From the tensors of a checkpoint to those of a GGUF: every one placed, none missing, rows in GGUF order."""
+"""Map the tensors of a checkpoint to those of a GGUF: all used, none missing, rows in GGUF order."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .missing import check_complete
 from .names import Found, Wanted, find_names
 from .stored import StoredTensor, same_values, some
 
-_IDENTITY_WEIGHTS = 1024  # of every tensor: enough to tell two fine-tunes apart, cheap enough to read always
+_IDENTITY_WEIGHTS = 1024  # of every tensor: enough to distinguish fine-tunes, and cheap to read
 
 Stored = Mapping[str, StoredTensor]
 Order = NDArray[np.intp]
 
-# Names of what a multimodal checkpoint holds beside its language model.
+# Names of other parts of a multimodal checkpoint.
 _OTHER_MODELS = re.compile(
     r"(^|\.)(vision_tower|vision_model|multi_modal_projector|multimodal_projector|connector|image_newline|audio_tower)"
     r"(\.|$)"
@@ -36,10 +36,10 @@ _OTHER_MODELS = re.compile(
 
 
 def rope_row_order(n_heads: int, head_dim: int) -> Order:
-    """Return the checkpoint row behind each GGUF row of q or k, ``(n_heads * head_dim,)``.
+    """Return the checkpoint row of each GGUF row of q or k, ``(n_heads * head_dim,)``.
 
-    transformers rotates channel ``j`` of a head with ``j + head_dim / 2``, ggml's order "norm" neighbours
-    ``2j`` with ``2j + 1``: rows of the two halves are interleaved (llama.cpp conversion, ``permute``).
+    transformers rotates channel ``j`` of a head with ``j + head_dim / 2`` (NEOX), ggml's NORM rope ``2j`` with
+    ``2j + 1``: the rows of the two halves are interleaved (llama.cpp conversion, ``permute``).
     """
     rows = np.arange(n_heads * head_dim, dtype=np.intp).reshape(n_heads, 2, head_dim // 2)
     order: Order = rows.swapaxes(1, 2).ravel()
@@ -47,7 +47,7 @@ def rope_row_order(n_heads: int, head_dim: int) -> Order:
 
 
 def _by_head_qkv(sizes: Sizes) -> Order:
-    """GPT-NeoX stores q, k and v of each head together; GGUF all of q, then all of k, then all of v."""
+    """GPT-NeoX stores q, k and v head by head; GGUF all of q, then all of k, then all of v."""
     rows = np.arange(sizes["qkv"], dtype=np.intp).reshape(sizes["heads"], 3, sizes["head"])
     order: Order = rows.swapaxes(0, 1).ravel()
     return order
@@ -73,12 +73,12 @@ def _half(n: int, n_rows: int, which: int) -> Order:
 
 
 def _part_of_heads(sizes: Sizes, which: slice) -> Order:
-    """DeepSeek stores, for each head, the rows that make its key and those that make its value."""
+    """DeepSeek stores, for each head, the rows of its key, then those of its value."""
     rows = np.arange(sizes["kv_b"], dtype=np.intp).reshape(sizes["heads"], sizes["nope"] + sizes["v_head"])
     return rows[:, which].ravel()
 
 
-# Stored row behind each GGUF row, leading dimensions flattened.
+# Stored row of each GGUF row, leading dimensions flattened.
 ROW_ORDERS: Mapping[str, Callable[[Sizes], Order]] = {
     "rope_q": lambda sizes: rope_row_order(sizes["heads"], sizes["head"]),
     "rope_k": lambda sizes: rope_row_order(sizes["kv_heads"], sizes["head"]),
@@ -94,7 +94,7 @@ ROW_ORDERS: Mapping[str, Callable[[Sizes], Order]] = {
     "last_part_of_heads": lambda sizes: _part_of_heads(sizes, slice(sizes["nope"], None)),
 }
 
-# What is done to every number, in float32.
+# Elementwise changes, in float32.
 CHANGES: Mapping[str, Transform] = {"plus_one": PlusOne(), "minus_exp": MinusExp()}
 
 
@@ -103,9 +103,9 @@ CHANGES: Mapping[str, Transform] = {"plus_one": PlusOne(), "minus_exp": MinusExp
 
 @dataclass(frozen=True)
 class Mapped:
-    """The tensors of a GGUF in its order, notes of one sentence each, and a hex SHA-256 of what the tensors are.
+    """The tensors in GGUF order, notes of one sentence each, and a hex SHA-256 that identifies the tensors.
 
-    The digest is over names, types, shapes and the first row of each tensor, however the checkpoint has stored it.
+    The digest covers names, types, shapes and the first row of each tensor, independent of the checkpoint's layout.
     """
 
     tensors: list[Tensor]
@@ -121,19 +121,19 @@ def map_tensors(
     is_wrapped: bool,
     hints: Sequence[str] = (),
 ) -> Mapped:
-    """Return the tensors in GGUF order; raises unless every tensor is placed and none is missing.
+    """Return the tensors in GGUF order; raise unless all tensors are used and none is missing.
 
     Args:
         checkpoint: the tensors by name.
         config: canonical settings.
-        family: where things are.
+        family: of the model.
         sizes: of the dimensions.
-        is_wrapped: whether other models (vision, audio) may lie beside the language model.
-        hints: what the reader must know when tensors are missing, one sentence each.
+        is_wrapped: whether the checkpoint may hold other models (vision, audio) beside the language model.
+        hints: to add to the error for missing tensors, one sentence each.
 
     Raises:
-        ModelError: a tensor is missing, has another shape than config.json says, or contradicts the tie.
-        UnsupportedError: a tensor is left over.
+        ModelError: a tensor is missing, has another shape than config.json states, or contradicts the tie.
+        UnsupportedError: a tensor is not used.
 
     """
     tied = bool(config["tie_word_embeddings"])
@@ -146,10 +146,10 @@ def map_tensors(
         used |= {found.layout.actual(name) for name in _outputs(family)}
     notes = [*found.notes, *(_tie_notes(found, family) if tied else [])]
     if tied and family.output == "required":
-        notes.append(f"The embedding is written twice: llama.cpp's {family.architecture} knows no tied output.")
+        notes.append(f"The embedding is written twice: llama.cpp's {family.architecture} has no tied output.")
     left_out = _left_over(found, used, family, is_wrapped, sizes["layers"])
     if left_out:
-        notes.append(f"Only the language model is taken; left out: {left_out}.")
+        notes.append(f"Only the language model is converted; left out: {left_out}.")
     digest, tensors = hashlib.sha256(), []
     for item, names in found.places:
         stored = [_reshaped(found.stored[name], item.part, sizes) for name in names]
@@ -161,32 +161,32 @@ def map_tensors(
 
 
 def _check_stacks(wanted: Sequence[Wanted], sizes: Sizes, checkpoint: Stored) -> None:
-    """Raise ``ModelError`` for more experts than the weights can hold, before the names of all are made."""
+    """Raise ``ModelError`` for more experts than the weights can hold, before generating all names."""
     most = max([len(checkpoint), *(tensor.shape[0] for tensor in checkpoint.values() if len(tensor.shape) == 3)])
     for item in wanted:
         if "{e}" in item.part.source and sizes[item.part.shape[0]] > most:
             raise ModelError(
-                f"config.json: {item.name} is made of {sizes[item.part.shape[0]]} matrices, the weights hold {most} at "
-                "most; config.json is another model's"
+                f"config.json: {item.name} consists of {sizes[item.part.shape[0]]} matrices, the weights hold at most "
+                f"{most}; config.json belongs to another model"
             )
 
 
 def _first_row(part: Part, stored: StoredTensor, sizes: Sizes) -> bytes:
-    """Return the beginning of the stored row from which the first row of the GGUF tensor comes, as float32."""
+    """Return the first entries of the stored row for the first GGUF row, as float32."""
     is_matrix = len(stored.shape) > 1
     row = int(ROW_ORDERS[part.order](sizes)[0]) if part.order and is_matrix else 0
     return stored.values(slice(row, row + 1), slice(0, _IDENTITY_WEIGHTS)).tobytes()
 
 
 def _outputs(family: Family) -> list[str]:
-    """Return every name that the output projection may have."""
+    """Return every possible name of the output projection."""
     return [form.source + form.suffix for form in family.outside["output"].forms]
 
 
 def _wanted(config: Config, family: Family, sizes: Sizes, tied: bool) -> list[Wanted]:
     """Return every tensor that the model must have, in GGUF order: embeddings, layers, output.
 
-    Of a tied model the embedding may be saved under the name of the output alone.
+    A tied model may store the embedding under the name of the output.
     """
     embedding = family.outside["token_embd"]
     if tied:
@@ -226,9 +226,10 @@ def _output_sources(family: Family) -> list[str]:
 
 
 def _tie_notes(found: Found, family: Family) -> list[str]:
-    """Return the note on a tied output that is stored all the same; raises unless it equals the embedding.
+    """Return the note on a tied output that is stored; raise unless it equals the embedding.
 
-    transformers 4 would drop it and transformers 5 use it, so one that differs cannot be converted faithfully.
+    transformers 4 ignores it and transformers 5 uses it, so a model with a different one cannot be converted
+    faithfully.
     """
     stored, actual = found.stored, found.layout.actual
     embedding = actual(family.embedding)
@@ -246,7 +247,7 @@ def _tie_notes(found: Found, family: Family) -> list[str]:
 
 
 def _left_over(found: Found, used: set[str], family: Family, is_wrapped: bool, n_layers: int) -> str:
-    """Return what other models' tensors are left out, in words; raises for a tensor of this model without a place."""
+    """Return, in words, the skipped tensors of other models; raise for an unused tensor of this model."""
     actual = found.layout.actual
     patterns = [*IGNORED, *(re.escape(actual("")) + pattern for pattern in family.ignored)]
     left = [name for name in found.stored if name not in used and not any(re.fullmatch(p, name) for p in patterns)]
@@ -289,7 +290,7 @@ def _tensor(wanted: Wanted, stored: Sequence[StoredTensor], sizes: Sizes) -> Ten
 
 
 def _reshaped(tensor: StoredTensor, part: Part, sizes: Sizes) -> StoredTensor:
-    """Return a convolution with its dimension of one where the class has it; MLX has it last."""
+    """Return a convolution with its dimension of size 1 in the class's position; MLX has it last."""
     if "one" not in part.stored or len(tensor.shape) != len(part.stored) or tensor.shape[-1] != 1:
         return tensor
     in_file = tuple(sizes[name] for name in part.stored)
@@ -299,7 +300,7 @@ def _reshaped(tensor: StoredTensor, part: Part, sizes: Sizes) -> StoredTensor:
 def _transforms(
     part: Part, stored: Sequence[StoredTensor], shape: tuple[int, ...], sizes: Sizes, is_bias: bool
 ) -> Iterator[Transform]:
-    """Yield what makes the rows of the GGUF tensor of those that are stored; members of a stack are in place."""
+    """Yield the transforms from stored rows to GGUF rows; members of a stack need none."""
     is_stack, is_vector = len(stored) > 1, len(stored[0].shape) == 1
     if part.order and not is_stack:
         order = ROW_ORDERS[part.order](sizes)

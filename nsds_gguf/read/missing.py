@@ -1,4 +1,4 @@
-"""What is said when weights are not there: which are wanted, what the checkpoint has in their place, and what it is."""
+"""Errors for missing weights: the missing tensors, those in their place, and the likely cause."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .foreign import merge_step
 from .names import Found
 from .stored import StoredTensor, some
 
-# Names of tensors that PEFT adds to a model, or keeps beside one of its own.
+# Names of tensors that PEFT adds to a model.
 _ADAPTER = re.compile(
     r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|hada_w\d_[ab]|lokr_w\d(_[ab])?|ia3_l|vera_lambda_[bd]"
     r"|oft_[rR]|boft_[RS]|modules_to_save|trainable_tokens_delta|prompt_embeddings)(\.|$)"
@@ -20,23 +20,24 @@ _ADAPTER = re.compile(
 _MISTRAL = re.compile(r"(^|\.)layers\.0\.attention\.wq\.weight")
 
 _ZERO3 = (
-    "placeholders of DeepSpeed ZeRO-3, whose weights are elsewhere: save again with "
+    "placeholders of DeepSpeed ZeRO-3 without weights: save again with "
     "stage3_gather_16bit_weights_on_model_save, or run `python zero_to_fp32.py CHECKPOINT OUT` in the folder of the "
     "training checkpoint and convert OUT"
 )
 
 _OWN_NAMES = (
-    "The names are those of Meta's and Mistral's own format: get the weights in Hugging Face's, model*.safetensors, or "
-    "convert them with transformers' convert_llama_weights_to_hf.py or convert_mistral_weights_to_hf.py."
+    "The names are those of Meta's and Mistral's own format: get the weights in Hugging Face format, "
+    "model*.safetensors, or convert them with transformers' convert_llama_weights_to_hf.py or "
+    "convert_mistral_weights_to_hf.py."
 )
 
 
 def check_complete(found: Found, hints: Sequence[str]) -> None:
-    """Raise ``ModelError`` unless every wanted tensor is there and holds something.
+    """Raise ``ModelError`` unless every wanted tensor exists and is not empty.
 
     Args:
-        found: the reading of the names.
-        hints: what the reader must know then, one sentence each.
+        found: the resolved names.
+        hints: to add to the message, one sentence each.
 
     """
     used = [name for _, names in found.places for name in names]
@@ -50,18 +51,18 @@ def check_complete(found: Found, hints: Sequence[str]) -> None:
     unplaced = [tensor.name for name, tensor in found.stored.items() if name not in set(used)]
     if any(_MISTRAL.search(name) for name in found.stored):
         hints = (*hints, _OWN_NAMES)
-    instead = f"; in the weights without a place: {some(unplaced)}" if unplaced else ""
+    instead = f"; unused tensors in the weights: {some(unplaced)}" if unplaced else ""
     raise ModelError(
         _with_hints(
             f"tensors missing from the weights: {some(missing)}{instead}; "
-            "the checkpoint is incomplete or config.json is another model's",
+            "the checkpoint is incomplete or config.json belongs to another model",
             hints,
         )
     )
 
 
 def check_no_adapter(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise ``UnsupportedError`` for weights of an adapter, alone or among those of a model."""
+    """Raise ``UnsupportedError`` for weights of an adapter, alone or within a model."""
     adapted = [name for name in tensors if _ADAPTER.search(name)]
     if not adapted:
         return
@@ -73,7 +74,7 @@ def check_no_adapter(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def is_empty(tensor: StoredTensor) -> bool:
-    """Tell whether a tensor holds no number."""
+    """Return whether a tensor has no weights."""
     return 0 in tensor.shape
 
 

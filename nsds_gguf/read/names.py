@@ -1,8 +1,7 @@
-"""From a family's names to a checkpoint's: what stands around them, and in which form a tensor is saved.
+"""Resolve a family's tensor names in a checkpoint: prefixes, wrappers and alternative forms.
 
-Wrappers of training put words in front of or within names (torch.compile, DDP, FSDP, checkpointing, PEFT); saving a
-part of a model leaves some out. The reading under which the fewest tensors are missing is taken, and the family's own
-comes first.
+Training wrappers insert words into names (torch.compile, DDP, FSDP, checkpointing, PEFT); saving a part of a model
+drops prefixes. The interpretation with the fewest missing tensors wins; the family's own comes first.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from .architectures.families import LAYOUTS
 from .architectures.family import Family, Part, Sizes
 from .stored import StoredTensor
 
-# Words that wrappers put into names, wherever they stand.
+# Words that wrappers insert into names, at any place.
 _WRAPPERS = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module|module|base_layer)"
     r"\."
@@ -24,7 +23,7 @@ _WRAPPERS = re.compile(
 
 @dataclass(frozen=True)
 class Wanted:
-    """One GGUF tensor that the model must have; ``part`` as it is for a bias too."""
+    """One GGUF tensor that the model must have; a bias has the ``part`` of its matrix."""
 
     name: str
     role: str
@@ -33,26 +32,26 @@ class Wanted:
     is_bias: bool = False
 
     def sources(self, sizes: Sizes) -> list[str]:
-        """Return the family's names of what is read, several when they are stacked."""
+        """Return the family's names of the checkpoint tensors, several for a stack."""
         suffix = ".bias" if self.is_bias else self.part.suffix
         count = sizes[self.part.shape[0]] if "{e}" in self.part.source else 1
         return [self.part.source.replace("{e}", str(e)) + suffix for e in range(count)]
 
     def forms(self) -> Iterator[Wanted]:
-        """Yield the tensor in every form in which it may be saved."""
+        """Yield the tensor in every form in which checkpoints store it."""
         return (replace(self, part=part) for part in self.part.forms)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What stands before names within the model and before those beside it (the output projection)."""
+    """Prefix of names within the model, and of those beside it (the output projection)."""
 
     inner: str
     outer: str
     prefix: str
 
     def actual(self, name: str) -> str:
-        """Return the checkpoint's name for one of the family's."""
+        """Return the checkpoint's name for a name of the family."""
         if name.startswith(self.prefix):
             return self.inner + name.removeprefix(self.prefix)
         return self.outer + name
@@ -60,13 +59,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Found:
-    """The reading of a checkpoint's names that was taken.
+    """The resolved names of a checkpoint.
 
     Attributes:
         stored: the tensors by name, without the words of wrappers.
-        layout: what stands before names.
-        places: every wanted tensor in the form that is there, or its first one, and the names of what is read for it.
-        notes: what was taken off, one sentence each.
+        layout: prefixes of names.
+        places: every wanted tensor in the form found (default: its first), with the names of its checkpoint tensors.
+        notes: prefixes and words that were removed, one sentence each.
     """
 
     stored: Mapping[str, StoredTensor]
@@ -76,12 +75,12 @@ class Found:
 
     @property
     def missing(self) -> list[str]:
-        """Names that are wanted and not there."""
+        """Wanted names that the checkpoint lacks."""
         return [name for _, names in self.places for name in names if name not in self.stored]
 
 
 def find_names(stored: Mapping[str, StoredTensor], wanted: Sequence[Wanted], family: Family, sizes: Sizes) -> Found:
-    """Return the reading of the names under which the fewest tensors are missing.
+    """Return the interpretation of the names with the fewest missing tensors.
 
     Args:
         stored: the checkpoint's tensors by name.
@@ -99,13 +98,13 @@ def find_names(stored: Mapping[str, StoredTensor], wanted: Sequence[Wanted], fam
                 best = found
             if not best.missing:
                 return replace(best, notes=_notes(stored, best, family))
-    if best is None:  # not reached: the family's own layout is always tried
+    if best is None:  # unreachable: the family's own layout is always tried
         raise ValueError("no layouts")
     return best
 
 
 def _unwrapped(stored: Mapping[str, StoredTensor]) -> Iterator[Mapping[str, StoredTensor]]:
-    """Yield the tensors under their own names, then without the words of wrappers unless two names become one."""
+    """Yield the tensors under their own names, then without words of wrappers if names stay distinct."""
     yield stored
     names = {_WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
     if len(names) == len(stored) and names.keys() != stored.keys():
@@ -115,7 +114,7 @@ def _unwrapped(stored: Mapping[str, StoredTensor]) -> Iterator[Mapping[str, Stor
 def _layouts(
     stored: Mapping[str, StoredTensor], wanted: Sequence[Wanted], family: Family, sizes: Sizes
 ) -> Iterator[Layout]:
-    """Yield what may stand before names: as known first, then as the names themselves say."""
+    """Yield possible prefixes: known ones first, then those that the names suggest."""
     known = [(inner.format(prefix=family.prefix), outer) for inner, outer in LAYOUTS]
     heads = _before(stored, [family.unembedding])
     inners = _before(stored, [name.removeprefix(family.prefix) for name in _landmarks(wanted, family, sizes)])
@@ -125,13 +124,13 @@ def _layouts(
 
 
 def _landmarks(wanted: Sequence[Wanted], family: Family, sizes: Sizes) -> list[str]:
-    """Return names by which a layout is known: the embedding, and the first tensor of the first layer."""
+    """Return names that reveal a layout: the embedding, and the first tensor of the first layer."""
     first = next((item.sources(sizes)[0] for item in wanted if item.layer == 0), family.embedding)
     return [family.embedding, first]
 
 
 def _before(stored: Mapping[str, StoredTensor], ends: Sequence[str]) -> list[str]:
-    """Return what stands before names that end so, the shortest first."""
+    """Return the prefixes of names with these endings, shortest first."""
     found = {
         name.removesuffix(end) for end in ends for name in stored if name == end or name.endswith(f".{end}")
     }  # fmt: skip
@@ -141,7 +140,7 @@ def _before(stored: Mapping[str, StoredTensor], ends: Sequence[str]) -> list[str
 def _place(
     item: Wanted, stored: Mapping[str, StoredTensor], actual: Callable[[str], str], sizes: Sizes
 ) -> tuple[Wanted, list[str]]:
-    """Return the first form of a tensor that is there, and its names; the first form of all where none is."""
+    """Return the first form of a tensor in the checkpoint, and its names; by default its first form."""
     for form in item.forms():
         names = [actual(name) for name in form.sources(sizes)]
         if all(name in stored for name in names):
@@ -150,7 +149,7 @@ def _place(
 
 
 def _notes(raw: Mapping[str, StoredTensor], found: Found, family: Family) -> tuple[str, ...]:
-    """Return what was taken off the names that are read, in words."""
+    """Return notes on prefixes and words removed from names."""
     used = {name for _, names in found.places for name in names}
     notes = []
     is_raw = found.stored is raw
@@ -158,12 +157,12 @@ def _notes(raw: Mapping[str, StoredTensor], found: Found, family: Family) -> tup
     words = {f"`{match[0]}`" for name in raw for match in _WRAPPERS.finditer(name) if name in before}
     if words:
         n_names = sum(name != clean for name, clean in before.items())
-        notes.append(f"{', '.join(sorted(words))} is taken off the names of {n_names} tensors.")
+        notes.append(f"{', '.join(sorted(words))} is removed from the names of {n_names} tensors.")
     layout = found.layout
     known = {(inner.format(prefix=family.prefix), outer) for inner, outer in LAYOUTS}
     if (layout.inner, layout.outer) in known:
         return tuple(notes)
     if layout.inner == layout.outer + family.prefix:
-        return (*notes, f"`{layout.outer}` is taken off the names of {len(used)} tensors.")
-    beside = f" and `{layout.outer}` before the output's is taken off" if layout.outer else ""
+        return (*notes, f"`{layout.outer}` is removed from the names of {len(used)} tensors.")
+    beside = f" and `{layout.outer}` before the output's is removed" if layout.outer else ""
     return (*notes, f"`{layout.inner}` at the beginning of names is read as `{family.prefix}`{beside}.")

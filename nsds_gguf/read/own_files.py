@@ -1,9 +1,9 @@
-"""Which files of a model folder may be read at all: ordinary ones, of a size that such files have, and its own.
+"""Restrict reading to regular files of plausible size that belong to the model folder.
 
-A folder may come from anywhere. A pipe or a device under the name of a file would be read for ever, and a link to a
-file elsewhere would put that file's text into messages, or as a chat template into the GGUF. Links are common, though:
-the Hub's cache consists of them, and people link one folder's files into another. So a link may leave the folder to a
-file of the same name, or to one in a store that names files by their content; weights, which hold no text, to any.
+A folder may come from anywhere. A pipe or a device under a file's name would be read forever, and a link to a file
+elsewhere would put its text into messages, or into the GGUF as a chat template. But links are common: the Hub's cache
+consists of them, and people link files between folders. So a link may lead out of the folder to a file of the same name
+or to a store that names files by content; weights, which hold no text, may link anywhere.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..errors import ModelError
 
-MAX_TEXT_BYTES = 100 << 20  # the largest tokenizer.json known has 33 MiB
+MAX_TEXT_BYTES = 100 << 20  # the largest known tokenizer.json has 33 MiB
 
 _TEXTS = (
     "config.json", "generation_config.json", "*.index.json", "tokenizer*.json", "special_tokens_map.json",
@@ -31,11 +31,11 @@ _CONTENT_NAME = re.compile(r"(.*[^0-9a-f])?[0-9a-f]{30,}(\..*)?", re.IGNORECASE)
 
 
 def check_files(folder: Path) -> None:
-    """Raise ``ModelError`` for a file of a model folder that must not be read; what is no model's file is let be."""
+    """Raise ``ModelError`` for a model file that must not be read; ignore files that are not part of a model."""
     for path, is_text in _read_files(folder):
         try:
             found = path.stat()
-        except (OSError, ValueError):  # a dangling link: whoever wants the file says so
+        except (OSError, ValueError):  # a dangling link: the reader of the file reports it
             continue
         if stat.S_ISDIR(found.st_mode):
             continue
@@ -51,7 +51,7 @@ def check_files(folder: Path) -> None:
 
 
 def _read_files(folder: Path) -> Iterator[tuple[Path, bool]]:
-    """Yield the files that may be read, and whether they hold text."""
+    """Yield the files that may be read, and whether they are text."""
     for place in (folder, *(folder / name for name in _FOLDERS)):
         try:
             paths = sorted(place.iterdir())
@@ -64,18 +64,18 @@ def _read_files(folder: Path) -> Iterator[tuple[Path, bool]]:
 
 
 def _check_link(folder: Path, path: Path) -> None:
-    """Raise ``ModelError`` for a link to a file elsewhere that has another name, and no name made of its content."""
+    """Raise ``ModelError`` for a link out of the folder to a different name that is not a content hash."""
     target = Path(os.path.realpath(path))
     if target.is_relative_to(os.path.realpath(folder)) or target.name == path.name:
         return
     if _CONTENT_NAME.fullmatch(target.name) is None:
         raise ModelError(
-            f"{path}: is a link to {target}, outside the model folder: files elsewhere are not read; if it is meant, "
-            "copy it into the folder"
+            f"{path}: is a link to {target}, outside the model folder, which is not read; if you trust it, "
+            "copy the file into the folder"
         )
 
 
 def _kind(mode: int) -> str:
-    """Return what a thing under a file's name is, in words."""
+    """Return the kind of a special file, in words."""
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-    return kinds.get(stat.S_IFMT(mode), "no file")
+    return kinds.get(stat.S_IFMT(mode), "not a file")

@@ -1,4 +1,4 @@
-"""Weights that are packed: by which method, as the names and dtypes of the tensors say, and what helps."""
+"""Packed weights: detect the method by names and dtypes of tensors, and suggest a way out."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .stored import StoredTensor
 
 _DEQUANTIZE = (
     "dequantize it with transformers (`AutoModelForCausalLM.from_pretrained(IN).dequantize()`, then save_pretrained), "
-    "or use the checkpoint that it was made of"
+    "or use the original checkpoint"
 )
-ORIGINAL = "use the checkpoint that it was made of"
+ORIGINAL = "use the original checkpoint"
 _MLX = "dequantize it with `mlx_lm.convert --hf-path IN --mlx-path OUT --dequantize`, then convert OUT"
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Packed weights: the method as people call it, a tensor that shows it, and what helps."""
+    """Packed weights: the name of the method, a tensor that shows it, and the suggested step."""
 
     method: str
     name: str
@@ -27,7 +27,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class _Sign:
-    """How a method shows: a pattern of names, and dtypes of such a tensor (any where there are none)."""
+    """Signature of a method: a pattern of names, and dtypes of such a tensor (default: any)."""
 
     method: str
     pattern: str
@@ -35,10 +35,10 @@ class _Sign:
     dtypes: tuple[str, ...] = ()
 
 
-# What codes of fewer bits are packed into; as safetensors and torch call it.
+# Dtypes that low-bit codes are packed into, as named by safetensors and torch.
 CODES = ("I8", "U8", "I32", "U32", "I64", "F4", "int8", "uint8", "int32", "int64")
 
-# The first sign that a tensor shows counts; those that others share in part come last.
+# The first match counts; less specific patterns come last.
 _SIGNS = (
     _Sign("bitsandbytes", r".*\.(absmax|quant_map|nested_absmax|SCB|quant_state\..*)", _DEQUANTIZE),
     _Sign("GPTQ", r".*\.g_idx"),
@@ -59,7 +59,7 @@ _SIGNS = (
 
 
 def packed_weights(tensors: Mapping[str, StoredTensor]) -> Packed | None:
-    """Return how the weights are packed, ``None`` when they are plain numbers."""
+    """Return how the weights are packed; ``None`` for plain weights."""
     for sign in _SIGNS:
         for name, tensor in tensors.items():
             if re.fullmatch(sign.pattern, name) and (not sign.dtypes or tensor.dtype in sign.dtypes):

@@ -1,4 +1,4 @@
-"""What config.json says about quantized weights: FP8 is read, every other method is refused with a way around it."""
+"""Quantized weights in config.json: accept FP8, refuse every other method with a way around it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from .stored import StoredTensor
 DEFAULT_BLOCK = (128, 128)  # transformers' FineGrainedFP8Config where config.json has no weight_block_size
 
 _SILENT = (
-    "config.json says nothing of the FP8 weights: the scales beside them are read as they fit, one a tensor, row or "
-    "block of 128 x 128."
+    "config.json does not describe the FP8 weights: their scales are read by shape, one per tensor, row or block of "
+    "128 x 128."
 )
 
-# What llama.cpp's convert_hf_to_gguf.py dequantizes beyond what we read (conversion/base.py, dequant_model).
+# Methods that llama.cpp's convert_hf_to_gguf.py dequantizes (conversion/base.py, dequant_model).
 _GPTQ_BITS = (2, 4, 8)
 _COMPRESSED_INTEGERS = ("pack-quantized", "int-quantized", "naive-quantized")
 
 
 @dataclass(frozen=True)
 class Fp8:
-    """FP8 weights: rows and columns that one scale covers, ``None`` where no tensor has a grid of blocks."""
+    """FP8 weights: rows and columns per scale; ``None`` if no tensor has blocks."""
 
     block: tuple[int, int] | None
 
@@ -33,18 +33,18 @@ class Fp8:
 def read_quantization(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> tuple[Fp8 | None, list[str]]:
-    """Return how the weights are quantized, ``None`` when they are not, and the note on settings that do not count.
+    """Return the quantization of the weights (``None``: not quantized), and notes on ignored settings.
 
-    The tensors decide whether they are; config.json says what they do not, the size of a block of FP8 weights.
+    The tensors decide whether they are quantized; config.json adds the block size of FP8 weights.
 
     Args:
         folder: model folder, for messages.
         config: the parsed config.json.
-        tensors: everything that the checkpoint stores, by name.
+        tensors: all tensors of the checkpoint, by name.
 
     Raises:
-        UnsupportedError: a method that is not read.
-        ModelError: settings that are none.
+        UnsupportedError: a method that is not supported.
+        ModelError: invalid settings.
 
     """
     settings, packed = _settings(config), packed_weights(tensors)
@@ -61,7 +61,7 @@ def read_quantization(
 
 
 def refuse_codes(folder: Path, config: Mapping[str, Any], dtypes: Collection[str]) -> None:
-    """Raise ``UnsupportedError`` when config.json and the dtypes of weights that are not here yet say: packed."""
+    """Raise ``UnsupportedError`` when config.json and dtypes show packed weights, before their download."""
     settings, codes = _settings(config), sorted(set(dtypes) & set(CODES))
     if settings and codes:
         method = _called(settings)
@@ -69,16 +69,16 @@ def refuse_codes(folder: Path, config: Mapping[str, Any], dtypes: Collection[str
 
 
 def _leftover(settings: Any, tensors: Mapping[str, StoredTensor]) -> str:
-    """Return the note on settings of a quantization that is not there (any more)."""
+    """Return the note on quantization settings of weights that are not quantized."""
     dtypes = ", ".join(sorted({tensor.dtype for tensor in tensors.values()}))
     return (
         f"config.json says that the weights are quantized ({_called(settings)}), but they are plain {dtypes}: "
-        "its quantization settings do not count."
+        "its quantization settings are ignored."
     )
 
 
 def _fp8(file: Path, settings: Mapping[str, Any]) -> Fp8:
-    """Return what the settings say of FP8 weights: the block, ``None`` where each row or tensor has one scale."""
+    """Return the FP8 settings: the block, ``None`` for one scale per row or tensor."""
     if settings.get("quant_method") == "fp8":
         return Fp8(_block(file, "weight_block_size", settings.get("weight_block_size", DEFAULT_BLOCK)))
     groups = settings.get("config_groups")
@@ -94,7 +94,7 @@ def _fp8(file: Path, settings: Mapping[str, Any]) -> Fp8:
 
 
 def _settings(config: Mapping[str, Any]) -> Any:
-    """Return the settings, wherever transformers and its predecessors put them."""
+    """Return the quantization settings from any place that transformers has used for them."""
     text = config.get("text_config")
     places = [config, text] if isinstance(text, Mapping) else [config]
     keys = ("quantization_config", "compression_config", "quantization")
@@ -122,13 +122,13 @@ def _unsupported(folder: Path, settings: Any, packed: Packed) -> UnsupportedErro
         )
     return UnsupportedError(
         f"{folder}: the weights are quantized ({method}: {packed.name}); wanted F32, F16, BF16 or FP8 (fp8, modelopt "
-        "FP8, compressed-tensors float-quantized with one scale a tensor, row or block): "
+        "FP8, compressed-tensors float-quantized with one scale per tensor, row or block): "
         f"{packed.step.replace('IN', str(folder))}{route}"
     )
 
 
 def _called(settings: Any) -> str:
-    """Return what the settings call the method, with what tells its variants apart."""
+    """Return the name of the method and its variant."""
     if not isinstance(settings, Mapping):
         return str(settings)
     details = [str(settings[key]) for key in ("format", "quant_algo", "bits") if settings.get(key) is not None]

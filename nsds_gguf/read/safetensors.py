@@ -1,9 +1,9 @@
-"""safetensors files: headers checked before use, rows converted to float32 on reading.
+"""safetensors files: checks headers before use, converts rows to float32 on reading.
 
 Layout of a file (safetensors, README "Format"): 8 bytes little-endian length N of the header; N bytes of JSON
 ``{"name": {"dtype", "shape", "data_offsets": [begin, end]}, ..., "__metadata__": {...}}``; then the data, to which the
-offsets are relative. The tensors fill the data without gaps, no name occurs twice (as the reference implementation
-demands). Nothing is allocated on the word of a header that has not been checked.
+offsets are relative. The tensors fill the data without gaps, and names are unique (as the reference implementation
+demands). Nothing is allocated before the header is checked.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .spans import read_spans, row_runs
 from .stored import StoredTensor
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the reference implementation
-MAX_DIMENSIONS = 8  # twice what ggml knows; keeps the product of a shape short
+MAX_DIMENSIONS = 8  # twice ggml's limit; bounds the product of a shape
 
-# Bits of a value, of every dtype that the format knows (safetensors, tensor.rs); other tools' names are refused.
+# Bits per value of every dtype of the format (safetensors, tensor.rs); others are refused.
 _BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
     "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
@@ -43,13 +43,13 @@ LFS_MARK = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class SafetensorsTensor(StoredTensor):
-    """A tensor that lies in a safetensors file, ``offset_bytes`` from its beginning."""
+    """A tensor in a safetensors file, at ``offset_bytes``."""
 
     offset_bytes: int
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the stored data; values of less than a byte fill bytes together."""
+        """Bytes of the stored data; values of less than a byte are packed."""
         return math.prod(self.shape) * _BITS[self.dtype] // 8
 
     def values(self, rows: Rows, columns: slice) -> Float32:
@@ -70,7 +70,7 @@ class SafetensorsTensor(StoredTensor):
         return self._read(row_runs(distinct), first, last)[at]
 
     def _read(self, runs: list[tuple[int, int]], first: int, last: int) -> NDArray[Any]:
-        """Read columns ``first`` to ``last`` of runs of rows, given as first row and number of rows."""
+        """Read columns ``first`` to ``last`` of runs of rows: first row and number of rows each."""
         dtype = _NUMPY_DTYPES[self.dtype]
         if last - first < self.n_cols:
             runs = [(row, 1) for start, n in runs for row in range(start, start + n)]
@@ -83,7 +83,7 @@ class SafetensorsTensor(StoredTensor):
         return data.view(dtype).reshape(n_rows, width)
 
     def first_bytes(self, n_bytes: int) -> bytes:
-        """Return at most ``n_bytes`` bytes of what is stored, from its start; any dtype will do."""
+        """Return at most ``n_bytes`` bytes of the stored data, from its start; works for any dtype."""
         with self.file.open("rb") as stream:
             stream.seek(self.offset_bytes)
             return stream.read(min(n_bytes, self.n_bytes))
@@ -94,7 +94,7 @@ def read_header(file: Path) -> dict[str, SafetensorsTensor]:
 
     Raises:
         ModelError: a git-lfs pointer, or a header that is truncated or contradicts itself.
-        UnsupportedError: a dtype that the format does not know.
+        UnsupportedError: a dtype that is not part of the format.
         OSError: the file cannot be read.
 
     """
@@ -104,7 +104,7 @@ def read_header(file: Path) -> dict[str, SafetensorsTensor]:
         if start == LFS_MARK:
             raise ModelError(f"{file}: is a git-lfs pointer, not the weights: run `git lfs pull` in {file.parent}")
         if n_file < 8:
-            raise ModelError(f"{file}: {n_file} bytes are no safetensors file: download it again")
+            raise ModelError(f"{file}: {n_file} bytes are not a safetensors file: download it again")
         n_header = int.from_bytes(start[:8], "little")
         if n_header > min(MAX_HEADER_BYTES, n_file - 8):
             raise ModelError(
@@ -125,7 +125,7 @@ def read_header(file: Path) -> dict[str, SafetensorsTensor]:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict; raises ``ValueError`` when a key occurs twice."""
+    """Return a JSON object as a dict; raise ``ValueError`` for a duplicate key."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError(f"{Counter(key for key, _ in pairs).most_common(1)[0][0]!r} occurs more than once")
@@ -152,7 +152,7 @@ def _stored(file: Path, name: str, entry: Any, data_start: int, n_file: int) -> 
     if end - begin != tensor.n_bytes:
         raise ModelError(
             f"{where}: damaged header: {dtype} {shape} takes {tensor.n_bytes} bytes, "
-            f"its offsets {begin} to {end} say {end - begin}: download it again"
+            f"but its offsets {begin} to {end} span {end - begin}: download it again"
         )
     if data_start + end > n_file:
         raise ModelError(

@@ -1,6 +1,6 @@
-"""Bytes of weight files, read and not mapped: a mapped file that shrinks kills whoever touches what is no longer there.
+"""Read bytes of weight files without mapping them: accessing a mapped file that has shrunk kills the process.
 
-Files are opened anew for every read, so that a model of many shards holds no descriptors and threads share none.
+Every read opens the file again, so that a model of many shards holds no file descriptors and threads share none.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from ..errors import ModelError
 
 
 def read_spans(file: Path, name: str, spans: Iterable[tuple[int, int]], n_bytes: int) -> NDArray[np.uint8]:
-    """Return stretches of a file one after another, as a fresh ``(n_bytes,)`` uint8 array.
+    """Read spans of a file into one fresh ``(n_bytes,)`` uint8 array.
 
     Args:
         file: the file.
-        name: the tensor that it is about, for messages.
-        spans: offset and bytes of every stretch.
-        n_bytes: of all stretches.
+        name: tensor name, for messages.
+        spans: offset and size of every span.
+        n_bytes: total size of all spans.
 
     Raises:
-        ModelError: the file cannot be read, or ends before.
+        ModelError: the file cannot be read, or is too short.
 
     """
     data = np.empty(n_bytes, np.uint8)
@@ -34,12 +34,12 @@ def read_spans(file: Path, name: str, spans: Iterable[tuple[int, int]], n_bytes:
             for offset, n in spans:
                 stream.seek(offset)
                 end = at + n
-                while at < end:  # the system reads 2 GiB at a time at most
+                while at < end:  # one system call reads at most 2 GiB
                     n_read = stream.readinto(view[at:end])
                     if not n_read:
                         raise ModelError(
                             f"{file}: tensor {name} can no longer be read: the file ends before byte {offset + n}, "
-                            "it was cut short meanwhile: run again when it is complete"
+                            "it was truncated after it was opened: run again when it is complete"
                         )
                     at += n_read
     except OSError as error:
@@ -48,7 +48,7 @@ def read_spans(file: Path, name: str, spans: Iterable[tuple[int, int]], n_bytes:
 
 
 def row_runs(rows: NDArray[np.intp]) -> list[tuple[int, int]]:
-    """Return runs of neighbours, as first row and their number, of sorted row numbers without duplicates."""
+    """Group sorted distinct row numbers into runs of consecutive rows: first row and length."""
     if not len(rows):
         return []
     starts = np.flatnonzero(np.diff(rows, prepend=rows[0] - 2) != 1)

@@ -1,4 +1,4 @@
-"""One tensor of a checkpoint, whatever file holds it: the contract between the weight formats and the model folder."""
+"""One tensor of a checkpoint: the interface between weight formats and the model folder."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ READABLE = ("F32", "F16", "BF16", "F8_E4M3", "F8_E8M0")  # the last holds scales
 
 @dataclass(frozen=True)
 class FileTensor(Source):
-    """A tensor that lies in a file: ``shape`` is in numpy order, ``dtype`` as the format spells it.
+    """A tensor in a file: ``shape`` is in numpy order, ``dtype`` in the spelling of the format.
 
-    As a matrix it is ``(n_rows, n_cols)``: leading dimensions flattened, a vector or a number one row.
+    As a matrix it is ``(n_rows, n_cols)``: leading dimensions flattened; a vector or a scalar is one row.
     """
 
     name: str
@@ -36,12 +36,12 @@ class FileTensor(Source):
 
     @property
     def n_rows(self) -> int:
-        """Rows: the product of all sizes but the last."""
+        """Number of rows: the product of all sizes but the last."""
         return math.prod(self.shape[:-1])
 
     @property
     def n_cols(self) -> int:
-        """Weights of a row."""
+        """Number of weights in a row."""
         return self.shape[-1] if self.shape else 1
 
 
@@ -49,12 +49,12 @@ class FileTensor(Source):
 class StoredTensor(FileTensor):
     """One tensor of a checkpoint; ``dtype`` is in the spelling of safetensors.
 
-    Any dtype may be listed; those that are not ``READABLE`` fail when they are read.
+    Any dtype may be listed; reading fails for those that are not ``READABLE``.
     """
 
     @abstractmethod
     def first_bytes(self, n_bytes: int) -> bytes:
-        """Return at most ``n_bytes`` bytes of what is stored, from its start; any dtype will do."""
+        """Return at most ``n_bytes`` bytes of the stored data, from its start; works for any dtype."""
 
     def require_readable(self) -> None:
         """Raise ``UnsupportedError`` unless the dtype is ``READABLE``."""
@@ -66,7 +66,7 @@ class StoredTensor(FileTensor):
 
 
 def same_values(first: StoredTensor, second: StoredTensor) -> bool:
-    """Return whether two matrices hold the same numbers, reading a slab of rows at a time up to a difference."""
+    """Return whether two matrices have the same values; reads slabs of rows up to the first difference."""
     if first.shape != second.shape:
         return False
     slabs = row_slices(first.n_rows, first.n_cols)
@@ -74,6 +74,6 @@ def same_values(first: StoredTensor, second: StoredTensor) -> bool:
 
 
 def some(names: Sequence[str], n_shown: int = 3) -> str:
-    """Return the first of many names, and how many more there are."""
+    """Return the first names and the number of others, as text."""
     shown = ", ".join(names[:n_shown])
     return f"{shown}, … ({len(names) - n_shown} more)" if len(names) > n_shown else shown

@@ -1,7 +1,7 @@
-"""PyTorch's ``.bin`` files, read by torch itself (the extra ``torch``): tensors only, memory-mapped, never code.
+"""PyTorch's ``.bin`` files, read by torch (extra ``torch``): tensors only, memory-mapped, never code.
 
-Such a file is a zip archive with a pickle, which may name any function of Python. torch's ``weights_only`` unpickler
-refuses all but those that build tensors; nothing here ever loads without it.
+Such a file is a zip archive with a pickle, which may call any Python function. torch's ``weights_only`` unpickler
+refuses all functions that do not build tensors; this module never loads without it.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from .stored import StoredTensor
 if TYPE_CHECKING:
     import torch
 
-# What torch calls the dtypes whose names safetensors shortens.
+# Names of dtypes in torch and in safetensors.
 _DTYPES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e8m0fnu": "F8_E8M0",
 }  # fmt: skip
 
-# What torch raises for archives and pickles that are damaged in one of many ways.
+# Exceptions of torch for damaged archives and pickles.
 _DAMAGED = (
     RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError, EOFError, struct.error,
 )  # fmt: skip
 
 
 _ZIP_MARK = b"PK\x03\x04"
-_GLOBAL = re.compile(r"GLOBAL (\S+)")  # how torch's unpickler names what it refuses
+_GLOBAL = re.compile(r"GLOBAL (\S+)")  # torch's message for a refused function
 
 
 @dataclass(frozen=True)
 class TorchFile:
-    """A ``.bin`` file, mapped by torch when a tensor of it is first read.
+    """A ``.bin`` file, mapped by torch at the first read of a tensor.
 
-    Pickled, it is its path and size: the process that unpickles it maps the file itself.
+    It pickles as path and size: the process that unpickles it maps the file again.
 
     Attributes:
         path: the file.
-        n_bytes: its size when it was opened.
+        n_bytes: its size when opened.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class TorchFile:
         return checked_tensors(self.path, load_tensors(self.path))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is mapped."""
+        """Return the state without the mapping."""
         return {"path": self.path, "n_bytes": self.n_bytes}
 
 
@@ -74,14 +74,14 @@ class TorchTensor(StoredTensor):
 
     def _matrix(self) -> torch.Tensor:
         n_bytes, wanted = self.file.stat().st_size, self.archive.n_bytes
-        if n_bytes < wanted:  # a mapped file that has shrunk kills whoever touches what is no longer there
+        if n_bytes < wanted:  # accessing a mapped file that has shrunk kills the process
             raise ModelError(
-                f"{self.where} can no longer be read: the file had {wanted} bytes, it has {n_bytes}: run again when it "
-                "is complete"
+                f"{self.where} can no longer be read: the file shrank from {wanted} to {n_bytes} bytes: run again when "
+                "it is complete"
             )
         tensor = self.archive.tensors.get(self.name)
         if tensor is None or tensor.numel() != self.n_rows * self.n_cols:
-            raise ModelError(f"{self.where} can no longer be read: the file is another one meanwhile: run again")
+            raise ModelError(f"{self.where} can no longer be read: the file was replaced: run again")
         return tensor.reshape(self.n_rows, self.n_cols)
 
     def values(self, rows: Rows, columns: slice) -> Float32:
@@ -94,7 +94,7 @@ class TorchTensor(StoredTensor):
         return found
 
     def first_bytes(self, n_bytes: int) -> bytes:
-        """Return at most ``n_bytes`` bytes of the values, from the first; any dtype will do."""
+        """Return at most ``n_bytes`` bytes of the values, from the first; works for any dtype."""
         import torch
 
         matrix = self._matrix()
@@ -108,7 +108,7 @@ def read_torch_file(file: Path) -> dict[str, TorchTensor]:
 
     Raises:
         ModelError: torch is not installed, or the file is damaged or holds more than tensors.
-        UnsupportedError: the format that torch wrote before version 1.6.
+        UnsupportedError: the format before PyTorch 1.6.
         OSError: the file cannot be read.
 
     """
@@ -119,16 +119,16 @@ def read_torch_file(file: Path) -> dict[str, TorchTensor]:
     if not start.startswith(_ZIP_MARK):
         if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04")):  # a bare pickle, by its protocol
             raise UnsupportedError(
-                f"{file}: is in the format of PyTorch before 1.6, which cannot be mapped: "
+                f"{file}: has the format before PyTorch 1.6, which cannot be mapped: "
                 "get the safetensors weights, or load and save it again with a newer PyTorch"
             )
-        raise ModelError(f"{file}: truncated or damaged: it is no zip archive of PyTorch: download it again")
+        raise ModelError(f"{file}: truncated or damaged: not a PyTorch zip archive: download it again")
     archive = TorchFile(file, file.stat().st_size)
     return {name: _torch_tensor(archive, name, value) for name, value in archive.tensors.items()}
 
 
 def load_tensors(file: Path) -> Any:
-    """Let torch unpickle a file with ``weights_only``; raises as ``read_torch_file`` does."""
+    """Unpickle a file with torch and ``weights_only``; raise as ``read_torch_file`` does."""
     try:
         import torch
     except ImportError as error:
@@ -136,12 +136,12 @@ def load_tensors(file: Path) -> Any:
             f"{file}: PyTorch weights need torch: run `pip install 'nsds-gguf[torch]'`, or get the safetensors weights"
         ) from error
     try:
-        with warnings.catch_warnings():  # torch's advice to whoever saved the file
+        with warnings.catch_warnings():  # torch's advice to the author of the file
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         named = _GLOBAL.search(str(error))
-        what = f"names {named[1]}, which is no tensor and could run any code" if named else "is no pickle of tensors"
+        what = f"calls {named[1]}, which could run any code" if named else "is not a pickle of tensors"
         raise ModelError(f"{file}: {what}: refused; get the safetensors weights") from error
     except _DAMAGED as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -149,7 +149,7 @@ def load_tensors(file: Path) -> Any:
 
 
 def checked_tensors(file: Path, loaded: Any) -> dict[str, torch.Tensor]:
-    """Return what a file held as tensors by name; raises ``ModelError`` unless it held exactly that."""
+    """Return the loaded tensors by name; raise ``ModelError`` for anything else in the file."""
     import torch
 
     if not isinstance(loaded, Mapping):

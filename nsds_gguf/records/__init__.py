@@ -1,6 +1,6 @@
-"""The nouns that stages hand to one another: Model in, Scores and Plan along the way.
+"""The records that stages pass to one another: Model, Recipe, Scores, Plan.
 
-All are frozen. ``Scores`` and ``Plan`` round-trip through JSON, so that every stage can run alone and be looked at.
+All are frozen. ``Scores`` and ``Plan`` round-trip through JSON, so that each stage can run alone and be inspected.
 """
 
 from .json_records import read_json

@@ -1,4 +1,4 @@
-"""Frozen records to JSON and back, checked field by field against their annotations."""
+"""Convert frozen records to JSON and back; check every field against its annotation."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from ..errors import RecordError
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; raises ``RecordError`` when it is missing or not JSON."""
+    """Parse a JSON file; raise ``RecordError`` when it is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecordError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path}: not JSON: {error}; write it again") from error
+        raise RecordError(f"{path}: not JSON: {error}; create it again") from error
 
 
-# What the parts of a record are called in its file.
+# Names of JSON values, for messages.
 _JSON_NAMES = {float: "a number", int: "an integer", str: "text", tuple: "a list"}
 
 
 def checked(data: Any, wanted: str, source: str) -> dict[str, Any]:
-    """Return a parsed record without its format; raises ``RecordError`` for another format."""
+    """Return a parsed record without its format; raise ``RecordError`` for another format."""
     found = data.get("format") if isinstance(data, dict) else None
     if found != wanted:
         if isinstance(found, str) and found.rpartition(" ")[0] == wanted.rpartition(" ")[0]:
-            raise RecordError(f"{source}: was written by another version of nsds-gguf ({found}); make it again")
+            raise RecordError(f"{source}: was written by another version of nsds-gguf ({found}); create it again")
         raise RecordError(f"{source}: wanted a file of format {wanted!r}, got {found!r}")
     return {key: value for key, value in data.items() if key != "format"}
 
 
 def built(kind: Any, value: Any, source: str, at: str = "") -> Any:
-    """Return parsed JSON as a value of an annotated type, one of those that the records of this module use.
+    """Convert parsed JSON to a value of an annotated type, one of those that the records use.
 
-    Raises ``RecordError`` naming the first place that does not fit; ``at`` is that of ``value`` in the file.
+    Raises ``RecordError`` naming the first value that does not fit; ``at`` is the path of ``value`` in the file.
     """
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind) and isinstance(value, dict):
@@ -56,23 +56,23 @@ def built(kind: Any, value: Any, source: str, at: str = "") -> Any:
     if value in arguments if origin is Literal else _is_scalar(kind, value):
         return value
     wanted = " or ".join(arguments) if origin is Literal else _JSON_NAMES.get(origin or kind, "an object")
-    raise RecordError(f"{source}: {at}: wanted {wanted}, got {reprlib.repr(value)}; write the file again")
+    raise RecordError(f"{source}: {at}: wanted {wanted}, got {reprlib.repr(value)}; create the file again")
 
 
 def _built_record(kind: Any, data: Mapping[str, Any], source: str, at: str) -> Any:
     hints = get_type_hints(kind)
     required = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
-    lacking = [name for name in required if name not in data]
+    missing = [name for name in required if name not in data]
     unknown = [name for name in data if name not in hints]
-    if lacking or unknown:
-        what = f"lacks {lacking[0]!r}" if lacking else f"holds {reprlib.repr(unknown[0])}, which is not known"
-        raise RecordError(f"{source}: {at or 'the record'} {what}; write the file again")
+    if missing or unknown:
+        what = f"lacks {missing[0]!r}" if missing else f"has the unknown field {reprlib.repr(unknown[0])}"
+        raise RecordError(f"{source}: {at or 'the record'} {what}; create the file again")
     prefix = f"{at}." if at else ""
     return kind(**{name: built(hints[name], item, source, prefix + name) for name, item in data.items()})
 
 
 def _is_scalar(kind: Any, value: Any) -> bool:
-    if kind is float:  # may be written as an integer, and must be finite
+    if kind is float:  # an integer is fine too; must be finite
         return type(value) in (int, float) and abs(value) <= sys.float_info.max
     if kind is str:
         return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)

@@ -1,8 +1,7 @@
-"""An opened model: its tensors, its numbers, and the GGUF keys that describe it.
+"""An opened model: its tensors, hparams and GGUF keys.
 
-Tensors carry GGUF names and roles from the read edge inward; names of other formats stay there. Shapes are written in
-numpy order, slowest first: a matrix is ``(n_rows, n_cols)`` = ``(out_features, in_features)``, stacked experts are
-``(n_experts, n_rows, n_cols)``.
+Outside ``read``, tensors have GGUF names and roles only. Shapes are in numpy order, slowest dimension first: a matrix
+is ``(n_rows, n_cols)`` = ``(out_features, in_features)``, stacked experts are ``(n_experts, n_rows, n_cols)``.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from gguf.gguf_writer import GGUFValue
 from ..system.filestate import FileState
 from .tensor import Tensor
 
-# Progress of a long step: called with (done, total) in whatever unit the step counts.
+# Progress of a long step: called with (done, total), in a unit of the step's choice.
 Progress = Callable[[int, int], None]
 
 
@@ -33,42 +32,42 @@ ALIGNMENT_BYTES = 32
 
 @dataclass(frozen=True)
 class Hparams:
-    """The numbers of a decoder that the stages after reading need; 0 where the model does not say.
+    """Hyperparameters of a decoder; 0 where the model does not state one.
 
-    Of numbers that differ between layers the largest; a layer's own are in the shapes of its tensors.
+    A number that differs between layers is the largest; the shapes of a layer's tensors give its own.
 
     Attributes:
-        n_layers: blocks.
+        n_layers: number of layers.
         n_embd: width of the residual stream.
         n_ff: hidden units of a feed-forward block.
-        n_heads: query heads.
-        n_kv_heads: key/value heads.
+        n_heads: number of query heads.
+        n_kv_heads: number of key/value heads.
         head_dim: channels of a query or key head.
         n_vocab: rows of the embedding.
-        n_ctx_train: tokens.
+        n_ctx_train: context length in training, in tokens.
         norm_eps: epsilon of the norms.
         activation: ``silu``, ``gelu``, ``relu``, ``relu2`` (squared), ``swiglu_oai`` or ``unknown``.
-        qk_norm: whether queries and keys are normalised.
+        qk_norm: whether queries and keys are normalized.
         value_dim: channels of a value head; ``None`` where it is ``head_dim``.
         norm: ``rms``, ``layer`` (subtracts the mean) or ``unknown``.
-        parallel_residual: attention and feed-forward block both read what the layer reads although each has its norm.
+        parallel_residual: attention and feed-forward block both read the input of the layer, each through its own norm.
         embedding_scale: factor on the embedding.
-        residual_scale: factor on what each block writes.
+        residual_scale: factor on every residual update.
         attention_scale: factor on the attention logits; ``None`` where it is ``1 / sqrt(head_dim)``.
-        n_experts: routed experts of a layer.
-        n_experts_used: of them, how many a token visits.
-        experts_scale: factor on the routed experts' sum.
-        expert_scores: what makes scores of the router's logits, over all experts: ``softmax`` or ``sigmoid``; those of
-            the experts visited are their weights. ``unknown`` where that is not how they are chosen and weighed.
-        experts_normed: whether the weights of the experts visited are divided by their sum.
-        rope: which channels of queries and keys pair up to be turned by their position: ``neighbours``, ``halves`` (of
-            the turned channels) or ``none``.
-        rope_dim: channels of a head that are turned.
+        n_experts: number of routed experts of a layer.
+        n_experts_used: number of routed experts that a token uses.
+        experts_scale: factor on the sum of the routed experts.
+        expert_scores: function from the router's logits to scores, over all experts: ``softmax`` or ``sigmoid``; the
+            scores of the chosen experts are their weights. ``unknown`` where the router works otherwise.
+        norm_topk_prob: whether the weights of the chosen experts are divided by their sum.
+        rope: which channels of queries and keys are rotated in pairs: ``norm`` (adjacent channels), ``neox`` (one of
+            each half of the rotated channels) or ``none``.
+        rope_dim: rotated channels of a head.
         rope_theta: base of the frequencies.
-        rope_factor: what positions are divided by (linear scaling).
-        attention_cap: logits of attention are ``cap * tanh(logits / cap)``; 0 for no cap.
-        logit_cap: likewise the logits of the output.
-        logit_scale: factor on the logits of the output.
+        rope_factor: divisor of positions (linear scaling).
+        attn_logit_softcapping: attention logits become ``cap * tanh(logits / cap)``; 0 for no cap.
+        final_logit_softcapping: the same for the output logits.
+        logit_scale: factor on the output logits.
     """
 
     n_layers: int
@@ -92,34 +91,33 @@ class Hparams:
     n_experts_used: int = 0
     experts_scale: float = 1.0
     expert_scores: Literal["softmax", "sigmoid", "unknown"] = "softmax"
-    experts_normed: bool = True
-    rope: Literal["neighbours", "halves", "none"] = "halves"
+    norm_topk_prob: bool = True
+    rope: Literal["norm", "neox", "none"] = "neox"
     rope_dim: int = 0
     rope_theta: float = 10000.0
     rope_factor: float = 1.0
-    attention_cap: float = 0.0
-    logit_cap: float = 0.0
+    attn_logit_softcapping: float = 0.0
+    final_logit_softcapping: float = 0.0
     logit_scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Model:
-    """An opened model: what it is, its tensors and the GGUF keys that describe it.
+    """An opened model: its tensors, hparams and GGUF keys.
 
     Attributes:
         path: the folder or file it was opened from.
         architecture: llama.cpp's name of the architecture (``llama``, ``qwen2``, ``qwen3``).
-        source_class: class named by the checkpoint, ``LlamaForCausalLM``.
-        hparams: the numbers.
-        tensors: in the order in which they are written.
+        source_class: class that the checkpoint names, such as ``LlamaForCausalLM``.
+        hparams: the hyperparameters.
+        tensors: in the order of the output file.
         metadata: every GGUF key except those that depend on the plan (``general.file_type``,
             ``general.quantization_version``, ``nsds_gguf.*``).
         notes: facts that the user must see (in the plan and on the screen), one sentence each.
-        model_id: hex SHA-256 over what the model is: the architecture's keys, and name, type, shape and first row of
-            every tensor.
+        model_id: hex SHA-256 of the architecture's keys and of the name, type, shape and first row of every tensor.
         files: the GGUF files it was opened from, in order; empty for a folder.
-        is_mended: whether llama.cpp takes not ``files`` but what is written of the model: tensors or keys were changed.
-        inputs: all files that weights are read from, as they were when it was opened.
+        is_repaired: whether tensors or keys were changed, so that ``files`` are not the model that is converted.
+        inputs: state of all weight files when the model was opened.
     """
 
     path: Path
@@ -131,7 +129,7 @@ class Model:
     notes: tuple[str, ...]
     model_id: str
     files: tuple[Path, ...] = ()
-    is_mended: bool = False
+    is_repaired: bool = False
     inputs: tuple[FileState, ...] = ()
 
     @cached_property
@@ -146,7 +144,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """``general.name``, or what the file or folder is called when there is none; printable letters only."""
+        """``general.name``, else the name of the file or folder; unprintable characters replaced."""
         entry = self.metadata.get("general.name")
         name = self.path.stem if self.files else self.path.name
         if entry is not None:
@@ -163,7 +161,7 @@ class Model:
 
     @property
     def is_tied(self) -> bool:
-        """True when the embedding also serves as the output projection."""
+        """True when the embedding doubles as the output projection."""
         return "output.weight" not in self.by_name
 
 

@@ -1,6 +1,6 @@
-"""A budget, and the quantization type of every tensor that meets it.
+"""A plan: the quantization type of every tensor within a budget.
 
-*bpw* always means bits in the file over weights.
+*bpw* is always bits in the file over weights.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .tensor import UNQUANTIZED
 PLAN_FORMAT = "nsds-gguf plan 2"
 
 
-# How a tensor came to its type: the allocator chose it; ``--tensor-type`` fixed it; the types asked for do not fit its
-# rows; or llama.cpp does not quantize it.
+# Why a tensor has its type: the allocator chose it; ``--tensor-type`` fixed it; its rows do not fit the requested
+# types; or llama.cpp does not quantize it.
 TensorKind = Literal["chosen", "fixed", "fallback", "unquantized"]
 
 
@@ -28,9 +28,8 @@ TensorKind = Literal["chosen", "fixed", "fallback", "unquantized"]
 class PlannedTensor:
     """One line of a plan.
 
-    ``n_bytes`` is without padding. ``error`` is the relative squared error at ``type`` (``None`` when it was not
-    measured), ``sensitivity`` the predicted divergence per unit of it, the layer factor included; ``reason`` says in a
-    few words why the tensor has this type.
+    ``n_bytes`` excludes padding. ``error`` is the relative squared error at ``type`` (``None``: not measured),
+    ``sensitivity`` the predicted divergence per unit of error, layer factor included; ``reason`` is a short text.
     """
 
     name: str
@@ -53,22 +52,22 @@ class PlannedTensor:
 
     @property
     def padded_bytes(self) -> int:
-        """Bytes it takes in the file, padding to the alignment included."""
+        """Bytes in the file, alignment padding included."""
         return -(-self.n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A quantization type for every tensor, and what it adds up to.
+    """A quantization type for every tensor, and the resulting sizes.
 
     Attributes:
-        recipe: what it was made for.
+        recipe: the recipe of the plan.
         tensors: one entry per tensor, in the order of the file.
         header_bytes: bytes before the tensor data: header, metadata, tensor table and padding.
-        model_id, model_name: the model that it is of.
-        gap: proven relative optimality gap of the solver; ``None`` where nothing was solved.
-        notes: what the user must know: ceiling reached, fallbacks, attention window left out, sampling.
-        scores_digest, versions: where it comes from.
+        model_id, model_name: the model.
+        gap: proven relative optimality gap of the solver; ``None`` when no solver ran.
+        notes: facts that the user must see, one sentence each.
+        scores_digest, versions: provenance.
     """
 
     recipe: Recipe
@@ -88,7 +87,7 @@ class Plan:
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of all tensors without padding: what llama.cpp counts."""
+        """Bytes of all tensors without padding, as llama.cpp counts them."""
         return sum(tensor.n_bytes for tensor in self.tensors)
 
     @property
@@ -103,7 +102,7 @@ class Plan:
 
     @property
     def quantized_bpw(self) -> float:
-        """Bits over weights of the quantized tensors alone; 0 when there are none."""
+        """Bits over weights of the quantized tensors alone; 0 without any."""
         quantized = [tensor for tensor in self.tensors if tensor.type not in UNQUANTIZED]
         n_weights = sum(tensor.n_weights for tensor in quantized)
         return sum(tensor.n_bytes for tensor in quantized) * 8 / n_weights if n_weights else 0.0
@@ -125,12 +124,12 @@ class Plan:
 
     @property
     def predicted_divergence(self) -> float | None:
-        """Sum of sensitivity × error over the tensors, in units of the output tensor's; ``None`` if unmeasured."""
+        """Sum of sensitivity × error over the tensors; ``None`` when not measured."""
         terms = [t.sensitivity * t.error for t in self.tensors if t.error is not None and t.sensitivity is not None]
         return sum(terms) if terms else None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as plain JSON values, sums included for readers that are not us."""
+        """Return the record as plain JSON values, with sums for other programs."""
         sums = {
             "bpw": self.bpw,
             "quantized_bpw": self.quantized_bpw,
@@ -143,15 +142,15 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Any, source: str = "plan") -> Plan:
-        """Build the record from parsed JSON; raises ``RecordError`` naming ``source`` when it does not fit."""
+        """Build the record from parsed JSON; raise ``RecordError`` naming ``source`` when it does not fit."""
         values = checked(data, PLAN_FORMAT, source)
         values.pop("sums", None)
         plan: Plan = built(cls, values, source)
         if plan.n_weights < 1 or any(min(tensor.shape, default=0) < 1 for tensor in plan.tensors):
-            raise RecordError(f"{source}: tensors: wanted some, with sizes from 1 up; write the plan again")
+            raise RecordError(f"{source}: tensors: wanted at least one, with positive sizes; create the plan again")
         return plan
 
     @property
     def digest(self) -> str:
-        """Hex SHA-256 of the canonical JSON without the notes: one model, however it was saved, has one digest."""
+        """Hex SHA-256 of the canonical JSON without the notes: the same for every way to save one model."""
         return digest({key: value for key, value in self.to_json().items() if key != "notes"})

@@ -1,7 +1,7 @@
-"""What was asked for, and the recipe that it is settled into: everything that decides the bytes of an output.
+"""The options of a user, and the recipe: every choice that decides the bytes of an output.
 
-``Options`` is what a user names or leaves open; ``Recipe`` is the same with nothing left open. ``session.settle`` makes
-one from the other, for the command line and for Python alike. Scores, plans and a GGUF's keys carry the recipe whole.
+``Options`` may leave choices to the program; a ``Recipe`` is complete. ``session.settle`` turns options into a recipe,
+for the command line and for Python. Scores, plans and the keys of a GGUF carry the whole recipe.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-AUTO = "auto"  # stands for a choice that is left open
+AUTO = "auto"  # leaves a choice to the program
 
 K_TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
@@ -24,13 +24,13 @@ class Target:
     value: float
 
     def __str__(self) -> str:
-        """Return the target as the user would write it."""
+        """Return the target as a user writes it."""
         return f"{self.value:g} bpw" if self.kind == "bpw" else f"{int(self.value)} bytes"
 
 
 @dataclass(frozen=True)
 class TensorType:
-    """A type that is fixed for all tensors whose whole name matches the regular expression ``pattern``."""
+    """A fixed type for all tensors whose whole name matches the regular expression ``pattern``."""
 
     pattern: str
     type: str
@@ -42,22 +42,22 @@ class TensorType:
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asks for; ``AUTO`` leaves a choice to ``session.settle``.
+    """The choices of a user; ``AUTO`` leaves one to ``session.settle``.
 
     Attributes:
-        target_bpw: budget in bits per weight over all tensors; ``None`` for another budget or none.
+        target_bpw: budget in bits per weight over all tensors; default: none.
         target_size: budget in bytes of the whole file.
-        allocator: key of ``allocate.ALLOCATORS``; ``AUTO`` for ``fisher``, or ``uniform`` where that type is given.
-        uniform: type of every matrix, for the allocator of that name.
-        types: types to choose from.
-        tensor_types: types that are fixed for some tensors; of several that match, the first counts.
+        allocator: key of ``allocate.ALLOCATORS``; ``AUTO``: ``uniform`` if ``uniform`` is set, else ``fisher``.
+        uniform: type of every matrix, for the allocator ``uniform``.
+        types: candidate types.
+        tensor_types: fixed types of some tensors; the first match counts.
         rounding: key of ``quantize.ROUNDINGS``.
         calibration: key of ``calibration.CALIBRATIONS``.
-        imatrix: llama.cpp's importance matrix to calibrate with, in place of ``calibration``.
+        imatrix: importance matrix file of llama.cpp, in place of ``calibration``.
         metric: key of ``metrics.METRICS``: the layer scores that ``score_weight`` and the allocator ``paper`` use.
         se: key of ``metrics.SE_READINGS``: how ``nsds`` reads structural expressiveness.
-        score_weight: weight of the layer scores as a factor on the sensitivities of ``fisher``.
-        prefer: key of ``allocate.PREFERENCES``: what decides between types that cost about the same.
+        score_weight: how much layer scores scale the sensitivities of ``fisher``.
+        prefer: key of ``allocate.PREFERENCES``: the tie-breaker between types of about the same cost.
         seed: of random tokens, and of the allocator ``random``.
         device: key of ``compute.BACKENDS``.
 
@@ -81,7 +81,7 @@ class Options:
 
     @property
     def target(self) -> Target | None:
-        """The budget; ``None`` without one. Both kinds at once are refused by ``session.settle``."""
+        """The budget; ``None`` without one. ``session.settle`` refuses two budgets."""
         if self.target_bpw is not None:
             return Target("bpw", self.target_bpw)
         return None if self.target_size is None else Target("size", self.target_size)
@@ -89,19 +89,19 @@ class Options:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the bytes of an output beside the model, settled.
+    """Every choice that, with the model, decides the bytes of an output.
 
     Attributes:
         target: the budget; ``None`` without one.
         allocator: key of ``allocate.ALLOCATORS``.
-        types: types to choose from, where rows allow them.
-        tensor_types: types that are fixed for some tensors.
+        types: candidate types, where rows allow them.
+        tensor_types: fixed types of some tensors.
         rounding: key of ``quantize.ROUNDINGS``.
-        calibration: key of ``calibration.CALIBRATIONS``, or ``imatrix:`` and the beginning of a file's SHA-256.
-        metric: the layer scores that count; ``None`` where no layer is scored.
+        calibration: key of ``calibration.CALIBRATIONS``, or ``imatrix:`` and the first digits of a file's SHA-256.
+        metric: metric of the layer scores; ``None`` when no layer is scored.
         se: reading of structural expressiveness; ``None`` for other metrics than ``nsds``.
-        score_weight: weight of the layer scores as a factor on sensitivities.
-        prefer: what decides between types that cost about the same.
+        score_weight: how much layer scores scale sensitivities.
+        prefer: the tie-breaker between types of about the same cost.
         seed: of the tokens that calibration draws or generates.
         allocation_seed: of the allocator ``random``.
         device: key of ``compute.BACKENDS``.
@@ -123,7 +123,7 @@ class Recipe:
     device: str
 
     def to_json(self) -> str:
-        """Return the canonical JSON text, which the key ``nsds_gguf.recipe`` of a GGUF holds."""
+        """Return the canonical JSON text: the GGUF key ``nsds_gguf.recipe``."""
         return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
 
     def to(self, target: Target | None) -> Recipe:
@@ -131,7 +131,7 @@ class Recipe:
         return replace(self, target=target)
 
     def facts(self) -> dict[str, str]:
-        """Return every choice as text, by name, for people: choices without a value are left out."""
+        """Return every choice that has a value as readable text, by name."""
         return {name: text for name, value in vars(self).items() if (text := _text(value))}
 
 

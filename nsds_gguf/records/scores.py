@@ -1,4 +1,4 @@
-"""What scoring and measuring found: one score a layer, one cost a tensor."""
+"""Scores: one score per layer, one cost per tensor."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ SCORES_FORMAT = "nsds-gguf scores 2"
 class LayerScore:
     """Sensitivity of one layer; higher = more sensitive.
 
-    ``nv`` and ``se`` hold the raw value per component (``qk``, ``ov``, ``gate``, ``up``, ``down``, and ``rest``, which
-    has no ``se``), ``p_nv`` and ``p_se`` their aggregates in [0, 1], ``None`` where the layer has no component;
-    baselines leave these empty and give ``score`` alone, in their own unit.
+    ``nv`` and ``se`` hold the raw value of each component (``qk``, ``ov``, ``gate``, ``up``, ``down``, and ``rest``,
+    which has no ``se``), ``p_nv`` and ``p_se`` their aggregates in [0, 1], ``None`` for a layer without components.
+    Baselines set ``score`` alone, in their own unit.
     """
 
     layer: int
@@ -31,17 +31,15 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class TensorCost:
-    """What quantizing one tensor costs, without data.
+    """The cost of quantizing one tensor.
 
     Attributes:
         name: GGUF name.
-        sensitivity: predicted KL divergence (nats per token) per unit of relative error; before the layer factor from
-            the scores.
-        errors: by type name, ``sum(w * (x - q)**2) / sum(w * x**2)`` over the sampled rows, ``w`` the column
-            importance (1 where there is none); with feedback the numerator is ``(x - q)^T H (x - q)``, ``w`` the
-            diagonal of H.
-        stderr: standard error of each entry of ``errors`` that comes from sampling rows; 0 when all were taken.
-        n_rows_sampled: rows that were quantized to measure it.
+        sensitivity: predicted KL divergence (nats per token) per unit of relative error, without the layer factor.
+        errors: by type name, ``sum(w * (x - q)**2) / sum(w * x**2)`` over the sampled rows, ``w`` the column weights
+            (default: 1); for GPTQ the numerator is ``(x - q)^T H (x - q)``, ``w`` the diagonal of H.
+        stderr: standard error of each entry of ``errors`` from sampling rows; 0 when all rows were measured.
+        n_rows_sampled: number of rows that were measured.
     """
 
     name: str
@@ -53,15 +51,15 @@ class TensorCost:
 
 @dataclass(frozen=True)
 class Scores:
-    """Result of scoring, small enough to keep: one score a layer and, when measured, one cost a tensor.
+    """Result of scoring: one score per layer and, when measured, one cost per tensor.
 
     Attributes:
-        recipe: how it was measured; its target is ``None``, its metric where no layer was scored.
-        layers: scores of the layers, in order; empty where no layer was scored.
-        model_id, model_name: the model that they are of.
-        costs: of the tensors; empty where none was measured.
-        notes: what the method cannot see of the model, one sentence each.
-        versions: of what computed them.
+        recipe: the recipe of the measurement; its target is ``None``, and its metric when no layer was scored.
+        layers: scores of the layers, in order; empty when no layer was scored.
+        model_id, model_name: the model.
+        costs: of the tensors; empty when none was measured.
+        notes: parts of the model that the method cannot see, one sentence each.
+        versions: of the programs that computed them.
 
     """
 
@@ -79,7 +77,7 @@ class Scores:
 
     @classmethod
     def from_json(cls, data: Any, source: str = "scores") -> Scores:
-        """Build the record from parsed JSON; raises ``RecordError`` naming ``source`` when it does not fit."""
+        """Build the record from parsed JSON; raise ``RecordError`` naming ``source`` when it does not fit."""
         scores: Scores = built(cls, checked(data, SCORES_FORMAT, source), source)
         return scores
 

@@ -1,6 +1,6 @@
-"""Where weights lie: the contract of everything that gives rows, and the one check that they are numbers.
+"""Sources of weights: the interface through which rows are read, and the finite check.
 
-A source is plain data and pickles: another process reads the same bytes. The formats of files are in ``read``.
+A source is plain data and pickles: another process reads the same bytes. File formats are in ``read``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Float64 = NDArray[np.float64]
 # Rows of a matrix: a slice with both ends and step 1, or their numbers in any order.
 Rows = slice | NDArray[np.intp]
 
-SLAB_BYTES = 4 << 20  # of float32 rows read at a time by default; sums over slabs depend on it in their last bits
+SLAB_BYTES = 4 << 20  # default slab, in float32; the last bits of sums over slabs depend on it
 
 
 class Weights(ABC):
@@ -41,7 +41,7 @@ class Weights(ABC):
 
 
 class Source(Weights):
-    """Weights as they are stored."""
+    """Weights as stored."""
 
     @property
     @abstractmethod
@@ -51,16 +51,16 @@ class Source(Weights):
     @property
     @abstractmethod
     def n_rows(self) -> int:
-        """Rows: the product of all sizes but the last."""
+        """Number of rows: the product of all sizes but the last."""
 
     @property
     @abstractmethod
     def n_cols(self) -> int:
-        """Weights of a row."""
+        """Number of weights in a row."""
 
     @property
     def parts(self) -> Sequence[Source]:
-        """The tensors that lie in files, of which this one is made."""
+        """The stored tensors that make up this one."""
         return (self,)
 
     def rows(self, index: Rows) -> Float32:
@@ -74,24 +74,24 @@ class Source(Weights):
         return finite(self.values(wanted, slice(0, self.n_cols)), self)
 
     def stored_rows(self, rows: Rows) -> NDArray[np.uint8]:
-        """Return rows as they are stored, ``(n, row bytes)`` uint8; only sources of GGUF files have such rows."""
+        """Return rows as stored, ``(n, row bytes)`` uint8; sources in GGUF files only."""
         raise ValueError(f"{self.where}: its rows are read as float32 only")
 
 
 @dataclass(frozen=True)
 class Stack(Source):
-    """Matrices of one shape below one another, or vectors as the rows of a matrix."""
+    """Matrices of one shape, stacked by rows, or vectors as the rows of a matrix."""
 
     members: tuple[Source, ...]
 
     @property
     def where(self) -> str:
-        """The first member stands for all."""
+        """The first member, for messages."""
         return self.members[0].where
 
     @property
     def n_rows(self) -> int:
-        """Rows of all members."""
+        """Number of rows of all members."""
         return len(self.members) * self.members[0].n_rows
 
     @property
@@ -118,7 +118,7 @@ class Stack(Source):
 
 @dataclass(frozen=True)
 class FromArray(Source):
-    """Weights that are in memory: ``array`` is float32."""
+    """Weights in memory: ``array`` is float32."""
 
     name: str
     array: Float32 = field(repr=False, compare=False)
@@ -130,7 +130,7 @@ class FromArray(Source):
 
     @property
     def n_rows(self) -> int:
-        """Rows, leading dimensions flattened."""
+        """Number of rows, leading dimensions flattened."""
         return self.array.size // self.n_cols
 
     @property
@@ -146,9 +146,9 @@ class FromArray(Source):
 
 
 def bounded(index: Rows, n_rows: int) -> Rows | None:
-    """Return a slice with both ends for rows that lie together, row numbers for others, ``None`` for no rows.
+    """Return a slice with both ends for contiguous rows, row numbers for others, ``None`` for no rows.
 
-    Raises ``IndexError`` for slices of another step than 1 and numbers of rows that there are not.
+    Raises ``IndexError`` for a step other than 1 and for row numbers out of range.
     """
     if isinstance(index, slice):
         start, stop, step = index.indices(n_rows)
@@ -165,18 +165,18 @@ def bounded(index: Rows, n_rows: int) -> Rows | None:
 
 
 def matrices_of(rows: slice, n_rows: int) -> list[tuple[int, slice]]:
-    """Return which matrices of ``n_rows`` a slice of stacked rows touches, each with the slice of its own rows."""
+    """Return the matrices of ``n_rows`` that a slice of stacked rows covers, each with the slice of its own rows."""
     touched = range(rows.start // n_rows, -(-rows.stop // n_rows))
     return [(i, slice(max(rows.start - i * n_rows, 0), min(rows.stop - i * n_rows, n_rows))) for i in touched]
 
 
 def joined(pieces: Sequence[Float32]) -> Float32:
-    """Return matrices below one another; a single one as it is."""
+    """Concatenate matrices by rows; return a single one unchanged."""
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def finite(values: Float32, source: Source) -> Float32:
-    """Return the values; raises ``ModelError`` that counts what is not finite in the whole source, unless all are."""
+    """Return finite values; else raise ``ModelError`` with the counts of NaN and infinite weights in the source."""
     if np.isfinite(values).all():
         return values
     for part in source.parts:
@@ -187,19 +187,19 @@ def finite(values: Float32, source: Source) -> Float32:
                 "wanted finite numbers: the file is damaged, download it again"
             )
     raise ModelError(
-        f"{source.where}: its weights are finite, but too large for float32 once they are brought to GGUF's form: the "
-        "file is damaged, download it again"
+        f"{source.where}: its weights are finite, but overflow float32 when transformed for GGUF: the file is damaged, "
+        "download it again"
     )
 
 
 def row_slices(n_rows: int, n_cols: int, max_bytes: int = SLAB_BYTES) -> Iterator[slice]:
-    """Yield slices that cover the rows of a matrix in order, ``max_bytes`` of float32 each, at least a row."""
+    """Yield slices that cover the rows of a matrix in order: ``max_bytes`` of float32 each, at least one row."""
     step = max(1, max_bytes // (4 * max(1, n_cols)))
     return (slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step))
 
 
 def _count(source: Source) -> tuple[int, int]:
-    """Return how many weights are NaN and how many infinite."""
+    """Return the number of NaN and of infinite weights."""
     n_nan = n_infinite = 0
     for some in row_slices(source.n_rows, source.n_cols):
         rows = source.values(some, slice(0, source.n_cols))

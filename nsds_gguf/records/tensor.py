@@ -1,4 +1,4 @@
-"""One tensor of a model: what it is called, where its weights lie, and what is done to them. Plain data; it pickles."""
+"""One tensor of a model: its name, the source of its weights and their transforms. Plain data; it pickles."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from .sources import SLAB_BYTES, Float32, Rows, Source, Weights, bounded, finite
 from .transforms import Transform, Transformed
 
-# Types of tables and indices, not of weights: such tensors are copied as they are (ggml.h, enum ggml_type).
+# Types of tables and indices, not of weights: copied as stored (ggml.h, enum ggml_type).
 COPIED_TYPES = ("I8", "I16", "I32", "I64", "F64")
 
-# Types that hold weights as they are: everything else counts as quantized.
+# Types that are not quantized.
 UNQUANTIZED = ("F32", "F16", "BF16", *COPIED_TYPES)
 
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(.+)")
 
 
 def role_and_layer(name: str) -> tuple[str, int | None]:
-    """Return the role of a GGUF tensor name and its layer; ``None`` for tensors outside the layers of a decoder.
+    """Return the role and the layer of a GGUF tensor name; layer ``None`` outside the layers of a decoder.
 
     ``blk.3.attn_q.weight`` is ``("attn_q", 3)``, ``blk.3.attn_q.bias`` is ``("attn_q.bias", 3)``, ``output.weight`` is
     ``("output", None)``.
@@ -37,9 +37,9 @@ def role_and_layer(name: str) -> tuple[str, int | None]:
 class Tensor:
     """One tensor of the model under its GGUF name.
 
-    Weights are read by ``rows``, ``slabs`` and ``load``: float32, in GGUF row order (for q and k of the llama
-    architecture the permuted order), leading dimensions flattened; fresh arrays that the caller may change. They raise
-    ``ModelError`` when weights are NaN or infinite, or the file has shrunk since it was opened.
+    ``rows``, ``slabs`` and ``load`` read weights: float32, in GGUF row order (permuted for q and k of the llama
+    architecture), leading dimensions flattened, as fresh arrays that the caller may change. They raise ``ModelError``
+    for NaN or infinite weights and for a file that has shrunk since it was opened.
 
     Attributes:
         name: GGUF name, for example ``blk.3.attn_q.weight``.
@@ -47,11 +47,11 @@ class Tensor:
             ``attn_norm``; a bias keeps its suffix (``attn_q.bias``).
         layer: 0-based layer number; ``None`` for tensors outside the layers.
         shape: numpy order, slowest first.
-        dtype: how the source stores it: ``F32``, ``F16``, ``BF16``; from a GGUF also ``Q8_0``, one of
-            ``COPIED_TYPES`` or whatever the user allowed to be quantized once more.
-        source: its name in the checkpoint, for messages.
-        stored: where its weights lie.
-        transforms: what is done to them, first step first.
+        dtype: stored type: ``F32``, ``F16``, ``BF16``; in a GGUF also ``Q8_0``, one of ``COPIED_TYPES`` or, with
+            ``--allow-requantize``, any type that ggml reads.
+        source: name in the checkpoint, for messages.
+        stored: source of the weights.
+        transforms: applied to the weights in order.
     """
 
     name: str
@@ -80,24 +80,24 @@ class Tensor:
 
     @property
     def n_matrix_rows(self) -> int:
-        """Rows of one matrix of a stack, or of the whole tensor where it is none."""
+        """Rows of one matrix of a stack; else of the whole tensor."""
         return self.shape[-2] if len(self.shape) > 2 else self.n_rows
 
     @property
     def is_matrix(self) -> bool:
-        """True for what may be quantized: two or more dimensions, a ``.weight``, not integers."""
+        """True for candidates of quantization: two or more dimensions, a ``.weight``, not ``is_copied``."""
         return len(self.shape) >= 2 and self.name.endswith(".weight") and not self.is_copied
 
     @property
     def is_copied(self) -> bool:
-        """True for tables and indices, which are written as they are stored."""
+        """True for tables and indices, which are written as stored."""
         return self.dtype in COPIED_TYPES
 
     def rows(self, index: Rows) -> Float32:
         """Return rows as a fresh ``(n, n_cols)`` float32 array.
 
         Args:
-            index: a slice of step 1, whose ends may be left out, or ``(n,)`` row numbers in any order.
+            index: a slice of step 1 (both ends optional), or ``(n,)`` row numbers in any order.
 
         """
         wanted = bounded(index, self.n_rows)
@@ -110,16 +110,16 @@ class Tensor:
         return values if self.is_copied else finite(values, self.stored)
 
     def slabs(self, max_bytes: int = SLAB_BYTES, multiple_of: int = 1) -> Iterator[tuple[int, Float32]]:
-        """Yield all rows in order as ``(number of the first, rows)``; sizes as those of ``row_slices``."""
+        """Yield all rows in order as ``(number of the first row, rows)``, in the slices of ``row_slices``."""
         for some in self.row_slices(max_bytes, multiple_of):
             yield some.start, self.rows(some)
 
     def row_slices(self, max_bytes: int = SLAB_BYTES, multiple_of: int = 1) -> Iterator[slice]:
-        """Yield slices that cover all rows in order; none has rows of two matrices of a stack.
+        """Yield slices that cover all rows in order; no slice spans two matrices of a stack.
 
         Args:
-            max_bytes: of a slab in float32; one tile may take more.
-            multiple_of: rows of a tile: a slab is whole tiles, but for the last of a matrix.
+            max_bytes: of a slab in float32; a single tile may exceed it.
+            multiple_of: rows of a tile: slabs hold whole tiles, except the last of a matrix.
 
         """
         step, n = self.rows_per_slab(max_bytes, multiple_of), self.n_matrix_rows
@@ -136,7 +136,7 @@ class Tensor:
         return self.rows(slice(0, self.n_rows)).reshape(self.shape)
 
     def stored_rows(self, rows: slice) -> NDArray[np.uint8]:
-        """Return rows of a tensor that ``is_copied`` as they are stored, ``(n, row bytes)`` uint8.
+        """Return rows of a tensor that ``is_copied`` as stored, ``(n, row bytes)`` uint8.
 
         Raises ``ValueError`` for any other tensor.
         """

@@ -1,6 +1,6 @@
-"""What is done to stored weights on their way to a GGUF's tensor: each step a small piece of data that gives rows.
+"""Transforms from stored weights to a GGUF tensor: permute, slice, reshape, transpose, rescale.
 
-A step reads what it needs of the matrix below it, which is the stored tensor or another step. All steps pickle.
+A step reads the rows that it needs from the matrix below it: the stored tensor or another step. All steps pickle.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from .sources import Float32, Rows, Weights, joined, matrices_of
 
 
 class Transform(ABC):
-    """One step: rows of its result from those of the matrix below."""
+    """One step: computes rows of its result from the matrix below."""
 
     @abstractmethod
     def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
-        """Return some rows and columns of the result; arguments and result as those of ``Weights.values``."""
+        """Return some rows and columns of the result, like ``Weights.values``."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Transformed(Weights):
     step: Transform
 
     def values(self, rows: Rows, columns: slice) -> Float32:
-        """Return what the step makes of the matrix below."""
+        """Return rows and columns of the result."""
         return self.step.values(self.below, rows, columns)
 
 
-# --- other places ---------------------------------------------------------------------------------------------
+# --- rearranging ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class TakeRows(Transform):
-    """Rows in another order, or some of them: row ``i`` is row ``order[i]`` below."""
+    """Rows permuted or selected: row ``i`` is row ``order[i]`` below."""
 
     order: NDArray[np.intp] = field(repr=False, compare=False)
 
@@ -50,7 +50,7 @@ class TakeRows(Transform):
 
 @dataclass(frozen=True)
 class TakeColumns(Transform):
-    """Entries in another order, or some of them: entry ``i`` of a row is entry ``order[i]`` below."""
+    """Columns permuted or selected: column ``i`` is column ``order[i]`` below."""
 
     order: NDArray[np.intp] = field(repr=False, compare=False)
 
@@ -68,31 +68,31 @@ class SliceRows(Transform):
     stop: int
 
     def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
-        """Return the same rows, counted from ``start``."""
+        """Return the rows, offset by ``start``."""
         moved = slice(rows.start + self.start, rows.stop + self.start) if isinstance(rows, slice) else rows + self.start
         return below.values(moved, columns)
 
 
 @dataclass(frozen=True)
 class SliceColumns(Transform):
-    """Entries ``start`` to ``stop`` of every row."""
+    """Columns ``start`` to ``stop``."""
 
     start: int
     stop: int
 
     def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
-        """Return the same columns, counted from ``start``."""
+        """Return the columns, offset by ``start``."""
         return below.values(rows, slice(columns.start + self.start, columns.stop + self.start))
 
 
 @dataclass(frozen=True)
 class Reshape(Transform):
-    """The entries of one row as a matrix of ``shape``."""
+    """One row, reshaped to a matrix of ``shape``."""
 
     shape: tuple[int, int]
 
     def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
-        """Return rows of the matrix; the row below is read whole."""
+        """Return rows of the matrix; reads the whole row below."""
         n_rows, n_cols = self.shape
         matrix = below.values(slice(0, 1), slice(0, n_rows * n_cols)).reshape(self.shape)
         return np.array(matrix[rows, columns], order="C")
@@ -105,7 +105,7 @@ class Transpose(Transform):
     shape: tuple[int, int, int]
 
     def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
-        """Return rows, which are columns below; of rows by number all between the first and the last are read."""
+        """Return rows, which are columns below; row numbers read everything from the first to the last."""
         _, n_rows, n_cols = self.shape
         if not isinstance(rows, slice):
             first = int(rows.min())
@@ -119,12 +119,12 @@ class Transpose(Transform):
         return joined(pieces)
 
 
-# --- other numbers --------------------------------------------------------------------------------------------
+# --- changing values --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PlusOne(Transform):
-    """``w + 1`` in float32: gains that are stored as their difference from one."""
+    """``w + 1`` in float32: gains stored as their difference from 1."""
 
     def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
         """Return the values plus one."""
@@ -139,7 +139,7 @@ class MinusExp(Transform):
 
     def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
         """Return minus the exponential of the values."""
-        with np.errstate(over="ignore"):  # what is infinite is an error, reported as such
+        with np.errstate(over="ignore"):  # infinite values are reported by the finite check
             found: Float32 = -np.exp(below.values(rows, columns))
         return found
 

@@ -1,1 +1,1 @@
-"""What noise in each tensor costs, in nats of divergence."""
+"""Sensitivities: the divergence that noise in each tensor causes, in nats."""

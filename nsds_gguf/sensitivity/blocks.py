@@ -1,4 +1,4 @@
-"""What attention and feed-forward blocks write to the stream, and what noise in their matrices adds to it."""
+"""Residual updates of attention and feed-forward blocks, and the noise that errors in their matrices add."""
 
 from __future__ import annotations
 
@@ -26,51 +26,51 @@ from .moments import (
     unit_moments,
 )
 
-# Energy of a value after averaging over the attended positions, over that of one value: measured, not derived
+# Squared norm of a value averaged over the attended positions, over that of a single value; measured, not derived
 # (docs/log.md, 2026-11-23).
 ATTENTION_SHRINK = 0.3
 
-# ``(W ** 2) @ x2`` of a matrix that writes to the stream, as far as the stream's readers can see it: ``(n_embd,)``.
-Writer = Callable[[Tensor, Float64], Float64]
+# ``(W ** 2) @ x2`` of a matrix that writes to the stream, as its consumers see it: ``(n_embd,)``.
+MatrixMoments = Callable[[Tensor, Float64], Float64]
 
-WRITERS: dict[str, Writer] = {"layer": centred_matrix_moments}  # by kind of norm; others see everything
+MATRIX_MOMENTS: dict[str, MatrixMoments] = {"layer": centred_matrix_moments}  # by kind of norm; default: matrix_moments
 
 
 @dataclass(frozen=True)
 class ResidualUpdate:
-    """What a block adds to the stream.
+    """The residual update of a block.
 
     Attributes:
-        name: tensor that writes, for messages.
+        name: tensor that produces it, for messages.
         signal: moments of each channel, ``(n_embd,)``.
         noise: by tensor name, the second moment that relative noise of 1 in the tensor adds, ``(n_embd,)``.
-        readers: tensors that multiply what the block reads of the stream.
-        inputs: by name of the other tensors, the second moment of what each column multiplies, ``(n_cols,)``, or
+        consumers: tensors that multiply the input of the block.
+        inputs: by name of the other tensors, the second moment of the input of each column, ``(n_cols,)``, or
             ``(n_experts, n_cols)``.
     """
 
     name: str
     signal: Signal
     noise: dict[str, Float64]
-    readers: tuple[str, ...]
+    consumers: tuple[str, ...]
     inputs: dict[str, Float64]
 
     def scaled(self, mean_square: float, mean: float) -> ResidualUpdate:
-        """Return the write times a factor of these moments."""
+        """Return the update times a factor of these moments."""
         noise = {name: value * mean_square for name, value in self.noise.items()}
         return replace(self, signal=self.signal.scaled(mean_square, mean), noise=noise)
 
     def normed(self, norm: Norm, eps: float) -> ResidualUpdate:
-        """Return the write behind a norm: noise keeps its share."""
+        """Return the update after a norm: noise keeps its share."""
         factor = norm.gains(len(self.signal.second)) ** 2 / (self.signal.second.mean() + eps)
         noise = {name: value * factor for name, value in self.noise.items()}
         return replace(self, signal=normed(norm, self.signal, eps), noise=noise)
 
     def plus(self, other: ResidualUpdate) -> ResidualUpdate:
-        """Return the sum of two independent writes; of a tensor that takes part in both the noises add up."""
-        readers, inputs = (*self.readers, *other.readers), {**self.inputs, **other.inputs}
+        """Return the sum of two independent updates; noise of a tensor in both adds up."""
+        consumers, inputs = (*self.consumers, *other.consumers), {**self.inputs, **other.inputs}
         noise = added(self.noise, other.noise)
-        return ResidualUpdate(self.name, self.signal.plus(other.signal), noise, readers, inputs)
+        return ResidualUpdate(self.name, self.signal.plus(other.signal), noise, consumers, inputs)
 
 
 def added(first: Mapping[str, Float64], second: Mapping[str, Float64]) -> dict[str, Float64]:
@@ -79,17 +79,17 @@ def added(first: Mapping[str, Float64], second: Mapping[str, Float64]) -> dict[s
 
 
 def _of_parts(parts: Sequence[tuple[Linear, Float64]]) -> dict[str, Float64]:
-    """Return noise by stored tensor: that of the parts of a fused one adds up."""
+    """Return noise by stored tensor; the parts of a fused tensor add up."""
     return functools.reduce(added, [{part.name: value} for part, value in parts])
 
 
-def written(linear: Linear, hidden: Signal, hparams: Hparams) -> Signal:
-    """Return what a matrix writes to the stream, ``(n_embd,)``.
+def update_moments(linear: Linear, hidden: Signal, hparams: Hparams) -> Signal:
+    """Return the moments of a matrix's output to the stream, ``(n_embd,)``.
 
-    Where the mean of what it multiplies is not followed, neither is that of what it writes.
+    Without the mean of its input, the result has no mean either.
     """
-    writer = WRITERS.get(hparams.norm, matrix_moments)
-    varying, mean = Signal(writer(linear.weight, hidden.variance)), product_mean(linear, hidden)
+    moments_of = MATRIX_MOMENTS.get(hparams.norm, matrix_moments)
+    varying, mean = Signal(moments_of(linear.weight, hidden.variance)), product_mean(linear, hidden)
     if mean is None:
         return varying
     constant = mean - mean.mean() if hparams.norm == "layer" else mean
@@ -98,15 +98,14 @@ def written(linear: Linear, hidden: Signal, hparams: Hparams) -> Signal:
 
 
 def noise_through(linear: Linear, second: Float64, hparams: Hparams) -> Float64:
-    """Return the second moment that a matrix writes of noise of this second moment: ``(n_embd,)``."""
-    return WRITERS.get(hparams.norm, matrix_moments)(linear.weight, second)
+    """Return the second moment of noise after a matrix that writes to the stream: ``(n_embd,)``."""
+    return MATRIX_MOMENTS.get(hparams.norm, matrix_moments)(linear.weight, second)
 
 
 def noise_within(linear: Linear, second: Float64) -> Float64:
-    """Return the second moment that relative noise of 1 in a writing matrix adds: ``(n_embd,)``.
+    """Return the second moment that relative noise of 1 in a matrix that writes to the stream adds: ``(n_embd,)``.
 
-    Noise is independent in every row, so that all of it shows, even where the rows have something in common that is
-    never read.
+    Noise is independent in every row, so all of it counts, even if layer norms remove the common part of the rows.
     """
     return matrix_moments(linear.weight, second)
 
@@ -115,12 +114,12 @@ def noise_within(linear: Linear, second: Float64) -> Float64:
 
 
 def attention_update(a: Attention, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> ResidualUpdate:
-    """Return what attention writes.
+    """Return the residual update of attention.
 
     Args:
         a: the attention.
         tensors: the layer's tensors by role: norms on queries, keys and output, gate.
-        x: what q, k and v read, ``(n_embd,)``.
+        x: input of q, k and v, ``(n_embd,)``.
         hparams: scales.
 
     """
@@ -131,38 +130,38 @@ def attention_update(a: Attention, tensors: Mapping[str, Tensor], x: Signal, hpa
     sub_norm, gate = tensors.get("attn_sub_norm"), tensors.get("attn_gate")
     if sub_norm is not None:
         attended = normed(Norm(sub_norm), attended, hparams.norm_eps)
-    readers, noise = [a.q.name, a.k.name, a.v.name], {}
+    consumers, noise = [a.q.name, a.k.name, a.v.name], {}
     if gate is not None:
-        opening = sigmoid_moments(product(Linear(gate, tensors.get("attn_gate.bias")), x))
-        n_wide = a.value_dim if len(opening.second) == a.n_heads else 1
-        noise[gate.name] = noise_through(a.o, attended.second * np.repeat(opening.noise, n_wide), hparams)
-        attended = attended.scaled(np.repeat(opening.second, n_wide), np.repeat(opening.mean, n_wide))
-        readers.append(gate.name)
-    energy = noise_through(a.o, attended.second, hparams)
+        gate_moments = sigmoid_moments(product(Linear(gate, tensors.get("attn_gate.bias")), x))
+        n_wide = a.value_dim if len(gate_moments.second) == a.n_heads else 1
+        noise[gate.name] = noise_through(a.o, attended.second * np.repeat(gate_moments.noise, n_wide), hparams)
+        attended = attended.scaled(np.repeat(gate_moments.second, n_wide), np.repeat(gate_moments.mean, n_wide))
+        consumers.append(gate.name)
+    written = noise_through(a.o, attended.second, hparams)
     shrink = ATTENTION_SHRINK if x.mean is None else _shrink(value)
-    # noise of a matrix is alike at all positions: no averaging shrinks it
-    of_values, of_output = energy / shrink, noise_within(a.o, attended.second) / shrink
-    of_logits = energy * logit_variance(a, tensors, x, hparams)
+    # the noise of a matrix is the same at all positions: averaging does not shrink it
+    of_values, of_output = written / shrink, noise_within(a.o, attended.second) / shrink
+    of_logits = written * logit_variance(a, tensors, x, hparams)
     noise |= _of_parts([(a.v, of_values), (a.o, of_output), (a.q, of_logits), (a.k, of_logits)])
-    signal = written(a.o, attended, hparams)
-    return ResidualUpdate(a.o.name, signal, noise, tuple(readers), {a.o.name: attended.second})
+    signal = update_moments(a.o, attended, hparams)
+    return ResidualUpdate(a.o.name, signal, noise, tuple(consumers), {a.o.name: attended.second})
 
 
 def _per_head(value: Signal, a: Attention) -> Signal:
-    """Return values as the query heads see them, each group's for every head of it: ``(n_heads * value_dim,)``."""
+    """Return the values repeated for every query head of a group: ``(n_heads * value_dim,)``."""
     rows = np.arange(len(value.second)).reshape(a.n_kv_heads, -1)
     order = np.repeat(rows, a.n_heads // a.n_kv_heads, axis=0).ravel()
     return Signal(value.second[order], None if value.mean is None else value.mean[order])
 
 
 def _shrink(value: Signal) -> float:
-    """Return the energy that averaging over positions leaves of values, whose mean it does not shrink."""
+    """Return the share of the squared norm of values that averaging over positions leaves; the mean does not shrink."""
     mean_square = 0.0 if value.mean is None else float((value.mean**2).sum())
     return (ATTENTION_SHRINK * float(value.variance.sum()) + mean_square) / float(value.second.sum())
 
 
 def has_known_gate(a: Attention, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether the gate on attention's output, if any, is one number a head or one a channel."""
+    """Return whether the gate on the output of attention, if any, has one number per head or per channel."""
     gate = tensors.get("attn_gate")
     return gate is None or gate.n_rows in (a.n_heads, a.n_heads * a.value_dim)
 
@@ -170,8 +169,8 @@ def has_known_gate(a: Attention, tensors: Mapping[str, Tensor]) -> bool:
 def logit_variance(a: Attention, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> float:
     """Return the second moment of the attention logits, mean over heads.
 
-    ``tr(M_q M_k) scale^2`` with ``M`` the second moments of a head's queries or keys; ``scale^2`` is 1 / head_dim
-    unless the model says otherwise.
+    ``tr(M_q M_k) scale^2`` with ``M`` the second moments of a head's queries or keys; ``scale^2`` defaults to
+    ``1 / head_dim``.
     """
     scale2 = 1 / a.head_dim if hparams.attention_scale is None else hparams.attention_scale**2
     heads_q, heads_k = _head_moments(a, "q", tensors, x), _head_moments(a, "k", tensors, x)
@@ -203,7 +202,7 @@ def _head_moments(a: Attention, part: str, tensors: Mapping[str, Tensor], x: Sig
 
 
 def has_known_qk_norms(a: Attention, tensors: Mapping[str, Tensor]) -> bool:
-    """Return whether norms on queries and keys, if any, have a gain per channel: of one head, or of all."""
+    """Return whether norms on queries and keys, if any, have a gain per channel of one head, or of all heads."""
     sizes = {"q": a.n_heads * a.head_dim, "k": a.n_kv_heads * a.head_dim}
     norms = {part: tensors.get(f"attn_{part}_norm") for part in sizes}
     return all(norm is None or norm.n_weights in (a.head_dim, sizes[part]) for part, norm in norms.items())
@@ -215,13 +214,13 @@ def has_known_qk_norms(a: Attention, tensors: Mapping[str, Tensor]) -> bool:
 def feed_forward_update(
     blocks: Sequence[FeedForward], tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams
 ) -> ResidualUpdate:
-    """Return what the feed-forward blocks of a layer write together: a dense one, or experts, or both.
+    """Return the sum of the residual updates of a layer's feed-forward blocks: dense, experts, or both.
 
     Args:
         blocks: at least one.
         tensors: the layer's tensors by role: routers and inner norms.
-        x: what the blocks read, ``(n_embd,)``.
-        hparams: activation and experts in use; the activation is one of ``ACTIVATIONS``.
+        x: input of the blocks, ``(n_embd,)``.
+        hparams: activation function (one of ``ACTIVATIONS``) and experts in use.
 
     """
     n_experts = sum(block.kind == ROUTED for block in blocks)
@@ -240,10 +239,10 @@ def feed_forward_update(
 def expected_use(
     block: FeedForward, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams, n_experts: int
 ) -> tuple[float, float]:
-    """Return the mean square and the mean of the weight that the router gives a block's output.
+    """Return the mean square and the mean of the router's weight on the output of a block.
 
-    Of ``n`` routed experts a token visits ``k``, all alike likely, and weighs them alike: ``scale / k`` in ``k`` of
-    ``n`` cases. A shared expert counts in full, or through the sigmoid of its own router.
+    A token uses ``k`` of ``n`` routed experts, all equally likely and with equal weights: ``scale / k`` in ``k`` of
+    ``n`` cases. A shared expert has weight 1, or the sigmoid of its own router.
     """
     if block.kind == ROUTED:
         n_used, scale = min(hparams.n_experts_used or n_experts, n_experts), hparams.experts_scale
@@ -256,7 +255,7 @@ def expected_use(
 
 
 def block_update(block: FeedForward, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> ResidualUpdate:
-    """Return what one dense block or expert writes, as if every token went through it."""
+    """Return the residual update of one dense block or expert, as if all tokens used it."""
     up = product(block.up, x)
     if block.gate is None:
         units = unit_moments(up, hparams.activation)
@@ -277,12 +276,12 @@ def block_update(block: FeedForward, tensors: Mapping[str, Tensor], x: Signal, h
         noisy = [(part, value * ratio(hidden.second, units.second)) for part, value in noisy]
     through = [(part, noise_through(block.down, value, hparams)) for part, value in noisy]
     noise = _of_parts([*through, (block.down, noise_within(block.down, hidden.second))])
-    readers, signal = tuple(part.name for part, _ in noisy), written(block.down, hidden, hparams)
-    return ResidualUpdate(block.down.name, signal, noise, readers, {block.down.name: hidden.second})
+    consumers, signal = tuple(part.name for part, _ in noisy), update_moments(block.down, hidden, hparams)
+    return ResidualUpdate(block.down.name, signal, noise, consumers, {block.down.name: hidden.second})
 
 
 def noise_ratio(linear: Linear, x: Signal, out: Signal, of: Float64) -> Float64 | float:
-    """Return the second moment ``W^2 x^2`` that noise in the weights is relative to, over ``of``, ``(n_rows,)``."""
+    """Return the second moment ``W^2 x^2``, to which noise in the weights is relative, over ``of``, ``(n_rows,)``."""
     if out.mean is None:
         return 1.0
     return ratio(out.variance if x.mean is None else matrix_moments(linear.weight, x.second), of)

@@ -1,16 +1,16 @@
-"""How much divergence noise in a tensor causes: the Fisher information of its weights, on the tokens read.
+"""The Fisher pass: how much divergence noise in a tensor causes, from the Fisher information of its weights.
 
 For small changes ``dW`` of the weights the mean KL divergence is ``1/2 sum F_ij dW_ij^2`` when changes are independent,
 with ``F`` the diagonal of the Fisher information (Amari, Natural gradient works efficiently in learning, 1998): the
-mean over tokens of ``(d log p(y) / dW_ij)^2``, ``y`` drawn from the model's own prediction. Noise of relative error
+mean over tokens of ``(d log p(y) / dW_ij)^2``, ``y`` sampled from the model's own prediction. Noise of relative error
 ``e`` has ``dW_ij^2 = e W_ij^2``: the *sensitivity* of a tensor is ``1/2 sum F_ij W_ij^2``, in nats per unit of relative
-error. There is no constant to fit.
+error, without fitted constants.
 
-No data is needed: little depends on which tokens the model reads (docs/log.md, 2026-11-25). One sweep goes forward
-through the layers, one goes back; the stream in front of every layer is kept in a file, the rest is computed again.
+No data is needed: the result depends little on the tokens (docs/log.md, 2026-11-25). One forward and one backward pass
+over the layers; the input stream of every layer is kept in a file, everything else is recomputed.
 
-One backward pass serves all tokens of a sequence: their losses get random signs, so that in the square of the sum the
-products of two tokens cancel on average.
+One backward pass covers all tokens of a sequence: their losses get random signs, so that in the square of the sum the
+products of different tokens cancel on average.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from ..compute.walk import Walk, WalkOptions, walk
 from ..errors import ModelError
 from ..records import Float64, Model, Progress, no_progress
 
-SCORED_FROM = 0.5  # of a sequence: as perplexity does, tokens with little in front of them are left out
-_BACK = 3  # a layer backward takes about as long as this many layers forward
+SCORED_FROM = 0.5  # share of a sequence; like perplexity, skip tokens with little context
+_BACK = 3  # time of a layer backward, in layers forward
 
 
 @dataclass(frozen=True)
 class Fisher:
-    """Result of a pass, by stored tensor name.
+    """Result of a Fisher pass, by stored tensor name.
 
     Attributes:
         sensitivity: nats of divergence per unit of relative error.
-        inputs: ``(n_cols,)`` float64, mean square of what each column multiplies; of an embedding that doubles as the
-            output, of what noise in it meets in both roles. ``(n_experts, n_cols)`` where experts multiply what is
-            their own: of those that no token is routed to, the mean over the others.
-        looked_up: share of the sensitivity of a tied embedding that is due to the rows looked up, not to the output.
-        n_experts: routed experts of all layers.
-        n_missed: of them, how many no token is routed to.
+        inputs: ``(n_cols,)`` float64, mean square of the input of each column; for a tied embedding, averaged over both
+            roles. ``(n_experts, n_cols)`` for experts with separate inputs: the mean over the others for experts that
+            no token is routed to.
+        looked_up: share of the sensitivity of a tied embedding that is due to lookups, not to the output.
+        n_experts: number of routed experts in all layers.
+        n_missed: number of them that no token is routed to.
     """
 
     sensitivity: Mapping[str, float]
@@ -61,19 +61,19 @@ def fisher(
     seed: int = 0,
     folder: Path | None = None,
 ) -> Fisher:
-    """Return the sensitivity of every matrix and what its columns multiply: a walk forward and back.
+    """Return the sensitivity of every matrix and the moments of its columns: a forward and a backward pass.
 
     Args:
-        model: one of which nothing ``decoder.what_is_missing``.
+        model: a model that ``Decoder`` supports (``decoder.what_is_missing``).
         tokens: ``(n_sequences, n_positions)`` ids.
-        n_threads: threads; they do not change the result.
-        progress: called with steps done and all steps, forward and back.
-        seed: of the predictions that are drawn.
-        folder: where the temporary file goes; ``None`` for the system's folder of such.
+        n_threads: CPU threads; they do not change the result.
+        progress: called with (steps done, total), over both passes.
+        seed: of the sampled predictions.
+        folder: of the temporary file; default: the system's temporary folder.
 
     Raises:
         ModelError: activations are not finite: the weights are damaged.
-        OutputError: there is too little memory, or no room on the disk for the temporary file.
+        OutputError: too little memory, or no room on the disk for the temporary file.
 
     """
     options = WalkOptions(len(tokens), n_threads=n_threads, folder=folder)
@@ -84,12 +84,12 @@ def fisher(
 
 
 def steps_back(model: Model) -> int:
-    """Return the steps that ``walk_back`` counts."""
+    """Return the number of progress steps of ``walk_back``."""
     return _BACK * model.hparams.n_layers + 1
 
 
 def walk_back(forward: Walk, seed: int = 0, progress: Progress = no_progress) -> Fisher:
-    """Go back through the model on the first batch of a forward walk; ``progress`` counts ``steps_back``."""
+    """Run the backward pass on the first batch of a walk; ``progress`` counts ``steps_back``."""
     model, backend, n_layers = forward.model, forward.backend, forward.model.hparams.n_layers
     total = steps_back(model)
     position = np.arange(forward.tokens.size) % forward.tokens.shape[1]
@@ -110,7 +110,7 @@ def walk_back(forward: Walk, seed: int = 0, progress: Progress = no_progress) ->
 def _result(
     forward: Walk, squared_norms: Mapping[str, float], of_output: float, of_lookup: float, per_token: float
 ) -> Fisher:
-    """Return what was found, the two roles of a tied embedding put together."""
+    """Return the result, with the two roles of a tied embedding combined."""
     model, inputs, looked_up = forward.model, column_moments(forward.first_inputs), 0.0
     head, found = model.unembedding().name, dict(squared_norms)
     if model.is_tied:

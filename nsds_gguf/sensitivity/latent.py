@@ -1,10 +1,10 @@
-"""Attention over a latent (MLA, DeepSeek-V2, arXiv 2405.04434): what it writes, and what noise in its matrices adds.
+"""Multi-head latent attention (MLA, DeepSeek-V2, arXiv 2405.04434): residual update and noise.
 
-Keys and values of all heads are products with one short normed vector; beside it one rotated key serves all heads::
+Keys and values of all heads are products with one short normed vector; in addition, all heads share one rotated key::
 
     c     = norm(first rows of attn_kv_a_mqa @ x)        q   = attn_q @ x, or attn_q_b @ norm(attn_q_a @ x)
     k_pe  = last rows of attn_kv_a_mqa @ x               logit = q_nope . k + q_pe . k_pe
-    k, v  = attn_kv_b @ c, a head's k before its v; or apart, attn_k_b stored transposed: k = attn_k_b^T @ c
+    k, v  = attn_kv_b @ c, a head's k before its v; or separate, attn_k_b transposed: k = attn_k_b^T @ c
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ import numpy as np
 from ..compute.layers import Linear, rows_of
 from ..compute.norms import Norm
 from ..records import Float64, Hparams, Tensor
-from .blocks import ATTENTION_SHRINK, ResidualUpdate, added, noise_through, written
+from .blocks import ATTENTION_SHRINK, ResidualUpdate, added, noise_through, update_moments
 from .moments import Signal, matrix_moments, normed
 
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """The matrices of one layer, and channels of the latent and of a head's parts.
+    """The matrices of one layer, and the channels of the latent and of the parts of a head.
 
-    ``queries`` is the matrix that gives ``(n_heads * (n_nope + n_rope))`` channels, ``query_latent`` the one in front
-    of it, if any.
+    ``queries`` is the matrix with ``n_heads * (n_nope + n_rope)`` rows, ``query_latent`` the one before it, if any.
     """
 
     queries: Tensor
@@ -41,7 +40,7 @@ class LatentAttention:
 
 
 def view_latent(tensors: Mapping[str, Tensor], hparams: Hparams) -> LatentAttention | None:
-    """Return the latent attention of a layer; ``None`` where it has none of this pattern."""
+    """Return the latent attention of a layer; ``None`` if it does not have this pattern."""
     short, norm, output = (tensors.get(role) for role in ("attn_kv_a_mqa", "attn_kv_a_norm", "attn_output"))
     query_latent = tensors.get("attn_q_a") if "attn_q_a_norm" in tensors else None
     queries = tensors.get("attn_q" if query_latent is None else "attn_q_b")
@@ -72,36 +71,36 @@ def _has_key_values(tensors: Mapping[str, Tensor], n_heads: int, n_latent: int, 
 
 
 def latent_update(a: LatentAttention, tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams) -> ResidualUpdate:
-    """Return what latent attention writes.
+    """Return the residual update of latent attention.
 
     Args:
         a: the attention.
         tensors: the layer's tensors by role.
-        x: what the short matrices read, ``(n_embd,)``.
+        x: input of the first matrices, ``(n_embd,)``.
         hparams: scales and epsilon.
 
     """
     latent = _normed(rows_of(a.key_values, 0, a.n_latent), tensors["attn_kv_a_norm"], x.second, hparams)
     rotated = rows_of(a.key_values, a.n_latent, a.key_values.n_rows)
     if a.query_latent is None:
-        query_input, readers = x.second, [a.queries.name]
+        query_input, consumers = x.second, [a.queries.name]
         inputs = {}
     else:
         query_input = _normed(a.query_latent, tensors["attn_q_a_norm"], x.second, hparams)
-        inputs, readers = {a.queries.name: query_input}, [a.query_latent.name]
+        inputs, consumers = {a.queries.name: query_input}, [a.query_latent.name]
     attended, logit2 = _heads(a, tensors, x.second, latent, query_input, rotated)
     scale2 = 1 / (a.n_nope + a.n_rope) if hparams.attention_scale is None else hparams.attention_scale**2
     output = Linear(a.output, tensors.get("attn_output.bias"))
-    energy = noise_through(output, attended, hparams)
-    of_values, of_logits = energy / ATTENTION_SHRINK, energy * (logit2 * scale2)
+    written = noise_through(output, attended, hparams)
+    of_values, of_logits = written / ATTENTION_SHRINK, written * (logit2 * scale2)
     noise = {a.output.name: of_values, a.key_values.name: of_values + of_logits}
-    noise |= dict.fromkeys([*readers, a.queries.name], of_logits)
+    noise |= dict.fromkeys([*consumers, a.queries.name], of_logits)
     for role, part in (("attn_v_b", of_values), ("attn_k_b", of_logits), ("attn_kv_b", of_values + of_logits)):
         if role in tensors:
             noise = added(noise, {tensors[role].name: part})
     inputs |= _inputs(a, tensors, latent, query_input) | {a.output.name: attended}
     return ResidualUpdate(
-        a.output.name, written(output, Signal(attended), hparams), noise, (*readers, a.key_values.name), inputs
+        a.output.name, update_moments(output, Signal(attended), hparams), noise, (*consumers, a.key_values.name), inputs
     )
 
 
@@ -117,14 +116,14 @@ def _heads(
     query_input: Float64,
     rotated: Tensor,
 ) -> tuple[Float64, float]:
-    """Return the second moments of what the heads give, ``(n_heads * n_value,)``, and of unscaled logits, head mean."""
+    """Return second moments: of head outputs, ``(n_heads * n_value,)``, and of unscaled logits, mean over heads."""
     rotated_key, total, values = _gram(rotated.load(), x2), 0.0, []
     for head in range(a.n_heads):
         keys, value = _key_value(a, tensors, head)
         start = head * (a.n_nope + a.n_rope)
         query = _gram(a.queries.rows(slice(start, start + a.n_nope + a.n_rope)), query_input)
-        plain, turned = query[: a.n_nope, : a.n_nope], query[a.n_nope :, a.n_nope :]
-        total += float((plain * _gram(keys, latent)).sum() + (turned * rotated_key).sum())
+        nope, rope = query[: a.n_nope, : a.n_nope], query[a.n_nope :, a.n_nope :]
+        total += float((nope * _gram(keys, latent)).sum() + (rope * rotated_key).sum())
         values.append(np.square(value) @ latent)
     return ATTENTION_SHRINK * np.concatenate(values), total / a.n_heads
 
@@ -144,7 +143,7 @@ def _key_value(a: LatentAttention, tensors: Mapping[str, Tensor], head: int) -> 
 def _inputs(
     a: LatentAttention, tensors: Mapping[str, Tensor], latent: Float64, query_input: Float64
 ) -> dict[str, Float64]:
-    """Return what the matrices behind the latent multiply; transposed keys multiply each head's queries."""
+    """Return the inputs of the matrices after the latent; transposed keys multiply the queries of each head."""
     inputs = {tensors[role].name: latent for role in ("attn_kv_b", "attn_v_b") if role in tensors}
     keys = tensors.get("attn_k_b")
     if keys is not None:

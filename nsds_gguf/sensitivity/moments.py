@@ -1,6 +1,6 @@
-"""Moments of what flows through a decoder: the formulas that moment propagation puts together.
+"""Moments of activations in a decoder: the formulas of moment propagation.
 
-All take and give second moments (mean squared values) per channel, float64; weights are read in slabs and squared in
+Inputs and results are second moments (mean squares) per channel, float64; weights are read in slabs and squared in
 float32. Channels are treated as uncorrelated.
 """
 
@@ -16,14 +16,14 @@ from ..compute.layers import Linear
 from ..compute.norms import Norm
 from ..records import Float32, Float64, Tensor
 
-_SLAB_BYTES = 16 << 20  # float32 rows that are read at a time
+_SLAB_BYTES = 16 << 20  # float32 rows per read
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(32)
 _WEIGHTS = _WEIGHTS / _WEIGHTS.sum()  # quadrature for a standard normal
 
 
 @dataclass(frozen=True)
 class Signal:
-    """Channels by their second moment ``(n,)`` and, where it is followed, their mean ``(n,)``."""
+    """Second moment ``(n,)`` and, if propagated, mean ``(n,)`` of each channel."""
 
     second: Float64
     mean: Float64 | None = None
@@ -34,7 +34,7 @@ class Signal:
         return self.second if self.mean is None else np.maximum(self.second - self.mean**2, 0.0)
 
     def plus(self, other: Signal) -> Signal:
-        """Return the sum of two signals that are independent but for their means."""
+        """Return the sum of two signals that are independent except for their means."""
         if self.mean is None or other.mean is None:
             return Signal(self.second + other.second, self.mean if other.mean is None else other.mean)
         return Signal(self.second + other.second + 2 * self.mean * other.mean, self.mean + other.mean)
@@ -53,7 +53,7 @@ class Signal:
 
 
 def normed(norm: Norm, x: Signal, eps: float) -> Signal:
-    """Return the moments behind an RMS norm, or behind a layer norm when the channels' mean is taken out already.
+    """Return the moments after an RMS norm, or after a layer norm if the channel mean is already removed.
 
     ``gain x / sqrt(mean(x^2) + eps)``, plus the bias.
     """
@@ -72,7 +72,7 @@ def product(linear: Linear, x: Signal) -> Signal:
 
 
 def product_mean(linear: Linear, x: Signal) -> Float64 | None:
-    """Return the mean of ``W x + b``, ``(n_rows,)``; ``None`` where neither has one."""
+    """Return the mean of ``W x + b``, ``(n_rows,)``; ``None`` if neither has one."""
     bias = None if linear.bias is None else linear.bias.load().astype(np.float64)
     if x.mean is None:
         return bias
@@ -87,23 +87,23 @@ def matrix_moments(tensor: Tensor, x2: Float64) -> Float64:
 
 
 def centred_matrix_moments(tensor: Tensor, x2: Float64) -> Float64:
-    """Return ``(W - mean of its rows)^2 @ x2``: what a writer adds to a stream whose channel mean never counts."""
+    """Return ``(W - mean of its rows)^2 @ x2``: the output to a stream whose channel mean never counts."""
     narrow = x2.astype(np.float32)
     mean_row = (sum(rows.sum(axis=0, dtype=np.float64) for rows in _rows(tensor)) / tensor.n_rows).astype(np.float32)
     return np.concatenate([np.square(rows - mean_row) @ narrow for rows in _rows(tensor)]).astype(np.float64)
 
 
 def covariance(first: Tensor, second: Tensor, x2: Float64) -> Float64:
-    """Return the covariance of each row's product with that of the other matrix's row, ``(n_rows,)``."""
+    """Return the covariance between the outputs of two matrices, row by row, ``(n_rows,)``."""
     narrow = x2.astype(np.float32)
     pairs = zip(_rows(first), _rows(second), strict=True)
     return np.concatenate([(a * b) @ narrow for a, b in pairs]).astype(np.float64)
 
 
 def row_moments(tensor: Tensor, centred: bool) -> Signal:
-    """Return the moments of a row drawn at random, ``(n_cols,)``.
+    """Return the moments of a random row, ``(n_cols,)``.
 
-    ``centred`` takes the mean of its channels out of each row and follows the mean of each channel.
+    ``centred`` subtracts from each row its channel mean, and propagates the mean of each channel.
     """
     total, squares = np.zeros(tensor.n_cols), np.zeros(tensor.n_cols)
     for rows in _rows(tensor):
@@ -115,21 +115,21 @@ def row_moments(tensor: Tensor, centred: bool) -> Signal:
 
 
 def _rows(tensor: Tensor) -> Iterator[Float32]:
-    """Return the rows of a matrix in slabs, fresh arrays."""
+    """Return the rows of a matrix in slabs, as fresh arrays."""
     return (rows for _, rows in tensor.slabs(_SLAB_BYTES))
 
 
-# --- units of a feed-forward block ----------------------------------------------------------------------------
+# --- hidden units of a feed-forward block ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Units:
-    """Hidden units behind the activation, ``(n_ff,)`` each.
+    """Moments of hidden units after the activation function, ``(n_ff,)`` each.
 
     Attributes:
         second: second moment.
         mean: mean.
-        noise: second moment that relative noise of 1 in what goes through the activation adds to them.
+        noise: second moment that relative noise of 1 in the input of the activation function adds.
     """
 
     second: Float64
@@ -141,7 +141,7 @@ def gated_unit_moments(gate: Signal, up: Signal, both: Float64, activation: str 
     """Return the moments of ``f(g) u`` with jointly Gaussian g and u, and ``E[(f'(g) s_g u)^2]``.
 
     Args:
-        gate: moments of g, ``(n_ff,)``; ``s_g`` is its deviation, which noise in the gate's weights scales with.
+        gate: moments of g, ``(n_ff,)``; ``s_g`` is its standard deviation, which noise in the gate scales with.
         up: moments of u.
         both: ``(n_ff,)`` covariance of g and u.
         activation: name of f, a key of ``ACTIVATIONS``.
@@ -172,7 +172,7 @@ def unit_moments(x: Signal, activation: str) -> Units:
 
 
 def ratio(above: Float64, below: Float64) -> Float64:
-    """Return the quotient, 0 where there is nothing below."""
+    """Return the quotient, 0 where ``below`` is 0."""
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
 
 

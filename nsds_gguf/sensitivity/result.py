@@ -1,4 +1,4 @@
-"""What is known of the tensors of a model once sensitivities are found."""
+"""The result of a Fisher pass or of moment propagation."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ..records import Float64
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """Sensitivities and column moments, by tensor name: of the Fisher pass, or of moment propagation.
+    """Sensitivities and column moments, by tensor name.
 
     Attributes:
         sensitivity: of every matrix that may be quantized: from the Fisher pass in nats per unit of relative error,
-            from moment propagation in units of the output tensor's.
-        inputs: ``(n_cols,)`` float64 mean square of what each column multiplies, ``(n_experts, n_cols)`` where stacked
-            matrices multiply different things.
-        gains: squared gain of the norm in front of a matrix, ``(n_cols,)``, where there is one.
-        notes: what the user must know.
-        looked_up: share of a tied embedding's sensitivity that is not the output's.
-        moments: of all tokens that went through the model; empty where none did.
-        column_squares: squared norm of each column of the weights, ``(n_cols,)``; empty where no tokens went through.
+            from moment propagation relative to the output tensor.
+        inputs: ``(n_cols,)`` float64 mean square of the input of each column, ``(n_experts, n_cols)`` for stacked
+            matrices with separate inputs.
+        gains: squared gain of the norm before a matrix, ``(n_cols,)``, if it has one.
+        notes: facts that the user must see, one sentence each.
+        looked_up: share of a tied embedding's sensitivity that is due to lookups, not to the output.
+        moments: of all tokens that the model has read; empty without tokens.
+        column_squares: squared norm of each column of the weights, ``(n_cols,)``; empty without tokens.
 
     """
 

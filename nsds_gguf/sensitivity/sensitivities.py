@@ -1,7 +1,7 @@
-"""What noise in each tensor does, and what its columns multiply: by a pass over tokens where a model can be followed.
+"""Sensitivities and column moments of a model: by the Fisher pass, else by moment propagation.
 
-``fisher`` is the theory without constants; it needs every operation of a model. Where one is not known to ``decoder``
-(latent attention, recurrence, ...), ``moment_propagation`` propagates moments through the blocks that it knows.
+``fisher`` has no fitted constants, but needs every operation of a model. If ``decoder`` does not support one (latent
+attention, recurrence, ...), ``moment_propagation`` propagates moments through the blocks that it supports.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ def sensitivities(
 ) -> Sensitivities:
     """Return the sensitivity of every matrix that may be quantized and the moments of its columns.
 
-    One walk forward over the layers, one back: in memory one layer, its activations and its Hessians.
+    One forward and one backward pass over the layers; in memory: one layer, its activations and its Hessians.
 
     Args:
-        model: any model; where the pass cannot follow it, the tokens are not read and ``options`` do not count.
-        tokens: ``(n_sequences, n_positions)`` ids to read.
+        model: any model; if ``Decoder`` does not support it, ``tokens`` and ``options`` are not used.
+        tokens: ``(n_sequences, n_positions)`` ids.
         options: of the walk; sensitivities and ``inputs`` come from the first batch, ``moments`` from all.
-        progress: called with steps done and steps in all.
+        progress: called with (steps done, total).
 
     Raises:
         ModelError: activations or moments are not finite: the weights are damaged.
-        OutputError: there is too little memory or disk.
+        OutputError: too little memory or disk space.
 
     """
     missing = what_is_missing(model)
     if missing:
         propagated = propagate(model, progress)
-        note = f"Sensitivities come from moment propagation: the pass over tokens cannot follow {missing}."
+        note = f"Sensitivities come from moment propagation: the Fisher pass does not support {missing}."
         return replace(propagated, notes=(note, *propagated.notes))
     n_back = steps_back(model)
     with walk(model, tokens, options, lambda done, total: progress(done, total + n_back)) as forward:
@@ -51,7 +51,7 @@ def sensitivities(
 
 
 def _of_all_tensors(model: Model, found: Fisher) -> Sensitivities:
-    """Return what was found, with typical sensitivities where the pass has none."""
+    """Return the result, with typical sensitivities where the pass has none."""
     quantized = [tensor for tensor in model.tensors if not kept_reason(tensor, model.architecture)]
     known = {t.name: found.sensitivity[t.name] for t in quantized if t.name in found.sensitivity}
     missed = [tensor for tensor in quantized if tensor.name not in known]
@@ -59,7 +59,7 @@ def _of_all_tensors(model: Model, found: Fisher) -> Sensitivities:
     notes: tuple[str, ...] = ()
     if found.n_missed:
         notes = (
-            f"None of the tokens read visits {found.n_missed} of {found.n_experts} experts: their columns weigh as "
-            "those of the others of their layer do on average.",
+            f"No token is routed to {found.n_missed} of {found.n_experts} experts: their column weights are the mean "
+            "of the other experts in the layer.",
         )
     return Sensitivities(sensitivity, found.inputs, squared_gains(model), notes, found.looked_up)

@@ -38,7 +38,7 @@ def original_plan(model: Model) -> Plan:
 
 def is_own_original(model: Model) -> bool:
     """Return whether the input is a GGUF that llama.cpp takes as it is."""
-    return bool(model.files) and not model.is_mended
+    return bool(model.files) and not model.is_repaired
 
 
 def original_bytes(model: Model) -> int:

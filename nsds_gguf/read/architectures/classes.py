@@ -1,4 +1,4 @@
-"""Which class a config.json means, where trainers have renamed it, left it out, or saved a model without its head."""
+"""Find the class of a config.json that names a wrapper, no class, or a model without head."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from ...errors import ModelError
 from .families import supported_classes
 
-# What transformers' AutoModelForCausalLM makes of a model_type (modeling_auto).
+# Classes of transformers' AutoModelForCausalLM by model_type (modeling_auto).
 MODEL_TYPES = {
     "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
@@ -50,7 +50,7 @@ MODEL_TYPES = {
     "starcoder2": "Starcoder2ForCausalLM",
 }
 
-# Words that trainers put before the name of a class, and names that they put in its place.
+# Prefixes that trainers add to the name of a class, and names that replace it.
 _BEFORE = re.compile(
     r"^(FSDP2?|FullyShardedDataParallel|FullySharded|DistributedDataParallel|DDP|DataParallel|DeepSpeed|DS|Replicate|"
     r"Compiled|Optimized|Peft|Lora|Liger|Unsloth|FastLanguage)+(?=[A-Z])"
@@ -60,15 +60,15 @@ _IN_PLACE = re.compile(
     r"PeftModelForCausalLM|LoraModel|AutoModelForCausalLM|PreTrainedModel"
 )
 
-# Names of the class without a head, where they are not that of the model_type's Model.
+# Exceptional names of classes without a head.
 _BASES = {"Gemma3TextModel": "Gemma3ForCausalLM", "GPT2Model": "GPT2LMHeadModel"}
 
 
 def named_class(config: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Return the class that config.json means, and a note where that is not the name under ``architectures``.
+    """Return the class of a config.json, and a note if it differs from the name under ``architectures``.
 
-    Raises ``ModelError`` when config.json names no class and no model_type that is known. A class that is not
-    supported is returned as it is.
+    Raises ``ModelError`` when config.json has neither a class nor a known model_type. Returns unsupported classes
+    unchanged.
     """
     architectures, kind = config.get("architectures"), config.get("model_type")
     by_type = MODEL_TYPES.get(kind) if isinstance(kind, str) else None
@@ -87,7 +87,7 @@ def named_class(config: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def _meant(name: str, by_type: str | None) -> str | None:
-    """Return the class that a name means when it is another one; ``None`` when it is itself, or not known."""
+    """Return the class that a name stands for; ``None`` if the name is itself a class, or unknown."""
     known = supported_classes()
     if name in known:
         return None

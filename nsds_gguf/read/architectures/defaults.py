@@ -1,4 +1,4 @@
-"""Sizes that transformers' config classes assume where config.json is silent, as text_config often is.
+"""Default sizes of transformers' config classes, which config.json (and text_config in particular) may omit.
 
 ``tools/check/check_defaults.py`` compares them, and a family's own ``defaults``, with the classes themselves.
 """
@@ -12,7 +12,7 @@ _NAMES = (
     "max_position_embeddings",
 )  # fmt: skip
 
-# In the order of the names; None where the class has no number, or one that follows from the others.
+# In the order of the names; None where the class has no default, or derives it.
 _SIZES: dict[str, tuple[int | None, ...]] = {
     "CohereForCausalLM": (8192, 22528, 40, 64, None, 256000, 8192),
     "Cohere2ForCausalLM": (8192, 22528, 40, 64, None, 256000, 8192),
@@ -48,6 +48,6 @@ _SIZES: dict[str, tuple[int | None, ...]] = {
 
 
 def default_sizes(class_name: str) -> Mapping[str, int]:
-    """Return a class's sizes by canonical name, none for one that transformers does not have."""
+    """Return the default sizes of a class by canonical name; empty for a class unknown to transformers."""
     pairs = zip(_NAMES, _SIZES.get(class_name, ()), strict=False)
     return {name: size for name, size in pairs if size is not None}

@@ -1,11 +1,11 @@
-"""Model families as tables: which class is which architecture, and where each tensor and key comes from.
+"""Model families as tables: the architecture of each class, and the source of each tensor and key.
 
-A family states its differences from the defaults; nothing is overridden. Checkpoint names appear only in this package:
-everything later speaks GGUF names.
+A family states its differences from the defaults. Checkpoint names appear only in this package: everything else uses
+GGUF names.
 
 Sources: transformers' configuration and modeling files for the checkpoint side (defaults of config.json, names), and
-llama.cpp ``src/models/*.cpp`` for what each architecture loads and computes: a bias, rope kind or setting that it would
-not load or compute is an error here, not a loss there. llama.cpp's ``conversion/*.py`` decides what a key is called.
+llama.cpp ``src/models/*.cpp`` for what each architecture loads and computes: a bias, rope kind or setting that it does
+not support is an error. llama.cpp's ``conversion/*.py`` determines the names of keys.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ATTENTION: Parts = {
     "attn_v": Part("self_attn.v_proj", ("kv", "embd")),
     "attn_output": Part("self_attn.o_proj", ("embd", "q")),
 }
-# ggml's rope order "norm" rotates neighbouring channels, transformers the two halves of a head.
+# ggml's NORM rope rotates adjacent channels, transformers the two halves of a head (NEOX).
 ROTATED_ATTENTION: Parts = {
     **ATTENTION,
     "attn_q": replace(ATTENTION["attn_q"], order="rope_q"),
@@ -99,12 +99,12 @@ EXPERTS: Parts = {
         "mlp.experts.{e}.down_proj", ("experts", "embd", "ff_exp"), also=stacked_forms("down")
     ),
 }  # fmt: skip
-SANDWICH_NORMS: Parts = {  # Gemma 2 and 3: norms in front of and behind both blocks
+SANDWICH_NORMS: Parts = {  # Gemma 2 and 3: norms before and after both blocks
     "post_attention_norm": Part("post_attention_layernorm", ("embd",)),
     "ffn_norm": Part("pre_feedforward_layernorm", ("embd",)),
     "post_ffw_norm": Part("post_feedforward_layernorm", ("embd",)),
 }
-POST_NORMS: Parts = {  # OLMo 2: norms behind both blocks only
+POST_NORMS: Parts = {  # OLMo 2: norms after both blocks only
     "post_attention_norm": Part("post_attention_layernorm", ("embd",)),
     "post_ffw_norm": Part("post_feedforward_layernorm", ("embd",)),
 }
@@ -192,7 +192,7 @@ def every_fourth(config: Config) -> list[int]:
 
 
 def has_many_layers(config: Config) -> bool:
-    """Tell whether llama.cpp expects q and k norms in a Command-R model (command-r.cpp)."""
+    """Return whether llama.cpp expects q and k norms in a Command-R model (command-r.cpp)."""
     return int(config["num_hidden_layers"]) >= 64
 
 
@@ -329,12 +329,12 @@ _MLA_ATTENTION: Parts = {
 
 
 def is_dense_layer(config: Config, layer: int) -> bool:
-    """Tell whether a layer of a DeepSeek model has one feed-forward block in place of experts."""
+    """Return whether a layer of a DeepSeek model has one feed-forward block in place of experts."""
     return not config.get("num_experts") or layer < (config.get("first_k_dense_replace") or 0)
 
 
 def is_sparse_layer(config: Config, layer: int) -> bool:
-    """Tell whether a layer of a DeepSeek model has experts."""
+    """Return whether a layer of a DeepSeek model has experts."""
     return not is_dense_layer(config, layer)
 
 
@@ -489,18 +489,18 @@ def inner_width(config: Config) -> int | None:
 
 
 def is_mamba_layer(config: Config, layer: int) -> bool:
-    """Tell whether a layer of a Granite 4 model is a state space; the others attend."""
+    """Return whether a layer of a Granite 4 model is a state space; the others attend."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
     return isinstance(kinds, list) and layer < len(kinds) and kinds[layer] in ("mamba", "linear_attention")
 
 
 def is_attention_layer(config: Config, layer: int) -> bool:
-    """Tell whether a layer of a Granite 4 model attends."""
+    """Return whether a layer of a Granite 4 model attends."""
     return not is_mamba_layer(config, layer)
 
 
 def has_mamba_layers(config: Config) -> bool:
-    """Tell whether a Granite 4 model has state spaces at all."""
+    """Return whether a Granite 4 model has state spaces at all."""
     kinds = config.get("layer_types") or config.get("layers_block_type")
     return isinstance(kinds, list) and any(is_mamba_layer(config, i) for i in range(len(kinds)))
 
@@ -561,7 +561,7 @@ _GRANITE4_LAYER: Parts = {
     **where(_MAMBA2_PARTS, is_mamba_layer),
     **FFN_NORM,
     **{role: replace(part, when=_HAS_EXPERTS) for role, part in {**_GRANITE_EXPERTS, **_GRANITE_SHARED}.items()},
-    # Without experts what they share is the feed-forward block.
+    # Without experts, the shared expert is the dense feed-forward block.
     "ffn_gate": replace(_GRANITE_SHARED["ffn_gate_shexp"], when=_HAS_NONE),
     "ffn_up": replace(_GRANITE_SHARED["ffn_up_shexp"], when=_HAS_NONE),
     "ffn_down": replace(_GRANITE_SHARED["ffn_down_shexp"], when=_HAS_NONE),
@@ -1030,8 +1030,7 @@ FAMILIES = (
     replace(_GRANITE4, architecture="granite", variant=always, sizes=no_sizes, example="Granite 4 Micro"),
 )  # fmt: skip
 
-# Multimodal classes whose language model is taken, by the ``model_type`` of their text_config; what it is where that
-# says none.
+# Multimodal classes whose language model is converted, with the default ``model_type`` of their text_config.
 WRAPPERS = {
     "Gemma3ForConditionalGeneration": "gemma3_text",
     "Idefics3ForConditionalGeneration": "llama",
@@ -1052,8 +1051,8 @@ TEXT_MODELS = {
     "qwen3": "Qwen3ForCausalLM",
 }
 
-# How names begin: those within the model and those beside it (the output projection). First as the class has them, then
-# as the language model of a larger one, then saved without its head.
+# Prefixes of names within the model and beside it (the output projection): of the class itself, of the language model
+# in a multimodal one, of a model without head.
 LAYOUTS = (
     ("{prefix}", ""),
     ("language_model.{prefix}", "language_model."),
@@ -1062,11 +1061,11 @@ LAYOUTS = (
     ("", ""),
 )
 
-# Checkpoint tensors that hold nothing the GGUF needs: tables that rope recomputes, saved by old transformers.
+# Checkpoint tensors that the GGUF does not need: rope tables, saved by old transformers.
 IGNORED = (r"(.*\.)?rotary_emb\.inv_freq",)
 
 
-# How a model that is not read here converts all the same.
+# Conversion of an unsupported model through a GGUF.
 ROUTE_THROUGH_GGUF = (
     "llama.cpp converts it: python convert_hf_to_gguf.py MODEL --outtype bf16 --outfile model.gguf, "
     "then nsds-gguf convert model.gguf"
@@ -1078,7 +1077,7 @@ def supported_classes() -> tuple[str, ...]:
     return (*dict.fromkeys(name for family in FAMILIES for name in family.classes), *WRAPPERS)
 
 
-_COMPARED_LETTERS = 200  # of a class name; the comparison takes the square of them
+_COMPARED_LETTERS = 200  # of a class name; comparison time is quadratic
 
 
 def find_family(class_name: str, config: Config | None = None) -> Family:

@@ -1,4 +1,4 @@
-"""What a model family is made of: parts, keys and settings, stated as data."""
+"""The data model of families: parts, keys and settings."""
 
 from __future__ import annotations
 
@@ -16,59 +16,59 @@ LayerCondition = Callable[[Config, int], bool]
 
 
 def always(_: Config) -> bool:
-    """Hold for every model of the family."""
+    """Return true for every model of the family."""
     return True
 
 
 def never(_: Config) -> bool:
-    """Hold for no model of the family."""
+    """Return false for every model of the family."""
     return False
 
 
 def flag(key: str) -> Condition:
-    """Hold where config.json switches ``key`` on."""
+    """Return the condition that config.json enables ``key``."""
     return lambda config: bool(config.get(key))
 
 
 def unless(key: str) -> Condition:
-    """Hold where config.json does not switch ``key`` on."""
+    """Return the condition that config.json does not enable ``key``."""
     return lambda config: not config.get(key)
 
 
 def every_layer(_config: Config, _layer: int) -> bool:
-    """Hold for every layer."""
+    """Return true for every layer."""
     return True
 
 
 def no_sizes(_: Config) -> dict[str, int]:
-    """Return no sizes beyond the ones that every family has."""
+    """Return no additional sizes."""
     return {}
 
 
 def no_keys(_config: Config, _sizes: Sizes) -> dict[str, GGUFValue]:
-    """Return no keys beyond the ones that tables state."""
+    """Return no additional keys."""
     return {}
 
 
 @dataclass(frozen=True)
 class Part:
-    """Where one GGUF tensor comes from.
+    """The checkpoint source of one GGUF tensor.
 
     Attributes:
-        source: checkpoint name within the layer (or the model) without ``.weight``. ``{e}`` numbers tensors that are
-            stacked along the first dimension: experts, or the norms of single heads.
+        source: checkpoint name within the layer (or the model) without ``.weight``. ``{e}`` is the number
+            of a tensor in a stack along the first dimension: experts, or norms of single heads.
         shape: names of the GGUF tensor's dimensions, slowest first (``mapping.dimensions``).
-        order: key of ``mapping.ROW_ORDERS``: which stored row becomes which; empty where they stay as they are.
-        stored: names of the stored dimensions where they are not those of ``shape``: ``order`` takes rows of something
-            larger, or the same numbers are folded otherwise.
-        bias: whether there is a bias too.
+        order: key of ``mapping.ROW_ORDERS``, the permutation of rows; default: none.
+        stored: names of the stored dimensions if they differ from ``shape``: ``order`` selects rows of a larger tensor,
+            or the shape differs.
+        bias: whether it has a bias too.
         when: whether the model has it.
         layers: which layers have it.
-        transposed: stored as ``(in, out)``, the way of GPT-2's Conv1D; for three dimensions, each matrix of the stack.
-        change: key of ``mapping.CHANGES``: what is done to every number; empty where nothing is.
-        suffix: what follows ``source`` in the checkpoint.
-        bare: the GGUF name has no ``.weight`` either. (A role that holds a dot is a whole name, too.)
-        also: other forms in which the same tensor is saved; the first one that is there is read.
+        transposed: stored as ``(in, out)``, like GPT-2's Conv1D; for three dimensions, each matrix of the stack.
+        change: key of ``mapping.CHANGES``, an elementwise change; default: none.
+        suffix: follows ``source`` in the checkpoint.
+        bare: the GGUF name has no ``.weight`` suffix (nor has a role that contains a dot).
+        also: alternative forms of the same tensor; the first form in the checkpoint counts.
     """
 
     source: str
@@ -86,7 +86,7 @@ class Part:
 
     @property
     def forms(self) -> tuple[Part, ...]:
-        """The part itself, then every other form of it."""
+        """The part itself, then its alternative forms."""
         return (self, *self.also)
 
     def within(self, prefix: str) -> Part:
@@ -103,7 +103,7 @@ class Part:
 class Key:
     """A GGUF key of the architecture, its type, and the setting of config.json that it holds.
 
-    A setting that is null or absent is left out.
+    A setting that is null or absent has no key.
     """
 
     name: str
@@ -116,10 +116,10 @@ class Window:
     """Sliding-window attention.
 
     Attributes:
-        flag: setting that switches it on; empty where the window's own number does.
-        period: every ``period``-th layer attends to everything, as llama.cpp assumes without a key; 0 where it
-            computes no window for the architecture.
-        lists_layers: say which layers have it even where they are the ones that llama.cpp assumes.
+        flag: setting that enables it; default: the size of the window does.
+        period: every ``period``-th layer has full attention, llama.cpp's default; 0 if llama.cpp has no window for
+            the architecture.
+        lists_layers: write the list of layers even if it is llama.cpp's default.
     """
 
     flag: str = ""
@@ -133,29 +133,29 @@ class Family:
 
     Attributes:
         classes: names under ``architectures`` in config.json.
-        variant: which models of these classes, where config.json decides about the architecture.
+        variant: condition on config.json, if it decides the architecture of a class.
         architecture: llama.cpp's name.
         layer: role -> part, within ``layer_prefix``, in GGUF order.
-        outside: role -> part of what is not in a layer; the output projection is last.
-        defaults: what transformers assumes where config.json is silent: a value, or what gives it from the settings.
+        outside: role -> part outside the layers; the output projection is last.
+        defaults: transformers' defaults of settings: values, or functions of the settings.
         prefix, layer_prefix: of the checkpoint's names; ``{i}`` is the layer.
-        activations: the ones that llama.cpp computes for the architecture.
-        rope_kinds: rope scaling kinds that llama.cpp computes; empty without rope.
-        has_local_theta: layers with a window may have a rope theta of their own.
-        has_yarn_log_multiplier: yarn's ``mscale`` settings have a key, in place of the attention factor that they make.
-        keys: keys beyond the ones that every architecture has.
-        fixed: settings for which llama.cpp computes one value only: the value, or what gives it.
+        activations: activation functions that llama.cpp supports for the architecture.
+        rope_kinds: rope scaling kinds that llama.cpp supports; empty without rope.
+        has_local_theta: layers with a window may have a separate rope theta.
+        has_yarn_log_multiplier: yarn's ``mscale`` settings have a key, in place of the attention factor.
+        keys: keys in addition to those of every architecture.
+        fixed: settings for which llama.cpp supports one value only: the value, or a function of the settings.
         norm: kind of norm, ``rms`` or ``layer``.
-        fixed_head_dim: llama.cpp's loader demands ``head_dim * n_heads == n_embd``.
+        fixed_head_dim: llama.cpp's loader requires ``head_dim * n_heads == n_embd``.
         window: the sliding window, if the class may have one.
-        writes_rope_dim, writes_vocab_size, writes_kv_heads: keys that the converter writes or leaves to defaults.
-        output: ``own`` (or tied to the embedding), ``tied`` where llama.cpp has no output projection of its own, and
-            ``required`` where it demands one: a tied embedding is then written twice.
-        sizes: dimensions beyond the ones that every family has.
-        more_keys: keys that are computed, without the architecture's prefix; they come after all others.
-        extra_layers: layers beyond the model's own (multi-token prediction) may be there and are left out.
-        ignored: patterns of checkpoint tensors that hold nothing the GGUF needs.
-        example: a repository people know.
+        writes_rope_dim, writes_vocab_size, writes_kv_heads: optional keys that the converter writes.
+        output: ``own`` (or tied to the embedding), ``tied`` if llama.cpp has no separate output projection,
+            ``required`` if it requires one: a tied embedding is then written twice.
+        sizes: returns dimensions in addition to those of every family.
+        more_keys: returns computed keys, without the architecture's prefix; they come last.
+        extra_layers: the checkpoint may have layers beyond the model's own (multi-token prediction), which are skipped.
+        ignored: patterns of checkpoint tensors that the GGUF does not need.
+        example: a well-known repository.
     """
 
     classes: tuple[str, ...]
@@ -200,20 +200,20 @@ Parts = dict[str, Part]
 
 
 def biased(parts: Mapping[str, Part], roles: str, bias: Condition) -> Parts:
-    """Return the parts with biases on ``roles`` (separated by blanks)."""
+    """Return the parts with biases on ``roles`` (space-separated)."""
     return {**parts, **{role: replace(parts[role], bias=bias) for role in roles.split()}}
 
 
 def shifted(parts: Mapping[str, Part]) -> Parts:
-    """Return the parts with 1 added to every norm's gain, which Gemma stores less 1."""
+    """Return the parts with 1 added to the gain of every norm, which Gemma stores minus 1."""
     return {role: replace(part, change="plus_one") if role.endswith("norm") else part for role, part in parts.items()}
 
 
 def where(parts: Mapping[str, Part], layers: LayerCondition) -> Parts:
-    """Return the parts, in some layers only."""
+    """Return the parts, restricted to some layers."""
     return {role: replace(part, layers=layers) for role, part in parts.items()}
 
 
 def without(parts: Mapping[str, Part], roles: str) -> Parts:
-    """Return the parts but those of ``roles`` (separated by blanks)."""
+    """Return the parts except ``roles`` (space-separated)."""
     return {role: part for role, part in parts.items() if role not in roles.split()}

@@ -15,9 +15,9 @@ from ..config import integer, norm_eps
 from .family import Config, Family, Key
 from .rope import add_rope_keys, rope_dim
 
-DEFAULT_FULL_LAYERS = 28  # transformers' default: layers below it have no window, in Qwen 2 and 3
+DEFAULT_FULL_LAYERS = 28  # transformers' default in Qwen 2 and 3: the first layers, without a window
 
-_LARGEST_FLOAT32 = 3.4e38  # of a key's type
+_LARGEST_FLOAT32 = 3.4e38
 
 _WINDOWED = "sliding_attention"
 
@@ -29,10 +29,10 @@ def model_keys(
     sizes: Mapping[str, int],
     rope: Mapping[str, Any] | None,
 ) -> dict[str, GGUFValue]:
-    """Return the keys that say what the model is and how it computes.
+    """Return the ``general.*`` and architecture keys of a model.
 
     Args:
-        about: ``general.*`` keys that are known already.
+        about: known ``general.*`` keys.
         config: canonical settings.
         family: of the model.
         sizes: by name of the dimension.
@@ -72,12 +72,12 @@ def model_keys(
 
 
 def _says_nothing(config: Config, key: Key) -> bool:
-    """Tell whether a number is 0 and so means that there is no such thing (a shared expert's width)."""
+    """Return whether a number is 0, which means absence (such as the width of a shared expert)."""
     return key.type == GGUFValueType.UINT32 and config[key.setting] == 0
 
 
 def _fitted(config: Config, key: Key) -> Any:
-    """Return a setting as a value of its key's type; raises ``ModelError`` when it is something else."""
+    """Return a setting as a value of its key's type; raise ``ModelError`` if it has another type."""
     value = config[key.setting]
     if key.type == GGUFValueType.BOOL:
         return bool(value)
@@ -89,7 +89,7 @@ def _fitted(config: Config, key: Key) -> Any:
 
 
 def _add_window_keys(writer: GGUFWriter, config: Config, family: Family, n_layers: int) -> None:
-    """Add the window where llama.cpp computes one, and which layers have it where that is not what it assumes."""
+    """Add the window if llama.cpp supports it, and the layers that have it if they differ from its default."""
     if family.window is None or not family.window.period or not (window := _window(config)):
         return
     writer.add_sliding_window(window)
@@ -101,7 +101,7 @@ def _add_window_keys(writer: GGUFWriter, config: Config, family: Family, n_layer
 
 
 def _windowed_layers(config: Config, assumed: list[bool]) -> list[bool]:
-    """Return which layers have the window: as config.json lists them, by its period, or as assumed."""
+    """Return whether each layer has the window: from the list or period in config.json, else as assumed."""
     listed = config.get("layer_types")
     if isinstance(listed, list):
         if len(listed) != len(assumed):
@@ -114,15 +114,15 @@ def _windowed_layers(config: Config, assumed: list[bool]) -> list[bool]:
 
 
 def window_note(config: Config, family: Family, sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """Return the note on a window that llama.cpp does not compute; none where it does or it covers the context."""
+    """Return the note on a window that llama.cpp does not support and that is shorter than the context."""
     window = _window(config)
     if family.window is None or family.window.period or not window or window >= sizes["ctx"]:
         return ()
     if not _has_windowed_layers(config, family.window.flag, sizes["layers"]):
         return ()
     return (
-        f"llama.cpp has no sliding window for {family.architecture}: attention is full beyond {window} tokens, "
-        f"where the original looks back {window}.",
+        f"llama.cpp has no sliding window for {family.architecture}: beyond {window} tokens, attention is full, "
+        f"where the original attends to {window}.",
     )
 
 

@@ -1,7 +1,7 @@
-"""Rope settings: from the two forms that config.json knows to GGUF keys and the ``rope_freqs`` tensor.
+"""Rope settings: from both forms in config.json to GGUF keys and the ``rope_freqs`` tensor.
 
 transformers up to 4 writes ``rope_theta`` and ``rope_scaling``, transformers 5 one ``rope_parameters``; both are read.
-A kind or an option that llama.cpp would compute differently is an error: it would load and answer nonsense.
+A kind or option that llama.cpp computes differently is an error: the model would load and answer nonsense.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from gguf import GGUFWriter, RopeScalingType
 from ...errors import ModelError, UnsupportedError
 from ...records import Float32
 
-DEFAULT_THETA = 10000.0  # transformers' default for most classes; a family's own is in its defaults
+DEFAULT_THETA = 10000.0  # transformers' default for most classes; families may override it
 
-# llama.cpp computes yarn with these and reads no key for them in the supported architectures (llama-model.cpp).
+# llama.cpp's constants of yarn; it reads no keys for them in the supported architectures (llama-model.cpp).
 YARN_BETA_FAST, YARN_BETA_SLOW = 32.0, 1.0
 
 YARN_LOG_UNIT = 0.1  # of the key yarn_log_multiplier: llama.cpp divides by it again (deepseek2.cpp)
 
-# What a float32 key holds, and a uint32 one.
+# Ranges of float32 and uint32 keys.
 MIN_NUMBER, MAX_NUMBER = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 MAX_CONTEXT = 2**32 - 1
 
-# Settings that may also stand at the top of config.json.
+# Settings that may also be at the top level of config.json.
 _OUTER_KEYS = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
 
-# Settings of one kind of layer each, where a model has layers with a sliding window: Gemma 3, OLMo 3.
+# Settings by kind of layer, for models with sliding-window layers: Gemma 3, OLMo 3.
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _LOCAL_THETA = "rope_local_base_freq"  # transformers 4: theta of the layers with a window
 
-# Numbers that each kind needs, and those that yarn may have.
+# Required numbers of each kind, and optional ones of yarn.
 _NEEDED = {
     "linear": ("factor",),
     "yarn": ("factor", "original_max_position_embeddings"),
@@ -47,25 +47,25 @@ _YARN_OPTIONS = ("attention_factor", "mscale", "mscale_all_dim")
 def rope_settings(config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return ``{"rope_type", "rope_theta", ...}`` from either form; ``rope_type`` is ``default`` when unscaled.
 
-    ``local_theta`` is the theta of layers with a sliding window, where it differs from the others'.
+    ``local_theta`` is the theta of layers with a sliding window, if it differs.
 
     Args:
         config: canonical settings.
-        defaults: what the class assumes where config.json is silent.
+        defaults: of the class.
 
     Raises:
-        ModelError: a setting is given twice with different values.
-        UnsupportedError: kinds of layers have settings of their own that llama.cpp does not know.
+        ModelError: a setting appears twice with different values.
+        UnsupportedError: kinds of layers have separate settings that llama.cpp does not support.
 
     """
     forms = [_settings(config, form) for form in ("rope_parameters", "rope_scaling") if config.get(form)]
     if len(forms) == 2 and forms[0] != forms[1]:
-        raise ModelError("config.json: rope_parameters and rope_scaling disagree; keep the one that is meant")
+        raise ModelError("config.json: rope_parameters and rope_scaling disagree; keep the correct one")
     settings = forms[0] if forms else _settings(config, None)
     for key, value in {"rope_theta": DEFAULT_THETA, **(defaults or {})}.items():
         if key in (*_OUTER_KEYS, _LOCAL_THETA) and settings.get(key) is None:
             settings[key] = value
-    # An original context that is not named is the context (transformers modeling_rope_utils, standardize_rope_params).
+    # The original context defaults to the context (transformers modeling_rope_utils, standardize_rope_params).
     settings.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
     local = settings.pop(_LOCAL_THETA, None)
     if local is not None:
@@ -74,35 +74,33 @@ def rope_settings(config: Mapping[str, Any], defaults: Mapping[str, Any] | None 
 
 
 def _settings(config: Mapping[str, Any], form: str | None) -> dict[str, Any]:
-    given = config[form] if form else {}
-    if not isinstance(given, Mapping):
-        raise ModelError(f"config.json: {form}: wanted an object, got {given!r}")
-    given, local = _by_kind_of_layer(given, str(form))
-    settings = {key: value for key, value in given.items() if value is not None or key == "truncate"}
+    stated = config[form] if form else {}
+    if not isinstance(stated, Mapping):
+        raise ModelError(f"config.json: {form}: wanted an object, got {stated!r}")
+    stated, local = _by_kind_of_layer(stated, str(form))
+    settings = {key: value for key, value in stated.items() if value is not None or key == "truncate"}
     settings.setdefault("rope_type", settings.pop("type", "default"))
     if settings["rope_type"] == "su":  # the first name of longrope
         settings["rope_type"] = "longrope"
-    if settings["rope_type"] == "dynamic":  # the frequencies are the plain ones up to the context
+    if settings["rope_type"] == "dynamic":  # frequencies are not scaled within the context
         settings |= {"rope_type": "default", "is_dynamic": True}
     for key in _OUTER_KEYS:
         outer = config.get(key)
         if outer is not None and settings.setdefault(key, outer) != outer:
-            raise ModelError(
-                f"config.json: {key} is {outer!r}, but {settings[key]!r} in {form}; keep the one that is meant"
-            )
+            raise ModelError(f"config.json: {key} is {outer!r}, but {settings[key]!r} in {form}; keep the correct one")
     if local is not None or config.get(_LOCAL_THETA) is not None:
         settings["local_theta"] = local if local is not None else config[_LOCAL_THETA]
     return settings
 
 
-def _by_kind_of_layer(given: Mapping[str, Any], form: str) -> tuple[Mapping[str, Any], Any]:
-    """Return the settings of layers without a window, and theta of those with one when they are set apart."""
-    nested = [key for key, value in given.items() if isinstance(value, Mapping)]
+def _by_kind_of_layer(stated: Mapping[str, Any], form: str) -> tuple[Mapping[str, Any], Any]:
+    """Return the settings of layers without a window, and the separate theta of layers with one, if any."""
+    nested = [key for key, value in stated.items() if isinstance(value, Mapping)]
     if not nested:
-        return given, None
-    full, sliding = given.get(_FULL), given.get(_SLIDING)
-    if set(given) - {_FULL, _SLIDING} or not isinstance(full, Mapping):
-        raise UnsupportedError(f"config.json: {form}: {nested[0]} has settings of its own; wanted one for all layers")
+        return stated, None
+    full, sliding = stated.get(_FULL), stated.get(_SLIDING)
+    if set(stated) - {_FULL, _SLIDING} or not isinstance(full, Mapping):
+        raise UnsupportedError(f"config.json: {form}: {nested[0]} has separate settings; wanted one for all layers")
     sliding = sliding if isinstance(sliding, Mapping) else {}
     if sliding.get("rope_type", "default") != "default":
         raise UnsupportedError(
@@ -116,13 +114,13 @@ def rope_note(settings: Mapping[str, Any]) -> tuple[str, ...]:
     if not settings.get("is_dynamic"):
         return ()
     return (
-        "llama.cpp has no dynamic rope scaling: the model is as it was trained up to "
-        f"{settings['n_ctx_train']} tokens, and is not stretched beyond.",
+        "llama.cpp has no dynamic rope scaling: the model works up to "
+        f"{settings['n_ctx_train']} tokens, its training context, without extension.",
     )
 
 
 def rope_dim(settings: Mapping[str, Any], head_dim: int) -> int:
-    """Return how many channels of a head are rotated; raises ``ModelError`` when that is none, odd or too many."""
+    """Return the number of rotated channels of a head; raise ``ModelError`` if it is 0, odd or too large."""
     share = number({"partial_rotary_factor": 1.0, **settings}, "partial_rotary_factor")
     n_rotated = int(head_dim * share)
     if not 0 < n_rotated <= head_dim or n_rotated % 2:
@@ -133,16 +131,16 @@ def rope_dim(settings: Mapping[str, Any], head_dim: int) -> int:
 
 
 def check_rope(settings: Mapping[str, Any], architecture: str, kinds: tuple[str, ...], is_partial_known: bool) -> None:
-    """Check the settings before they are used.
+    """Check rope settings.
 
     Args:
         settings: from ``rope_settings``.
         architecture: llama.cpp's name.
-        kinds: kinds of scaling that it computes.
-        is_partial_known: whether it may rotate a part of each head only.
+        kinds: supported kinds of scaling.
+        is_partial_known: whether the architecture supports partial rotation of heads.
 
     Raises:
-        UnsupportedError: a kind or option that llama.cpp's architecture does not compute.
+        UnsupportedError: a kind or option that llama.cpp does not support for the architecture.
         ModelError: a number is missing or out of range.
 
     """
@@ -171,7 +169,7 @@ def _check_yarn(settings: Mapping[str, Any]) -> None:
     for key, value in wanted.items():
         if settings.get(key, value) != value:
             raise UnsupportedError(
-                f"config.json: yarn rope with {key} {settings[key]}: llama.cpp computes only {key} {value}"
+                f"config.json: yarn rope with {key} {settings[key]}: llama.cpp supports only {key} {value}"
             )
     for key in _YARN_OPTIONS:
         if key in settings:
@@ -179,12 +177,12 @@ def _check_yarn(settings: Mapping[str, Any]) -> None:
     if settings.get("has_log_multiplier") and settings.get("mscale") != settings.get("mscale_all_dim", 0):
         raise UnsupportedError(
             f"config.json: yarn rope with mscale {settings.get('mscale')} and mscale_all_dim "
-            f"{settings.get('mscale_all_dim')}: llama.cpp computes latent attention only where they are the same"
+            f"{settings.get('mscale_all_dim')}: llama.cpp supports latent attention only if they are equal"
         )
 
 
 def add_rope_keys(writer: GGUFWriter, settings: Mapping[str, Any]) -> None:
-    """Add the keys of theta and scaling to ``writer``; ``settings`` have passed ``check_rope``."""
+    """Add the keys of theta and scaling to ``writer``, from settings that have passed ``check_rope``."""
     writer.add_rope_freq_base(number(settings, "rope_theta"))
     if "local_theta" in settings:
         writer.add_rope_freq_base_swa(number(settings, "local_theta"))
@@ -222,8 +220,8 @@ def longrope_attention_factor(settings: Mapping[str, Any]) -> float:
 def longrope_factors(settings: Mapping[str, Any], n_rotated: int) -> dict[str, Float32]:
     """Return the divisors of the rope frequencies by tensor name, each ``(n_rotated // 2,)`` float32.
 
-    ``rope_factors_short`` holds up to the original context, ``rope_factors_long`` beyond it; llama.cpp chooses by the
-    size of the context that it is given, transformers by the length of the text.
+    ``rope_factors_short`` applies up to the original context, ``rope_factors_long`` beyond it; llama.cpp chooses by the
+    context size, transformers by the length of the text.
     """
     found = {}
     for name in ("long", "short"):
@@ -244,10 +242,10 @@ def yarn_magnitude(factor: float, mscale: float = 1.0) -> float:
 
 
 def yarn_attention_factor(settings: Mapping[str, Any]) -> float:
-    """Return the factor on cos and sin that transformers computes (modeling_rope_utils).
+    """Return transformers' factor on cos and sin (modeling_rope_utils).
 
-    llama.cpp multiplies by ``yarn_magnitude(factor)`` on its own and by the key ``rope.scaling.attn_factor`` on top
-    (llama-context.cpp), so the key holds the quotient of the two.
+    llama.cpp multiplies by ``yarn_magnitude(factor)`` and by the key ``rope.scaling.attn_factor`` (llama-context.cpp),
+    so the key holds the quotient of the two.
     """
     factor = number(settings, "factor")
     if "attention_factor" in settings:
@@ -261,8 +259,8 @@ def yarn_attention_factor(settings: Mapping[str, Any]) -> float:
 def llama3_factors(settings: Mapping[str, Any], rope_dim: int) -> Float32:
     """Return Llama 3.1's divisors of the rope frequencies, ``(rope_dim // 2,)`` float32: tensor ``rope_freqs``.
 
-    Wavelengths shorter than ``n_ctx / high_freq_factor`` stay, those longer than ``n_ctx / low_freq_factor`` are
-    stretched by ``factor``, those between are blended (transformers, ``_compute_llama3_parameters``).
+    Wavelengths shorter than ``n_ctx / high_freq_factor`` are unchanged, those longer than ``n_ctx / low_freq_factor``
+    are stretched by ``factor``, those between are interpolated (transformers, ``_compute_llama3_parameters``).
     """
     one = np.float32(1)
     factor, theta, low, high, n_ctx = (
@@ -277,7 +275,7 @@ def llama3_factors(settings: Mapping[str, Any], rope_dim: int) -> Float32:
 
 
 def number(settings: Mapping[str, Any], key: str) -> float:
-    """Return a number of the rope settings; raises ``ModelError`` when it is missing or no sensible number."""
+    """Return a number of the rope settings; raise ``ModelError`` if it is missing or out of range."""
     value = settings.get(key)
     if isinstance(value, bool) or not isinstance(value, int | float) or not MIN_NUMBER <= value <= MAX_NUMBER:
         raise ModelError(f"config.json: rope setting {key}: wanted a positive number that float32 holds, got {value!r}")

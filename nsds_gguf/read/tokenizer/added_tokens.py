@@ -1,13 +1,13 @@
 """Added tokens of a model folder, with the ids that transformers 5 gives them.
 
 Several files list added tokens: ``tokenizer.json``, ``added_tokens_decoder`` in ``tokenizer_config.json``,
-``added_tokens.json`` and ``special_tokens_map.json``. Where they disagree, this follows transformers
+``added_tokens.json`` and ``special_tokens_map.json``. Where they disagree, this module follows transformers
 (``PreTrainedTokenizerBase._from_pretrained`` and ``TokenizersBackend.__init__``):
 
-* With ``added_tokens_decoder``, ``added_tokens.json`` and ``special_tokens_map.json`` are not read at all.
-* With ``tokenizer.json``, the tokenizers library assigns ids by text: a text of the vocabulary keeps its id, another
-  gets the next free one. The ids in the files do not count. Later flags replace earlier ones.
-* Tokens that a file names for a role (``bos_token``, ``image_token``, ...) without listing them are added at the end.
+* With ``added_tokens_decoder``, ``added_tokens.json`` and ``special_tokens_map.json`` are ignored.
+* With ``tokenizer.json``, the tokenizers library assigns ids by text: a text in the vocabulary keeps its id, any
+  other gets the next free one. The ids in the files do not count. Later flags replace earlier ones.
+* Tokens that a file names for a role (``bos_token``, ``image_token``, ...) but does not list are added at the end.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from .steps import is_byte_level
 JSON, CONFIG, MAP, LIST = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
-# Classes of transformers 5 that take vocabulary and merges alone from tokenizer.json, so that added_tokens_decoder
-# replaces its added tokens; the kinds of model for which transformers passes over such a class, and those that have a
-# class without naming it.
+# Classes of transformers 5 that read only vocabulary and merges from tokenizer.json, so that added_tokens_decoder
+# replaces its added tokens; the model types for which transformers ignores such a class; those with a default class.
 _REBUILDING = frozenset({"CodeLlama", "Cohere", "GPT2", "GPTNeoX", "Gemma", "Llama", "Qwen2", "Qwen3_5", "T5"})
 _BY_MODEL_TYPE = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "Gemma"),
@@ -55,9 +54,9 @@ _LOADED_AS_IT_IS = frozenset(
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token that is matched in the text before anything is split.
+    """A token that is matched in the text before it is split.
 
-    ``special`` ones are control tokens; ``strips`` ones take the blanks around them along or match whole words only.
+    ``special`` marks control tokens; ``strips`` marks tokens that strip spaces around them or match whole words only.
     """
 
     token_id: int
@@ -68,7 +67,7 @@ class AddedToken:
 
 @dataclass(frozen=True)
 class Listings:
-    """What the files of a folder list, each as parsed; ``config`` is the model's ``config.json``."""
+    """The parsed files of a folder that list tokens; ``config`` is the model's ``config.json``."""
 
     tokenizer: Mapping[str, Any]
     tokenizer_config: Mapping[str, Any]
@@ -83,11 +82,11 @@ class Listings:
 
     @property
     def named(self) -> dict[str, Any]:
-        """The settings of ``tokenizer_config.json``, with those of ``special_tokens_map.json`` where they count."""
+        """The settings of ``tokenizer_config.json``, with those of ``special_tokens_map.json`` if they count."""
         return {**self.tokenizer_config, **(self.special_tokens_map if self.reads_map else {})}
 
     def json_tokens(self) -> tuple[AddedToken, ...]:
-        """Return the added tokens of ``tokenizer.json``, in its order and with the ids that stand there."""
+        """Return the added tokens of ``tokenizer.json``, in its order and with its ids."""
         entries = self.tokenizer.get("added_tokens") or []
         if not isinstance(entries, list):
             raise TokenizerError(f"{JSON}: added_tokens: wanted a list, got {type(entries).__name__}; restore the file")
@@ -104,7 +103,7 @@ class Listings:
         return tuple(sorted(tokens, key=lambda token: token.token_id))
 
     def map_tokens(self) -> tuple[AddedToken, ...]:
-        """Return the tokens of ``added_tokens.json`` by id; special are those that another file names."""
+        """Return the tokens of ``added_tokens.json`` by id; those named by another file are special."""
         special = set(named_tokens(self.named))
         tokens = [
             AddedToken(_token_id(i, text, LIST), text, text in special) for text, i in self.added_tokens_map.items()
@@ -114,7 +113,7 @@ class Listings:
 
 @dataclass(frozen=True)
 class Resolved:
-    """The added tokens that count, by id, and a sentence for each file that says otherwise."""
+    """The added tokens that count, by id, and a note on each file that disagrees."""
 
     tokens: Mapping[int, AddedToken]
     notes: tuple[str, ...]
@@ -126,7 +125,7 @@ def resolve(listings: Listings, vocab: Mapping[str, int], by_file_id: bool) -> R
     Args:
         listings: what the files list.
         vocab: id of every token of the vocabulary proper.
-        by_file_id: keep the ids of the files, for ``tokenizer.model`` alone, whose tokens the library does not assign.
+        by_file_id: keep the ids of the files; for ``tokenizer.model`` alone, whose ids the library does not assign.
 
     Raises:
         TokenizerError: an entry is not an id and a text.
@@ -150,12 +149,12 @@ def resolve(listings: Listings, vocab: Mapping[str, int], by_file_id: bool) -> R
 
 
 def rebuilds(listings: Listings) -> bool:
-    """Tell whether transformers makes the tokenizer anew from the vocabulary and merges of ``tokenizer.json``."""
+    """Return whether transformers rebuilds the tokenizer from the vocabulary and merges of ``tokenizer.json``."""
     return tokenizer_class(listings) in _REBUILDING
 
 
 def tokenizer_class(listings: Listings) -> str:
-    """Return the class that transformers takes, less ``Tokenizer`` and ``Fast``; empty for the general one."""
+    """Return the class that transformers uses, without ``Tokenizer`` and ``Fast``; empty for the generic class."""
     stated = listings.config.get("model_type")
     model_type = stated if isinstance(stated, str) else ""
     name = listings.tokenizer_config.get("tokenizer_class") or listings.config.get("tokenizer_class")
@@ -168,7 +167,7 @@ def tokenizer_class(listings: Listings) -> str:
 
 
 def named_tokens(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the texts that settings name as special tokens, in the order in which transformers adds them."""
+    """Yield the special tokens that settings name, in the order in which transformers adds them."""
     roles = [f"{role}_token" for role in ROLES]
     others = [key for key in settings if key.endswith("_token") and key not in roles]
     extra, additional = settings.get("extra_special_tokens"), settings.get("additional_special_tokens")
@@ -205,7 +204,7 @@ class _Register:
         self._last = max(self._last, token_id)
 
     def add_named(self, text: str) -> None:
-        """Add a token that a file names, but does not list; one of the vocabulary is not changed."""
+        """Add a token that a file names but does not list; leave tokens of the vocabulary unchanged."""
         if text in self.tokens or text in self._vocab:
             return
         token_id = self._known(text)
@@ -217,7 +216,7 @@ class _Register:
         return max(self._last + 1, len(self._vocab)) if known is None else known.token_id
 
 
-# --- what the files say otherwise -------------------------------------------------------------------------------------
+# --- disagreements between files -------------------------------------------------------------------------------------
 
 
 def _notes(listings: Listings, found: Mapping[int, AddedToken], vocab: Mapping[str, int]) -> Iterator[str]:
@@ -234,10 +233,10 @@ def _notes(listings: Listings, found: Mapping[int, AddedToken], vocab: Mapping[s
 
 
 def _otherwise(token: AddedToken, final: Mapping[str, int], found: Mapping[int, AddedToken], has_flags: bool) -> str:
-    """Return what a listed token is after all; empty when it is what the file says."""
+    """Return how a listed token differs in the result; empty if it does not."""
     token_id = final.get(token.text)
     if token_id is None:
-        return "which is no token"
+        return "which is not a token"
     if token_id != token.token_id:
         return f"which has id {token_id}"
     if has_flags and token_id in found and found[token_id].special != token.special:
@@ -251,9 +250,9 @@ def _note(file: str, differing: Sequence[tuple[AddedToken, str]]) -> Iterator[st
     token, how = differing[0]
     kind = "special" if token.special else "ordinary"
     yield (
-        f"{file} disagrees with the tokenizer that transformers makes of these files about {len(differing)} added "
+        f"{file} disagrees with the tokenizer that transformers builds from the files about {len(differing)} added "
         f"token{'s' * (len(differing) > 1)}: for example, it lists {token.text!r} as {kind} with id {token.token_id}, "
-        f"{how}. The GGUF has them as transformers does."
+        f"{how}. The GGUF follows transformers."
     )
 
 
@@ -270,7 +269,7 @@ def _unlisted_note(listings: Listings, found: Mapping[int, AddedToken]) -> Itera
 
 
 def _roles_note(listings: Listings) -> Iterator[str]:
-    """Yield a sentence when ``special_tokens_map.json`` names other tokens for roles than ``tokenizer_config.json``."""
+    """Yield a note if ``special_tokens_map.json`` and ``tokenizer_config.json`` name different tokens for roles."""
     files = (listings.tokenizer_config, listings.special_tokens_map)
     texts = ((role, *(token_text(file.get(f"{role}_token")) for file in files)) for role in ROLES)
     differing = [(role, ours, theirs) for role, ours, theirs in texts if ours and theirs and ours != theirs]

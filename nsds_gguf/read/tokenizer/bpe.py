@@ -19,8 +19,8 @@ def bpe_model(files: TokenizerFiles) -> Mapping[str, Any]:
     """Return the BPE model of ``tokenizer.json``.
 
     Raises:
-        UnsupportedError: it is another algorithm or a variant of BPE that llama.cpp has not.
-        TokenizerError: it has no vocabulary.
+        UnsupportedError: another algorithm, or a variant of BPE that llama.cpp does not support.
+        TokenizerError: no vocabulary.
 
     """
     model = files.tokenizer.get("model")
@@ -31,7 +31,7 @@ def bpe_model(files: TokenizerFiles) -> Mapping[str, Any]:
         raise UnsupportedError(f"{files.json_path}: tokenizer model {kind} is not supported; known: BPE")
     for option in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(option):
-            raise UnsupportedError(f"{files.json_path}: BPE with {option} {model[option]!r}: llama.cpp has it not")
+            raise UnsupportedError(f"{files.json_path}: BPE with {option} {model[option]!r}: llama.cpp has none")
     return model
 
 
@@ -39,7 +39,7 @@ def read_bpe(files: TokenizerFiles) -> Tokens:
     """Read a byte-level BPE vocabulary.
 
     Raises:
-        UnsupportedError: a variant that llama.cpp has not.
+        UnsupportedError: a variant that llama.cpp does not support.
         TokenizerError: ids or merges contradict the vocabulary.
 
     """
@@ -53,9 +53,9 @@ def read_bpe(files: TokenizerFiles) -> Tokens:
 
 
 def byte_alphabet() -> tuple[str, ...]:
-    """Return the character that stands for each byte, 256 of them.
+    """Return the character for each byte, 256 in all.
 
-    Printable Latin-1 stands for itself, the other bytes for U+0100 on, in order (GPT-2's ``bytes_to_unicode``).
+    Printable Latin-1 maps to itself, the other bytes to U+0100 and up, in order (GPT-2's ``bytes_to_unicode``).
     """
     itself = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
@@ -66,7 +66,7 @@ def merge_pairs(merges: Any, vocab: Mapping[str, int], path: Path) -> list[tuple
     """Return the two halves of each merge, from ``"left right"`` or ``["left", "right"]``.
 
     Raises:
-        TokenizerError: a merge is neither, or a half or the whole is no token.
+        TokenizerError: a merge has another form, or a half or the whole is not a token.
 
     """
     if not isinstance(merges, list) or not merges:
@@ -88,16 +88,16 @@ def _merge_lines(merges: Any, vocab: Mapping[str, int], path: Path) -> tuple[str
     lines = tuple(f"{left} {right}" for left, right in merge_pairs(merges, vocab, path))
     blank = next((line for line in lines if line.count(" ") != 1), None)
     if blank is not None:
-        raise TokenizerError(f"{path}: merge {blank!r}: a blank in a byte-level token; restore the file")
+        raise TokenizerError(f"{path}: merge {blank!r}: a space in a byte-level token; restore the file")
     return lines
 
 
 def _check_alphabet(model: Mapping[str, Any], path: Path) -> None:
-    """Refuse vocabularies that answer a byte they lack with another token: llama.cpp leaves the byte out."""
+    """Refuse vocabularies that replace a missing byte by another token: llama.cpp drops the byte."""
     alphabet = byte_alphabet()
     missing = [byte for byte in _UTF8_BYTES if alphabet[byte] not in model["vocab"]]
     if missing and (model.get("unk_token") or model.get("byte_fallback")):
         raise UnsupportedError(
             f"{path}: no token for byte 0x{missing[0]:02X} and {len(missing) - 1} others, which the tokenizer "
-            "replaces and llama.cpp leaves out"
+            "replaces and llama.cpp drops"
         )

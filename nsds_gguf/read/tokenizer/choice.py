@@ -1,7 +1,7 @@
-"""Which of ``tokenizer.json`` and ``tokenizer.model`` counts when both are there.
+"""Choose between ``tokenizer.json`` and ``tokenizer.model`` when both exist.
 
-transformers takes ``tokenizer.json``. A ``tokenizer.model`` of the same vocabulary says more about it (scores, types),
-so it is read where the two agree, and left aside with a note where they do not.
+transformers uses ``tokenizer.json``. A ``tokenizer.model`` of the same vocabulary holds more (scores, types), so it is
+used if the two agree, and ignored with a note if they do not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SCORE_TOLERANCE = 1e-6  # relative: JSON holds scores of float32 in decimal
 
 @dataclass(frozen=True)
 class Difference:
-    """What ``tokenizer.model`` has otherwise than ``tokenizer.json``: how many entries of a kind, and an example."""
+    """A difference of ``tokenizer.model`` from ``tokenizer.json``: kind, number of entries, example."""
 
     what: str
     n: int
@@ -35,9 +35,9 @@ class Difference:
 
 
 def differences(files: TokenizerFiles, proto: ModelProto) -> list[Difference]:
-    """Return what a sentencepiece model has otherwise than ``tokenizer.json``, added tokens apart; empty: they agree.
+    """Return the differences of a sentencepiece model from ``tokenizer.json``, added tokens excluded.
 
-    Compared are the text of every id, and the order of BPE merges or the scores of a unigram model.
+    Compares the text of every id, and the order of BPE merges or the scores of a unigram model.
     """
     ours = {i: text for text, i in files.json_vocab.items()}
     theirs = {i: piece.text for i, piece in enumerate(proto.pieces)}
@@ -51,7 +51,7 @@ def differences(files: TokenizerFiles, proto: ModelProto) -> list[Difference]:
 
 
 def byte_level_note(files: TokenizerFiles) -> str:
-    """Return in a sentence how ``tokenizer.model`` differs from a byte-level ``tokenizer.json``; empty: not at all."""
+    """Return the note on how ``tokenizer.model`` differs from a byte-level ``tokenizer.json``; empty if it does not."""
     if not files.model_path.is_file():
         return ""
     try:
@@ -73,17 +73,17 @@ def another(found: list[Difference]) -> str:
 
 
 def aside(reason: str) -> str:
-    """Return in a sentence that ``tokenizer.json`` counts, as ``tokenizer.model`` ``reason``."""
+    """Return the note that ``tokenizer.json`` counts because ``tokenizer.model`` ``reason``."""
     return f"tokenizer.json counts, as in transformers; tokenizer.model beside it {reason}."
 
 
 def is_tiktoken(data: bytes) -> bool:
-    """Tell whether a ``tokenizer.model`` is a list of tiktoken's, as Llama 3's and Kimi's, not sentencepiece."""
+    """Return whether a ``tokenizer.model`` is a tiktoken list, like Llama 3's and Kimi's, not sentencepiece."""
     return _tiktoken_ranks(data[: data.rfind(b"\n", 0, 4096) + 1]) is not None
 
 
 def _tiktoken_ranks(data: bytes) -> dict[bytes, int] | None:
-    """Return rank by token of a tiktoken file (a line each: base64, blank, rank); ``None`` when it is none."""
+    """Return rank by token of a tiktoken file (a line each: base64, space, rank); ``None`` for other files."""
     ranks: dict[bytes, int] = {}
     for line in data.splitlines():
         fields = line.split()
@@ -99,22 +99,22 @@ def _tiktoken_ranks(data: bytes) -> dict[bytes, int] | None:
 def _text_differences(
     ours: Mapping[int, str], theirs: Mapping[int, str], files: TokenizerFiles
 ) -> Iterator[Difference]:
-    """Yield ids with two texts, and ids that one side lacks, of those that are no added tokens."""
+    """Yield ids with two texts, and ids that one side lacks, added tokens excluded."""
     added = files.added_tokens
     other = [i for i in sorted(theirs.keys() & ours.keys()) if i not in added and not _same(ours[i], theirs[i])]
     if other:
         i = other[0]
         yield Difference("ids have other text", len(other), f"id {i} is {theirs[i]!r}, in tokenizer.json {ours[i]!r}")
-    lacking = sorted(ours.keys() - theirs.keys() - added.keys())
-    if lacking:
-        yield Difference("tokens are missing", len(lacking), f"id {lacking[0]} {ours[lacking[0]]!r}")
+    missing = sorted(ours.keys() - theirs.keys() - added.keys())
+    if missing:
+        yield Difference("tokens are missing", len(missing), f"id {missing[0]} {ours[missing[0]]!r}")
     extra = sorted(theirs.keys() - ours.keys() - added.keys())
     if extra:
         yield Difference("tokens are not in tokenizer.json", len(extra), f"id {extra[0]} {theirs[extra[0]]!r}")
 
 
 def _same(ours: str, theirs: str) -> bool:
-    """Compare texts; conversions of Gemma have a tab in place of the byte token of it."""
+    """Compare texts; conversions of Gemma have a tab in place of its byte token."""
     return ours == theirs or _CHARACTER_BYTES.get(theirs) == ours
 
 
@@ -136,7 +136,7 @@ def _score_differences(files: TokenizerFiles, proto: ModelProto) -> list[Differe
 
 
 def _merge_differences(files: TokenizerFiles, proto: ModelProto) -> list[Difference]:
-    """Return tokens that the scores join in another order than the merges, and tokens that no merge makes."""
+    """Return tokens that scores and merges join in different order, and tokens without a merge."""
     scores = {piece.text: piece.score for piece in proto.pieces if piece.type == TokenType.NORMAL}
     made: dict[str, None] = {}
     late: dict[str, None] = {}

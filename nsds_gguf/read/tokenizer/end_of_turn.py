@@ -8,8 +8,8 @@ from typing import Any
 
 from gguf import TokenType
 
-# Texts at which llama.cpp ends generation by itself (src/llama-vocab.cpp, special_eog_ids), and those of them that it
-# takes for the end of a turn unless a key names another.
+# Texts at which llama.cpp always ends generation (src/llama-vocab.cpp, special_eog_ids), and those that it uses as the
+# end of a turn if no key names another.
 _ENDS_BY_TEXT = frozenset(
     [
         "<|eot_id|>",
@@ -53,7 +53,7 @@ _TURNS_BY_TEXT = frozenset(
 )
 _EOM_TEXT = "<|eom_id|>"
 
-# Special tokens that models do not write as part of an answer: padding, roles, infilling, images, spares.
+# Special tokens that are not part of answers: padding, roles, infilling, images, spares.
 _USUAL = re.compile(
     r"reserved|unused|extra_id|placeholder|place▁holder|dummy|special|empty|fim|header|begin|start|end|im_sep|gmask|"
     r"python_tag|image|vision|video|img|audio_pad|box|quad|object_ref|file|repo|gh_|issue|jupyter|commit|prefix|suffix|"
@@ -64,7 +64,7 @@ _USUAL = re.compile(
 
 
 def wanted_ends(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[str, list[int]]:
-    """Return the file that says at which ids transformers ends generation, and the ids."""
+    """Return the ids at which transformers ends generation, and the file that names them."""
     files = (("generation_config.json", generation_config), ("config.json", config))
     for file, settings in files:
         value = settings.get("eos_token_id")
@@ -75,15 +75,15 @@ def wanted_ends(config: Mapping[str, Any], generation_config: Mapping[str, Any])
 
 
 def add_ends(found: dict[str, int | None], ids: Mapping[str, int], wanted: Iterable[int]) -> list[int]:
-    """Put ends of generation that llama.cpp would miss into the free keys ``eot`` and ``eom``.
+    """Assign ends of generation that llama.cpp would miss to the free keys ``eot`` and ``eom``.
 
     Args:
-        found: token id by the name of its key, changed in place; ``eos`` is there.
+        found: token id by the name of its key, with ``eos``; changed in place.
         ids: id of every token text.
-        wanted: ids at which generation is to end.
+        wanted: ids that end generation.
 
     Returns:
-        the wanted ids at which llama.cpp does not end after all.
+        The wanted ids at which llama.cpp still does not end.
 
     """
     texts = {token_id: text for text, token_id in ids.items()}
@@ -98,26 +98,26 @@ def add_ends(found: dict[str, int | None], ids: Mapping[str, int], wanted: Itera
 
 
 def ends_note(file: str, missed: Collection[int], ids: Mapping[str, int]) -> Iterator[str]:
-    """Yield a sentence that names the ends of generation for which GGUF has no key."""
+    """Yield a note on the ends of generation for which GGUF has no key."""
     if not missed:
         return
     named = ", ".join(f"{text!r} (id {token_id})" for text, token_id in ids.items() if token_id in missed)
     yield (
-        f"llama.cpp does not end its answer at {len(missed)} of the tokens that {file} names as ends, for which GGUF "
-        f"has no key: {named}. Give them as stop texts where you run the model."
+        f"llama.cpp does not end its answer at {len(missed)} of the end tokens in {file}, for which GGUF has no key: "
+        f"{named}. Pass them as stop texts when you run the model."
     )
 
 
 def unprinted_note(
     texts: Mapping[int, str], types: Mapping[int, TokenType], keyed: Collection[int], templates: Iterable[str]
 ) -> Iterator[str]:
-    """Yield a sentence on special tokens that models may answer with and llama.cpp does not print.
+    """Yield a note on special tokens that may be part of answers, which llama.cpp does not print.
 
     Args:
         texts: text of every added token with a row in the embedding, by id.
         types: type by id.
-        keyed: ids that a key names, as BOS and EOS.
-        templates: the chat templates; the tokens in them are the format of a chat.
+        keyed: ids that a key names, such as BOS and EOS.
+        templates: the chat templates; their tokens are chat formatting.
 
     """
     written = "\n".join(templates)
@@ -133,21 +133,21 @@ def unprinted_note(
     if silent:
         token_id, text = silent[0]
         yield (
-            f"{len(silent)} special token{'s' * (len(silent) > 1)} that no chat template uses, such as {text!r} (id "
-            f"{token_id}), will not show in llama.cpp's output: it prints nothing for special tokens. If answers are "
-            "made of them, run llama-cli or llama-server with --special."
+            f"llama.cpp hides {len(silent)} special token{'s' * (len(silent) > 1)} that no chat template uses, "
+            f"such as {text!r} (id {token_id}): it prints no special tokens. If answers contain them, run llama-cli or "
+            "llama-server with --special."
         )
 
 
 def _free_key(found: Mapping[str, int | None], ids: Mapping[str, int]) -> str | None:
-    """Return the key to write, one whose token llama.cpp does not find by text if there is such a key."""
+    """Return the key to write, preferably one whose token llama.cpp does not find by text."""
     free = [key for key in ("eot", "eom") if found.get(key) is None]
     taken_by_text = {"eot": not _TURNS_BY_TEXT.isdisjoint(ids), "eom": _EOM_TEXT in ids}
     return min(free, key=lambda key: taken_by_text[key], default=None)
 
 
 def _ends(found: Mapping[str, int | None], texts: Mapping[int, str]) -> set[int]:
-    """Return the ids at which llama.cpp ends generation, two exceptions of its own included."""
+    """Return the ids at which llama.cpp ends generation, including its two exceptions."""
     ends = {token_id for token_id, text in texts.items() if text in _ENDS_BY_TEXT}
     ends |= {token_id for key in ("eos", "eot", "eom") if (token_id := found.get(key)) is not None}
     named = {texts[token_id]: token_id for token_id in ends if token_id in texts}

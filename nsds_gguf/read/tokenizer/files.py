@@ -1,4 +1,4 @@
-"""The tokenizer files of a model folder, read and checked as far as every kind of tokenizer needs them."""
+"""The parsed tokenizer files of a model folder, with the checks common to all kinds of tokenizer."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .added_tokens import AddedToken, Listings, Resolved, resolve
 from .json_files import read_json
 from .sentencepiece_proto import ModelProto, read_proto
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # either alone defines the token ids
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")  # each defines the token ids
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """Parsed JSON of the tokenizer files; a file that does not exist is an empty mapping.
+    """Parsed JSON of the tokenizer files; a missing file is an empty mapping.
 
     ``config`` is the model's ``config.json``.
     """
@@ -33,7 +33,7 @@ class TokenizerFiles:
 
     @classmethod
     def read(cls, folder: Path, config: Mapping[str, Any]) -> TokenizerFiles:
-        """Read what ``folder`` holds; raises ``TokenizerError`` when a file is damaged or no tokenizer is there."""
+        """Read the files of ``folder``; raise ``TokenizerError`` for a damaged file or a missing tokenizer."""
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise TokenizerError(_no_tokenizer(folder))
         names = ("tokenizer", "tokenizer_config", "special_tokens_map", "generation_config", "added_tokens")
@@ -41,12 +41,12 @@ class TokenizerFiles:
 
     @property
     def json_path(self) -> Path:
-        """Where ``tokenizer.json`` is or would be."""
+        """Path of ``tokenizer.json``."""
         return self.folder / "tokenizer.json"
 
     @property
     def model_path(self) -> Path:
-        """Where ``tokenizer.model`` is or would be."""
+        """Path of ``tokenizer.model``."""
         return self.folder / "tokenizer.model"
 
     @property
@@ -56,7 +56,7 @@ class TokenizerFiles:
 
     @cached_property
     def json_vocab(self) -> dict[str, int]:
-        """Id by text in ``tokenizer.json``, BPE or Unigram, as far as its entries are texts with ids."""
+        """Id by text in ``tokenizer.json``, BPE or Unigram; skips invalid entries."""
         vocab = self.tokenizer["model"].get("vocab") if self.has_json else None
         if isinstance(vocab, list):
             pairs = [(entry[0], i) for i, entry in enumerate(vocab) if isinstance(entry, list) and entry]
@@ -66,12 +66,12 @@ class TokenizerFiles:
 
     @cached_property
     def proto(self) -> ModelProto:
-        """The parsed ``tokenizer.model``; raises ``TokenizerError`` when it is no sentencepiece model."""
+        """The parsed ``tokenizer.model``; raises ``TokenizerError`` if it is not a sentencepiece model."""
         return read_proto(self.model_path)
 
     @property
     def listings(self) -> Listings:
-        """What the files say about added tokens."""
+        """The parsed files that list added tokens."""
         return Listings(
             self.tokenizer, self.tokenizer_config, self.special_tokens_map, self.added_tokens_map, self.config
         )
@@ -94,7 +94,7 @@ def _no_tokenizer(folder: Path) -> str:
     looked_for = " nor ".join(TOKENIZER_FILES)
     if (folder / "vocab.json").is_file():
         return (
-            f"{folder}: no tokenizer: neither {looked_for} is there, and vocab.json does not say how text is split; "
+            f"{folder}: no tokenizer: neither {looked_for} exists, and vocab.json does not say how text is split; "
             "load the tokenizer with transformers and save it, which writes tokenizer.json"
         )
-    return f"{folder}: no tokenizer: neither {looked_for} is there; copy the tokenizer files of the original model"
+    return f"{folder}: no tokenizer: neither {looked_for} exists; copy the tokenizer files of the original model"

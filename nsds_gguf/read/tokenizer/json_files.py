@@ -1,4 +1,4 @@
-"""Files of a tokenizer as bytes, text or JSON, damage named."""
+"""Read tokenizer files as bytes, text or JSON, with errors that name the damage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, empty when there is no such file; raises ``TokenizerError`` when damaged."""
+    """Return the object in a JSON file, empty for a missing file; raise ``TokenizerError`` for a damaged one."""
     if not path.is_file():
         return {}
     data = read_bytes(path)
@@ -26,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the bytes of a file; raises ``TokenizerError`` for a git-lfs pointer in its place."""
+    """Return the bytes of a file; raise ``TokenizerError`` for a git-lfs pointer."""
     data = path.read_bytes()
     if data.startswith(_LFS_POINTER):
         raise TokenizerError(f"{path}: a git-lfs pointer, not the file itself; fetch it with 'git lfs pull'")
@@ -34,7 +34,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file; raises ``TokenizerError`` when it is not UTF-8."""
+    """Return the text of a file; raise ``TokenizerError`` when it is not UTF-8."""
     try:
         return read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Blanks in a ``tokenizer.json`` converted from sentencepiece: each becomes U+2581, one may be put in front."""
+"""Spaces in a ``tokenizer.json`` converted from sentencepiece: replaced by U+2581, with an optional space prefix."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .tokens import METASPACE
 
 
 def metaspace_prefix(tokenizer: Mapping[str, Any], path: Path, *, splits_words: bool = False) -> bool:
-    """Return whether a blank is put in front; raises unless blanks become U+2581 and nothing else happens.
+    """Return whether the tokenizer adds a space prefix; raise unless its only other step replaces spaces by U+2581.
 
     Args:
         tokenizer: the parsed file.
-        path: where it was read from, for messages.
+        path: of the file, for messages.
         splits_words: accept a split before every U+2581.
 
     """
@@ -35,24 +35,23 @@ def metaspace_prefix(tokenizer: Mapping[str, Any], path: Path, *, splits_words: 
     described = " > ".join(str(step.get("type")) for step in (*normalizers, *steps)) or "none"
     raise UnsupportedError(
         f"{path}: neither byte-level nor sentencepiece's text handling (normalizer and pre-tokenizer: {described}); "
-        "add the tokenizer.model that it was made from"
+        "add the original tokenizer.model"
     )
 
 
 def prefix_note(tokenizer: Mapping[str, Any]) -> str:
-    """Return in a sentence where llama.cpp puts a blank and a converted tokenizer does not; empty when nowhere."""
+    """Return the note on text where only llama.cpp adds a space prefix; empty if they agree."""
     prepending = [step for step in flat(tokenizer.get("pre_tokenizer")) if _prepends(step)]
     if not prepending:
         return ""
     after_special = " and after special tokens" if prepending[0].get("prepend_scheme") == "first" else ""
     return (
-        "llama.cpp puts a blank in front of every stretch of text; the original leaves it out before another blank"
-        f"{after_special}."
+        f"llama.cpp adds a space before every piece of text; the original omits it before another space{after_special}."
     )
 
 
 def class_prefix(files: TokenizerFiles) -> bool | None:
-    """Return whether a blank is put in front by the class that transformers takes; ``None`` where the file says so."""
+    """Return whether the class in transformers adds a space prefix; ``None`` if the file decides."""
     name = tokenizer_class(files.listings)
     if name == "Gemma":
         return False
@@ -60,15 +59,15 @@ def class_prefix(files: TokenizerFiles) -> bool | None:
 
 
 def class_prefix_note(files: TokenizerFiles, of_file: bool) -> str:
-    """Return in a sentence that the class overrules what the file says of the blank in front; empty where not."""
+    """Return the note that the class overrides the space prefix of the file; empty if it does not."""
     prefix = class_prefix(files)
     if prefix in (None, of_file):
         return ""
-    found, counts = ("a blank", "none") if of_file else ("no blank", "one")
+    found, counts = ("a space", "none") if of_file else ("no space", "one")
     file = "tokenizer.json" if files.has_json else "tokenizer.model"
     return (
-        f"{file} puts {found} in front of text, but {tokenizer_class(files.listings)}Tokenizer of transformers puts "
-        f"{counts} there: add_space_prefix {str(prefix).lower()} is written."
+        f"{file} adds {found} before text, but {tokenizer_class(files.listings)}Tokenizer of transformers adds "
+        f"{counts}: add_space_prefix {str(prefix).lower()} is written."
     )
 
 
@@ -81,7 +80,7 @@ def _is_replace(step: Mapping[str, Any]) -> bool:
 
 
 def _is_split_at_blank(step: Mapping[str, Any]) -> bool:
-    """Tell whether a step splits at blanks, which cuts nothing after all of them were replaced (Gemma)."""
+    """Return whether a step splits at spaces, which has no effect after their replacement (Gemma)."""
     return step.get("type") == "Split" and step.get("pattern") in ({"String": " "}, {"Regex": " "})
 
 

@@ -1,10 +1,10 @@
-r"""Pre-tokenizers of byte-level BPE: recognised by what they do, named as llama.cpp names them.
+r"""Pre-tokenizers of byte-level BPE: recognise them by their steps, and return llama.cpp's name.
 
-A checkpoint spells out in ``tokenizer.json`` how text is cut before merges apply; llama.cpp has its pre-tokenizers
-compiled in and picks one by the name in ``tokenizer.ggml.pre`` (src/llama-vocab.cpp: ``llm_tokenizer_bpe`` for the
-patterns, ``llama_vocab::impl::load`` for the names). ``KNOWN`` is the table between the two. Each line was checked by
-``tools/check/check_tokenizers.py`` against the tokenizers library; where llama.cpp cuts some text differently,
-``limit`` names that text. To add one: a line in ``KNOWN``, then run the tool, which refuses a line that does not hold.
+The ``tokenizer.json`` of a checkpoint describes how text is split before merges apply; llama.cpp has its pre-tokenizers
+compiled in and selects one by the name in ``tokenizer.ggml.pre`` (src/llama-vocab.cpp: ``llm_tokenizer_bpe`` for the
+patterns, ``llama_vocab::impl::load`` for the names). ``KNOWN`` maps one to the other.
+``tools/check/check_tokenizers.py`` has checked each line against the tokenizers library; ``limit`` names text that
+llama.cpp splits differently. To add one, add a line to ``KNOWN`` and run the tool, which rejects an incorrect line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from ...errors import UnsupportedError
 
-# A step is its kind and what matters of its options; a chain is the whole pre-tokenizer.
+# A step is its kind and relevant options; a chain is the whole pre-tokenizer.
 Step = tuple[str, ...]
 Chain = tuple[Step, ...]
 
@@ -28,9 +28,9 @@ _DIGITS: Step = ("Digits", "individual")
 _DIGIT_RUNS: Step = ("Digits", '{"individual_digits": false}')
 _PUNCTUATION: Step = ("Punctuation", '{"behavior": "Contiguous"}')
 
-# Patterns as tokenizer.json files write them, line ends always as \r and \n.
+# Patterns as in tokenizer.json files, with line ends as \r and \n.
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_CONTRACTIONS_SPELLED_OUT = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"  # as llama.cpp writes it
+_CONTRACTIONS_SPELLED_OUT = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"  # llama.cpp's spelling
 _LEAD = r"[^\r\n\p{L}\p{N}]?"
 _BLANKS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*" + _BLANKS
@@ -88,11 +88,10 @@ class PreTokenizer:
 
     Attributes:
         name: value of ``tokenizer.ggml.pre``.
-        chains: how ``tokenizer.json`` files spell it.
-        ignore_merges: whether llama.cpp takes a word that is a token whole, which it ties to the name.
-        limit: the text that llama.cpp cuts differently; empty when there is none but what docs/tokenizers.md
-            lists for all.
-        alike: other names under which llama.cpp gives the same ids; its converter writes them for some models.
+        chains: its forms in ``tokenizer.json`` files.
+        ignore_merges: whether llama.cpp keeps a word that is a token whole, which depends on the name.
+        limit: text that llama.cpp splits differently, beyond what docs/tokenizers.md lists for all.
+        alike: other names with the same ids in llama.cpp; its converter writes them for some models.
 
     """
 
@@ -109,9 +108,9 @@ def split(*patterns: str) -> Chain:
 
 
 def covering(pattern: str) -> tuple[Chain, Chain]:
-    """Return the two spellings of a split at a pattern that leaves no text unmatched.
+    """Return the two forms of a split at a pattern that matches all text.
 
-    Isolating every match and removing what lies between matches are then the same.
+    Isolating every match and removing text between matches are then equivalent.
     """
     return split(pattern), (("Split", pattern, "Removed", "inverted"), BYTE_LEVEL)
 
@@ -188,7 +187,7 @@ superbpe talkie tekken tiny_aya trillion ufakzeka viking whitespace youtu
 NAMES = _names(_NAMES)
 
 
-# llama.cpp's converter recognises tokenizers by the ids of one text, so it knows some whose spelling is not in KNOWN.
+# llama.cpp's converter recognises tokenizers by the ids of one text, including some that are not in KNOWN.
 _ROUTE_THROUGH_GGUF = (
     "if llama.cpp's converter knows it: python convert_hf_to_gguf.py MODEL --outtype bf16 --outfile model.gguf, "
     "then nsds-gguf convert model.gguf"
@@ -200,30 +199,30 @@ def check_name(name: str) -> None:
     if name not in NAMES:
         near = get_close_matches(name, NAMES, n=3, cutoff=0.5) or [known.name for known in KNOWN[:5]]
         raise UnsupportedError(
-            f"--pre-tokenizer {name}: llama.cpp knows no such pre-tokenizer; near it: {', '.join(near)}"
+            f"--pre-tokenizer {name}: llama.cpp has no such pre-tokenizer; similar: {', '.join(near)}"
         )
 
 
 def table_digests() -> dict[str, str]:
-    """Return what identifies each line of ``KNOWN``, by name: 16 hex digits of the SHA-256 of all that it says."""
+    """Return a digest of each line of ``KNOWN``, by name: the first 16 hex digits of its SHA-256."""
     lines = {known.name: json.dumps([known.chains, known.ignore_merges, known.limit]) for known in KNOWN}
     return {name: hashlib.sha256(line.encode()).hexdigest()[:16] for name, line in lines.items()}
 
 
 def limit_of(name: str) -> str:
-    """Return the text that llama.cpp cuts differently under pre-tokenizer ``name``; empty when none is known."""
+    """Return the text that llama.cpp splits differently with pre-tokenizer ``name``; empty if none is known."""
     return next((known.limit for known in KNOWN if name in (known.name, *known.alike)), "")
 
 
 def recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
-    """Return llama.cpp's name of the pre-tokenizer that a ``tokenizer.json`` spells out.
+    """Return llama.cpp's name of the pre-tokenizer in a ``tokenizer.json``.
 
     Args:
         tokenizer: the parsed file.
-        path: where it was read from, for messages.
+        path: of the file, for messages.
 
     Raises:
-        UnsupportedError: llama.cpp has none that does the same; the message names the nearest.
+        UnsupportedError: llama.cpp has no equivalent; the message names the nearest.
 
     """
     chain = canonical_chain(tokenizer.get("pre_tokenizer"))
@@ -236,19 +235,19 @@ def recognise(tokenizer: Mapping[str, Any], path: Path) -> str:
         name = same_cut[0].name
         raise UnsupportedError(
             f"{path}: pre-tokenizer of {name!r} with ignore_merges {str(ignore_merges).lower()}, which llama.cpp has "
-            f"only with {str(not ignore_merges).lower()}; --pre-tokenizer {name} converts it nevertheless, some "
-            "words then get other ids"
+            f"only with {str(not ignore_merges).lower()}; --pre-tokenizer {name} converts it anyway, and some "
+            "words get other ids"
         )
     nearest, likeness = _nearest(chain)
     raise UnsupportedError(
         f"{path}: unknown pre-tokenizer {_shortened(_spelled(chain))}; the nearest known one is {nearest!r} "
-        f"({likeness:.0%} alike); if text is to be split that way, say so with --pre-tokenizer {nearest}; "
+        f"({likeness:.0%} alike); to use it anyway, pass --pre-tokenizer {nearest}; "
         f"{_ROUTE_THROUGH_GGUF}"
     )
 
 
 def canonical_chain(pre_tokenizer: Any) -> Chain:
-    """Return the steps of a ``pre_tokenizer`` object, nesting and options without effect on ids removed."""
+    """Return the steps of a ``pre_tokenizer`` object, flattened, without options that do not affect ids."""
     return tuple(_steps(pre_tokenizer))
 
 
@@ -280,11 +279,11 @@ def _canonical_pattern(pattern: str) -> str:
     return pattern.replace(_CONTRACTIONS_SPELLED_OUT, _CONTRACTIONS)
 
 
-_COMPARED_LETTERS = 2000  # the comparison takes the square of them; the longest known has 600
+_COMPARED_LETTERS = 2000  # comparison time is quadratic; the longest known has 600
 
 
 def _nearest(chain: Chain) -> tuple[str, float]:
-    """Return the known pre-tokenizer whose spelling is most alike and how much, 0 to 1."""
+    """Return the most similar known pre-tokenizer and the similarity, 0 to 1."""
     spelled = _spelled(chain)[:_COMPARED_LETTERS]
     scored = [
         (SequenceMatcher(None, spelled, _spelled(other), autojunk=False).ratio(), known.name)

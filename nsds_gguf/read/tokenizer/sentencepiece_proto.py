@@ -54,7 +54,7 @@ class ModelProto:
 
     @property
     def blanks_are_suffixes(self) -> bool:
-        """Whether a blank belongs to the word before it."""
+        """Whether a space belongs to the word before it."""
         return bool(self.trainer.get(_WHITESPACE_AS_SUFFIX))
 
     @property
@@ -64,27 +64,27 @@ class ModelProto:
 
     @property
     def charsmap(self) -> bytes:
-        """The compiled normalization; empty when characters stay as they are."""
+        """The compiled normalization; empty if it changes no characters."""
         return bytes(self.normalizer.get(_CHARSMAP, b""))
 
     @property
     def adds_dummy_prefix(self) -> bool:
-        """Whether a blank is put in front of the text."""
+        """Whether a space is added before the text."""
         return bool(self.normalizer.get(_DUMMY_PREFIX, 1))
 
     @property
     def removes_extra_whitespaces(self) -> bool:
-        """Whether blanks at both ends and second blanks in a row are removed."""
+        """Whether leading, trailing and repeated spaces are removed."""
         return bool(self.normalizer.get(_EXTRA_WHITESPACES, 1))
 
     @property
     def escapes_whitespaces(self) -> bool:
-        """Whether blanks become U+2581."""
+        """Whether spaces become U+2581."""
         return bool(self.normalizer.get(_ESCAPE_WHITESPACES, 1))
 
     @property
     def special_ids(self) -> dict[str, int]:
-        """Ids that the file itself names: ``bos``, ``eos``, ``unk``, ``pad``."""
+        """Ids that the file names: ``bos``, ``eos``, ``unk``, ``pad``."""
         special = (TokenType.CONTROL, TokenType.UNKNOWN)
         ids = {piece.text.encode(): i for i, piece in enumerate(self.pieces) if piece.type in special}
         texts = {name: self.trainer.get(number, default) for name, (number, default) in _PIECE_NAMES.items()}
@@ -92,7 +92,7 @@ class ModelProto:
 
 
 def read_proto(path: Path) -> ModelProto:
-    """Parse a ``tokenizer.model``; raises ``TokenizerError`` when it is none."""
+    """Parse a ``tokenizer.model``; raise ``TokenizerError`` for any other file."""
     pieces: list[Piece] = []
     settings: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}}
     try:
@@ -102,7 +102,7 @@ def read_proto(path: Path) -> ModelProto:
             elif number in settings:
                 settings[number].update(_fields(value))
         if wrong := [n for n in (_RULE_NAME, _CHARSMAP) if type(settings[_NORMALIZER].get(n, b"")) is not bytes]:
-            raise ValueError(f"normalizer field {wrong[0]} is no text")
+            raise ValueError(f"normalizer field {wrong[0]} is not text")
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise TokenizerError(f"{path}: not a sentencepiece model ({error}); restore the file") from error
     if not pieces:

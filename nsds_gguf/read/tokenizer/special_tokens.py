@@ -1,4 +1,4 @@
-"""Ids of the special tokens, whether BOS and EOS are added to a text, and chat templates."""
+"""Ids of special tokens, the flags for adding BOS and EOS, and chat templates."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _ID_KEYS = {
     "pad": Keys.Tokenizer.PAD_ID,
     "mask": Keys.Tokenizer.MASK_ID,
 }
-# CodeLlama's end of a turn, which llama.cpp's search by text misses; its converter names it (conversion/llama.py).
+# CodeLlama's end of turn, which llama.cpp does not find by text; its converter writes a key (conversion/llama.py).
 UNSEEN_EOT = "▁<EOT>"
 _NAMES = ("bos", "eos", "unk", "sep", "pad", "mask")
 
 
 @dataclass(frozen=True)
 class Affixes:
-    """What a post-processor puts before and after a text: token ids or nothing."""
+    """The token ids that a post-processor adds before and after a text."""
 
     bos: int | None = None
     eos: int | None = None
@@ -43,7 +43,7 @@ class Affixes:
 
 @dataclass(frozen=True)
 class Specials:
-    """Keys of special tokens, the ids that they hold, and what the user must see, one sentence each."""
+    """Keys of special tokens, their ids, and notes, one sentence each."""
 
     keys: Mapping[str, GGUFValue]
     ids: Mapping[str, int]
@@ -57,18 +57,18 @@ def special_keys(
 
     A name is looked up in ``tokenizer_config.json`` and ``special_tokens_map.json`` (the latter first where
     transformers reads it), ``config.json``, ``generation_config.json`` and the sentencepiece model, in this order.
-    Tokens that serve infilling are found by llama.cpp itself, by text. The post-processor of ``tokenizer.json`` says
-    what is added, as in transformers 5; without a ``tokenizer.json`` the flags of ``tokenizer_config.json`` do.
+    llama.cpp finds infilling tokens by text. The post-processor of ``tokenizer.json`` determines the added tokens, as
+    in transformers 5; without a ``tokenizer.json``, the flags of ``tokenizer_config.json`` do.
 
     Args:
         files: the tokenizer files.
-        ids: id of every token text that has a row in the embedding.
+        ids: id of every token text with a row in the embedding.
         own_ids: ids that a sentencepiece model names.
-        adds_bos_by_default: whether BOS is added when there is no ``tokenizer.json`` and no file says so.
+        adds_bos_by_default: whether to add BOS without a ``tokenizer.json`` and without a flag.
 
     Raises:
-        TokenizerError: no EOS, a BOS or EOS that is no token, or BOS to be added without a BOS.
-        UnsupportedError: the post-processor adds what llama.cpp cannot.
+        TokenizerError: no EOS, a BOS or EOS that is not a token, or a flag to add BOS without a BOS.
+        UnsupportedError: the post-processor adds tokens that llama.cpp cannot add.
 
     """
     found = {name: _special_id(name, files, ids, own_ids) for name in _NAMES}
@@ -79,7 +79,7 @@ def special_keys(
         add_bos, add_eos = affixes.bos is not None, affixes.eos is not None
         notes += _flags_note(files, add_bos, add_eos)
         found["bos"] = affixes.bos if add_bos else found["bos"]
-        if add_eos and found["eos"] != affixes.eos:  # the token that is added, and the one that ends a turn
+        if add_eos and found["eos"] != affixes.eos:  # the added token, and the end of a turn
             found["eot"], found["eos"] = found["eos"], affixes.eos
     else:
         flags = {name: files.tokenizer_config.get(f"add_{name}_token") for name in ("bos", "eos")}
@@ -98,10 +98,10 @@ def special_keys(
 
 
 def chat_template_keys(files: TokenizerFiles) -> dict[str, GGUFValue]:
-    """Return the keys of the chat templates, wherever they live.
+    """Return the keys of the chat templates.
 
-    Templates in files of their own come before the ones in ``tokenizer_config.json``, as in transformers, and these
-    before ``chat_template.json``, which transformers reads for processors only.
+    Separate template files take precedence over ``tokenizer_config.json``, as in transformers, and this over
+    ``chat_template.json``, which transformers reads for processors only.
     """
     templates = _template_files(files) or dict(_configured_templates(files)) or _processor_template(files)
     keys = {}
@@ -143,12 +143,12 @@ def _special_id(name: str, files: TokenizerFiles, ids: Mapping[str, int], own_id
 def _check_found(files: TokenizerFiles, found: Mapping[str, int | None], add_bos: bool) -> None:
     if found["eos"] is None:
         raise TokenizerError(
-            f"{files.folder}: no file names a token of the vocabulary that ends a text, and llama.cpp would take "
-            "another for it; set eos_token in tokenizer_config.json or eos_token_id in config.json"
+            f"{files.folder}: no file names an EOS token of the vocabulary, and llama.cpp would use "
+            "another token; set eos_token in tokenizer_config.json or eos_token_id in config.json"
         )
     if add_bos and found["bos"] is None:
         raise TokenizerError(
-            f"{files.folder}: a BOS token is to be added, but no file names it; "
+            f"{files.folder}: a BOS token must be added, but no file names it; "
             "set bos_token in tokenizer_config.json or bos_token_id in config.json"
         )
 
@@ -158,13 +158,13 @@ def _check_affixes(files: TokenizerFiles, affixes: Affixes, ids: Mapping[str, in
     for token_id in (affixes.bos, affixes.eos):
         if token_id is not None and token_id not in known:
             raise TokenizerError(
-                f"{files.json_path}: the post-processor adds id {token_id}, which is no token with a row in the "
+                f"{files.json_path}: the post-processor adds id {token_id}, which is not a token with a row in the "
                 "embedding; correct post_processor"
             )
 
 
 def _flags_note(files: TokenizerFiles, add_bos: bool, add_eos: bool) -> Iterator[str]:
-    """Yield a sentence when the flags of ``tokenizer_config.json`` differ from what the post-processor adds."""
+    """Yield a note if the flags of ``tokenizer_config.json`` differ from the post-processor."""
     added = {"add_bos_token": add_bos, "add_eos_token": add_eos}
     flags = {name: files.tokenizer_config.get(name) for name in added}
     differing = [name for name, flag in flags.items() if isinstance(flag, bool) and flag != added[name]]
@@ -183,7 +183,7 @@ def _flags_note(files: TokenizerFiles, add_bos: bool, add_eos: bool) -> Iterator
 
 
 def _affixes(files: TokenizerFiles) -> Affixes:
-    """Return what the post-processor of ``tokenizer.json`` adds; without one nothing is added."""
+    """Return the tokens that the post-processor of ``tokenizer.json`` adds, if it has one."""
     affixes = Affixes()
     for step in flat(files.tokenizer.get("post_processor")):
         if step.get("type") == "TemplateProcessing":

@@ -1,7 +1,7 @@
 """Sentencepiece BPE, from ``tokenizer.model`` or from a ``tokenizer.json`` that was converted from one.
 
-llama.cpp's ``llama`` tokenizer (src/llama-vocab.cpp, ``llm_tokenizer_spm_session``) joins the neighbours whose union
-has the highest score, as sentencepiece does; it knows no normalization but the blank in front.
+llama.cpp's ``llama`` tokenizer (src/llama-vocab.cpp, ``llm_tokenizer_spm_session``) joins the adjacent pair whose union
+has the highest score, like sentencepiece; its only normalization is the space prefix.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
 @dataclass(frozen=True)
 class SentencePiece:
-    """A sentencepiece vocabulary as llama.cpp takes it.
+    """A sentencepiece vocabulary for llama.cpp.
 
-    ``special_ids`` are the ids that the model file itself names (``bos``, ``eos``, ``unk``, ``pad``).
+    ``special_ids`` are the ids that the model file names (``bos``, ``eos``, ``unk``, ``pad``).
     """
 
     tokens: Tokens
@@ -46,7 +46,7 @@ def read_sentencepiece(files: TokenizerFiles, proto: ModelProto, any_normalizer:
         any_normalizer: accept a normalization that llama.cpp does not apply.
 
     Raises:
-        UnsupportedError: not BPE with byte fallback, or text handling that llama.cpp has not.
+        UnsupportedError: not BPE with byte fallback, or text handling that llama.cpp does not support.
 
     """
     _check_algorithm(proto)
@@ -64,11 +64,11 @@ def read_sentencepiece(files: TokenizerFiles, proto: ModelProto, any_normalizer:
 def read_converted(files: TokenizerFiles) -> SentencePiece:
     """Read a ``tokenizer.json`` whose BPE model is a converted sentencepiece model.
 
-    Scores are recovered from the ranks of the merges; that is faithful only when the merges are what the conversion
-    makes of scores: every way to split a token into two others, tokens one after the other.
+    Recovers scores from the ranks of the merges. That is faithful only if the conversion derived the merges from
+    scores: every way to split a token into two others, token by token.
 
     Raises:
-        UnsupportedError: it is no such conversion, or handles text as llama.cpp cannot.
+        UnsupportedError: not such a conversion, or text handling that llama.cpp does not support.
         TokenizerError: ids or merges contradict the vocabulary.
 
     """
@@ -92,9 +92,9 @@ def read_converted(files: TokenizerFiles) -> SentencePiece:
 
 
 def _check_bytes(texts: Container[str], path: Path) -> None:
-    """Raise unless every byte has a token, or is a character that has one, as the tab in conversions of Gemma 1 and 2.
+    """Raise unless every byte has a byte token or a character token (such as the tab in conversions of Gemma 1 and 2).
 
-    llama.cpp looks for either (src/llama-vocab.cpp, ``byte_to_token``) and takes down the process when there is none.
+    llama.cpp searches for either (src/llama-vocab.cpp, ``byte_to_token``) and crashes without one.
     """
     missing = [
         text for text, byte in _BYTE_TOKENS.items() if text not in texts and (byte > 0x7F or chr(byte) not in texts)
@@ -112,10 +112,11 @@ def _check_bytes(texts: Container[str], path: Path) -> None:
 def _scores_by_rank(
     vocab: Mapping[str, int], merges: list[tuple[str, str]], added: Mapping[int, AddedToken], path: Path
 ) -> dict[str, float]:
-    """Return a score per joined token that orders joins as the ranks do, from -1 downwards.
+    """Return a score per joined token that orders joins like the ranks, from -1 downwards.
 
-    Tokens whose merges interleave had the same score and get the same again. That holds for runs of one character, as
-    Llama 2 has them of blanks; for other tokens llama.cpp, which takes the left one of equals, might join differently.
+    Tokens with interleaved merges had the same score, and get the same score again. That is correct for runs of one
+    character, such as Llama 2's spaces; for other tokens, llama.cpp, which prefers the leftmost, might join
+    differently.
     """
     _check_complete(vocab, set(merges), {token.text for token in added.values()}, path)
     last_rank = {left + right: rank for rank, (left, right) in enumerate(merges)}
@@ -134,21 +135,21 @@ def _scores_by_rank(
 
 
 def _check_complete(vocab: Mapping[str, int], merges: set[tuple[str, str]], added: set[str], path: Path) -> None:
-    """Raise unless merges hold every split of a token into two: llama.cpp joins whatever makes a token."""
+    """Raise unless merges hold every split of a token into two: llama.cpp joins any pair that forms a token."""
     parts = {text for text in vocab if text not in added}
     for text in parts.difference(_BYTE_TOKENS):
         for character in text:
             if character not in parts:
-                raise _joins_differently(path, f"character {character!r} of token {text!r} is no token")
+                raise _joins_differently(path, f"character {character!r} of token {text!r} is not a token")
         for i in range(1, len(text)):
             left, right = text[:i], text[i:]
             if left in parts and right in parts and (left, right) not in merges:
-                raise _joins_differently(path, f"{left!r} {right!r} makes a token, but is no merge")
+                raise _joins_differently(path, f"{left!r} {right!r} forms a token, but is not a merge")
 
 
 def _joins_differently(path: Path, reason: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{path}: {reason}, so llama.cpp would join text differently; add the tokenizer.model that it was made from"
+        f"{path}: {reason}, so llama.cpp would join text differently; add the original tokenizer.model"
     )
 
 
@@ -156,14 +157,14 @@ def _joins_differently(path: Path, reason: str) -> UnsupportedError:
 
 
 def _piece_type(piece: Piece) -> TokenType:
-    """Return the type of a piece; those that InternLM 2 names unused have it (llama.cpp's conversion/internlm.py)."""
+    """Return the type of a piece; InternLM 2 marks unused pieces by name (llama.cpp's conversion/internlm.py)."""
     if piece.type == TokenType.NORMAL and piece.text.startswith("[UNUSED_TOKEN_"):
         return TokenType.UNUSED
     return piece.type
 
 
 def _prefix_beside(files: TokenizerFiles, proto: ModelProto) -> tuple[bool, str]:
-    """Return whether a blank is put in front, and a note where the class of the tokenizer overrules the files."""
+    """Return whether to add a space prefix, with a note if the class of the tokenizer overrides the files."""
     of_file = proto.adds_dummy_prefix
     if files.has_json:
         with suppress(UnsupportedError):  # other text handling than sentencepiece's own: the model file counts
@@ -181,18 +182,18 @@ def _check_algorithm(proto: ModelProto) -> None:
             f"{proto.path}: sentencepiece {proto.algorithm} models are not supported; known: BPE and unigram"
         )
     if proto.blanks_are_suffixes:
-        raise UnsupportedError(f"{proto.path}: blanks as suffix of words: llama.cpp has them in front only")
+        raise UnsupportedError(f"{proto.path}: spaces as suffix of words: llama.cpp supports them as prefix only")
 
 
 def _check_normalizer(proto: ModelProto) -> None:
     unsupported = {
         f"character normalization {proto.normalization!r}": bool(proto.charsmap),
         "remove_extra_whitespaces": proto.removes_extra_whitespaces,
-        "unescaped blanks": not proto.escapes_whitespaces,
+        "unescaped spaces": not proto.escapes_whitespaces,
     }
     found = [what for what, is_set in unsupported.items() if is_set]
     if found:
         raise UnsupportedError(
             f"{proto.path}: {', '.join(found)}: llama.cpp does not apply it, ids of such text would differ; "
-            "--pre-tokenizer default converts it nevertheless"
+            "--pre-tokenizer default converts it anyway"
         )

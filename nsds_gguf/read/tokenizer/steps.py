@@ -1,4 +1,4 @@
-"""Steps of a ``tokenizer.json``: what its normalizer, pre-tokenizer, post-processor and decoder are made of."""
+"""The steps of the normalizer, pre-tokenizer, post-processor and decoder in a ``tokenizer.json``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def is_byte_level(tokenizer: Mapping[str, Any]) -> bool:
-    """Tell whether a parsed ``tokenizer.json`` maps bytes to characters before merging."""
+    """Return whether a parsed ``tokenizer.json`` maps bytes to characters before merging."""
     parts = (tokenizer.get(part) for part in ("normalizer", "pre_tokenizer", "decoder"))
     return any(step.get("type") == "ByteLevel" for part in parts for step in flat(part))
 
 
 def flat(component: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps of a tokenizer component, sequences of sequences unrolled."""
+    """Yield the steps of a tokenizer component, with nested sequences flattened."""
     if not isinstance(component, Mapping):
         return
     if component.get("type") != "Sequence":

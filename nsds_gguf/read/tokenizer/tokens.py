@@ -1,4 +1,4 @@
-"""Tokens by id with their types, scores and merges: what the readers of each kind of tokenizer produce."""
+"""Tokens by id with types, scores and merges: the result of reading any kind of tokenizer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ...errors import TokenizerError
 from .added_tokens import AddedToken
 from .files import TokenizerFiles
 
-# Scores that llama.cpp's conversion/base.py (_create_vocab_sentencepiece) gives to added tokens and to padding.
+# Scores of added tokens and of padding in llama.cpp's conversion/base.py (_create_vocab_sentencepiece).
 ADDED_SCORE = -1000.0
 PADDING_SCORE = -10000.0
 
-METASPACE = "\u2581"  # stands for the blank in sentencepiece vocabularies
+METASPACE = "\u2581"  # the space in sentencepiece vocabularies
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Tokens:
     """A vocabulary before padding.
 
     Attributes:
-        texts: text by id, gaps allowed; no text occurs twice.
+        texts: text by id, with gaps allowed; texts are distinct.
         types: type by id.
         scores: score by id, of sentencepiece vocabularies only.
         merges: ``"left right"`` in order of rank, of byte-level BPE only.
@@ -37,14 +37,14 @@ class Tokens:
 
 
 def added_token_type(token: AddedToken) -> TokenType:
-    """Return ``CONTROL`` for special tokens and those that look so, else ``USER_DEFINED``."""
+    """Return ``CONTROL`` for special tokens and those that look special, else ``USER_DEFINED``."""
     return TokenType.CONTROL if token.special or looks_special(token.text) else TokenType.USER_DEFINED
 
 
 def looks_special(text: str) -> bool:
-    """Tell whether a token is a control token by its text, whatever its flag says.
+    """Return whether the text of a token marks it as a control token, regardless of its flag.
 
-    Some models flag control tokens as ordinary ones; the rule is llama.cpp's (conversion/base.py,
+    Some models flag control tokens as ordinary; the rule is llama.cpp's (conversion/base.py,
     ``does_token_look_special``).
     """
     brackets = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
@@ -57,7 +57,7 @@ def texts_by_id(vocab: Mapping[str, int], files: TokenizerFiles) -> dict[int, st
     """Return the text of every id of a ``tokenizer.json`` vocabulary and its added tokens.
 
     Raises:
-        TokenizerError: an id is no natural number, or two texts share one.
+        TokenizerError: an id is not a natural number, or belongs to two texts.
 
     """
     path = files.json_path
@@ -75,14 +75,14 @@ def texts_by_id(vocab: Mapping[str, int], files: TokenizerFiles) -> dict[int, st
 
 
 def piece_text(text: str, kind: TokenType) -> str:
-    """Return the text that llama.cpp matches a sentencepiece token with: in raw text, blanks are blanks."""
+    """Return the text that llama.cpp matches for a sentencepiece token: raw spaces for user-defined tokens."""
     return text.replace(METASPACE, " ") if kind == TokenType.USER_DEFINED else text
 
 
 def overlay(
     texts: dict[int, str], types: dict[int, TokenType], scores: dict[int, float], added: Mapping[int, AddedToken]
 ) -> None:
-    """Put added tokens into a sentencepiece vocabulary, in place of what has their ids."""
+    """Put added tokens into a sentencepiece vocabulary, replacing tokens with the same ids."""
     for token_id, token in added.items():
         types[token_id], scores[token_id] = added_token_type(token), ADDED_SCORE
         texts[token_id] = piece_text(token.text, types[token_id])

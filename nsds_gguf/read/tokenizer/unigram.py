@@ -1,7 +1,7 @@
 """Sentencepiece unigram, from ``tokenizer.model`` or from a ``tokenizer.json`` with a Unigram model.
 
-llama.cpp's ``t5`` tokenizer (src/llama-vocab.cpp, ``llm_tokenizer_ugm_session``) finds the split of highest score as
-sentencepiece does, applies its compiled normalization and removes extra blanks, but cannot fall back to bytes.
+llama.cpp's ``t5`` tokenizer (src/llama-vocab.cpp, ``llm_tokenizer_ugm_session``) finds the split with the highest score
+like sentencepiece, applies its compiled normalization and removes extra spaces, but has no byte fallback.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .sentencepiece_proto import ModelProto
 from .tokens import METASPACE, Tokens, overlay, piece_text, texts_by_id
 
 _LARGEST_F32 = 3.4028234663852886e38  # scores are float32
-_BLANKS_NOTE = "llama.cpp puts no blank in front of text that is nothing but blanks, the original does."
+_BLANKS_NOTE = "llama.cpp adds no space before text that consists of spaces only; the original does."
 
 
 @dataclass(frozen=True)
 class Unigram:
-    """A unigram vocabulary as llama.cpp takes it.
+    """A unigram vocabulary for llama.cpp.
 
-    ``special_ids`` are the ids that the model itself names, ``unk`` always among them; ``charsmap`` is empty where
-    characters stay as they are.
+    ``special_ids`` are the ids that the model names, always with ``unk``; ``charsmap`` is empty if normalization
+    changes no characters.
     """
 
     tokens: Tokens
@@ -43,7 +43,7 @@ class Unigram:
 
     @property
     def keys(self) -> dict[str, GGUFValue]:
-        """The keys that only this kind of vocabulary has, named as llama.cpp's conversion/t5.py names them."""
+        """The keys of this kind of vocabulary only, as in llama.cpp's conversion/t5.py."""
         keys = {
             Keys.Tokenizer.ADD_PREFIX: kv(self.add_space_prefix, GGUFValueType.BOOL),
             Keys.Tokenizer.REMOVE_EXTRA_WS: kv(self.remove_extra_whitespaces, GGUFValueType.BOOL),
@@ -71,7 +71,7 @@ def read_unigram(files: TokenizerFiles, proto: ModelProto) -> Unigram:
     notes = [] if proto.removes_extra_whitespaces or not proto.adds_dummy_prefix else [_BLANKS_NOTE]
     matched_first = [texts[i] for i, kind in types.items() if kind == TokenType.USER_DEFINED]
     if proto.charsmap and matched_first:
-        notes.append(f"llama.cpp does not normalize a character with which {matched_first[0]!r} or its like begins.")
+        notes.append(f"llama.cpp does not normalize the first character of added tokens such as {matched_first[0]!r}.")
     return Unigram(
         Tokens(texts, types, scores),
         proto.special_ids,
@@ -121,20 +121,20 @@ def _check_handling(proto: ModelProto) -> None:
     if TokenType.BYTE in types:
         raise _no_byte_fallback(proto.path)
     unsupported = {
-        "blanks as suffix of words": proto.blanks_are_suffixes,
-        "unescaped blanks": not proto.escapes_whitespaces,
+        "spaces as suffix of words": proto.blanks_are_suffixes,
+        "unescaped spaces": not proto.escapes_whitespaces,
         "unused pieces": TokenType.UNUSED in types,
-        "remove_extra_whitespaces without a blank in front": (
+        "remove_extra_whitespaces without a space prefix": (
             proto.removes_extra_whitespaces and not proto.adds_dummy_prefix
         ),
     }
     found = [what for what, is_set in unsupported.items() if is_set]
     if found:
-        raise UnsupportedError(f"{proto.path}: unigram model with {', '.join(found)}: llama.cpp has it not")
+        raise UnsupportedError(f"{proto.path}: unigram model with {', '.join(found)}: not supported by llama.cpp")
 
 
 def _check_charsmap(proto: ModelProto) -> None:
-    """Raise for what llama.cpp would not load: the first of the two tables must end before the map does."""
+    """Raise for a map that llama.cpp does not load: the first of its two tables must end before the map."""
     size = len(proto.charsmap)
     if size and (size < 4 or struct.unpack_from("<I", proto.charsmap)[0] + 4 >= size):
         raise TokenizerError(f"{proto.path}: precompiled_charsmap of {size} bytes is damaged; restore the file")
@@ -142,8 +142,8 @@ def _check_charsmap(proto: ModelProto) -> None:
 
 def _no_byte_fallback(path: Path) -> UnsupportedError:
     return UnsupportedError(
-        f"{path}: unigram model with byte fallback: llama.cpp has it for BPE only, characters outside the vocabulary "
-        "would become unknown"
+        f"{path}: unigram model with byte fallback: llama.cpp supports it for BPE only; characters outside the "
+        "vocabulary would become unknown"
     )
 
 

@@ -1,9 +1,9 @@
-"""The tokenizer of a model folder as GGUF keys, ready for llama.cpp.
+"""Convert the tokenizer of a model folder to GGUF keys.
 
 Three kinds: byte-level BPE (``tokenizer.ggml.model`` = ``gpt2``), sentencepiece BPE (``llama``) and sentencepiece
 unigram (``t5``). Keys are those of llama.cpp's converter (conversion/base.py: ``_set_vocab_gpt2``,
-``_set_vocab_sentencepiece``; conversion/t5.py); how the pre-tokenizer is found is in ``pretokenizers``.
-docs/tokenizers.md lists what llama.cpp does differently.
+``_set_vocab_sentencepiece``; conversion/t5.py); ``pretokenizers`` finds the pre-tokenizer. docs/tokenizers.md lists
+what llama.cpp does differently.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from .unigram import Unigram, read_converted_unigram, read_unigram
 
 _MAX_TOKEN_LETTERS = 10_000  # a tenth of what overflows the stack of llama.cpp's trie of a unigram vocabulary
 
-_SPM_PRE = "default"  # what the converter writes for sentencepiece, where llama.cpp reads none
+_SPM_PRE = "default"  # the converter writes it for sentencepiece; llama.cpp ignores it
 
 
 @dataclass(frozen=True)
 class Vocab:
-    """A vocabulary as GGUF keys, and facts about it that the user must see, one sentence each."""
+    """A vocabulary as GGUF keys, and notes, one sentence each."""
 
     metadata: dict[str, GGUFValue]
     notes: tuple[str, ...]
@@ -46,7 +46,7 @@ class Vocab:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What the kinds of vocabulary differ in; ``keys`` are those that only this kind has."""
+    """The differences between kinds of vocabulary; ``keys`` are those of this kind only."""
 
     model: str
     pre: str
@@ -72,11 +72,11 @@ def open_vocab(folder: Path, n_vocab: int, config: Mapping[str, Any], pre: str |
         folder: the model folder.
         n_vocab: rows of the embedding.
         config: parsed ``config.json``, for special token ids that the tokenizer files do not name.
-        pre: name of llama.cpp's pre-tokenizer, instead of the one recognised; text handling is then not checked.
+        pre: name of llama.cpp's pre-tokenizer, which skips the check of text handling; default: recognised.
 
     Raises:
         TokenizerError: files are missing, damaged, contradict one another or need more rows than there are.
-        UnsupportedError: llama.cpp cannot handle text as this tokenizer does, or knows no pre-tokenizer ``pre``.
+        UnsupportedError: llama.cpp handles text differently, or has no pre-tokenizer ``pre``.
 
     """
     if pre is not None:
@@ -109,7 +109,7 @@ def open_vocab(folder: Path, n_vocab: int, config: Mapping[str, Any], pre: str |
 
 
 def _with_rows(kind: _Kind, n_vocab: int, files: TokenizerFiles) -> tuple[Tokens, tuple[str, ...]]:
-    """Return the tokens that have a row in the embedding, and a sentence on added tokens that have none."""
+    """Return the tokens with a row in the embedding, and a note on added tokens without one."""
     tokens = kind.tokens
     beyond = sorted(i for i in tokens.texts if i >= n_vocab)
     if not beyond:
@@ -118,8 +118,8 @@ def _with_rows(kind: _Kind, n_vocab: int, files: TokenizerFiles) -> tuple[Tokens
     if proper:
         raise TokenizerError(
             f"{kind.source}: {len(tokens.texts)} tokens up to id {beyond[-1]} ({tokens.texts[beyond[-1]]!r}), but the "
-            f"embedding has {n_vocab} rows, and {len(proper)} of those without a row are no added tokens: the "
-            "tokenizer is another model's; copy the files of the right one"
+            f"embedding has {n_vocab} rows, and {len(proper)} of those without a row are not added tokens: the "
+            "tokenizer belongs to another model; copy the correct files"
         )
     texts = {i: text for i, text in tokens.texts.items() if i < n_vocab}
     first = beyond[0]
@@ -161,7 +161,7 @@ def _sentencepiece(files: TokenizerFiles, pre: str | None) -> _Kind:
 
 
 def _why_not_model(files: TokenizerFiles) -> str | None:
-    """Return why ``tokenizer.model`` does not count, ``None`` when it does, nothing when there is none."""
+    """Return why ``tokenizer.model`` does not count; ``None`` if it does, an empty string if it does not exist."""
     if not files.model_path.is_file():
         return ""
     if not files.has_json:
@@ -208,12 +208,12 @@ def _unigram(read: Unigram, source: Path) -> _Kind:
 
 
 def _check_normalizer(files: TokenizerFiles) -> bool:
-    """Return whether the tokenizer normalizes to form C; raises for every other normalization."""
+    """Return whether the tokenizer normalizes to form C; raise for any other normalization."""
     kinds = [str(step.get("type")) for step in flat(files.tokenizer.get("normalizer"))]
     if any(kind != "NFC" for kind in kinds):
         raise UnsupportedError(
             f"{files.json_path}: normalizer {' > '.join(kinds)}: llama.cpp does not apply it, ids would differ; "
-            "known: none and NFC; --pre-tokenizer NAME converts it nevertheless"
+            "known: none and NFC; --pre-tokenizer NAME converts it anyway"
         )
     return bool(kinds)
 
@@ -235,7 +235,7 @@ def _token_keys(tokens: Tokens, n_vocab: int, source: Path) -> dict[str, GGUFVal
 
 
 def _check_texts(texts: list[str], source: Path) -> None:
-    """Raise unless all token texts differ, which llama.cpp insists on, and are text at all."""
+    """Raise unless all token texts are distinct, as llama.cpp requires, and valid Unicode."""
     ids: dict[str, int] = {}
     for token_id, text in enumerate(texts):
         if ids.setdefault(text, token_id) != token_id:
@@ -243,8 +243,8 @@ def _check_texts(texts: list[str], source: Path) -> None:
     longest = max(texts, key=len, default="")
     if len(longest) > _MAX_TOKEN_LETTERS:
         raise TokenizerError(
-            f"{source}: token {ids[longest]} has {len(longest)} letters; llama.cpp, one call deeper for each, "
-            f"takes {_MAX_TOKEN_LETTERS} at most: the file is damaged"
+            f"{source}: token {ids[longest]} has {len(longest)} letters; llama.cpp, which recurses for each, "
+            f"supports at most {_MAX_TOKEN_LETTERS}: the file is damaged"
         )
     try:
         "".join(texts).encode()
@@ -259,6 +259,6 @@ def _added_token_note(files: TokenizerFiles) -> tuple[str, ...]:
     architectures = files.config.get("architectures") or []
     unless = ", unless general.name contains phi-3" if "Phi3ForCausalLM" in architectures else ""
     return (
-        f"Added tokens such as {stripping[0]!r} take blanks around them along or match whole words only; "
-        f"llama.cpp matches them as they stand{unless}.",
+        f"Added tokens such as {stripping[0]!r} strip spaces around them or match whole words only; "
+        f"llama.cpp matches their text alone{unless}.",
     )

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .comparison import Budgets, Comparison, compare
+    from .comparison import Budgets, compare
     from .conversion import Converted, Planned, convert, plan, score
     from .errors import NsdsError
-    from .evaluate.perplexity import Perplexity, perplexity
+    from .evaluate.perplexity import Perplexity, Window, perplexity
     from .evaluate.texts import VerifyOptions
     from .records import Model, Options, Plan, Recipe, Scores, Target, TensorType
+    from .records.comparison import Comparison
     from .session.outputs import Output
     from .session.run import Reporter, Run
     from .session.source import Source, open_model
@@ -45,6 +46,7 @@ __all__ = [
     "Target",
     "TensorType",
     "VerifyOptions",
+    "Window",
     "__version__",
     "compare",
     "convert",
@@ -56,7 +58,7 @@ __all__ = [
 
 _HOMES = {
     "Budgets": "comparison",
-    "Comparison": "comparison",
+    "Comparison": "records.comparison",
     "Converted": "conversion",
     "Model": "records",
     "NsdsError": "errors",
@@ -73,6 +75,7 @@ _HOMES = {
     "Target": "records",
     "TensorType": "records",
     "VerifyOptions": "evaluate.texts",
+    "Window": "evaluate.perplexity",
     "compare": "comparison",
     "convert": "conversion",
     "open_model": "session.source",

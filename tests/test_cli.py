@@ -389,10 +389,13 @@ CONTRADICTIONS = {
         f"plan and {flag}": (
             ("--plan", "p.json", flag, value),
             4,
-            "--plan fixes every type; drop the target, --allocator, --uniform and --tensor-type, or plan again",
+            f"--plan fixes every type and its rounding; drop {flag}, or plan again",
         )
         for flag, value in (("--target-bpw", "3"), ("--target-size", "1M"), ("--uniform", "Q4_K"),
-                            ("--allocator", "paper"), ("--tensor-type", ".*=Q4_K"))
+                            ("--allocator", "paper"), ("--tensor-type", ".*=Q4_K"), ("--rounding", "rtn"),
+                            ("--calibration", "random"), ("--metric", "nsds"), ("--se", "product"),
+                            ("--score-weight", "0"), ("--types", "Q4_K"), ("--seed", "0"), ("--prefer", "quality"),
+                            ("--device", "cpu"))
     },
     "verification off and on": (
         (*PLAIN, "--no-verify", "--reference", "original"),

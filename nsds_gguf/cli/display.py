@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..allocate import decided_by
-from ..comparison import KINDS, OURS, Comparison, Row, geometric_mean
 from ..evaluate.divergence import Divergence
 from ..evaluate.embedding import EmbeddingCheck
 from ..evaluate.perplexity import Perplexity
@@ -22,6 +21,7 @@ from ..publish.bundle import Bundle
 from ..publish.explain import in_a_word
 from ..publish.first_words import Sample
 from ..records import Plan, PlannedTensor, Scores
+from ..records.comparison import KINDS, OURS, Comparison, Row, geometric_mean
 from ..session.sizes import GOOD_DIVERGENCE, Sizes
 
 # From few bits to many, safe for colour-blind eyes (viridis); the text says the type in any case.

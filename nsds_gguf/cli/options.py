@@ -131,15 +131,20 @@ def loaded_record(arguments: argparse.Namespace) -> Scores | Plan | None:
     if arguments.scores is not None and arguments.plan is not None:
         raise PlanError("--scores and --plan contradict each other: a plan needs no scores")
     if arguments.plan is not None:
-        deciding = ("target_bpw", "target_size", "uniform", "allocator", "tensor_types")
-        if any(getattr(arguments, name) for name in deciding):
-            raise PlanError(
-                "--plan fixes every type; drop the target, --allocator, --uniform and --tensor-type, or plan again"
-            )
+        _check_plan_alone(arguments)
         return Plan.from_json(read_json(arguments.plan), str(arguments.plan))
     if arguments.scores is not None:
         return Scores.from_json(read_json(arguments.scores), str(arguments.scores))
     return None
+
+
+def _check_plan_alone(arguments: argparse.Namespace) -> None:
+    """Raise ``PlanError`` for options that a plan from a file has settled: all but its importance matrix."""
+    names = [field.name for field in fields(Options) if field.name != "imatrix"]
+    named = [name for name in names if getattr(arguments, name, None) is not None]
+    if named:
+        options = ["--tensor-type" if name == "tensor_types" else "--" + name.replace("_", "-") for name in named]
+        raise PlanError(f"--plan fixes every type and its rounding; drop {' and '.join(options)}, or plan again")
 
 
 def check_destinations(arguments: argparse.Namespace) -> None:

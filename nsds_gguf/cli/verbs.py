@@ -13,7 +13,7 @@ from ..conversion import Converted, convert, score
 from ..conversion import plan as make_plans
 from ..errors import PlanError
 from ..evaluate.inspect import inspect_gguf
-from ..evaluate.perplexity import Measurement, Perplexity, perplexity
+from ..evaluate.perplexity import Measurement, Perplexity, Window, perplexity
 from ..evaluate.texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions, evaluation_text, spoken
 from ..llamacpp.gguf_header import is_gguf
 from ..publish import bundle as bundles
@@ -292,10 +292,8 @@ def _measure_perplexity(
         return perplexity(
             arguments.file,
             text,
-            n_ctx=arguments.ctx_size,
-            n_chunks=arguments.chunks or None,
+            Window(arguments.ctx_size, arguments.chunks or None, arguments.batch),
             n_threads=arguments.threads,
-            n_batch=arguments.batch,
             reference=reference,
             progress=progress,
             on_chunk=on_chunk,

@@ -50,11 +50,32 @@ from .embedding import pooling_of
 # The shortest context that leaves more than one token of a chunk to score.
 MIN_CTX = 8
 
-# Tokens decoded at once unless told, as llama-perplexity has it (llama.cpp common/common.h, n_batch).
+# Tokens decoded at once by default, as in llama-perplexity (llama.cpp common/common.h, n_batch).
 DEFAULT_BATCH = 2048
 
 # A file this many times worse than guessing every token with equal chance is broken, not merely bad.
 ABSURD_FACTOR = 10
+
+
+@dataclass(frozen=True)
+class Window:
+    """How a text is cut and decoded.
+
+    Attributes:
+        n_ctx: tokens of a chunk.
+        n_chunks: chunks to take at most; ``None`` for all.
+        n_batch: tokens decoded at once: several chunks where they fit, parts of one where it does not.
+
+    """
+
+    n_ctx: int = 512
+    n_chunks: int | None = None
+    n_batch: int = DEFAULT_BATCH
+
+    @property
+    def n_seq(self) -> int:
+        """Chunks decoded together."""
+        return max(1, self.n_batch // self.n_ctx)
 
 
 @dataclass(frozen=True)
@@ -170,16 +191,14 @@ OnChunk = Callable[[Measurement], None]
 def perplexity(
     file: Path,
     text: str,
+    window: Window | None = None,
     *,
-    n_ctx: int = 512,
-    n_chunks: int | None = None,
     n_threads: int | None = None,
-    n_batch: int = DEFAULT_BATCH,
     reference: Path | None = None,
     progress: Progress = no_progress,
     on_chunk: OnChunk | None = None,
 ) -> Perplexity:
-    """Measure the perplexity of a GGUF on a text and, with ``against``, its KL divergence from another GGUF.
+    """Measure the perplexity of a GGUF on a text and, with ``reference``, its KL divergence from another GGUF.
 
     In memory: both models, and for each the logits of one batch: at most ``n_batch * n_vocab`` float32, half of that
     where whole chunks fit in a batch.
@@ -187,30 +206,29 @@ def perplexity(
     Args:
         file: the GGUF to measure; of a split model the first part.
         text: the text; one newline at its end is dropped, as llama-perplexity does to the file it reads.
-        n_ctx: tokens of a chunk.
-        n_chunks: chunks to take at most; ``None`` for all.
-        n_threads: CPU threads; ``None`` for one a physical core.
-        n_batch: tokens to decode at once: several chunks where they fit, parts of one where it does not.
+        window: context, chunks and batch; ``None`` for the defaults of ``Window``.
+        n_threads: CPU threads; ``None`` for one per physical core.
         reference: the reference, a GGUF of the same vocabulary.
         progress: called with (chunks done, chunks in all).
         on_chunk: called after each chunk with the run so far, which stays of use when the run is interrupted.
 
     Raises:
-        TextError: the text has fewer than ``2 * n_ctx`` tokens, or nothing would be scored.
+        TextError: the text has fewer than ``2 * n_ctx`` tokens, or the window scores no token.
         VerifyError: a file cannot be loaded, gives NaN or infinite logits, or the vocabularies differ.
         OutputError: the models and their logits do not fit in memory.
         GgmlError: llama.cpp is missing or refuses.
 
     """
-    _check_options(n_ctx, n_chunks, n_batch)
+    window = window or Window()
+    _check_window(window)
     _check_predicts(file)
     n_threads = n_threads or default_threads()
-    n_seq = max(1, n_batch // n_ctx)
-    n_batch = min(n_batch, n_seq * n_ctx)
+    n_ctx, n_seq = window.n_ctx, window.n_seq
+    n_batch = min(window.n_batch, n_seq * n_ctx)
     with ExitStack() as stack:
         models = [stack.enter_context(open_model(path)) for path in (file, reference) if path is not None]
         tokens = _tokenize(models, text, n_ctx)
-        chunks = _cut(tokens, n_ctx, n_chunks, models[0].bos)
+        chunks = _cut(tokens, n_ctx, window.n_chunks, models[0].bos)
         _check_memory(models, n_ctx, n_batch)
         contexts = [
             stack.enter_context(open_context(model, n_ctx=n_ctx, n_batch=n_batch, n_seq=n_seq, n_threads=n_threads))
@@ -243,15 +261,16 @@ def check_comparable(file: Path, reference: Path, text: str, n_ctx: int) -> None
         _tokenize([model, other], text, n_ctx)
 
 
-def _check_options(n_ctx: int, n_chunks: int | None, n_batch: int) -> None:
-    if n_ctx < MIN_CTX:
+def _check_window(window: Window) -> None:
+    """Raise ``TextError`` for a window that scores no token."""
+    if window.n_ctx < MIN_CTX:
         raise TextError(
-            f"perplexity: wanted a context of at least {MIN_CTX} tokens, got {n_ctx}; use a larger --ctx-size"
+            f"perplexity: wanted a context of at least {MIN_CTX} tokens, got {window.n_ctx}; use a larger --ctx-size"
         )
-    if n_chunks is not None and n_chunks < 1:
-        raise TextError(f"perplexity: wanted at least 1 chunk, got {n_chunks}; leave out --chunks to take all")
-    if n_batch < 1:
-        raise TextError(f"perplexity: wanted batches of at least 1 token, got {n_batch}")
+    if window.n_chunks is not None and window.n_chunks < 1:
+        raise TextError(f"perplexity: wanted at least 1 chunk, got {window.n_chunks}; leave out --chunks to take all")
+    if window.n_batch < 1:
+        raise TextError(f"perplexity: wanted batches of at least 1 token, got {window.n_batch}")
 
 
 def _check_predicts(file: Path) -> None:
@@ -309,7 +328,7 @@ def _check_memory(models: Sequence[LlamaModel], n_ctx: int, n_batch: int) -> Non
 
 def needed_bytes(files: Sequence[int], n_vocab: int, n_ctx: int) -> int:
     """Return the memory that ``perplexity`` takes for files of these bytes and one vocabulary, in default batches."""
-    n_batch = min(DEFAULT_BATCH, max(1, DEFAULT_BATCH // n_ctx) * n_ctx)
+    n_batch = min(DEFAULT_BATCH, Window(n_ctx).n_seq * n_ctx)
     return sum(files) + len(files) * _logits_bytes(n_vocab, n_ctx, n_batch)
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..comparison import OURS, PAPER, PRESET, RANDOM, RANDOM_FIXED, UNIFORM, Comparison
 from ..errors import PlanError
 from ..metrics.stats import robust_z, sigmoid
 from ..records import Float64, LayerScore, Scores
+from ..records.comparison import OURS, PAPER, PRESET, RANDOM, RANDOM_FIXED, UNIFORM, Comparison
 from ..system.atomic import small_file
 
 FORMATS = (".png", ".svg", ".pdf")

@@ -13,7 +13,7 @@ from ..calibration.hessians import note as hessian_note
 from ..calibration.imatrix import Imatrix
 from ..errors import told_of
 from ..evaluate.embedding import EmbeddingCheck, check_close, compare_embeddings
-from ..evaluate.perplexity import Perplexity, check_sane, perplexity
+from ..evaluate.perplexity import Perplexity, Window, check_sane, perplexity
 from ..evaluate.structure import verify_structure
 from ..evaluate.texts import VerifyOptions, embeds
 from ..llamacpp import ggml
@@ -192,8 +192,7 @@ class Session:
             found = perplexity(
                 path,
                 text,
-                n_ctx=options.n_ctx,
-                n_chunks=options.n_chunks,
+                Window(options.n_ctx, options.n_chunks),
                 n_threads=self.run.n_threads,
                 reference=reference,
                 progress=progress,

@@ -1,11 +1,11 @@
-"""nsds-gguf: the best small GGUF of a model, without calibration data.
+"""nsds-gguf: quantize a model to a GGUF within a budget, without calibration data.
 
     from nsds_gguf import Options, convert
 
     (result,) = convert("model/", Options(target_bpw=3.0))
     print(result.path, result.plan.bpw)
 
-What ``__all__`` names is public; everything else may change. Nothing is imported before it is used.
+The names in ``__all__`` are public; everything else may change. They are imported on first use.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
+    """Import a public name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,7 +1,7 @@
 """Comparison at equal bytes: our plan, other allocations and llama.cpp's presets, all against the original.
 
-Every file is made, measured and removed before the next one; what was measured is kept in ``comparison.json`` at once,
-so that a comparison that was interrupted goes on where it stopped.
+Each file is made, measured and removed before the next one. Every row is written to ``comparison.json`` at once, so
+that an interrupted comparison resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from .system.filestate import unchanged
 from .system.resources import check_disk
 from .system.workfolder import WorkFolder
 
-# llama.cpp's mixes of the types that we use too, none of which needs an importance matrix; smallest first.
+# llama.cpp's K-quant presets that need no importance matrix, smallest first.
 PRESET_NAMES = tuple(PRESETS)
 DEFAULT_PRESETS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_M")
 
-N_SEEDS = 3  # random allocations a budget
+N_SEEDS = 3  # random allocations per budget
 
-EQUAL_BYTES = 1e-3  # share of the bytes by which two files may differ and still be compared
+EQUAL_BYTES = 1e-3  # largest relative difference in bytes between compared files
 
 RESULT = "comparison.json"
 _SCORES = "scores.json"
@@ -61,7 +61,7 @@ _SCORES = "scores.json"
 
 @dataclass(frozen=True)
 class _Job:
-    """One file to measure: what it is, how to plan it, and the key under which it is known."""
+    """One file to measure: its budget, kind, detail and plan."""
 
     budget: str
     kind: str
@@ -71,7 +71,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Aim:
-    """One budget: its name, its bytes, random allocations, and types that are fixed in some of these."""
+    """One budget: its name, its target, the number of random allocations, and types to fix in some of them."""
 
     budget: str
     target: Target
@@ -81,13 +81,13 @@ class _Aim:
 
 @dataclass(frozen=True)
 class Budgets:
-    """What files are compared at.
+    """The budgets of a comparison.
 
     Attributes:
         target_bpw: budgets in bits per weight.
-        presets: llama.cpp's presets, each also a budget: its own bytes; ``None`` for ``DEFAULT_PRESETS`` where there is
+        presets: llama.cpp presets, each with its own bytes as a budget; ``None`` for ``DEFAULT_PRESETS`` where there is
             no other budget.
-        n_seeds: random allocations a budget.
+        n_seeds: random allocations per budget.
 
     """
 
@@ -116,17 +116,17 @@ def compare(
 
     Args:
         source: as for ``convert``.
-        folder: where results go and intermediate files lie; created when missing.
-        budgets: the budgets, presets among them.
-        options: of all plans but the presets; without a budget.
-        verifying: text, context and chunks; the reference is the original, always.
-        run: threads, and who is told.
+        folder: folder for results and temporary files; created if missing.
+        budgets: the budgets, including presets.
+        options: options of all plans but the presets; without a budget.
+        verifying: text, context and chunks; the reference is always the original.
+        run: threads and reporter.
 
     Returns:
-        The comparison; it is in ``comparison.json`` too.
+        The comparison, which is also written to ``comparison.json``.
 
     Raises:
-        NsdsError: anything that a user can act on; what was measured before is kept.
+        NsdsError: anything that a user can act on; rows measured before are kept.
 
     """
     budgets, options, run = budgets or Budgets(), options or Options(), run or Run()
@@ -141,8 +141,8 @@ def compare(
         allocate.checked_candidates(model, aimed, header_bytes(model, aimed))
     if embeds(model):
         raise VerifyError(
-            f"{model.path}: is an embedding model, and files are compared by perplexity; convert it: each file is then "
-            "checked by the cosine similarity of its embeddings"
+            f"{model.path}: is an embedding model, which perplexity cannot compare; use convert, which checks files "
+            "by the cosine similarity of its embeddings"
         )
     make_folder(folder)
     with ExitStack() as stack:
@@ -171,7 +171,7 @@ def compare(
 
 
 def check_presets(names: Sequence[str]) -> None:
-    """Raise ``PlanError`` for a mix that is not one of ``PRESET_NAMES``."""
+    """Raise ``PlanError`` for a preset that is not in ``PRESET_NAMES``."""
     unknown = [name for name in names if name not in PRESET_NAMES]
     if unknown:
         raise PlanError(f"--presets {unknown[0]}: not a preset that needs no importance matrix; known: "
@@ -179,11 +179,11 @@ def check_presets(names: Sequence[str]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create the folder for results; raises ``OutputError`` when that cannot be."""
+    """Create the folder for results; raise ``OutputError`` on failure."""
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be made: {error.strerror}; choose another folder") from error
+        raise OutputError(f"{folder}: cannot be created: {error.strerror}; choose another folder") from error
 
 
 def exact_bpw(tensor_bytes: int, n_weights: int) -> float:
@@ -196,7 +196,7 @@ def exact_bpw(tensor_bytes: int, n_weights: int) -> float:
 
 @contextmanager
 def _preset_file(session: Session, reference: Path, name: str) -> Iterator[Path]:
-    """Give llama.cpp's preset of the original; removed on every exit."""
+    """Give the original quantized by a llama.cpp preset; removed on every exit."""
     path = session.files.path / f"preset-{name}.gguf"
     try:
         with session.run.report.stage(f"llama.cpp makes {name}"):
@@ -207,7 +207,7 @@ def _preset_file(session: Session, reference: Path, name: str) -> Iterator[Path]
 
 
 def _plans(bench: _Bench, aim: _Aim, scores: Scores, recipe: Recipe) -> list[_Job]:
-    """Return the plans of one budget; what it cannot have is told to ``bench``."""
+    """Return the plans of one budget; add allocations that it does not allow to ``bench.missing``."""
     paper = replace(recipe.to(aim.target), allocator="paper", types=PAPER_TYPES)
     recipe = recipe.to(aim.target) if recipe.score_weight else replace(recipe, target=aim.target, metric=None, se=None)
     randomly = replace(recipe, allocator="random")
@@ -231,14 +231,14 @@ def _plans(bench: _Bench, aim: _Aim, scores: Scores, recipe: Recipe) -> list[_Jo
             bench.missing.append(f"{aim.budget}: no allocation '{kind}': {error}")
     uniform = _uniform_plan(bench, scores, recipe)
     if uniform is None:
-        bench.missing.append(f"{aim.budget}: no single type is small enough")
+        bench.missing.append(f"{aim.budget}: every single type exceeds the budget")
     else:
         jobs.append(_Job(aim.budget, UNIFORM, uniform.recipe.types[0], uniform))
     return [*jobs, *_equals(bench, jobs, scores, recipe)]
 
 
 def _equals(bench: _Bench, jobs: Sequence[_Job], scores: Scores, recipe: Recipe) -> list[_Job]:
-    """Return plans of ours at the bytes of those that cannot use the budget: whole layers, or one type for all."""
+    """Return plans of ours at the bytes of allocations that leave budget unused: whole layers, or a single type."""
     sizes = {job.kind: job.plan.tensor_bytes for job in jobs if job.plan is not None}
     found = []
     for kind in (PAPER, UNIFORM):
@@ -247,7 +247,7 @@ def _equals(bench: _Bench, jobs: Sequence[_Job], scores: Scores, recipe: Recipe)
             try:
                 plan = bench.session.plan(recipe.to(target), scores)
             except TargetError as error:
-                bench.missing.append(f"{jobs[0].budget}: no plan of ours {at_bytes_of(kind)}: {error}")
+                bench.missing.append(f"{jobs[0].budget}: no {OURS} plan {at_bytes_of(kind)}: {error}")
                 continue
             found.append(_Job(jobs[0].budget, OURS, at_bytes_of(kind), plan))
     return found
@@ -268,7 +268,7 @@ def _exactly(name: str) -> str:
 
 
 class _Bench:
-    """Measures files one after the other and keeps what it found on disk."""
+    """Measures files one after the other and keeps the rows on disk."""
 
     def __init__(self, session: Session, folder: Path, verifying: VerifyOptions, text: str) -> None:
         self.session, self.folder, self.verifying, self.text = session, folder, verifying, text
@@ -276,16 +276,16 @@ class _Bench:
         self.rows: list[Row] = []
         self.known = self._known()
         if self.known:
-            session.run.report.say(f"{folder / RESULT}: {len(self.known)} files were measured before")
+            session.run.report.say(f"{folder / RESULT}: {len(self.known)} files are already measured")
 
     def scores(self, recipe: Recipe) -> Scores:
-        """Return the scores, from an earlier run when they are this model's and were made alike."""
+        """Return the scores; those of an earlier run where model and recipe are the same."""
         path = self.folder / _SCORES
         if path.is_file():
-            kept = Scores.from_json(read_json(path), str(path))
-            alike = kept.model_id == self.session.model.model_id and kept.recipe == recipe.to(None)
-            if alike and _covers(kept, recipe.types):
-                return kept
+            earlier = Scores.from_json(read_json(path), str(path))
+            is_same = earlier.model_id == self.session.model.model_id and earlier.recipe == recipe.to(None)
+            if is_same and _covers(earlier, recipe.types):
+                return earlier
         scores = self.session.score(recipe)
         write_small(path, json.dumps(scores.to_json()))
         return scores
@@ -304,7 +304,7 @@ class _Bench:
                 path.unlink(missing_ok=True)
 
     def measure(self, job: _Job, file: Path, reference: Path) -> None:
-        """Measure a file, unless it was, and keep the row."""
+        """Measure a file that has no row yet, and keep the row."""
         key = self._key(job)
         row = self.known.get(key)
         if row is None:
@@ -314,7 +314,7 @@ class _Bench:
         self._keep()
 
     def result(self) -> Comparison:
-        """Return everything that was measured in this run."""
+        """Return the rows of this run."""
         return self._comparison(self.rows)
 
     def _measured(self, job: _Job, file: Path, reference: Path, key: str) -> Row:
@@ -354,7 +354,7 @@ class _Bench:
         return hashlib.sha256(f"{what}\n{how}\n{self.text}".encode()).hexdigest()
 
     def _known(self) -> dict[str, Row]:
-        """Return the rows of an earlier run by key; raises ``RecordError`` when the file is something else."""
+        """Return the rows of an earlier run by key; raise ``RecordError`` for a file of another kind."""
         path = self.folder / RESULT
         if not path.is_file():
             return {}
@@ -379,7 +379,7 @@ class _Bench:
         )
 
     def _keep(self) -> None:
-        """Write what is known: rows of this run, then those of earlier ones that it did not ask for."""
+        """Write the rows of this run, then the other rows of earlier runs."""
         keys = {row.key for row in self.rows}
         rows = [*self.rows, *(row for key, row in self.known.items() if key not in keys)]
         text = json.dumps(self._comparison(rows).to_json(), indent=1)
@@ -388,6 +388,6 @@ class _Bench:
 
 
 def _covers(scores: Scores, types: Sequence[str]) -> bool:
-    """Tell whether the scores know every type on some tensor: K-quants are not measured where rows do not fit them."""
+    """Return whether some tensor is measured in each type: K-quants are not measured where rows do not fit."""
     measured = {name for cost in scores.costs for name in cost.errors}
     return bool(scores.costs) and set(types) <= measured

@@ -1,4 +1,4 @@
-"""What a comparison measured: a row per file, and the statistics over rows."""
+"""The record of a comparison: a row per measured file, and statistics over rows."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ KINDS = (OURS, PRESET, PAPER, UNIFORM, RANDOM_FIXED, RANDOM)  # in the order in 
 
 @dataclass(frozen=True)
 class Row:
-    """One file that was measured.
+    """One measured file.
 
     Attributes:
-        budget: what its bytes were to equal: ``3 bpw`` or the name of a preset.
+        budget: the budget: ``3 bpw`` or the name of a preset.
         kind: ``fisher``, ``paper``, ``uniform``, ``random``, ``random, output fixed`` or ``preset``.
-        detail: type of ``uniform``, seed of ``random``; else empty.
-        tensor_bytes: of all tensors, without padding.
-        bpw: bits over weights of all tensors.
+        detail: type of ``uniform``, seed of ``random``; otherwise empty.
+        tensor_bytes: bytes of all tensors, without padding.
+        bpw: bits over the weights of all tensors.
         ppl, ppl_error: perplexity and its standard error.
         kld, kld_error: mean divergence from the original and its standard error, nats per token.
-        same_top: share of positions at which both prefer the same token.
-        original_ppl, original_ppl_error: of what it was compared with.
-        n_scored_tokens: tokens behind these numbers.
+        same_top: share of positions at which both have the same most likely token.
+        original_ppl, original_ppl_error: perplexity of the original and its standard error.
+        n_scored_tokens: number of scored tokens.
         predicted: divergence that the plan predicts, relative to the other plans; ``None`` for presets.
-        key: digest of what was measured how; a row with the same key is not measured again.
+        key: digest of the file and the measurement; a row with the same key is not measured again.
     """
 
     budget: str
@@ -61,7 +61,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, and what they share; ``missing`` says which allocations a budget cannot have, and why."""
+    """All rows and their common facts; ``missing`` lists the allocations that a budget does not allow, and why."""
 
     model_name: str
     model_id: str
@@ -84,18 +84,18 @@ class Comparison:
         return [row for row in self.rows if row.budget == budget]
 
     def ours(self, budget: str, beside: str = "") -> Row:
-        """Return our row of a budget: the one at the bytes of the kind ``beside`` where those are fewer.
+        """Return our row of a budget: where the kind ``beside`` takes fewer bytes, the one at those.
 
-        Raises ``RecordError`` when it was not measured.
+        Raises ``RecordError`` when there is none.
         """
         rows = [row for row in self.of(budget) if row.kind == OURS]
         for detail in (at_bytes_of(beside), ""):
             if found := [row for row in rows if row.detail == detail]:
                 return found[0]
-        raise RecordError(f"the comparison holds no plan of ours at {budget}")
+        raise RecordError(f"the comparison holds no {OURS} row at {budget}")
 
     def ratios(self, kind: str) -> dict[str, float]:
-        """Return, by budget, our divergence over the mean one of a kind."""
+        """Return, by budget, our divergence over the mean divergence of a kind."""
         found = {}
         for budget in self.budgets:
             others = [row.kld for row in self.of(budget) if row.kind == kind]
@@ -105,7 +105,7 @@ class Comparison:
 
     @property
     def prediction_factor(self) -> float | None:
-        """What a plan's prediction is multiplied by to be nats, on the geometric mean; ``None`` without plans."""
+        """Geometric mean factor from predicted to measured divergence; ``None`` without plans."""
         logs = [math.log(row.kld / row.predicted) for row in self.rows if row.predicted and row.kld > 0]
         return math.exp(sum(logs) / len(logs)) if logs else None
 
@@ -123,7 +123,7 @@ class Comparison:
 
 
 def at_bytes_of(kind: str) -> str:
-    """Return the detail of a plan of ours at the bytes of another kind."""
+    """Return the detail of our row at the bytes of another kind."""
     return f"at the bytes of {kind}"
 
 
@@ -133,6 +133,6 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Return the rank of each value from 0, ties at the mean of their ranks."""
+    """Return the rank of each value from 0; ties share the mean of their ranks."""
     ordered = sorted(values)
     return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]

@@ -1,11 +1,11 @@
-"""nsds-gguf: the best small GGUF of a model, without calibration data.
+"""nsds-gguf: quantize a model to a GGUF within a budget, without calibration data.
 
     from nsds_gguf import Options, convert
 
     (result,) = convert("model/", Options(target_bpw=3.0))
     print(result.path, result.plan.bpw)
 
-What ``__all__`` names is public; everything else may change. Nothing is imported before it is used.
+The names in ``__all__`` are public; everything else may change. They are imported on first use.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .comparison import Budgets, Comparison, compare
+    from .comparison import Budgets, compare
     from .conversion import Converted, Planned, convert, plan, score
     from .errors import NsdsError
-    from .evaluate.perplexity import Perplexity, perplexity
+    from .evaluate.perplexity import Perplexity, Window, perplexity
     from .evaluate.texts import VerifyOptions
     from .records import Model, Options, Plan, Recipe, Scores, Target, TensorType
+    from .records.comparison import Comparison
     from .session.outputs import Output
     from .session.run import Reporter, Run
     from .session.source import Source, open_model
@@ -45,6 +46,7 @@ __all__ = [
     "Target",
     "TensorType",
     "VerifyOptions",
+    "Window",
     "__version__",
     "compare",
     "convert",
@@ -56,7 +58,7 @@ __all__ = [
 
 _HOMES = {
     "Budgets": "comparison",
-    "Comparison": "comparison",
+    "Comparison": "records.comparison",
     "Converted": "conversion",
     "Model": "records",
     "NsdsError": "errors",
@@ -73,6 +75,7 @@ _HOMES = {
     "Target": "records",
     "TensorType": "records",
     "VerifyOptions": "evaluate.texts",
+    "Window": "evaluate.perplexity",
     "compare": "comparison",
     "convert": "conversion",
     "open_model": "session.source",
@@ -83,7 +86,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
+    """Import a public name on first use."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOMES[name]}", __name__), name)

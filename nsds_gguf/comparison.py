@@ -1,7 +1,7 @@
 """Comparison at equal bytes: our plan, other allocations and llama.cpp's presets, all against the original.
 
-Every file is made, measured and removed before the next one; what was measured is kept in ``comparison.json`` at once,
-so that a comparison that was interrupted goes on where it stopped.
+Each file is made, measured and removed before the next one. Every row is written to ``comparison.json`` at once, so
+that an interrupted comparison resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -11,21 +11,32 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from . import allocate
 from .allocate.allocators import PAPER_TYPES
 from .allocate.presets import PRESETS
 from .errors import OutputError, PlanError, RecordError, TargetError, VerifyError
 from .evaluate.inspect import inspect_gguf
-from .evaluate.perplexity import perplexity
+from .evaluate.perplexity import Window, perplexity
 from .evaluate.texts import ORIGINAL, VerifyOptions, check_vocabulary, embeds, evaluation_text
 from .llamacpp import llama
 from .quantize.header import header_bytes
 from .read.hub import HubName
 from .records import Options, Plan, Recipe, Scores, Target, TensorType, read_json
+from .records.comparison import (
+    COMPARISON_FORMAT,
+    OURS,
+    PAPER,
+    PRESET,
+    RANDOM,
+    RANDOM_FIXED,
+    UNIFORM,
+    Comparison,
+    Row,
+    at_bytes_of,
+)
 from .session.original import original_plan
 from .session.run import Run
 from .session.session import Session
@@ -36,148 +47,21 @@ from .system.filestate import unchanged
 from .system.resources import check_disk
 from .system.workfolder import WorkFolder
 
-COMPARISON_FORMAT = "nsds-gguf comparison 2"
-
-# llama.cpp's mixes of the types that we use too, none of which needs an importance matrix; smallest first.
+# llama.cpp's K-quant presets that need no importance matrix, smallest first.
 PRESET_NAMES = tuple(PRESETS)
 DEFAULT_PRESETS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q4_K_M")
 
-N_SEEDS = 3  # random allocations a budget
+N_SEEDS = 3  # random allocations per budget
 
-EQUAL_BYTES = 1e-3  # share of the bytes by which two files may differ and still be compared
-
-OURS, PAPER, UNIFORM, RANDOM, RANDOM_FIXED, PRESET = (
-    "fisher",
-    "paper",
-    "uniform",
-    "random",
-    "random, output fixed",
-    "preset",
-)
-
-KINDS = (OURS, PRESET, PAPER, UNIFORM, RANDOM_FIXED, RANDOM)  # in the order in which they are shown
+EQUAL_BYTES = 1e-3  # largest relative difference in bytes between compared files
 
 RESULT = "comparison.json"
 _SCORES = "scores.json"
 
 
 @dataclass(frozen=True)
-class Row:
-    """One file that was measured.
-
-    Attributes:
-        budget: what its bytes were to equal: ``3 bpw`` or the name of a preset.
-        kind: ``fisher``, ``paper``, ``uniform``, ``random``, ``random, output fixed`` or ``preset``.
-        detail: type of ``uniform``, seed of ``random``; else empty.
-        tensor_bytes: of all tensors, without padding.
-        bpw: bits over weights of all tensors.
-        ppl, ppl_error: perplexity and its standard error.
-        kld, kld_error: mean divergence from the original and its standard error, nats per token.
-        same_top: share of positions at which both prefer the same token.
-        original_ppl, original_ppl_error: of what it was compared with.
-        n_scored_tokens: tokens behind these numbers.
-        predicted: divergence that the plan predicts, relative to the other plans; ``None`` for presets.
-        key: digest of what was measured how; a row with the same key is not measured again.
-    """
-
-    budget: str
-    kind: str
-    detail: str
-    tensor_bytes: int
-    bpw: float
-    ppl: float
-    ppl_error: float
-    kld: float
-    kld_error: float
-    same_top: float
-    original_ppl: float
-    original_ppl_error: float
-    n_scored_tokens: int
-    predicted: float | None
-    key: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All rows, and what they share; ``missing`` says which allocations a budget cannot have, and why."""
-
-    model_name: str
-    model_id: str
-    n_ctx: int
-    rows: tuple[Row, ...]
-    missing: tuple[str, ...] = ()
-    versions: Mapping[str, str] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the record as plain JSON values."""
-        return {"format": COMPARISON_FORMAT, **asdict(self)}
-
-    @property
-    def budgets(self) -> tuple[str, ...]:
-        """The budgets in order."""
-        return tuple(dict.fromkeys(row.budget for row in self.rows))
-
-    def of(self, budget: str) -> list[Row]:
-        """Return the rows of one budget, ours first."""
-        return [row for row in self.rows if row.budget == budget]
-
-    def ours(self, budget: str, beside: str = "") -> Row:
-        """Return our row of a budget: the one at the bytes of the kind ``beside`` where those are fewer.
-
-        Raises ``RecordError`` when it was not measured.
-        """
-        rows = [row for row in self.of(budget) if row.kind == OURS]
-        for detail in (_at_bytes_of(beside), ""):
-            if found := [row for row in rows if row.detail == detail]:
-                return found[0]
-        raise RecordError(f"the comparison holds no plan of ours at {budget}")
-
-    def ratios(self, kind: str) -> dict[str, float]:
-        """Return, by budget, our divergence over the mean one of a kind."""
-        found = {}
-        for budget in self.budgets:
-            others = [row.kld for row in self.of(budget) if row.kind == kind]
-            if others:
-                found[budget] = self.ours(budget, kind).kld / (sum(others) / len(others))
-        return found
-
-    @property
-    def prediction_factor(self) -> float | None:
-        """What a plan's prediction is multiplied by to be nats, on the geometric mean; ``None`` without plans."""
-        logs = [math.log(row.kld / row.predicted) for row in self.rows if row.predicted and row.kld > 0]
-        return math.exp(sum(logs) / len(logs)) if logs else None
-
-    @property
-    def prediction_rank_correlation(self) -> float | None:
-        """Spearman's rank correlation of predicted and measured divergence; ``None`` for fewer than three plans."""
-        pairs = [(row.predicted, row.kld) for row in self.rows if row.predicted is not None]
-        if len(pairs) < 3:
-            return None
-        first, second = (_ranks([pair[i] for pair in pairs]) for i in (0, 1))
-        mean = (len(pairs) - 1) / 2
-        covariance = sum((a - mean) * (b - mean) for a, b in zip(first, second, strict=True))
-        spread = math.sqrt(sum((a - mean) ** 2 for a in first) * sum((b - mean) ** 2 for b in second))
-        return covariance / spread if spread else None
-
-
-def _at_bytes_of(kind: str) -> str:
-    return f"at the bytes of {kind}"
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Return the geometric mean of positive numbers."""
-    return math.exp(sum(math.log(value) for value in values) / len(values))
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Return the rank of each value from 0, ties at the mean of their ranks."""
-    ordered = sorted(values)
-    return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
-
-
-@dataclass(frozen=True)
 class _Job:
-    """One file to measure: what it is, how to plan it, and the key under which it is known."""
+    """One file to measure: its budget, kind, detail and plan."""
 
     budget: str
     kind: str
@@ -187,7 +71,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Aim:
-    """One budget: its name, its bytes, random allocations, and types that are fixed in some of these."""
+    """One budget: its name, its target, the number of random allocations, and types to fix in some of them."""
 
     budget: str
     target: Target
@@ -197,13 +81,13 @@ class _Aim:
 
 @dataclass(frozen=True)
 class Budgets:
-    """What files are compared at.
+    """The budgets of a comparison.
 
     Attributes:
         target_bpw: budgets in bits per weight.
-        presets: llama.cpp's presets, each also a budget: its own bytes; ``None`` for ``DEFAULT_PRESETS`` where there is
+        presets: llama.cpp presets, each with its own bytes as a budget; ``None`` for ``DEFAULT_PRESETS`` where there is
             no other budget.
-        n_seeds: random allocations a budget.
+        n_seeds: random allocations per budget.
 
     """
 
@@ -232,17 +116,17 @@ def compare(
 
     Args:
         source: as for ``convert``.
-        folder: where results go and intermediate files lie; created when missing.
-        budgets: the budgets, presets among them.
-        options: of all plans but the presets; without a budget.
-        verifying: text, context and chunks; the reference is the original, always.
-        run: threads, and who is told.
+        folder: folder for results and temporary files; created if missing.
+        budgets: the budgets, including presets.
+        options: options of all plans but the presets; without a budget.
+        verifying: text, context and chunks; the reference is always the original.
+        run: threads and reporter.
 
     Returns:
-        The comparison; it is in ``comparison.json`` too.
+        The comparison, which is also written to ``comparison.json``.
 
     Raises:
-        NsdsError: anything that a user can act on; what was measured before is kept.
+        NsdsError: anything that a user can act on; rows measured before are kept.
 
     """
     budgets, options, run = budgets or Budgets(), options or Options(), run or Run()
@@ -257,8 +141,8 @@ def compare(
         allocate.checked_candidates(model, aimed, header_bytes(model, aimed))
     if embeds(model):
         raise VerifyError(
-            f"{model.path}: is an embedding model, and files are compared by perplexity; convert it: each file is then "
-            "checked by the cosine similarity of its embeddings"
+            f"{model.path}: is an embedding model, which perplexity cannot compare; use convert, which checks files "
+            "by the cosine similarity of its embeddings"
         )
     make_folder(folder)
     with ExitStack() as stack:
@@ -287,7 +171,7 @@ def compare(
 
 
 def check_presets(names: Sequence[str]) -> None:
-    """Raise ``PlanError`` for a mix that is not one of ``PRESET_NAMES``."""
+    """Raise ``PlanError`` for a preset that is not in ``PRESET_NAMES``."""
     unknown = [name for name in names if name not in PRESET_NAMES]
     if unknown:
         raise PlanError(f"--presets {unknown[0]}: not a preset that needs no importance matrix; known: "
@@ -295,11 +179,11 @@ def check_presets(names: Sequence[str]) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create the folder for results; raises ``OutputError`` when that cannot be."""
+    """Create the folder for results; raise ``OutputError`` on failure."""
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be made: {error.strerror}; choose another folder") from error
+        raise OutputError(f"{folder}: cannot be created: {error.strerror}; choose another folder") from error
 
 
 def exact_bpw(tensor_bytes: int, n_weights: int) -> float:
@@ -312,7 +196,7 @@ def exact_bpw(tensor_bytes: int, n_weights: int) -> float:
 
 @contextmanager
 def _preset_file(session: Session, reference: Path, name: str) -> Iterator[Path]:
-    """Give llama.cpp's preset of the original; removed on every exit."""
+    """Give the original quantized by a llama.cpp preset; removed on every exit."""
     path = session.files.path / f"preset-{name}.gguf"
     try:
         with session.run.report.stage(f"llama.cpp makes {name}"):
@@ -323,7 +207,7 @@ def _preset_file(session: Session, reference: Path, name: str) -> Iterator[Path]
 
 
 def _plans(bench: _Bench, aim: _Aim, scores: Scores, recipe: Recipe) -> list[_Job]:
-    """Return the plans of one budget; what it cannot have is told to ``bench``."""
+    """Return the plans of one budget; add allocations that it does not allow to ``bench.missing``."""
     paper = replace(recipe.to(aim.target), allocator="paper", types=PAPER_TYPES)
     recipe = recipe.to(aim.target) if recipe.score_weight else replace(recipe, target=aim.target, metric=None, se=None)
     randomly = replace(recipe, allocator="random")
@@ -347,14 +231,14 @@ def _plans(bench: _Bench, aim: _Aim, scores: Scores, recipe: Recipe) -> list[_Jo
             bench.missing.append(f"{aim.budget}: no allocation '{kind}': {error}")
     uniform = _uniform_plan(bench, scores, recipe)
     if uniform is None:
-        bench.missing.append(f"{aim.budget}: no single type is small enough")
+        bench.missing.append(f"{aim.budget}: every single type exceeds the budget")
     else:
         jobs.append(_Job(aim.budget, UNIFORM, uniform.recipe.types[0], uniform))
     return [*jobs, *_equals(bench, jobs, scores, recipe)]
 
 
 def _equals(bench: _Bench, jobs: Sequence[_Job], scores: Scores, recipe: Recipe) -> list[_Job]:
-    """Return plans of ours at the bytes of those that cannot use the budget: whole layers, or one type for all."""
+    """Return plans of ours at the bytes of allocations that leave budget unused: whole layers, or a single type."""
     sizes = {job.kind: job.plan.tensor_bytes for job in jobs if job.plan is not None}
     found = []
     for kind in (PAPER, UNIFORM):
@@ -363,9 +247,9 @@ def _equals(bench: _Bench, jobs: Sequence[_Job], scores: Scores, recipe: Recipe)
             try:
                 plan = bench.session.plan(recipe.to(target), scores)
             except TargetError as error:
-                bench.missing.append(f"{jobs[0].budget}: no plan of ours {_at_bytes_of(kind)}: {error}")
+                bench.missing.append(f"{jobs[0].budget}: no {OURS} plan {at_bytes_of(kind)}: {error}")
                 continue
-            found.append(_Job(jobs[0].budget, OURS, _at_bytes_of(kind), plan))
+            found.append(_Job(jobs[0].budget, OURS, at_bytes_of(kind), plan))
     return found
 
 
@@ -384,7 +268,7 @@ def _exactly(name: str) -> str:
 
 
 class _Bench:
-    """Measures files one after the other and keeps what it found on disk."""
+    """Measures files one after the other and keeps the rows on disk."""
 
     def __init__(self, session: Session, folder: Path, verifying: VerifyOptions, text: str) -> None:
         self.session, self.folder, self.verifying, self.text = session, folder, verifying, text
@@ -392,16 +276,16 @@ class _Bench:
         self.rows: list[Row] = []
         self.known = self._known()
         if self.known:
-            session.run.report.say(f"{folder / RESULT}: {len(self.known)} files were measured before")
+            session.run.report.say(f"{folder / RESULT}: {len(self.known)} files are already measured")
 
     def scores(self, recipe: Recipe) -> Scores:
-        """Return the scores, from an earlier run when they are this model's and were made alike."""
+        """Return the scores; those of an earlier run where model and recipe are the same."""
         path = self.folder / _SCORES
         if path.is_file():
-            kept = Scores.from_json(read_json(path), str(path))
-            alike = kept.model_id == self.session.model.model_id and kept.recipe == recipe.to(None)
-            if alike and _covers(kept, recipe.types):
-                return kept
+            earlier = Scores.from_json(read_json(path), str(path))
+            is_same = earlier.model_id == self.session.model.model_id and earlier.recipe == recipe.to(None)
+            if is_same and _covers(earlier, recipe.types):
+                return earlier
         scores = self.session.score(recipe)
         write_small(path, json.dumps(scores.to_json()))
         return scores
@@ -420,7 +304,7 @@ class _Bench:
                 path.unlink(missing_ok=True)
 
     def measure(self, job: _Job, file: Path, reference: Path) -> None:
-        """Measure a file, unless it was, and keep the row."""
+        """Measure a file that has no row yet, and keep the row."""
         key = self._key(job)
         row = self.known.get(key)
         if row is None:
@@ -430,7 +314,7 @@ class _Bench:
         self._keep()
 
     def result(self) -> Comparison:
-        """Return everything that was measured in this run."""
+        """Return the rows of this run."""
         return self._comparison(self.rows)
 
     def _measured(self, job: _Job, file: Path, reference: Path, key: str) -> Row:
@@ -438,8 +322,7 @@ class _Bench:
             found = perplexity(
                 file,
                 self.text,
-                n_ctx=self.verifying.n_ctx,
-                n_chunks=self.verifying.n_chunks,
+                Window(self.verifying.n_ctx, self.verifying.n_chunks),
                 n_threads=self.session.run.n_threads,
                 reference=reference,
                 progress=progress,
@@ -471,7 +354,7 @@ class _Bench:
         return hashlib.sha256(f"{what}\n{how}\n{self.text}".encode()).hexdigest()
 
     def _known(self) -> dict[str, Row]:
-        """Return the rows of an earlier run by key; raises ``RecordError`` when the file is something else."""
+        """Return the rows of an earlier run by key; raise ``RecordError`` for a file of another kind."""
         path = self.folder / RESULT
         if not path.is_file():
             return {}
@@ -496,7 +379,7 @@ class _Bench:
         )
 
     def _keep(self) -> None:
-        """Write what is known: rows of this run, then those of earlier ones that it did not ask for."""
+        """Write the rows of this run, then the other rows of earlier runs."""
         keys = {row.key for row in self.rows}
         rows = [*self.rows, *(row for key, row in self.known.items() if key not in keys)]
         text = json.dumps(self._comparison(rows).to_json(), indent=1)
@@ -505,6 +388,6 @@ class _Bench:
 
 
 def _covers(scores: Scores, types: Sequence[str]) -> bool:
-    """Tell whether the scores know every type on some tensor: K-quants are not measured where rows do not fit them."""
+    """Return whether some tensor is measured in each type: K-quants are not measured where rows do not fit."""
     measured = {name for cost in scores.costs for name in cost.errors}
     return bool(scores.costs) and set(types) <= measured

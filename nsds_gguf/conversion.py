@@ -1,4 +1,4 @@
-"""The steps of a conversion: open, settle, check, plan, write, verify. Nothing here prints: results are returned."""
+"""The steps of a conversion: open, settle, check, plan, write, verify. Functions return results and print nothing."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Converted:
     """A finished file.
 
     Attributes:
-        path: where it is.
+        path: the file.
         plan: the types of its tensors.
-        perplexity: what the check found; ``None`` when it was skipped, or the model embeds text.
-        scores: those behind the plan; ``None`` when the plan was given or needed none.
-        source: the folder or file that was read, of a model of the Hub that in its cache.
-        reference: what it was compared with: ``ORIGINAL``, ``QUANTIZED_INPUT``, a path, or ``None``.
-        notes: what to know of the check.
-        embedding: what the check of a model that embeds text found.
+        perplexity: the result of the check; ``None`` when it was skipped, or for an embedding model.
+        scores: the scores of the plan; ``None`` when the plan was loaded or needed none.
+        source: the folder or file that was read; for a model on the Hub, that in its cache.
+        reference: the reference of the check: ``ORIGINAL``, ``QUANTIZED_INPUT``, a path, or ``None``.
+        notes: notes on the check.
+        embedding: the result of the check of an embedding model.
 
     """
 
@@ -66,7 +66,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Planned:
-    """Plans, one a budget, and the scores that they were made from (``None`` for a plan from a file)."""
+    """Plans, one per budget, and the scores that they were made from (``None`` for a plan from a file)."""
 
     plans: list[Plan]
     scores: Scores | None = None
@@ -74,7 +74,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class _Job:
-    """One file to make: its recipe, settled, and its plan where that was given."""
+    """One file to make: its settled recipe, and its plan where one was loaded."""
 
     settled: Settled
     plan: Plan | None = None
@@ -97,22 +97,22 @@ def convert(
     loaded: Scores | Plan | None = None,
     run: Run | None = None,
 ) -> list[Converted]:
-    """Convert a model to one GGUF per budget; scoring and measuring are done once.
+    """Convert a model to one GGUF per budget; score and measure once.
 
     Args:
         source: Hugging Face model folder, GGUF file, ``ORG/MODEL`` on the Hub, or a ``Source``.
-        options: what is asked for, one entry per budget; of a plan from a file only the importance matrix counts.
-        output: where files go; ``None`` for the working directory.
-        verifying: how finished files are checked.
-        loaded: scores or a plan from an earlier run, in place of making them.
-        run: threads, and who is told.
+        options: the options, one entry per budget; with a loaded plan only ``imatrix`` counts.
+        output: the output path; ``None`` for the working directory.
+        verifying: how to check finished files.
+        loaded: scores or a plan from an earlier run, instead of computing them.
+        run: threads and reporter.
 
     Returns:
         One entry per budget, in order.
 
     Raises:
-        NsdsError: anything that a user can act on; no output is left then, and a target out of reach is refused before
-            any weight is read.
+        NsdsError: anything that a user can act on; no output remains, and a target out of reach is refused before any
+            weight is read.
 
     """
     run, verifying = run or Run(), verifying or VerifyOptions()
@@ -137,7 +137,7 @@ def convert(
         check_room(model, run, files.folder, [job.largest_bytes(model) for job in jobs], verifying, generates)
         comparing = with_original_at_hand(model, verifying, generates)
         tell_time(model, run, [job.plan or job.settled.recipe for job in jobs], comparing, generates)
-        if generates:  # before planning, which needs it too
+        if generates:  # before planning, which also needs it
             stack.enter_context(session.original())
         plans = _plans(session, jobs, loaded)
         reference = stack.enter_context(reference_file(session, comparing))
@@ -165,7 +165,7 @@ def plan(
     loaded: Scores | Plan | None = None,
     run: Run | None = None,
 ) -> Planned:
-    """Return the plans that ``convert`` would carry out; arguments and errors are the same."""
+    """Return the plans of ``convert``; arguments and errors are the same."""
     run = run or Run()
     model = open_model(source, run)
     jobs = _jobs(model, options, loaded)
@@ -181,13 +181,13 @@ def score(
     measures: bool = True,
     run: Run | None = None,
 ) -> Scores:
-    """Return layer scores and, unless ``measures`` is false, what every type costs every tensor.
+    """Return layer scores and, with ``measures``, the error of every tensor in every type.
 
     Args:
         source: as for ``convert``.
-        options: how to score: ``metric``, ``se``, and for the measurement ``types``, ``rounding``, ``calibration``.
-        measures: whether tensors are measured too.
-        run: threads, and who is told.
+        options: scoring uses ``metric`` and ``se``, the measurement ``types``, ``rounding`` and ``calibration``.
+        measures: whether to measure tensors.
+        run: threads and reporter.
 
     Raises:
         NsdsError: anything that a user can act on.
@@ -201,22 +201,22 @@ def score(
 
 
 def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | Plan | None) -> list[_Job]:
-    """Return what to make; impossible targets and fixed types are refused here, before any weight is read."""
-    asked = [options] if isinstance(options, Options) else list(options)
+    """Return the files to make; refuse impossible targets and fixed types before any weight is read."""
+    every = [options] if isinstance(options, Options) else list(options)
     if isinstance(loaded, Plan):
         checked = checked_plan(model, loaded)
-        imatrix = next((read_imatrix(each.imatrix) for each in asked if each.imatrix is not None), None)
+        imatrix = next((read_imatrix(each.imatrix) for each in every if each.imatrix is not None), None)
         check_imatrix(model, checked.recipe, imatrix)
         return [_Job(Settled(checked.recipe, imatrix), checked)]
     check_scores(model, loaded)
-    jobs = [_Job(settle(each, model, loaded)) for each in asked]
+    jobs = [_Job(settle(each, model, loaded)) for each in every]
     for job in jobs:
         _check_target(model, job.settled.recipe)
     return jobs
 
 
 def _check_target(model: Model, recipe: Recipe) -> None:
-    """Raise ``TargetError`` for a target out of reach; the size that it names counts its own digits in the header."""
+    """Raise ``TargetError`` for a target out of reach; the nearest size counts its own digits in the header."""
     n_header = header_bytes(model, recipe)
     try:
         allocate.checked_candidates(model, recipe, n_header)
@@ -231,5 +231,5 @@ def _check_target(model: Model, recipe: Recipe) -> None:
 
 
 def _plans(session: Session, jobs: Sequence[_Job], loaded: Scores | Plan | None) -> list[Plan]:
-    given = [job.plan for job in jobs if job.plan is not None]
-    return given or session.plans([job.settled for job in jobs], loaded if isinstance(loaded, Scores) else None)
+    fixed = [job.plan for job in jobs if job.plan is not None]
+    return fixed or session.plans([job.settled for job in jobs], loaded if isinstance(loaded, Scores) else None)

@@ -1,21 +1,21 @@
-"""Everything that can go wrong for a user, as one tree of exceptions.
+"""The exceptions that a user can act on, as one tree.
 
 ::
 
     NsdsError                 any expected failure; the command line prints it as one line
     ├── ModelError            the input model folder: missing, damaged or contradictory files
-    │   ├── UnsupportedError  intact, but a class, rope kind, tokenizer or layout we do not know
-    │   └── TokenizerError    the tokenizer cannot be carried over faithfully
+    │   ├── UnsupportedError  intact, but of an unsupported class, rope kind, tokenizer or layout
+    │   └── TokenizerError    the tokenizer cannot be converted faithfully
     ├── RecordError           a scores or plan file that cannot be used (damaged, other model)
-    ├── PlanError             options that contradict each other or a target out of reach
+    ├── PlanError             options that contradict each other, or a target out of reach
     │   └── TargetError       the target is below the floor; carries the floor
     ├── OutputError           the output cannot be written (exists, no folder, disk full, no memory)
     ├── TextError             evaluation text missing or too short for the context
     ├── VerifyError           the finished file is not what the plan says, or does not work
     └── GgmlError             the ggml / llama.cpp library is missing, too old or refuses
 
-A message says what is wrong, in which file or tensor, what was wanted, what was found and what to do,
-in one line. ``assert`` is never used for input.
+A message says in one line what is wrong, in which file or tensor, what was wanted, what was found and what to do.
+Input is never checked by ``assert``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 
 class NsdsError(Exception):
-    """Any failure that a user can act on; ``exit_code`` is what the command line returns."""
+    """Any failure that a user can act on; ``exit_code`` is that of the command line."""
 
     exit_code = 1
 
@@ -38,11 +38,11 @@ class ModelError(NsdsError):
 
 
 class UnsupportedError(ModelError):
-    """The input is intact but of a kind this program does not convert."""
+    """The input is intact but of a kind that this program does not convert."""
 
 
 class TokenizerError(ModelError):
-    """The tokenizer cannot be carried over faithfully."""
+    """The tokenizer cannot be converted faithfully."""
 
 
 class RecordError(NsdsError):
@@ -87,7 +87,7 @@ class GgmlError(NsdsError):
 
 @contextmanager
 def told_of(path: Path, temporary: Path) -> Iterator[None]:
-    """Put ``path``, which the user knows, in place of a temporary file in the messages of a ``with`` block."""
+    """Name ``path``, which the user knows, instead of a temporary file in the errors of a ``with`` block."""
     try:
         yield
     except NsdsError as error:
@@ -97,10 +97,10 @@ def told_of(path: Path, temporary: Path) -> Iterator[None]:
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Add a note to an exception, as ``add_note`` does from Python 3.11 on."""
+    """Add a note to an exception, like ``BaseException.add_note`` of Python 3.11."""
     error.__dict__.setdefault("__notes__", []).append(note)
 
 
 def notes_of(error: BaseException) -> list[str]:
-    """Return the notes that were added to an exception."""
+    """Return the notes of an exception."""
     return list(getattr(error, "__notes__", ()))

@@ -225,10 +225,10 @@ FAMILIES = {
         control=("[|user|]", "[|assistant|]", "[|system|]"),
         by_turns=False,
     ),
-    "solar": Family("a format of its own", ("### User:",)),
-    "minicpm": Family("a format of its own", ("<用户>",)),
+    "solar": Family("a custom format", ("### User:",)),
+    "minicpm": Family("a custom format", ("<用户>",)),
     # No model's: all that Go templates and Modelfiles cannot hold as it is.
-    "odd": Family("a format of its own", ()),
+    "odd": Family("a custom format", ()),
 }
 
 

@@ -36,9 +36,10 @@ class Outcome:
 
 
 def words(arguments: tuple[object, ...], as_told: bool = False) -> list[str]:
-    """Return a command line, with round-to-nearest unless it is told: what is not about GPTQ need not wait for text."""
+    """Return a command line, with round-to-nearest unless a rounding or plan is named: few tests need GPTQ's text."""
     found = [str(argument) for argument in arguments]
-    quick = not as_told and found and found[0] in VERBS_THAT_ROUND and "--rounding" not in found
+    names_one = "--rounding" in found or "--plan" in found
+    quick = not as_told and found and found[0] in VERBS_THAT_ROUND and not names_one
     return [*found, "--rounding", "rtn"] if quick else found
 
 

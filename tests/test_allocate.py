@@ -145,11 +145,11 @@ class TestCandidates:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("attn_q=Q4_K", "--tensor-type 'attn_q=Q4_K' matches no tensor (the whole name must match)"),
+            ("attn_q=Q4_K", "--tensor-type 'attn_q=Q4_K' matches no tensor (the pattern must match the whole name)"),
             (
                 ".*norm.*=Q4_K",
                 "--tensor-type '.*norm.*=Q4_K' matches only blk.0.attn_norm.weight and its like, which stay F32 "
-                "(the whole name must match)",
+                "(the pattern must match the whole name)",
             ),
             (
                 "(=Q4_K",
@@ -317,7 +317,7 @@ class TestPlans:
     def test_ceiling_is_said(self, model, scores):
         plan = make_plan(model, scores, recipe(9), HEADER)
         assert {t.type for t in plan.tensors} == {"Q6_K", "F32"}
-        assert any(note.startswith("The target 9 bpw is above what the types can use") for note in plan.notes)
+        assert any(note.startswith("The target 9 bpw exceeds what the types can use") for note in plan.notes)
 
     def test_fallbacks_are_said(self):
         model = make_model(*random_arrays(seed=2, **MISALIGNED))
@@ -375,30 +375,29 @@ class TestPlans:
     @pytest.mark.parametrize(
         ("change", "options", "message"),
         [
-            ({"model_id": "f" * 64}, {}, "the scores are of another model (tiny); score arrays again"),
+            ({"model_id": "f" * 64}, {}, "the scores belong to another model (tiny); score arrays again"),
             ({"costs": ()}, {}, "the scores hold no tensor costs; score again without --layers-only"),
             (
                 {"recipe": recipe(calibration="norm")},
                 {},
-                "the scores were measured with calibration norm, the plan asks for random; "
+                "the scores were measured with calibration norm, the plan uses random; "
                 "score again or pass --calibration norm",
             ),
             (
                 {"recipe": recipe(rounding="gptq")},
                 {},
-                "the scores were measured with rounding gptq, the plan asks for rtn; "
-                "score again or pass --rounding gptq",
+                "the scores were measured with rounding gptq, the plan uses rtn; score again or pass --rounding gptq",
             ),
             (
                 {"recipe": recipe(calibration="imatrix:0123456789ab")},
                 {},
-                "the scores were measured with calibration imatrix:0123456789ab, the plan asks for random; "
+                "the scores were measured with calibration imatrix:0123456789ab, the plan uses random; "
                 "score again or pass that file with --imatrix",
             ),
             (
                 {"layers": ()},
                 {"score_weight": 1.0},
-                "the scores hold no layer scores, which --score-weight multiplies; score again with it",
+                "the scores hold no layer scores, for --score-weight; score again with it",
             ),
             (
                 {},

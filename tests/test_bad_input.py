@@ -287,7 +287,7 @@ CASES = {
     ),
     "fixed type that matches nothing": Case(
         4,
-        "--tensor-type 'blk.7.*=Q6_K' matches no tensor (the whole name must match)",
+        "--tensor-type 'blk.7.*=Q6_K' matches no tensor (the pattern must match the whole name)",
         arguments=("convert", "model", "--target-bpw", "4", "--tensor-type", "blk.7.*=Q6_K"),
     ),
     "no such model": Case(3, "models: no such folder", arguments=("convert", "models", *PLAIN)),
@@ -334,7 +334,7 @@ CASES = {
     "a model that is certain of nonsense": Case(
         7,
         "out.gguf: perplexity inf is absurd: wanted at most 2860 (10 times that of guessing); the file is damaged, or "
-        "the text is nothing that the model was made for (removed; pass --keep-failed to keep it)",
+        "the text does not suit the model (removed; pass --keep-failed to keep it)",
         norm_of(1e4),
     ),
     "JSON that cannot be written": Case(
@@ -469,9 +469,9 @@ OUTPUTS = {
     "a missing folder": ("out/", "out/: no such folder for the output; create it first"),
     "the model's weights": (
         "model/model.safetensors",
-        "model/model.safetensors: exists and is no GGUF file, so it is not replaced; choose another name",
+        "model/model.safetensors: exists and is not a GGUF file, so it is not replaced; choose another name",
     ),
-    "a device": ("/dev/null", "/dev/null: exists and is no GGUF file, so it is not replaced; choose another name"),
+    "a device": ("/dev/null", "/dev/null: exists and is not a GGUF file, so it is not replaced; choose another name"),
     "a name too long": (
         "x" * 300,
         "x" * 300 + ": cannot be written: File name too long; choose another name or folder",
@@ -628,7 +628,7 @@ FIXED_TYPES = {
     "no pattern": ("=Q6_K", 2, "wanted REGEX=TYPE"),
     "unknown type": (".*=Q9", 2, "type 'Q9' is not known; wanted one of F32, F16, BF16, Q2_K"),
     "no regular expression": ("(=Q4_K", 2, "not a regular expression: missing )"),
-    "part of a name": ("ffn_up=Q4_K", 4, "matches no tensor (the whole name must match)"),
+    "part of a name": ("ffn_up=Q4_K", 4, "matches no tensor (the pattern must match the whole name)"),
     "a norm": ("output_norm.weight=Q4_K", 4, "output_norm.weight"),
     "rows that do not fit": ("blk.0.ffn_down.weight=Q4_K", 4, "rows of 96 weights, which are not a multiple of 256"),
 }  # fmt: skip

@@ -166,9 +166,9 @@ def test_a_bundle_is_not_replaced_without_force(folder):
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
-        (("--bundle", "out", "-o", "x.gguf"), 5, "--bundle and --output are two places for one file; give one"),
-        (("--base-model", "a/b"), 5, "--base-model is about a bundle, and none is made; give --bundle DIR too"),
-        (("--ollama", "x"), 5, "--ollama is about a bundle, and none is made; give --bundle DIR too"),
+        (("--bundle", "out", "-o", "x.gguf"), 5, "--bundle and --output name two places for one file; drop one"),
+        (("--base-model", "a/b"), 5, "--base-model needs a bundle; pass --bundle DIR too"),
+        (("--ollama", "x"), 5, "--ollama needs a bundle; pass --bundle DIR too"),
         (("--bundle", "model/config.json"), 5, "model/config.json: is a file; wanted a folder for the bundle"),
         (("--bundle", "a/b"), 5, "a/b: cannot be created: No such file or directory; create the folder above it first"),
     ],
@@ -181,7 +181,7 @@ def test_what_goes_not_together_is_refused_before_the_work(folder, arguments, co
 
 def test_several_targets_are_no_bundle(folder):
     outcome = call("convert", "model", "--target-bpw", "3,4", "--bundle", "out")
-    assert message(outcome, 4) == "--bundle holds one file, got 2 targets; give one"
+    assert message(outcome, 4) == "--bundle holds one file, got 2 targets; pass one"
     assert not (folder / "out").exists()
 
 
@@ -261,7 +261,7 @@ def test_plan_and_scores_come_along_when_they_are_the_files(folder):
     assert {path.name for path in (folder / "out").iterdir()} == {"a.gguf", *FILES}
     bundled("convert", "model", *PLAIN, "--no-verify", "-o", "b.gguf")
     outcome = call("bundle", "b.gguf", "-o", "other", "--plan", "plan.json")
-    assert message(outcome, 4) == "the plan is not that of b.gguf: tensors or types differ; give its own or none"
+    assert message(outcome, 4) == "the plan is not that of b.gguf: tensors or types differ; pass its plan"
     outcome = call("bundle", "b.gguf", "-o", "other", "--scores", "scores.json")
     assert message(outcome, 4) == "the scores are not those of b.gguf: their digest differs; give its own or none"
     assert not (folder / "other").exists()
@@ -420,13 +420,13 @@ def test_first_words_take_the_template_of_the_file(folder):
     with_template = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     answer = llama.complete(folder / "a.gguf", with_template, n_tokens=24, n_threads=1)
     assert found == {"prompt": "Hi", "answer": answer, "is_chat": True, "note": ""}
-    assert f"answer, by its chat template: 'Hi' -> {found['answer']!r}" in " ".join(outcome.out.split("\n"))
+    assert f"answer (chat template): 'Hi' -> {found['answer']!r}" in " ".join(outcome.out.split("\n"))
 
 
 def test_a_template_that_fails_does_not_fail_the_conversion(folder):
     (folder / "model" / "chat_template.jinja").write_text("{{ raise_exception('tools only') }}")
     outcome = bundled("convert", "model", *PLAIN, "--no-verify", "-o", "a.gguf", "--threads", 1, "--chat", "Hi")
-    assert "note: chat template cannot be rendered: tools only" in outcome.out and "text continued: 'Hi'" in outcome.out
+    assert "note: chat template cannot be rendered: tools only" in outcome.out and "continuation: 'Hi'" in outcome.out
 
 
 def test_a_bundle_without_a_source_is_made_from_the_file_alone(tiny):

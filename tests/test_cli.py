@@ -154,7 +154,7 @@ def test_pipes_get_neither_colours_nor_bars(folder):
 def test_verbose_tells_stages_and_tensors(folder):
     outcome = call(*CONVERT, "-v")
     assert re.search(r"^quantize and write: \d+\.\d s$", outcome.err, re.MULTILINE)
-    assert re.search(r"^Model, 0\.9 M parameters: about \d+ s with 1 threads\.$", outcome.err, re.MULTILINE)
+    assert re.search(r"^Model, 0\.9M parameters: about \d+ s with 1 threads\.$", outcome.err, re.MULTILINE)
     assert "blk.1.ffn_down.weight" in outcome.out
 
 
@@ -220,7 +220,7 @@ def test_several_targets_go_to_a_folder(folder):
     scores = ("--scores", "scores.json")
     assert call("score", "model", "--metric", "zd", "--json", "scores.json", "-q").code == 0
     arguments = ("convert", "model", "--target-bpw", "3,4.25", *scores, "--no-verify")
-    assert message(call(*arguments, "-o", "one.gguf"), 5) == "one.gguf: one file cannot hold 2 targets; give a folder"
+    assert message(call(*arguments, "-o", "one.gguf"), 5) == "one.gguf: one file cannot hold 2 targets; pass a folder"
     assert call(*arguments, "-o", "out/").code == 0
     names = ["Model-934K-v1.0-FISHER_3_00BPW.gguf", "Model-934K-v1.0-FISHER_4_25BPW.gguf"]
     assert sorted(listing(folder / "out")) == names
@@ -230,7 +230,7 @@ def test_several_targets_go_to_a_folder(folder):
 
 def test_targets_that_share_a_name(folder):
     line = message(call("convert", "model", "--target-bpw", "4,4.001"), 5)
-    assert line == "two targets would both be written to Model-934K-v1.0-FISHER_4_00BPW.gguf; drop one"
+    assert line == "two targets share the file name Model-934K-v1.0-FISHER_4_00BPW.gguf; drop one"
 
 
 def test_force_replaces_a_gguf(folder):
@@ -368,7 +368,7 @@ CONTRADICTIONS = {
     "two budgets": (
         ("--target-bpw", "3", "--target-size", "1M"),
         4,
-        "--target-bpw and --target-size are two budgets; give one",
+        "--target-bpw and --target-size are two budgets; drop one",
     ),
     "two allocators": (
         ("--uniform", "Q4_K", "--allocator", "paper"),
@@ -383,16 +383,19 @@ CONTRADICTIONS = {
     "scores and plan": (
         ("--scores", "s.json", "--plan", "p.json"),
         4,
-        "--scores and --plan contradict each other: a plan needs no scores",
+        "--scores and --plan contradict each other: a plan needs no scores; drop one",
     ),
     **{
         f"plan and {flag}": (
             ("--plan", "p.json", flag, value),
             4,
-            "--plan fixes every type; drop the target, --allocator, --uniform and --tensor-type, or plan again",
+            f"--plan fixes every type and its rounding; drop {flag}, or plan again",
         )
         for flag, value in (("--target-bpw", "3"), ("--target-size", "1M"), ("--uniform", "Q4_K"),
-                            ("--allocator", "paper"), ("--tensor-type", ".*=Q4_K"))
+                            ("--allocator", "paper"), ("--tensor-type", ".*=Q4_K"), ("--rounding", "rtn"),
+                            ("--calibration", "random"), ("--metric", "nsds"), ("--se", "product"),
+                            ("--score-weight", "0"), ("--types", "Q4_K"), ("--seed", "0"), ("--prefer", "quality"),
+                            ("--device", "cpu"))
     },
     "verification off and on": (
         (*PLAIN, "--no-verify", "--reference", "original"),
@@ -413,7 +416,7 @@ def test_contradictions(folder, arguments, code, line):
 
 def test_several_targets_are_no_tensor_type_file(folder):
     line = message(call("plan", "model", "--target-bpw", "3,4", "--tensor-type-file", "types.txt"), 4)
-    assert line == "--tensor-type-file holds one plan, got 2 targets; give one"
+    assert line == "--tensor-type-file holds one plan, got 2 targets; pass one"
 
 
 def test_small_outputs_are_checked_before_the_work(folder):
@@ -421,7 +424,7 @@ def test_small_outputs_are_checked_before_the_work(folder):
         message(call("plan", "model", *PLAIN, "--json", "no/x.json"), 5)
         == "--json no/x.json: no folder no; create it first"
     )
-    assert message(call("plan", "model", *PLAIN, "--json", "model"), 5) == "--json model: is a folder; give a file name"
+    assert message(call("plan", "model", *PLAIN, "--json", "model"), 5) == "--json model: is a folder; pass a file name"
     line = message(call("score", "model", "--plot", "no/x.png"), 5)
     assert line == "--plot no/x.png: no folder no; create it first"
     line = message(call("plan", "model", *PLAIN, "--tensor-type-file", "no/x"), 5)
@@ -440,15 +443,14 @@ def test_records_are_of_this_model_and_these_options(folder):
         line = message(call(*given, *weight, "--metric", "mse"), 4)
         assert line == "the scores were made with metric zd, --metric mse is asked for; score again or drop it"
     assert message(call(*given, "--calibration", "none"), 4) == (
-        "the scores were measured with calibration random, the plan asks for none; score again or pass "
-        "--calibration random"
+        "the scores were measured with calibration random, the plan uses none; score again or pass --calibration random"
     )
     write_tiny(folder / "other", replace(TINY, seed=9))
     line = message(call("plan", "other", "--target-bpw", "4", "--scores", "scores.json"), 4)
-    assert line == "the scores are of another model (Model); score Other again"
+    assert line == "the scores belong to another model (Model); score Other again"
     assert call("plan", "model", *PLAIN, "--json", "plan.json", "-q").code == 0
     assert message(call("convert", "other", "--plan", "plan.json"), 4) == (
-        "the plan is of another model (Model); plan Other again"
+        "the plan belongs to another model (Model); plan Other again"
     )
     assert message(call("convert", "model", "--plan", "scores.json"), 4) == (
         "scores.json: wanted a file of format 'nsds-gguf plan 2', got 'nsds-gguf scores 2'"

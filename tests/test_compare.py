@@ -15,25 +15,23 @@ from tiny_models import write_tiny
 from nsds_gguf import comparison as module
 from nsds_gguf.allocate.candidates import candidates
 from nsds_gguf.allocate.random_types import random_types
-from nsds_gguf.comparison import (
+from nsds_gguf.comparison import Budgets, compare, exact_bpw
+from nsds_gguf.errors import PlanError, RecordError, TargetError
+from nsds_gguf.evaluate.perplexity import Perplexity, Window, perplexity
+from nsds_gguf.evaluate.texts import VerifyOptions, evaluation_text
+from nsds_gguf.read import open_model
+from nsds_gguf.records import K_TYPES, Options
+from nsds_gguf.records.comparison import (
     OURS,
     PAPER,
     PRESET,
     RANDOM,
     RANDOM_FIXED,
     UNIFORM,
-    Budgets,
     Comparison,
     Row,
-    compare,
-    exact_bpw,
     geometric_mean,
 )
-from nsds_gguf.errors import PlanError, RecordError, TargetError
-from nsds_gguf.evaluate.perplexity import Perplexity, perplexity
-from nsds_gguf.evaluate.texts import VerifyOptions, evaluation_text
-from nsds_gguf.read import open_model
-from nsds_gguf.records import K_TYPES, Options
 from nsds_gguf.session.run import Run
 
 QUICK = VerifyOptions(n_ctx=32, n_chunks=2)
@@ -130,7 +128,9 @@ def test_the_numbers_are_those_of_the_files(model: Path, tmp_path: Path) -> None
     assert call("convert", model, "--uniform", "Q4_K", "-o", tmp_path / "q4.gguf", *arguments).code == 0
     assert call("convert", model, "--uniform", "F16", "-o", tmp_path / "f16.gguf", *arguments).code == 0
     text = evaluation_text(QUICK)
-    by_hand = perplexity(tmp_path / "q4.gguf", text, n_ctx=32, n_chunks=2, n_threads=1, reference=tmp_path / "f16.gguf")
+    by_hand = perplexity(
+        tmp_path / "q4.gguf", text, Window(n_ctx=32, n_chunks=2), n_threads=1, reference=tmp_path / "f16.gguf"
+    )
     assert by_hand.divergence is not None
     assert (uniform.ppl, uniform.kld) == pytest.approx((by_hand.ppl, by_hand.divergence.kld_mean), rel=1e-4)
 

@@ -123,7 +123,7 @@ def test_a_plan_edited_by_hand_is_followed_within_its_target(tmp_path, scores):
     assert types["blk.0.ffn_up.weight"] == "Q2_K"
     with pytest.raises(PlanError, match=r"^the plan exceeds its target 3\.3 bpw by \d+ bytes$"):
         conversion.convert(DEMO, Options(), loaded=with_type("output.weight", "F32"), output=Output(path, force=True))
-    with pytest.raises(RecordError, match=r"^the plan is of another model"):
+    with pytest.raises(RecordError, match=r"^the plan belongs to another model"):
         conversion.convert(DEMO, Options(), loaded=dataclasses.replace(plan, model_id="0" * 64))
 
 

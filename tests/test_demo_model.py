@@ -13,7 +13,7 @@ import pytest
 import sentencepiece
 
 import nsds_gguf
-from nsds_gguf.evaluate.perplexity import perplexity
+from nsds_gguf.evaluate.perplexity import Window, perplexity
 
 MODEL = Path(__file__).parents[1] / "examples" / "books-4.6m"
 TEXT = Path(nsds_gguf.__file__).parent / "evaluate" / "old_curiosity_shop.txt"
@@ -114,6 +114,6 @@ def test_model_was_trained(tokenizer, tmp_path):
     command = [sys.executable, "-m", "nsds_gguf", "convert", str(MODEL), "-o", str(file)]
     subprocess.run([*command, "--uniform", "BF16", "--no-verify"], check=True, capture_output=True, timeout=300)
     text = TEXT.read_text(encoding="utf-8")
-    ppl = perplexity(file, text, n_ctx=512, n_threads=1).ppl
+    ppl = perplexity(file, text, Window(n_ctx=512), n_threads=1).ppl
     bits_per_byte = math.log2(ppl) * len(tokenizer.encode(text)) / len(text.encode())
     assert bits_per_byte <= MAX_BITS_PER_BYTE

@@ -274,4 +274,4 @@ def test_calibration_is_random_tokens(folder):
     found = settle(asked, model)
     assert (found.recipe.rounding, found.recipe.calibration) == ("rtn", "random")
     (note,) = found.notes
-    assert "because the model embeds text and generates none; --rounding gptq loses less" in note
+    assert "because the model computes embeddings and generates no text; --rounding gptq loses less" in note

@@ -49,7 +49,7 @@ AVERAGE = planned("blk.0.ffn_up.weight", "Q2_K", 0.1)
         (planned("token_embd.weight", "Q4_K", 1.14), "error reaches the logits directly"),
         (planned("token_embd.weight", "Q2_K", 0.01), "tolerant: 0.10 x the median weight"),
         (planned("blk.1.attn_v.weight", "Q4_K", 0.5), "sensitive: 5.0 x the median weight"),
-        (planned("blk.1.attn_v.weight", "Q2_K", 0.1), "as most: 1.00 x the median weight"),
+        (planned("blk.1.attn_v.weight", "Q2_K", 0.1), "typical: 1.00 x the median weight"),
         (planned("blk.1.attn_q.weight", kind="fixed", reason="fixed by --tensor-type"), "fixed by --tensor-type"),
         (planned("blk.1.attn_norm.weight", "F32", kind="unquantized", reason="vector"), "vector: not quantized"),
         (
@@ -100,16 +100,16 @@ def test_a_sentence_with_its_numbers() -> None:
     tensors = [planned("blk.0.a.weight", "Q3_K", 0.5), planned("blk.0.b.weight", "Q2_K", 0.25)]
     # divergence: 0.5 x 0.02 + 0.25 x 0.08 = 0.03; last byte: 0.25 x 0.06 / 2600 = 5.77e-6
     assert why(plan_of(*tensors), scores_of(*tensors), "blk.0.a.weight") == (
-        "blk.0.a.weight is Q3_K: 3.4375 bits per weight, 11,000 bytes, 57 % of all (sensitive: 2.0 x the median "
-        "weight). Its relative error there is 0.02, its sensitivity 0.5: 33 % of the predicted divergence. "
+        "blk.0.a.weight is Q3_K: 3.4375 bits per weight, 11,000 bytes, 57 % of the total (sensitive: 2.0 x the median "
+        "weight). Its relative error at this type is 0.02, its sensitivity 0.5: 33 % of the predicted divergence. "
         "Q2_K would save 2,600 bytes and add 100 % to the divergence, 2 x what the plan pays for its last bytes. "
-        "Q4_K would cost 3,400 bytes and take away 25 %, 0.38 x what the plan pays for its last bytes."
+        "Q4_K would cost 3,400 bytes and remove 25 %, 0.38 x what the plan pays for its last bytes."
     )
 
 
 def test_without_scores_only_the_plan_speaks() -> None:
     tensor = planned("blk.0.a.weight", "Q3_K", 0.5)
-    assert why(plan_of(tensor), None, tensor.name).endswith("100 % of all (as most: 1.00 x the median weight).")
+    assert why(plan_of(tensor), None, tensor.name).endswith("100 % of the total (typical: 1.00 x the median weight).")
 
 
 def test_a_tensor_that_is_not_there() -> None:

@@ -424,7 +424,7 @@ def test_models_without_a_next_token_need_no_verify(architecture, tmp_path):
     path = written(tmp_path / "a.gguf", arrays, architecture, keys)
     text = message(call("convert", path, *PLAIN, *QUICK, "-o", tmp_path / "b.gguf"), 7)
     assert text == (
-        f"{path}: architecture {architecture} does not predict the next token, so that perplexity cannot check it; "
+        f"{path}: architecture {architecture} does not predict the next token, so perplexity cannot check it; "
         "pass --no-verify"
     )
     assert call("convert", path, *PLAIN, "--no-verify", "-o", tmp_path / "b.gguf").code == 0
@@ -536,12 +536,12 @@ def test_the_input_is_never_replaced(tiny):
     os.link("tiny.gguf", "hard.gguf")
     for name in ("tiny.gguf", "./tiny.gguf", "soft.gguf", "hard.gguf"):
         text = message(call("convert", "tiny.gguf", *PLAIN, *QUICK, "--force", "-o", name), 5)
-        assert text == f"{Path(name)}: is the input, which is never replaced; choose another name"
+        assert text == f"{Path(name)}: is the input and is never replaced; choose another name"
     text = message(call("convert", "soft.gguf", *PLAIN, "--force", "-o", "tiny.gguf"), 5)
     assert "is the input" in text
     for flag in ("--json", "--tensor-type-file"):
         text = message(call("plan", "tiny.gguf", "--target-bpw", "6", flag, "tiny.gguf"), 5)
-        assert text == f"{flag} tiny.gguf: is a GGUF file, which is not replaced; choose another name"
+        assert text == f"{flag} tiny.gguf: is a GGUF file and is not replaced; choose another name"
     assert Path("tiny.gguf").read_bytes() == before
 
 

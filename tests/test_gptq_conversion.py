@@ -122,7 +122,7 @@ def test_records_go_back_in_and_give_the_same_bytes(models):
     first_data, second_data = ([t.data.tobytes() for t in GGUFReader(f"{n}.gguf").tensors] for n in ("first", "second"))
     assert second_data == first_data  # its keys name other scores: 'score' scores layers too, 'convert' none
     assert message(call("plan", source, "--target-bpw", 3.5, "--scores", "scores.json"), 4) == (
-        "the scores were measured with rounding gptq, the plan asks for rtn; score again or pass --rounding gptq"
+        "the scores were measured with rounding gptq, the plan uses rtn; score again or pass --rounding gptq"
     )
     assert sorted(path.name for path in Path().iterdir()) == [
         "first.gguf", "plan.json", "scores.json", "second.gguf", "third.gguf"

@@ -189,7 +189,7 @@ def test_long_values_are_shortened(tmp_path):
     path = written(tmp_path / "a.gguf", {}, keys=[keys])
     metadata = inspect_gguf(path).metadata
     assert metadata["few"] == [1, 2, 3] and metadata["many"] == "[0, 1, 2, 3, … 1000 in all]"
-    assert metadata["text"].endswith("… 5000 letters in all") and len(metadata["text"]) < 530
+    assert metadata["text"].endswith("… 5000 characters in all") and len(metadata["text"]) < 530
     assert max(map(len, shown(path, 80).splitlines())) == 80
 
 

@@ -36,6 +36,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Checkpoint names appear at the read edge only.
 CHECKPOINT_WORDS = ("q_proj", "self_attn", "embed_tokens", "lm_head", "down_proj")
 
+# The one module that may be long: a table, an entry per model family.
+TABLE = ROOT / "read" / "architectures" / "families.py"
+
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 
 
@@ -87,6 +90,70 @@ def test_ctypes_and_prints_and_foreign_names_stay_home(path):
     assert "import ctypes" not in text or path.name == "ggml.py"
     if unit(path) != "read":
         assert not [word for word in CHECKPOINT_WORDS if word in text]
+
+
+def test_the_top_floor_has_at_most_20_entries():
+    assert len([path for path in ROOT.iterdir() if path.name != "__pycache__"]) <= 20
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_and_signatures_are_short(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= 500 or path == TABLE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            names = parameters(node.args)
+            assert len(names) <= 7, f"{node.name} has {len(names)} parameters: {', '.join(names)}"
+
+
+def parameters(arguments):
+    """Return the names of a function's parameters, without the object or class that a method is called on."""
+    every = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs, arguments.vararg, arguments.kwarg]
+    return [each.arg for each in every if each is not None and each.arg not in ("self", "cls")]
+
+
+def test_no_import_cycles():
+    """Imports within functions count; those for types alone do not."""
+    imports = {module_name(path): set(imported_modules(path)) for path in ROOT.rglob("*.py")}
+    assert imports["nsds_gguf.conversion"] > {"nsds_gguf.errors", "nsds_gguf.session.session"}
+    assert cycle(imports) is None
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == ["a", "b", "c", "a"]
+
+
+def module_name(path):
+    """Return the dotted name of a module; a package's is that of its folder."""
+    return ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(path):
+    """Return the modules of our package that a module imports."""
+    package = path.relative_to(ROOT.parent).parent.parts
+    nodes = [ast.parse(path.read_text(encoding="utf-8"))]
+    for node in nodes:
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            nodes += ast.iter_child_nodes(node)
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
+            for alias in node.names:
+                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in NAMES else base
+
+
+NAMES = {module_name(path) for path in ROOT.rglob("*.py")}
+
+
+def cycle(imports):
+    """Return a path of imports that ends where it began, or ``None``."""
+    done = set()
+
+    def follow(name, trail):
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return None
+        done.add(name)
+        return next(filter(None, (follow(other, [*trail, name]) for other in sorted(imports[name]))), None)
+
+    return next(filter(None, (follow(name, []) for name in sorted(imports))), None)
 
 
 def test_importing_the_package_is_light():

@@ -134,12 +134,12 @@ def test_generation_marks_of_transformers_are_read():
         ("{{ messages[9].content }}", "cannot be rendered"),
         ("{{ 1 / 0 }}", "cannot be rendered"),
         ("{{ ''.__class__.__mro__ }}", "cannot be rendered"),
-        ("{{ strftime_now('%F') }}{% for m in messages %}[{{ m.content }}]{% endfor %}", "the day into every"),
+        ("{{ strftime_now('%F') }}{% for m in messages %}[{{ m.content }}]{% endfor %}", "the date into every"),
         ("{{ messages[-1].content }}", "every message once"),
         ("{% for m in messages %}{{ m.content }}|{{ m.content }}{% endfor %}", "every message once"),
         ("{% for m in messages %}<{{ m.role }}>{{ m.content | upper }}{% endfor %}", "every message once"),
-        ("{% for m in messages %}<{{ m.role }}>{{ m.content | replace('T', 't') }}{% endfor %}", "unlike others"),
-        ("{% for m in messages %}<{{ m.role }} {{ loop.index }}>{{ m.content }}{% endfor %}", "unlike others"),
+        ("{% for m in messages %}<{{ m.role }}>{{ m.content | replace('T', 't') }}{% endfor %}", "differently"),
+        ("{% for m in messages %}<{{ m.role }} {{ loop.index }}>{{ m.content }}{% endfor %}", "differently"),
     ],
 )
 def test_templates_that_are_no_such_format_are_refused(template, message):

@@ -43,7 +43,7 @@ from nsds_gguf import __version__
 from nsds_gguf.errors import GgmlError, TextError, VerifyError
 from nsds_gguf.evaluate import divergence
 from nsds_gguf.evaluate.divergence import TOKEN_SCORE, score_rows
-from nsds_gguf.evaluate.perplexity import Perplexity, check_sane
+from nsds_gguf.evaluate.perplexity import Perplexity, Window, check_sane
 from nsds_gguf.llamacpp import llama
 from nsds_gguf.llamacpp.llama import default_threads, llama_build, open_model
 from nsds_gguf.llamacpp.process import LlamaProcess, llama_process
@@ -105,9 +105,7 @@ def run(folder, case, **options):
     return perplexity(
         case_file(folder, case.model),
         case_text(case),
-        n_ctx=case.n_ctx,
-        n_batch=case.n_batch,
-        n_chunks=case.n_chunks,
+        Window(n_ctx=case.n_ctx, n_batch=case.n_batch, n_chunks=case.n_chunks),
         reference=case_file(folder, case.reference) if case.reference else None,
         **options,
     )
@@ -210,7 +208,7 @@ def test_perplexity_is_that_of_its_definition(tiny):
         chunk = np.array([BOS, *tokens[start + 1 : start + 128]])
         predicted = log_softmax(numpy_logits(tiny_weights(), chunk), axis=1)
         nll += [-predicted[i, chunk[i + 1]] for i in range(64, 127)]
-    got = perplexity(tiny, TEXT, n_ctx=128, n_chunks=5)
+    got = perplexity(tiny, TEXT, Window(n_ctx=128, n_chunks=5))
     assert (got.n_chunks, got.n_scored_tokens, got.n_text_tokens) == (5, len(nll), len(tokens))
     assert got.ppl == pytest.approx(math.exp(np.mean(nll)), rel=5e-4)
     assert got.ppl_error == pytest.approx(got.ppl * np.std(nll) / math.sqrt(len(nll) - 1), rel=5e-4)
@@ -286,7 +284,7 @@ def test_statistics_beyond_a_float():
 
 
 def test_json_has_no_reference_without_one(tiny):
-    result = perplexity(tiny, TEXT, n_ctx=128, n_chunks=3, n_threads=1, n_batch=300)
+    result = perplexity(tiny, TEXT, Window(n_ctx=128, n_chunks=3, n_batch=300), n_threads=1)
     assert result.to_json() == {
         "ppl": result.ppl,
         "ppl_error": result.ppl_error,
@@ -309,7 +307,7 @@ def test_json_has_no_reference_without_one(tiny):
 
 
 def test_a_model_does_not_diverge_from_itself(tiny):
-    result = perplexity(tiny, TEXT, n_ctx=128, n_chunks=2, reference=tiny)
+    result = perplexity(tiny, TEXT, Window(n_ctx=128, n_chunks=2), reference=tiny)
     found = result.divergence
     assert (found.kld_mean, found.kld_percentiles["100"], found.same_top, found.ppl_ratio) == (0, 0, 1, 1)
     assert found.log_ppl_correlation == pytest.approx(1) and found.reference_ppl == result.ppl
@@ -318,7 +316,7 @@ def test_a_model_does_not_diverge_from_itself(tiny):
 def test_threads_do_not_change_the_numbers(tiny, folder):
     def run(n_threads):
         return perplexity(
-            tiny, TEXT, n_ctx=128, n_chunks=2, n_threads=n_threads, reference=folder / "tiny-bos-Q4_0.gguf"
+            tiny, TEXT, Window(n_ctx=128, n_chunks=2), n_threads=n_threads, reference=folder / "tiny-bos-Q4_0.gguf"
         )
 
     one, two = run(1), run(2)
@@ -328,19 +326,19 @@ def test_threads_do_not_change_the_numbers(tiny, folder):
 
 def test_progress_counts_chunks(tiny):
     seen = []
-    perplexity(tiny, TEXT, n_ctx=128, n_chunks=18, progress=lambda done, total: seen.append((done, total)))
+    perplexity(tiny, TEXT, Window(n_ctx=128, n_chunks=18), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(0, 18), (16, 18), (18, 18)]
 
 
 def test_one_newline_at_the_end_does_not_count(tiny):
-    with_newline = perplexity(tiny, TEXT + "\n", n_ctx=512)
+    with_newline = perplexity(tiny, TEXT + "\n", Window(n_ctx=512))
     assert with_newline.n_text_bytes == 2701  # the digest is that of the file
-    assert (with_newline.ppl, with_newline.n_text_tokens) == (perplexity(tiny, TEXT, n_ctx=512).ppl, 2702)
-    assert perplexity(tiny, " " + TEXT + "\n\n", n_ctx=512).n_text_tokens == 2702 + 2
+    assert (with_newline.ppl, with_newline.n_text_tokens) == (perplexity(tiny, TEXT, Window(n_ctx=512)).ppl, 2702)
+    assert perplexity(tiny, " " + TEXT + "\n\n", Window(n_ctx=512)).n_text_tokens == 2702 + 2
 
 
 def test_nothing_is_printed(tiny, folder, capfd):
-    perplexity(tiny, TEXT, n_ctx=128, n_chunks=1, reference=folder / "tiny-bos-Q8_0.gguf")
+    perplexity(tiny, TEXT, Window(n_ctx=128, n_chunks=1), reference=folder / "tiny-bos-Q8_0.gguf")
     assert capfd.readouterr() == ("", "")
 
 
@@ -349,7 +347,7 @@ def test_nothing_is_printed(tiny, folder, capfd):
 
 def test_short_text(tiny):
     with pytest.raises(TextError) as caught:
-        perplexity(tiny, "a" * 100, n_ctx=512)
+        perplexity(tiny, "a" * 100, Window(n_ctx=512))
     assert str(caught.value) == (
         "text: too short: wanted at least 1024 tokens for a context of 512, got 102; "
         "use a longer text or a smaller --ctx-size"
@@ -357,9 +355,9 @@ def test_short_text(tiny):
 
 
 def test_text_of_exactly_two_chunks(tiny):
-    assert perplexity(tiny, "a" * 62, n_ctx=32).n_chunks == 2
+    assert perplexity(tiny, "a" * 62, Window(n_ctx=32)).n_chunks == 2
     with pytest.raises(TextError, match="wanted at least 64 tokens for a context of 32, got 63"):
-        perplexity(tiny, "a" * 61, n_ctx=32)
+        perplexity(tiny, "a" * 61, Window(n_ctx=32))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +370,7 @@ def test_text_of_exactly_two_chunks(tiny):
 )
 def test_options_that_score_nothing(tiny, options, message):
     with pytest.raises(TextError) as caught:
-        perplexity(tiny, TEXT, **options)
+        perplexity(tiny, TEXT, Window(**options))
     assert str(caught.value) == message
 
 
@@ -405,10 +403,10 @@ def test_nan_and_infinity_name_file_and_chunk(tiny, tmp_path, value):
     bad = write_tiny_gguf(tmp_path / "bad.gguf", weights=weights)
     message = f"{bad}: NaN or infinite logits at 63 of 63 scored tokens of chunk 1 of 21; the file is damaged"
     with pytest.raises(VerifyError) as caught:
-        perplexity(bad, TEXT, n_ctx=128)
+        perplexity(bad, TEXT, Window(n_ctx=128))
     assert str(caught.value) == message
     with pytest.raises(VerifyError) as caught:
-        perplexity(tiny, TEXT, n_ctx=128, reference=bad)
+        perplexity(tiny, TEXT, Window(n_ctx=128), reference=bad)
     assert str(caught.value) == message
 
 
@@ -424,11 +422,11 @@ def test_one_infinite_logit_of_an_unlikely_token():
 
 
 def test_absurd_perplexity(tiny, tmp_path):
-    check_sane(tiny, perplexity(tiny, TEXT, n_ctx=128))
+    check_sane(tiny, perplexity(tiny, TEXT, Window(n_ctx=128)))
     weights = tiny_weights()
     weights["output.weight"] *= -10
     bad = write_tiny_gguf(tmp_path / "bad.gguf", weights=weights)
-    result = perplexity(bad, TEXT, n_ctx=128)
+    result = perplexity(bad, TEXT, Window(n_ctx=128))
     with pytest.raises(VerifyError, match=r"bad.gguf: perplexity .* is absurd: wanted at most 2600 "):
         check_sane(bad, result)
 
@@ -466,7 +464,7 @@ def test_reference_of_another_tokenizer(tiny, folder, tmp_path):
     tokens[100], tokens[101] = tokens[101], tokens[100]
     swapped = write_tiny_gguf(tmp_path / "swapped.gguf", vocabulary=tokens)
     for other in (swapped, folder / "tiny-plain-F32.gguf"):
-        with pytest.raises(VerifyError, match="it tokenizes the text to other ids") as caught:
+        with pytest.raises(VerifyError, match="it tokenizes the text differently") as caught:
             perplexity(tiny, TEXT, reference=other)
         assert str(caught.value).startswith(f"{other}: cannot be the reference of {tiny}: ")
 
@@ -522,7 +520,7 @@ def test_all_is_freed(tiny, folder, live, error):
             raise error
 
     def run():
-        perplexity(tiny, TEXT, n_ctx=128, reference=folder / "tiny-bos-Q4_0.gguf", progress=progress)
+        perplexity(tiny, TEXT, Window(n_ctx=128), reference=folder / "tiny-bos-Q4_0.gguf", progress=progress)
 
     if error is None:
         run()
@@ -549,7 +547,7 @@ def test_ctrl_c_stops_a_run(tiny):
         seen.append(done)
 
     with pytest.raises(KeyboardInterrupt):
-        perplexity(tiny, TEXT * 40, n_ctx=512, progress=progress)
+        perplexity(tiny, TEXT * 40, Window(n_ctx=512), progress=progress)
     assert max(seen) < 100  # of 210
     assert not process.is_alive
 

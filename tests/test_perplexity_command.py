@@ -17,7 +17,7 @@ from tiny_gguf import N_VOCAB, tiny_text, tiny_weights, write_tiny_gguf
 
 from nsds_gguf.cli import display, screen, verbs
 from nsds_gguf.errors import OutputError
-from nsds_gguf.evaluate.perplexity import perplexity
+from nsds_gguf.evaluate.perplexity import Window, perplexity
 from nsds_gguf.evaluate.texts import VerifyOptions, evaluation_text
 from nsds_gguf.session import session
 from nsds_gguf.system import resources, workfolder
@@ -110,8 +110,8 @@ def test_memory_for_logits_is_that_of_one_batch(files, monkeypatch, n_ctx, n_bat
     n_weights_bytes = sum(tensor.nbytes for tensor in tiny_weights().values())
     needed = []
     monkeypatch.setattr("nsds_gguf.evaluate.perplexity.check_memory", lambda n_bytes, *_: needed.append(n_bytes))
-    perplexity(file, tiny_text(), n_ctx=n_ctx, n_batch=n_batch, n_chunks=1, n_threads=1)
-    perplexity(file, tiny_text(), n_ctx=n_ctx, n_batch=n_batch, n_chunks=1, n_threads=1, reference=file)
+    perplexity(file, tiny_text(), Window(n_ctx=n_ctx, n_batch=n_batch, n_chunks=1), n_threads=1)
+    perplexity(file, tiny_text(), Window(n_ctx=n_ctx, n_batch=n_batch, n_chunks=1), n_threads=1, reference=file)
     logits_bytes = n_rows * N_VOCAB * 4
     assert needed[1] == 2 * needed[0] and needed[0] - logits_bytes == n_weights_bytes
 
@@ -203,9 +203,12 @@ def rendered(*views, width=80):
 
 def test_tables_fit_80_columns(files):
     found = perplexity(
-        files / "demo-bos-Q4_K.gguf", evaluation_text(VerifyOptions()), n_ctx=128, n_chunks=3,
-        n_threads=1, reference=files / "demo-bos-BF16.gguf",
-    )  # fmt: skip
+        files / "demo-bos-Q4_K.gguf",
+        evaluation_text(VerifyOptions()),
+        Window(n_ctx=128, n_chunks=3),
+        n_threads=1,
+        reference=files / "demo-bos-BF16.gguf",
+    )
     d = found.divergence
     text = rendered(display.perplexity_view(found, "demo-Q4_K.gguf", "books"), display.divergence_details(d))
     assert max(map(len, text.splitlines())) <= 80
@@ -220,7 +223,7 @@ def test_tables_fit_80_columns(files):
 @pytest.mark.parametrize(("ratio", "words"), [(1.0234, "2.34 % ± 0.50 % higher"), (0.99, "1.00 % ± 0.50 % lower")])
 def test_a_sentence_says_what_it_means(files, ratio, words):
     file = files / "tiny-bos-F32.gguf"
-    found = perplexity(file, tiny_text(), n_ctx=128, n_chunks=2, n_threads=1, reference=file)
+    found = perplexity(file, tiny_text(), Window(n_ctx=128, n_chunks=2), n_threads=1, reference=file)
     changed = dataclasses.replace(
         found.divergence, same_top=0.912, ppl_ratio=ratio, ppl_ratio_error=0.005, kld_mean=0.0125, kld_error=0.00025
     )
@@ -231,7 +234,7 @@ def test_a_sentence_says_what_it_means(files, ratio, words):
 
 
 def test_a_sentence_without_a_reference(files):
-    found = perplexity(files / "tiny-bos-F32.gguf", tiny_text(), n_ctx=128, n_chunks=2, n_threads=1)
+    found = perplexity(files / "tiny-bos-F32.gguf", tiny_text(), Window(n_ctx=128, n_chunks=2), n_threads=1)
     view = display.perplexity_view(dataclasses.replace(found, ppl=22.4521, bits_per_byte=1.4239), "a.gguf")
     assert rendered(view, width=300).splitlines()[-1] == (
         "On average the next token is as uncertain as a choice among 22.5 equally likely ones; 1.424 bits per byte of "

@@ -25,7 +25,7 @@ from quality_model import DEFAULT, FREE, ModelBench, Settings
 from quality_zoo import GROUPS, ORACLE, OURS, RANDOM, STOCK, STOCK_IMATRIX, UNIFORM, ZOO, Entry
 from tiny_models import write_tiny
 
-from nsds_gguf.evaluate.perplexity import perplexity
+from nsds_gguf.evaluate.perplexity import Window, perplexity
 from nsds_gguf.evaluate.texts import VerifyOptions, evaluation_text
 
 N_CTX = 32
@@ -106,7 +106,7 @@ def test_divergence_is_that_of_perplexity(bench: ModelBench, folder: Path) -> No
     file = folder / "one.gguf"
     plan = quality_sensitivity.one_tensor_plan(bench.bench, "blk.1.ffn_down.weight", "Q2_K", "random")
     bench.session.write(plan, file)
-    found = perplexity(file, TEXT, n_ctx=N_CTX, n_batch=4 * N_CTX, n_threads=1, reference=bench.bench.reference)
+    found = perplexity(file, TEXT, Window(n_ctx=N_CTX, n_batch=4 * N_CTX), n_threads=1, reference=bench.bench.reference)
     measured = yardstick.measure(file, "key")
     assert found.n_chunks == n_chunks > 50 and len(first.chunks) == 1
     assert np.mean(measured.kld) == pytest.approx(found.divergence.kld_mean, rel=1e-6) and found.divergence.kld_mean > 0

@@ -118,7 +118,7 @@ def test_what_is_not_known_is_empty(plan):
 
 def test_scores_of_another_model_are_refused(plan):
     scores = replace(made_up_scores(plan), model_id="f" * 64, model_name="Other")
-    with pytest.raises(RecordError, match=r"the scores are of another model \(Other\); score Made Up 405B again"):
+    with pytest.raises(RecordError, match=r"the scores belong to another model \(Other\); score Made Up 405B again"):
         plan_report(plan, scores=scores)
 
 
@@ -286,5 +286,5 @@ def test_report_refuses_what_it_cannot_show(folder):
     )
     assert "cannot be read" in message(call("report", "no.json", "-o", "x.html"), 4)
     line = message(call("plan", "model", "--target-bpw", "3,4", "--report", "x.html"), 4)
-    assert line == "--report x.html: one page cannot hold 2 targets; give a folder"
+    assert line == "--report x.html: one page cannot hold 2 targets; pass a folder"
     assert not list(folder.glob("*.html"))

@@ -70,7 +70,7 @@ def scores_of(model: Model, made: Recipe) -> Scores:
         ({"allocator": "random"}, RTN, ""),
         ({"uniform": "Q4_K"}, RTN, ""),
         ({"uniform": "Q4_K", "rounding": "gptq"}, GPTQ, ""),
-        ({"types": ("F16", "BF16")}, RTN, "nothing is rounded"),
+        ({"types": ("F16", "BF16")}, RTN, "no type is quantized"),
     ],
 )
 def test_rounding_and_calibration(
@@ -99,7 +99,7 @@ def test_a_large_model_is_rounded_to_nearest_and_the_user_is_told(
     plan = json.loads(written.read_text())
     assert (plan["recipe"]["rounding"], plan["recipe"]["calibration"]) == RTN
     note = (
-        "Weights are rounded to nearest (--rounding rtn), because the model has 0.0 B parameters; --rounding gptq "
+        "Weights are rounded to nearest (--rounding rtn) because the model has 0.0B parameters; --rounding gptq "
         "loses less in the same bytes."
     )
     assert plan["notes"][-1] == note and note in " ".join(outcome.out.split())
@@ -110,7 +110,7 @@ def test_a_large_model_is_rounded_to_nearest_and_the_user_is_told(
     ("edit", "obstacle"),
     [
         ({"llama.attention.causal": kv(False, GGUFValueType.BOOL)}, "the model does not generate text"),
-        ({"llama.pooling_type": kv(1, GGUFValueType.UINT32)}, "the model embeds text and generates none"),
+        ({"llama.pooling_type": kv(1, GGUFValueType.UINT32)}, "the model computes embeddings and generates no text"),
         ({"tokenizer.ggml.model": None}, "the model does not generate text"),
     ],
 )
@@ -185,7 +185,7 @@ def test_scores_bring_their_metric(model: Model) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"target_size": 900_000}, "--target-bpw and --target-size are two budgets; give one"),
+        ({"target_size": 900_000}, "--target-bpw and --target-size are two budgets; drop one"),
         ({"allocator": "uniform"}, "allocator uniform needs a type: --uniform TYPE"),
         (
             {"uniform": "Q4_K", "allocator": "paper"},
@@ -200,11 +200,11 @@ def test_scores_bring_their_metric(model: Model) -> None:
         ({"se": "x", "score_weight": 1.0}, "SE reading 'x' is not known; wanted one of ratio, product"),
         (
             {"se": "ratio", "metric": "zd", "score_weight": 1.0},
-            "--se ratio is a reading of nsds, the metric is zd; drop one",
+            "--se ratio applies to metric nsds, the metric is zd; drop one",
         ),
         (
             {"metric": "zd"},
-            "--metric zd decides nothing with allocator fisher and --score-weight 0; drop it, give --score-weight, or "
+            "--metric zd has no effect with allocator fisher and --score-weight 0; drop it, pass --score-weight, or "
             "choose --allocator paper",
         ),
         (

@@ -68,8 +68,10 @@ def test_the_table_and_the_next_command(models, here):
     (row,) = (line for line in lines if line.startswith("│   4.5 │ "))
     assert re.fullmatch(r"│   4.5 │ 0.50 MiB │ +0\.\d+ │ Q4_K \d+, Q\d_\w \d+, Q\d_\w \d+ │ Q3_K_L \(4.45\) │", row)
     assert "│ Q2_K 100 " in outcome.out and "│ Q8_0 100 " in outcome.out and "original: 1.79 MiB" in outcome.out
-    assert "note: Predicted for round-to-nearest. convert rounds this model by GPTQ (--rounding gptq)" in outcome.out
-    assert lines[-2] == "Nothing was written. This command makes the smallest of them below 0.05 nats per token:"
+    assert (
+        "note: Predictions are for round-to-nearest. convert rounds this model by GPTQ (--rounding gptq)" in outcome.out
+    )
+    assert lines[-2] == "Nothing was written. To convert to the smallest of them below 0.05 nats per token:"
     command, bpw = lines[-1].rsplit(" ", 1)
     assert command == f"nsds-gguf convert {models}/wide --threads 1 --types Q2_K,Q4_K,Q8_0 --target-bpw"
     assert call(*lines[-1].split()[1:], "--no-verify", "-o", "out.gguf").code == 0
@@ -97,7 +99,7 @@ def test_a_model_whose_divergence_is_not_known_in_nats(models):
     assert found["notes"][-1] == (
         "The divergence is relative to that of the smallest size: for this architecture it is not known in nats."
     )
-    assert "Nothing was written. This command makes one of them:" in outcome.out
+    assert "Nothing was written. To convert to one of them:" in outcome.out
 
 
 def test_one_type_is_one_size(models):
@@ -117,7 +119,7 @@ def test_scores_make_the_table_without_measuring(models, monkeypatch):
 @pytest.mark.parametrize("words", [("--tensor-type-file", "types.txt"), ("--why", "output.weight")])
 def test_what_wants_one_plan_is_refused(models, words):
     line = message(call("plan", models / "wide", *words), 4)
-    assert line == f"{words[0]} needs a plan, and a plan a budget: pass --target-bpw or --target-size"
+    assert line == f"{words[0]} needs a plan, and a plan needs a budget: pass --target-bpw or --target-size"
 
 
 def test_fixed_types_that_match_nothing_are_refused(models):

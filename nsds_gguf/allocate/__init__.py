@@ -1,4 +1,4 @@
-"""Scores and costs become a ``Plan``: one quantization type per tensor, within the budget.
+"""From scores and costs to a ``Plan``: one quantization type per tensor, within the budget.
 
 A new allocator is a function ``(Problem) -> Choice`` and one entry in ``ALLOCATORS``.
 """

@@ -1,9 +1,9 @@
-"""The allocators: who chooses the types, and by what.
+"""The allocators: how types are chosen.
 
 * ``fisher``: the exact knapsack over Fisher sensitivity x measured error; with a score weight, layer scores (NSDS)
   multiply the sensitivities of a layer's tensors.
 * ``paper``: whole layers by their score, the most sensitive ones at 4 bits, the rest at 2 (arXiv 2603.17354).
-* ``random``: random types within the budget, the baseline that knows nothing.
+* ``random``: random types within the budget, the baseline.
 * ``uniform``: one type for every matrix; also the plain converter to F32, F16, BF16 and Q8_0.
 """
 
@@ -20,11 +20,11 @@ from .candidates import Candidate, fitting_type
 from .knapsack import Choices, solve
 from .random_types import random_types
 
-# What decides between types that cost about the same: nothing else, or ggml's speed on a CPU.
-PREFERENCES = {"quality": "nothing else", "fast": "speed: types for which ggml has fast CPU kernels"}
+# Which type to take of several with about the same divergence.
+PREFERENCES = {"quality": "the one with the least divergence", "fast": "one with fast CPU kernels in ggml"}
 
-# A slow type is taken all the same where the fast ones give this share more divergence: about what a prediction may be
-# off by. On the plans measured it costs at most 4.3 % in all (docs/log.md, 2026-11-25).
+# A slow type is still taken where fast ones have more divergence by this share, about the error of a prediction. On the
+# plans measured this costs at most 4.3 % in all (docs/log.md, 2026-11-25).
 FAST_MARGIN = 0.2
 
 PAPER_TYPES = ("Q2_K", "Q4_K")  # the paper's 2 and 4 bits
@@ -32,14 +32,14 @@ PAPER_TYPES = ("Q2_K", "Q4_K")  # the paper's 2 and 4 bits
 
 @dataclass(frozen=True)
 class Problem:
-    """What an allocator gets.
+    """The input of an allocator.
 
     Attributes:
         candidates: the types open to each tensor, in file order.
         budget: bytes allowed; ``None`` without a budget.
         padded: whether padding counts against the budget.
-        scores: layer scores and tensor costs, where they are known.
-        recipe: what was asked for.
+        scores: layer scores and tensor costs, where known.
+        recipe: the settled options.
 
     """
 
@@ -52,7 +52,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Choice:
-    """What an allocator returns: a type per tensor, the proven gap where something was solved, notes."""
+    """The output of an allocator: a type per tensor, the proven gap where one is known, notes."""
 
     types: tuple[str, ...]
     gap: float | None = None
@@ -66,12 +66,12 @@ class Allocator:
     Attributes:
         choose: chooses the types.
         description: one line for ``--help``.
-        reason: why a tensor has the type that was chosen, in a word.
+        reason: why a tensor has its type, in a word.
         needs_costs: whether it reads Fisher sensitivities and measured errors; layer scores then multiply the
             sensitivities where the recipe gives them a weight.
-        needs_layers: whether it reads layer scores in any case.
+        needs_layers: whether it always reads layer scores.
         needs_target: whether it needs a budget.
-        types: the types that it chooses from, whatever the recipe lists; ``None`` for those of the recipe.
+        types: the types that it chooses from; ``None`` for those of the recipe.
 
     """
 
@@ -84,12 +84,12 @@ class Allocator:
     types: tuple[str, ...] | None = None
 
     def uses_layers(self, score_weight: float) -> bool:
-        """Return whether layer scores have a part in the choice."""
+        """Return whether layer scores affect the choice."""
         return self.needs_layers or (self.needs_costs and score_weight != 0)
 
 
 def allocate_fisher(problem: Problem) -> Choice:
-    """Minimise predicted divergence within the budget, exactly; without a budget, take the largest types."""
+    """Minimize predicted divergence within the budget, exactly; without a budget, take the largest types."""
     costs = _checked_costs(problem)
     factors = layer_factors(problem.scores, problem.recipe.score_weight)
     prefers_fast = problem.recipe.prefer == "fast"
@@ -118,9 +118,9 @@ def _choices(
 
 
 def allocate_paper(problem: Problem) -> Choice:
-    """Give the most sensitive layers 4 bits and the rest 2, as many as the budget holds.
+    """Give as many of the most sensitive layers 4 bits as the budget holds, and the rest 2.
 
-    Embedding and output, which the paper leaves out, get 4 bits too, or 2 when the budget is too small for that.
+    Embedding and output, which the paper leaves out, also get 4 bits, or 2 when the budget is too small for that.
     """
     if problem.scores is None or not problem.scores.layers:
         raise PlanError("allocator paper needs layer scores")
@@ -132,8 +132,8 @@ def allocate_paper(problem: Problem) -> Choice:
             types = tuple(_paper_type(c, high, bool(outside_at)) for c in problem.candidates)
             if _fits(problem, types):
                 return Choice(types, None, (*notes, f"{n_high} of {len(order)} layers are at 4 bits."))
-        notes = ("Embedding and output are at 2 bits: at 4 bits they alone leave too little.",)
-    raise PlanError(f"allocator paper cannot meet {problem.recipe.target}: all layers at 2 bits are larger")
+        notes = ("Embedding and output are at 2 bits: at 4 bits they leave too little for the layers.",)
+    raise PlanError(f"allocator paper cannot meet {problem.recipe.target}: all layers at 2 bits exceed it")
 
 
 def _paper_type(candidate: Candidate, high: set[int], outside_high: bool) -> str:
@@ -145,7 +145,7 @@ def _paper_type(candidate: Candidate, high: set[int], outside_high: bool) -> str
 
 
 def allocate_uniform(problem: Problem) -> Choice:
-    """Give every matrix one type, fixed types and fallbacks apart; raises ``PlanError`` when that misses the target."""
+    """Give every matrix one type, except fixed types and fallbacks; raise ``PlanError`` beyond the target."""
     wanted = problem.recipe.types[0]
     types = tuple(fitting_type(wanted, c) if c.is_open else c.types[0] for c in problem.candidates)
     if not _fits(problem, types):
@@ -157,7 +157,7 @@ def allocate_uniform(problem: Problem) -> Choice:
 
 
 def allocate_random(problem: Problem) -> Choice:
-    """Give every matrix a random type within the budget: the baseline that any knowledge has to beat."""
+    """Give every matrix a random type within the budget: the baseline to beat."""
     seed = problem.recipe.allocation_seed
     types = random_types(problem.candidates, problem.budget, problem.padded, seed)
     return Choice(types, None, (f"The types are random, seed {seed}.",))
@@ -183,7 +183,7 @@ ALLOCATORS: dict[str, Allocator] = {
 
 
 def decided_by(recipe: Recipe) -> tuple[str, ...]:
-    """Return what decided the types of a plan: ``fisher``, ``nsds`` (or another layer metric), ``random``, a type."""
+    """Return what decides the types of a plan: ``fisher``, ``nsds`` (or another layer metric), ``random``, a type."""
     allocator = ALLOCATORS[recipe.allocator]
     if recipe.allocator == "uniform":
         return (recipe.types[0],)
@@ -195,7 +195,7 @@ def decided_by(recipe: Recipe) -> tuple[str, ...]:
 def layer_factors(scores: Scores | None, weight: float) -> dict[int | None, float]:
     """Return the factor of each layer on its tensors' sensitivity, ``exp(weight (S - mean S))``.
 
-    Scores of metrics that are not in [0, 1] are first mapped onto it, smallest to 0 and largest to 1.
+    Scores of metrics other than ``nsds`` are first mapped onto [0, 1], smallest to 0 and largest to 1.
     """
     if scores is None or not scores.layers or not weight:
         return {}
@@ -216,25 +216,27 @@ def _fits(problem: Problem, types: tuple[str, ...]) -> bool:
 
 
 def _checked_costs(problem: Problem) -> dict[str, TensorCost]:
-    """Return the costs by tensor name; raises ``RecordError`` when they do not cover the problem."""
+    """Return the costs by tensor name; raise ``RecordError`` when they do not cover the problem."""
     scores, recipe = problem.scores, problem.recipe
     if scores is None or not scores.costs:
         raise RecordError("the scores hold no tensor costs; score again without --layers-only")
     for name in ("calibration", "rounding"):
-        measured, asked = getattr(scores.recipe, name), getattr(recipe, name)
-        if measured != asked:
+        measured, planned = getattr(scores.recipe, name), getattr(recipe, name)
+        if measured != planned:
             remedy = "that file with --imatrix" if measured.startswith("imatrix:") else f"--{name} {measured}"
             raise RecordError(
-                f"the scores were measured with {name} {measured}, the plan asks for {asked}; score again or pass "
+                f"the scores were measured with {name} {measured}, the plan uses {planned}; score again or pass "
                 f"{remedy}"
             )
     if recipe.score_weight and not scores.layers:
-        raise RecordError("the scores hold no layer scores, which --score-weight multiplies; score again with it")
+        raise RecordError("the scores hold no layer scores for --score-weight; score again with --score-weight")
     costs = {cost.name: cost for cost in scores.costs}
     for candidate in problem.candidates:
         name = candidate.tensor.name
-        known = costs[name].errors if name in costs else {}
-        lacking = [type_name for type_name in candidate.types if type_name not in known]
-        if candidate.is_open and lacking:
-            raise RecordError(f"the scores hold no error of {name} at {', '.join(lacking)}; score again with --types")
+        errors = costs[name].errors if name in costs else {}
+        unmeasured = [type_name for type_name in candidate.types if type_name not in errors]
+        if candidate.is_open and unmeasured:
+            raise RecordError(
+                f"the scores hold no error of {name} at {', '.join(unmeasured)}; score again with --types"
+            )
     return costs

@@ -1,7 +1,7 @@
-"""Which types each tensor may have, what they cost in bytes, and what the budget can reach.
+"""The types open to each tensor, their bytes, and the smallest budget.
 
-The rules of llama.cpp that matter here: what it does not quantize (vectors, norms, routers, ...) is F32, or, where its
-kernels take any type, as a GGUF that is converted has it; a row must be whole blocks. K-quants have blocks of 256
+llama.cpp's rules that matter here: tensors that it does not quantize (vectors, norms, routers, ...) are F32 or, where
+its kernels take any type, keep the type of a GGUF input; a row must be whole blocks. K-quants have blocks of 256
 weights; a row that is not a multiple of 256 chooses among the types with blocks of 32.
 """
 
@@ -17,12 +17,12 @@ from ..llamacpp import ggml
 from ..llamacpp.rules import kept_reason, needs_f32
 from ..records import ALIGNMENT_BYTES, COPIED_TYPES, Model, Target, Tensor, TensorKind, TensorType
 
-LAST_RESORT = "F16"  # rows that no block divides, as llama.cpp does
+LAST_RESORT = "F16"  # for rows that no block divides, as in llama.cpp
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One tensor and the types open to it, cheapest first; ``kind`` and ``reason`` say why the choice is narrow."""
+    """One tensor and the types open to it, smallest first; ``kind`` and ``reason`` say what limits the choice."""
 
     tensor: Tensor
     types: tuple[str, ...]
@@ -31,7 +31,7 @@ class Candidate:
 
     @property
     def is_open(self) -> bool:
-        """True when there is something to choose."""
+        """True when there is more than one type to choose from."""
         return len(self.types) > 1
 
     def n_bytes(self, type_name: str) -> int:
@@ -39,7 +39,7 @@ class Candidate:
         return self.tensor.n_rows * ggml.row_bytes(type_name, self.tensor.n_cols)
 
     def cost(self, type_name: str, padded: bool) -> int:
-        """Bytes that count against the budget: with padding when the budget is a file size."""
+        """Bytes that count against the budget; with padding when the budget is a file size."""
         n_bytes = self.n_bytes(type_name)
         return -(-n_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES if padded else n_bytes
 
@@ -57,7 +57,7 @@ def parse_tensor_type(text: str) -> TensorType:
 
 
 def fitting_type(wanted: str, candidate: Candidate) -> str:
-    """Return the type, or what takes its place where the rows do not fit it."""
+    """Return the type, or its fallback where the rows do not fit it."""
     n_cols = candidate.tensor.n_cols
     return next(
         (name for name in (wanted, ggml.TYPES[wanted].fallback or wanted) if ggml.fits(name, n_cols)), LAST_RESORT
@@ -65,30 +65,30 @@ def fitting_type(wanted: str, candidate: Candidate) -> str:
 
 
 def check_type(name: str, where: str) -> str:
-    """Return the type's name in upper case; raises ``PlanError`` when it is not one that is written."""
+    """Return the type's name in upper case; raise ``PlanError`` for a type that is not supported."""
     if name.upper() not in ggml.TYPES:
         raise PlanError(f"{where}: type {name!r} is not known; wanted one of {', '.join(ggml.TYPES)}")
     return name.upper()
 
 
 def candidates(model: Model, types: Sequence[str], fixed: Sequence[TensorType] = ()) -> list[Candidate]:
-    """Return the open types of every tensor of the model, in file order; of fixed types that match, the first counts.
+    """Return the candidate types of every tensor of the model, in file order; the first fixed type that matches counts.
 
     Raises:
-        PlanError: a fixed type matches nothing that may be quantized, or does not fit the tensor's rows.
+        PlanError: a fixed type matches no tensor that may be quantized, or does not fit the tensor's rows.
 
     """
     for one in fixed:
         matched = [tensor for tensor in model.tensors if re.fullmatch(one.pattern, tensor.name)]
         if all(kept_reason(tensor, model.architecture) for tensor in matched):
             stays = _kept_type(model, matched[0]) if matched else ""
-            why = f"only {matched[0].name} and its like, which stay {stays}" if matched else "no tensor"
-            raise PlanError(f"--tensor-type '{one}' matches {why} (the whole name must match)")
+            why = f"only tensors that stay {stays}, such as {matched[0].name}" if matched else "no tensor"
+            raise PlanError(f"--tensor-type '{one}' matches {why} (the pattern must match the whole name)")
     return [_candidate(model, tensor, types, fixed) for tensor in model.tensors]
 
 
 def measurable(found: Sequence[Candidate]) -> list[tuple[Tensor, tuple[str, ...]]]:
-    """Return the matrices that may be quantized, each with the types to measure; those with one type are among them."""
+    """Return the matrices that may be quantized, each with the types to measure, even if only one."""
     return [(each.tensor, each.types) for each in found if each.kind != "unquantized" and each.types != ("F32",)]
 
 
@@ -110,12 +110,12 @@ def _candidate(model: Model, tensor: Tensor, types: Sequence[str], fixed: Sequen
 
 
 def _kept_type(model: Model, tensor: Tensor) -> str:
-    """Return the type of a tensor that is not quantized: F32 where llama.cpp's kernels take nothing else.
+    """Return the type of a tensor that is not quantized: F32 where llama.cpp's kernels take no other type.
 
-    Others, such as a router, have the source's type where it is a GGUF already.
+    Others, such as a router, keep their type from a GGUF input.
     """
-    as_found = model.files and tensor.dtype in ggml.TYPES and not needs_f32(tensor.name, tensor.shape)
-    return tensor.dtype if as_found else "F32"
+    keeps_type = model.files and tensor.dtype in ggml.TYPES and not needs_f32(tensor.name, tensor.shape)
+    return tensor.dtype if keeps_type else "F32"
 
 
 def _open_candidate(tensor: Tensor, types: Sequence[str]) -> Candidate:
@@ -142,7 +142,7 @@ def budget_bytes(target: Target | None, n_weights: int, header_bytes: int) -> in
 def check_target(found: Sequence[Candidate], target: Target, header_bytes: int) -> None:
     """Raise ``TargetError`` when even the smallest types exceed the budget.
 
-    The message says the floor in bpw and bytes, what sets it, and the nearest feasible target.
+    The message gives the floor in bpw and bytes, what sets it, and the nearest feasible target.
     """
     n_weights = sum(candidate.tensor.n_weights for candidate in found)
     budget = budget_bytes(target, n_weights, header_bytes)
@@ -165,14 +165,14 @@ def check_target(found: Sequence[Candidate], target: Target, header_bytes: int) 
 
 def nearest_bpw(floor_bytes: int, n_weights: int) -> float:
     """Return the smallest thousandth of a bit per weight whose budget holds ``floor_bytes``."""
-    thousandths = floor_bytes * 8000 // n_weights  # rounded down; as floats, a few exact ones fall a byte short
+    thousandths = floor_bytes * 8000 // n_weights  # rounded down; in floats, some exact values fall a byte short
     while math.floor(thousandths / 1000 * n_weights / 8) < floor_bytes:
         thousandths += 1
     return thousandths / 1000
 
 
 def _floor_causes(found: Sequence[Candidate], floor: int) -> str:
-    """Say which tensors hold the floor up, largest share first."""
+    """Return which tensors set the floor, largest share first."""
     groups: dict[str, int] = {}
     for candidate in found:
         groups[_cause(candidate)] = groups.get(_cause(candidate), 0) + candidate.n_bytes(candidate.types[0])

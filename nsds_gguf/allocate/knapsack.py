@@ -1,7 +1,7 @@
 """The multiple-choice knapsack: one type per tensor, least total cost, within a number of bytes.
 
-Solved as an integer program by HiGHS (scipy.optimize.milp) without a time limit, to a proven relative gap of
-``GAP`` or better. What comes back is then made canonical, so that equal optima always give one answer:
+HiGHS (scipy.optimize.milp) solves the integer program without a time limit, to a proven relative gap of ``GAP`` or
+better. The solution is then made canonical, so that equal optima always give one answer:
 
 1. While some tensor can take a type of less cost within the bytes left, the upgrade with the largest gain is taken
    (ties: the earlier tensor, then fewer bytes).
@@ -23,7 +23,7 @@ from ..errors import PlanError
 GAP = 1e-4
 
 _OBJECTIVE_SCALE = 1e4  # optimum of the scaled problem, far above HiGHS' absolute tolerances of 1e-6
-_CAPACITY_SCALE = 1e6  # capacity of the scaled problem: a tolerance of 1e-6 is then far below one byte
+_CAPACITY_SCALE = 1e6  # capacity of the scaled problem: a tolerance of 1e-6 is far below one byte
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def solve(items: Sequence[Choices], capacity_bytes: int) -> Solution:
 
 
 def _undominated(item: Choices) -> list[int]:
-    """Return the indices worth considering: ascending bytes, strictly descending cost."""
+    """Return the indices of undominated types: ascending bytes, strictly descending cost."""
     order = sorted(range(len(item.bytes)), key=lambda j: (item.bytes[j], item.costs[j], j))
     kept: list[int] = []
     for j in order:
@@ -96,7 +96,7 @@ def _solve_milp(
         )
         if result.x is None:
             raise PlanError(f"HiGHS found no plan: {result.message}")
-        if room == capacity_bytes:  # a bound under less room would not hold for all of it
+        if room == capacity_bytes:  # a bound for less room does not hold for the full capacity
             bound = float(result.mip_dual_bound) / scale
         taken = {i: j for (i, j), value in zip(pairs, result.x, strict=True) if value > 0.5}
         if len(taken) != len(items):
@@ -105,11 +105,11 @@ def _solve_milp(
         excess = _total_bytes(items, chosen) - capacity_bytes
         if excess <= 0:
             return chosen, bound
-        room -= excess  # the solver's tolerance let a byte through: ask for that much less
+        room -= excess  # the solver's tolerance exceeded the capacity: lower it by the excess
 
 
 def _greedy_cost(items: Sequence[Choices], kept: Sequence[Sequence[int]], capacity_bytes: int) -> float:
-    """Return the cost of a feasible plan: upgrades in file order while they fit. Only sets a scale."""
+    """Return the cost of a feasible plan by greedy upgrades; it only sets a scale."""
     return max(_total_cost(items, _filled(items, kept, [o[0] for o in kept], capacity_bytes)), np.finfo(float).tiny)
 
 
@@ -134,7 +134,7 @@ def _filled(
 
 
 def _ordered_twins(items: Sequence[Choices], chosen: Sequence[int]) -> list[int]:
-    """Among tensors with the same options, give the larger types to the earlier ones."""
+    """Give the larger types to the earlier of tensors with the same options."""
     twins: dict[Choices, list[int]] = defaultdict(list)
     for i, item in enumerate(items):
         twins[item].append(i)

@@ -1,4 +1,4 @@
-"""From a recipe to a plan: what is checked before, what the allocator chose, and what the user must know of it."""
+"""From a recipe to a plan: checks, the allocator's choice, and notes for the user."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .candidates import LAST_RESORT, Candidate, budget_bytes, candidates, check_
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Raise ``PlanError`` for a recipe that no model could satisfy."""
+    """Raise ``PlanError`` for a recipe that no model can satisfy."""
     if recipe.allocator not in ALLOCATORS:
         raise PlanError(f"allocator {recipe.allocator!r} is not known; wanted one of {', '.join(ALLOCATORS)}")
     if recipe.prefer not in PREFERENCES:
@@ -34,9 +34,9 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def checked_candidates(model: Model, recipe: Recipe, header_bytes: int) -> list[Candidate]:
-    """Return the types open to each tensor, after checking that the target can be met at all.
+    """Return the types open to each tensor, after checking that the target is feasible.
 
-    Raises ``PlanError`` for fixed types that cannot be and ``TargetError`` for a target below the floor.
+    Raises ``PlanError`` for impossible fixed types and ``TargetError`` for a target below the floor.
     """
     check_recipe(recipe)
     found = candidates(model, recipe.types, recipe.tensor_types)
@@ -50,7 +50,7 @@ def make_plan(model: Model, scores: Scores | None, recipe: Recipe, header_bytes:
 
     Args:
         model: the opened model.
-        scores: layer scores and tensor costs, as far as the allocator reads them.
+        scores: the layer scores and tensor costs that the allocator reads.
         recipe: the budget and how to spend it.
         header_bytes: bytes of the file before the tensor data.
 
@@ -59,12 +59,12 @@ def make_plan(model: Model, scores: Scores | None, recipe: Recipe, header_bytes:
 
     Raises:
         PlanError: contradicting options; ``TargetError`` when the target is below the floor.
-        RecordError: the scores belong to another model or lack what the allocator needs.
+        RecordError: the scores belong to another model or do not hold what the allocator needs.
 
     """
     found = checked_candidates(model, recipe, header_bytes)
     if scores is not None and scores.model_id != model.model_id:
-        raise RecordError(f"the scores are of another model ({scores.model_name}); score {model.name} again")
+        raise RecordError(f"the scores belong to another model ({scores.model_name}); score {model.name} again")
     budget = budget_bytes(recipe.target, model.n_weights, header_bytes)
     padded = recipe.target is not None and recipe.target.kind == "size"
     allocator = ALLOCATORS[recipe.allocator]
@@ -114,7 +114,7 @@ def _planned(
 
 
 def _speed_notes(plan: Plan) -> tuple[str, ...]:
-    """Return which tensors have types without fast kernels, for who prefers fast ones."""
+    """Return which tensors have types without fast kernels, where the recipe prefers fast ones."""
     if plan.recipe.prefer != "fast":
         return ()
     slow = [t for t in plan.tensors if t.type not in UNQUANTIZED and not ggml.TYPES[t.type].is_fast]
@@ -130,15 +130,15 @@ def _speed_notes(plan: Plan) -> tuple[str, ...]:
 
 
 def _plan_notes(plan: Plan, found: Sequence[Candidate]) -> list[str]:
-    """Return what the user must know about the plan itself."""
+    """Return the notes on the plan itself."""
     notes = []
     ceiling = sum(c.n_bytes(c.types[-1]) for c in found)
     needs_costs = ALLOCATORS[plan.recipe.allocator].needs_costs
     if needs_costs and plan.recipe.target is not None and plan.tensor_bytes == ceiling:
         largest = max((c.types[-1] for c in found if c.is_open), key=ggml.bits_per_weight, default="F32")
         notes.append(
-            f"The target {plan.recipe.target} is above what the types can use: every tensor has its largest type "
-            f"({largest}); widen --types to use the rest."
+            f"The target {plan.recipe.target} exceeds what the types can use: every tensor has its largest type "
+            f"({largest}); add larger --types to use the rest."
         )
     fallbacks = [t for t in plan.tensors if t.kind == "fallback"]
     narrow = [t for t in fallbacks if t.type not in UNQUANTIZED]

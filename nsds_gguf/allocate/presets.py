@@ -1,7 +1,7 @@
-"""llama.cpp's quantization presets: the size that ``llama-quantize`` would give a model, computed from its shapes.
+"""llama.cpp's quantization presets (ftypes): the size that ``llama-quantize`` gives a model, computed from its shapes.
 
-Presets are those of K-quants that need no importance matrix. Architectures for which llama.cpp has rules of its own
-(Falcon, GLM 5) may come out a little larger or smaller there.
+The presets are the K-quants that need no importance matrix. For architectures with rules of their own in llama.cpp
+(Falcon, GLM 5) the true size may differ a little.
 
 Source: llama.cpp src/llama-quant.cpp, ``llama_tensor_get_type_impl`` and ``tensor_type_fallback``.
 """
@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from ..records import Hparams, Model
 from . import Candidate, candidates, fitting_type
 
-# Presets and the type of the tensors that no rule names, smallest first.
+# Presets, smallest first, each with the type of tensors that no rule names.
 PRESETS = {
     "Q2_K": "Q2_K", "Q3_K_S": "Q3_K", "Q3_K_M": "Q3_K", "Q3_K_L": "Q3_K", "Q4_K_S": "Q4_K", "Q4_K_M": "Q4_K",
     "Q5_K_S": "Q5_K", "Q5_K_M": "Q5_K", "Q6_K": "Q6_K",
 }  # fmt: skip
 
-# What tensors that write to the residual stream get: attn_output, and ffn_down where its layer has no say.
+# The type of attn_output, and of ffn_down in layers without a rule.
 _RAISED = {"Q2_K": "Q3_K", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K"}
 
 _SIX_BITS_IN_PART = ("Q4_K_M", "Q5_K_M")
@@ -33,26 +33,26 @@ _VALUES = re.compile(r"attn_(?:v|qkv|kv_b)\.weight")
 
 @dataclass(frozen=True)
 class _Layers:
-    """Where a tensor stands among those of its kind."""
+    """The position of a tensor among those of its kind."""
 
     index: int
     count: int
 
     @property
     def takes_more_bits(self) -> bool:
-        """The first and the last eighth, and every third in between."""
+        """True in the first and last eighth, and for every third in between."""
         i, n = self.index, self.count
         return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
 def preset_bytes(model: Model, preset: str) -> int:
-    """Return the bytes of all tensors, without padding, of a file that llama.cpp makes of a model with a preset."""
+    """Return the bytes of all tensors, without padding, in llama.cpp's file of a model with a preset."""
     types = preset_types(model, preset)
     return sum(candidate.n_bytes(types[candidate.tensor.name]) for candidate in candidates(model, (PRESETS[preset],)))
 
 
 def preset_types(model: Model, preset: str) -> Mapping[str, str]:
-    """Return the type of every tensor, by name, of a file that llama.cpp makes of a model with a preset.
+    """Return the type of every tensor, by name, in llama.cpp's file of a model with a preset.
 
     Where rows do not fit K-quants, IQ4_NL stands for Q4_0, which takes the same bytes.
     """
@@ -84,7 +84,7 @@ def _layer(candidate: Candidate) -> int:
 
 
 def _is_output(model: Model, name: str) -> bool:
-    """Return whether a tensor makes the logits; of a tied model every embedding counts as one."""
+    """Return whether a tensor computes the logits; in a tied model every embedding counts."""
     return name == "output.weight" or (model.is_tied and name in ("token_embd.weight", "per_layer_token_embd.weight"))
 
 

@@ -1,4 +1,4 @@
-"""Random types within a budget: what an allocation is worth that knows nothing."""
+"""Random types within a budget: the baseline for other allocations."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .candidates import Candidate
 def random_types(found: Sequence[Candidate], budget: int | None, padded: bool, seed: int) -> tuple[str, ...]:
     """Return a random type per tensor that uses the budget as far as single steps can.
 
-    Every open tensor first gets one of its types with equal chance; then tensors drawn at random go a type down until
-    the budget holds, and a type up while one fits.
+    Every open tensor first gets one of its types with equal probability; then tensors drawn at random go down one type
+    until the budget holds, and up one type while one fits.
 
     Args:
-        found: the tensors and their types, cheapest first.
-        budget: bytes for all; ``None`` leaves the first draw.
-        padded: count padding, as a budget of file bytes does.
-        seed: of the generator (PCG64).
+        found: the tensors and their types, smallest first.
+        budget: bytes for all; ``None`` keeps the first draw.
+        padded: whether padding counts, as for a budget of file bytes.
+        seed: seed of the generator (PCG64).
 
     Returns:
         One type per tensor, in the order of ``found``.

@@ -1,6 +1,6 @@
 """The command line: arguments in, tables and exit codes out. The only package that prints.
 
-Results go to standard output, progress and notes to standard error; with ``--json -`` standard output holds JSON alone.
+Results go to standard output, progress and notes to standard error; with ``--json -`` standard output holds only JSON.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 __all__ = ["EXIT_CODES", "build_parser", "main"]
 
-_LEAST_MIB = 400  # with less, OpenBLAS tries for ever to get some while it is imported, or ends the process
-_INTERRUPTED, _NO_MEMORY = 130, 5  # as in run and errors, which cannot be imported in either case
+_LEAST_MIB = 400  # with less, importing OpenBLAS retries forever or ends the process
+_INTERRUPTED, _NO_MEMORY = 130, 5  # as in run and errors, which cannot be imported here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _address_space_mib() -> int | None:
-    """Return the limit of the address space, ``None`` without one, and on macOS, which does not hold to it."""
+    """Return the limit of the address space; ``None`` without one, and on macOS, which does not enforce it."""
     if sys.platform in ("win32", "darwin"):
         return None
     import resource
@@ -51,13 +51,13 @@ def _address_space_mib() -> int | None:
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:
-    """Tell whether an import failed for want of memory, as Python or the loader of shared libraries say it."""
-    told = (os.strerror(errno.ENOMEM), "failed to map segment", "cannot map zero-fill", "cannot create TLS")
-    return isinstance(error, MemoryError) or any(text in str(error) for text in told)
+    """Return whether an import ran out of memory, by the words of Python or the loader of shared libraries."""
+    words = (os.strerror(errno.ENOMEM), "failed to map segment", "cannot map zero-fill", "cannot create TLS")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in words)
 
 
 def __getattr__(name: str) -> Any:
-    """Import the parser when it is asked for: it needs the whole package."""
+    """Import the parser on demand: it needs the whole package."""
     if name in ("EXIT_CODES", "build_parser"):
         from . import parser
 

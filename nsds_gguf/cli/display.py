@@ -1,4 +1,4 @@
-"""What people see in the terminal: records as rich tables. Nothing here prints."""
+"""Records as rich tables for the terminal. Nothing here prints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from rich.table import Table
 from rich.text import Text
 
 from ..allocate import decided_by
-from ..comparison import KINDS, OURS, Comparison, Row, geometric_mean
 from ..evaluate.divergence import Divergence
 from ..evaluate.embedding import EmbeddingCheck
 from ..evaluate.perplexity import Perplexity
@@ -22,9 +21,10 @@ from ..publish.bundle import Bundle
 from ..publish.explain import in_a_word
 from ..publish.first_words import Sample
 from ..records import Plan, PlannedTensor, Scores
+from ..records.comparison import KINDS, OURS, Comparison, Row, geometric_mean
 from ..session.sizes import GOOD_DIVERGENCE, Sizes
 
-# From few bits to many, safe for colour-blind eyes (viridis); the text says the type in any case.
+# From few bits to many, safe for colour-blind readers (viridis); the text names the type in any case.
 TYPE_COLOURS = {
     "Q2_K": "#fde725", "Q3_K": "#90d743", "Q4_K": "#35b779", "Q4_0": "#35b779", "IQ4_NL": "#35b779",
     "Q5_K": "#21918c", "Q5_0": "#21918c", "Q5_1": "#21918c", "Q6_K": "#31688e", "Q8_0": "#443983",
@@ -55,7 +55,7 @@ def scores_view(scores: Scores) -> RenderableType:
 
 
 def _bar_range(values: Sequence[float]) -> tuple[float, float]:
-    """Return where bars start and end: at 0 unless the scores hide their differences far from it."""
+    """Return where bars start and end: at 0, or just below the scores where that would hide their differences."""
     low, high = min(values, default=0.0), max(values, default=0.0)
     if low >= 0 and high - low > 0.2 * high:
         low = 0.0
@@ -103,7 +103,7 @@ def _plan_sums(plan: Plan) -> RenderableType:
 def perplexity_view(
     found: Perplexity, name: str, reference: str | None = None, notes: Sequence[str] = ()
 ) -> RenderableType:
-    """Return perplexity and, with a reference, both, a sentence of what the numbers mean, and notes."""
+    """Return the perplexity, that of the reference if there is one, a sentence on what they mean, and notes."""
     chunks = f"{found.n_chunks} chunks"
     if found.n_chunks < found.n_chunks_wanted:
         chunks = f"interrupted after {found.n_chunks} of {found.n_chunks_wanted} chunks"
@@ -123,7 +123,7 @@ def perplexity_view(
 
 
 def embedding_view(found: EmbeddingCheck, name: str, reference: str | None = None) -> RenderableType:
-    """Return how close a file's embeddings are to those of the original, or of another reference."""
+    """Return how close a file's embeddings are to those of the reference."""
     return Text(
         f"{name}: cosine similarity to {reference or 'the original'}: mean {found.cosine_mean:.4f}, lowest "
         f"{found.cosine_min:.4f} over {found.n_passages} passages ({found.pooling} pooling, {found.n_tokens:,} tokens)"
@@ -147,7 +147,7 @@ def _divergence_sentence(found: Divergence, reference: str) -> Text:
 
 
 def divergence_details(found: Divergence) -> RenderableType:
-    """Return every statistic of a comparison: sums with their errors, and percentiles over the positions."""
+    """Return every statistic of a divergence: means with their errors, and percentiles over the positions."""
     sums = Table(title="compared with the reference", title_justify="left")
     for column in ("", "value", "± error"):
         sums.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -169,7 +169,7 @@ def divergence_details(found: Divergence) -> RenderableType:
     names = {"0": "min", "50": "median", "100": "max"}
     for key, kld in found.kld_percentiles.items():
         percentiles.add_row(names.get(key, f"{key} %"), f"{kld:.6f}", _percent(found.delta_p_percentiles[key]))
-    meaning = Text("Δp: the change of the probability of the token that the text goes on with.", style="dim")
+    meaning = Text("Δp: change in the probability of the text's next token.", style="dim")
     return Group(Columns([sums, percentiles]), meaning)
 
 
@@ -178,7 +178,7 @@ def _percent(fraction: float) -> str:
 
 
 def _grid(tensors: Iterable[PlannedTensor], title: str) -> Table:
-    """Return a table of matrix types: a row per layer, a column per role; equal neighbours are folded."""
+    """Return a table of matrix types: a row per layer, a column per role; equal adjacent layers share a row."""
     matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
     roles = list(dict.fromkeys(tensor.role for tensor in matrices if tensor.layer is not None))
     table = Table(title=title, title_justify="left")
@@ -199,7 +199,7 @@ def _grid(tensors: Iterable[PlannedTensor], title: str) -> Table:
 
 
 def _runs(rows: dict[int, dict[str, str]]) -> list[tuple[int, int]]:
-    """Return first and last of each stretch of neighbouring layers with the same types."""
+    """Return the first and last of each run of adjacent layers with the same types."""
     runs: list[tuple[int, int]] = []
     for layer in sorted(rows):
         if runs and runs[-1][1] == layer - 1 and rows[layer] == rows[runs[-1][0]]:
@@ -232,7 +232,7 @@ def _type_text(name: str) -> Text:
 
 
 def sizes_view(found: Sizes, command: str) -> RenderableType:
-    """Return the sizes that a model could have, a row per budget, and the command that makes the proposed one."""
+    """Return the possible sizes of a model, a row per budget, and the command for the proposed one."""
     table = Table(title=f"{found.model_name}: possible sizes", title_justify="left")
     predicted = "predicted\nKL divergence" if found.in_nats else "predicted\ndivergence"
     for column in ("bpw", "file", predicted, "types,\n% of weights", "llama.cpp\npreset (bpw)"):
@@ -244,8 +244,8 @@ def sizes_view(found: Sizes, command: str) -> RenderableType:
         table.add_row(f"{size.target_bpw:g}", _bytes(size.file_bytes), _two_digits(size.predicted), types, preset)
     table.caption, table.caption_justify = f"original: {_bytes(found.original_bytes)}", "left"
     is_good = found.in_nats and found.proposed.predicted < GOOD_DIVERGENCE
-    chosen = f"the smallest of them below {GOOD_DIVERGENCE:g} nats per token" if is_good else "one of them"
-    end = [f"Nothing was written. This command makes {chosen}:", command]
+    chosen = f"the smallest size below {GOOD_DIVERGENCE:g} nats per token" if is_good else "one of these sizes"
+    end = [f"Nothing was written. To convert to {chosen}, run:", command]
     return Group(table, Text("\n".join([*(f"note: {note}" for note in found.notes), *end])))
 
 
@@ -258,7 +258,7 @@ def _two_digits(value: float) -> str:
 
 
 def comparison_view(found: Comparison) -> RenderableType:
-    """Return the rows of a comparison by budget, random ones as their mean, with the ratio to ours and predictions."""
+    """Return the rows of a comparison by budget, with ratios and predictions; several seeds are averaged."""
     table = Table(title=f"{found.model_name}: divergence from the original at equal bytes", title_justify="left")
     for column in ("allocation", "bytes", "bpw", "perplexity", "KL divergence", "same top", "ours / this", "predicted"):
         table.add_column(column, justify="left" if column == "allocation" else "right")
@@ -272,7 +272,7 @@ def comparison_view(found: Comparison) -> RenderableType:
 
 
 def _by_kind(rows: Sequence[Row]) -> list[list[Row]]:
-    """Return the rows in groups of one kind, ours first; ours at others' bytes stand alone."""
+    """Return the rows grouped by kind, ours first; each of ours at other bytes is a group."""
     groups = dict.fromkeys((KINDS.index(row.kind), row.detail if row.kind == OURS else "") for row in rows)
     return [
         [row for row in rows if row.kind == KINDS[kind] and (row.kind != OURS or row.detail == detail)]
@@ -281,7 +281,7 @@ def _by_kind(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _comparison_row(rows: Sequence[Row], ours: Row, factor: float | None) -> list[str]:
-    """Return the cells of one allocation; of several seeds the means, and the spread in place of the error."""
+    """Return the cells of one allocation; for several seeds the means, and the spread instead of the error."""
     first, n = rows[0], len(rows)
     mean = {name: sum(getattr(row, name) for row in rows) / n for name in ("ppl", "kld", "same_top", "bpw")}
     spread = (sum((row.kld - mean["kld"]) ** 2 for row in rows) / (n - 1)) ** 0.5 if n > 1 else first.kld_error
@@ -311,17 +311,17 @@ def _comparison_summary(found: Comparison) -> Text:
                  f"{first.n_scored_tokens} tokens scored in contexts of {found.n_ctx}")  # fmt: skip
     for kind in dict.fromkeys(row.kind for row in found.rows if row.kind != OURS):
         ratios = list(found.ratios(kind).values())
-        lines.append(f"our divergence over that of {kind}: {geometric_mean(ratios):.3f} "
+        lines.append(f"our divergence / that of {kind}: {geometric_mean(ratios):.3f} "
                      f"(geometric mean over {_count(len(ratios), 'budget')}, largest {max(ratios):.3f})")  # fmt: skip
     rho = found.prediction_rank_correlation
     if rho is not None:
-        lines.append(f"predictions rank the plans with a correlation of {rho:.3f} (Spearman); the predicted column is "
-                     "scaled by one factor for all rows")  # fmt: skip
+        lines.append(f"rank correlation of predicted and measured divergence: {rho:.3f} (Spearman); one factor scales "
+                     "the whole predicted column")  # fmt: skip
     return Text("\n".join([*lines, *(f"note: {note}" for note in found.missing)]))
 
 
 def bundle_view(bundle: Bundle) -> RenderableType:
-    """Return the files of a bundle and what to know of them."""
+    """Return the files of a bundle, and notes."""
     table = Table(title=str(bundle.folder), title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
     table.add_column("SHA-256", overflow="ellipsis", no_wrap=True)
@@ -331,7 +331,7 @@ def bundle_view(bundle: Bundle) -> RenderableType:
 
 
 def sample_view(found: Sample) -> RenderableType:
-    """Return a prompt and the first words of the answer."""
-    kind = "answer, by its chat template" if found.is_chat else "text continued"
+    """Return a prompt and the beginning of the answer."""
+    kind = "answer (chat template)" if found.is_chat else "continuation"
     lines = [f"{kind}: {found.prompt!r} -> {found.answer!r}", *([f"note: {found.note}"] if found.note else [])]
     return Text("\n".join(lines))

@@ -1,4 +1,4 @@
-"""What people see of a GGUF file: a summary, types by role, bits of each layer, metadata. Nothing here prints."""
+"""The terminal view of a GGUF: metadata, types by role, bits of each layer, a summary. Nothing here prints."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from rich.text import Text
 from ..evaluate.inspect import VECTORS, Inspection, Sums
 from .display import TYPE_COLOURS
 
-# Colours of bits per weight, dark for many; viridis and beyond, as the types have them.
+# Colours of bits per weight, darker for more: the viridis scale of ``TYPE_COLOURS``.
 _HEAT = ((2.0, "#fde725"), (3.0, "#90d743"), (4.0, "#35b779"), (5.0, "#21918c"), (6.0, "#31688e"), (8.0, "#443983"),
          (16.0, "#8c6bb1"))  # fmt: skip
-_DARK = 0.55  # luminance under which letters are white
+_DARK = 0.55  # luminance below which letters are white
 _LAYERS_A_LINE, _CELL_WIDTH = 10, 7
-_KEY_WIDTH = 44  # up to which values are aligned behind their keys
+_KEY_WIDTH = 44  # largest width of the column of keys
 _DIGEST_LETTERS = 16
 _MIB = 2**20
 
 
 def inspection_view(found: Inspection) -> RenderableType:
-    """Return all that is shown of a GGUF, the summary last, where a terminal still shows it.
+    """Return the whole view, with the summary last, where it stays visible in the terminal.
 
-    Widths adapt to the terminal, and nothing is said by colour alone.
+    Widths adapt to the terminal, and colour alone never carries information.
     """
     parts: list[RenderableType] = [_metadata(found)]
     if found.tensors:
@@ -51,7 +51,7 @@ def _summary(found: Inspection) -> Table:
 def _facts(found: Inspection) -> list[tuple[str, str]]:
     """Return the lines of the summary."""
     n_layers = sum(len(layers) for layers in found.layers.values())
-    size = f"{found.n_weights / 1e6:,.2f} M weights in {len(found.tensors)} tensors"
+    size = f"{found.n_weights / 1e6:,.2f}M parameters in {len(found.tensors)} tensors"
     named = [found.name] if found.name else []
     facts = [
         ("model", ", ".join([*named, f"architecture {found.architecture}"])),
@@ -68,7 +68,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
 
 
 def _origin(made: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return how we made a file."""
+    """Return how nsds-gguf made the file; nothing for other files."""
     if not made:
         return []
     how = [f"{key} {made[key]}" for key in ("allocator", "metric", "rounding", "calibration", "target") if key in made]
@@ -82,7 +82,7 @@ def _origin(made: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _roles(found: Inspection) -> Table:
-    """Return a line per role: how many tensors of which type, their bits per weight, their share of the bytes."""
+    """Return a line per role: its tensors by type, their bits per weight and their share of the bytes."""
     table = _plain_table("Types by role")
     for name in ("role", "types"):
         table.add_column(name, no_wrap=name == "role")
@@ -110,7 +110,7 @@ def _shares(sums: Sums, whole: Sums) -> tuple[str, str, str]:
 
 
 def _heat_strip(stack: str, layers: Mapping[int, Sums]) -> Text:
-    """Return the bits per weight of each layer, ten to a line, coloured where there are colours."""
+    """Return the bits per weight of each layer, ten per line, coloured where the terminal has colours."""
     title = "Bits per weight of each layer" + (f" of {_plain(stack)}" if stack else "")
     columns = "".join(f"{f'+{column}':^{_CELL_WIDTH}}" for column in range(_LAYERS_A_LINE))
     strip = Text.assemble((f"{title}\n\n", "bold"), (f" layer {columns}\n", "bold"))
@@ -125,7 +125,7 @@ def _cell(sums: Sums | None) -> Text:
 
 
 def _heat(bits: float) -> Style:
-    """Return the style of a cell: a background between the two nearest of the scale, and letters that show on it."""
+    """Return the style of a cell: a background interpolated on the scale, and letters that contrast with it."""
     at = min(max(bits, _HEAT[0][0]), _HEAT[-1][0])
     (low, first), (high, second) = next(pair for pair in pairwise(_HEAT) if at <= pair[1][0])
     share = (at - low) / (high - low)
@@ -141,7 +141,7 @@ def _rgb(colour: str) -> tuple[int, int, int]:
 
 
 def _metadata(found: Inspection) -> Group:
-    """Return a line per key, cut at the edge of the terminal."""
+    """Return a line per key, cut at the width of the terminal."""
     width = min(max(map(len, found.metadata), default=0), _KEY_WIDTH)
     lines = [Text(f"{_plain(found.path)}\n", "bold")]
     for key, value in found.metadata.items():
@@ -155,6 +155,6 @@ def _plain_table(title: str) -> Table:
 
 
 def _plain(text: str) -> str:
-    """Return text without what would drive the terminal: line ends as an arrow, the rest spelled out."""
+    """Return text without control characters: line ends become an arrow, others are escaped."""
     shown = text.replace("\r\n", "\n").replace("\n", "⏎")
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)

@@ -1,4 +1,4 @@
-"""The arguments of every verb, and how their texts are read."""
+"""The arguments of every verb, and how they are parsed."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def parse_types(text: str) -> tuple[str, ...]:
 
 
 def _argument(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
-    """Make a parser of one argument that reports what was wanted."""
+    """Return a parser of one argument that reports what it wanted."""
 
     def parsed(text: str) -> Any:
         try:
@@ -121,7 +121,7 @@ def _integer_from(smallest: int) -> Callable[[str], Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser that reports errors in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit."""
@@ -130,7 +130,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _VersionAction(argparse.Action):
-    """``--version``: ours, ggml's and llama.cpp's, looked up only when asked."""
+    """``--version``: the versions of this program, ggml and llama.cpp, looked up on demand."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         print(f"nsds-gguf {__version__}, ggml {ggml.version()}, llama.cpp {llama.llama_build()}")
@@ -141,11 +141,11 @@ def build_parser() -> Parser:
     """Return the parser of all verbs."""
     parser = Parser(
         prog="nsds-gguf",
-        description="Make the best small GGUF of a model: data-free scoring, exact bit allocation, checked result.",
+        description="Quantize a model to a GGUF within a budget: data-free scoring, exact allocation, verified output.",
         epilog=EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", nargs=0, action=_VersionAction, help="show versions and exit")
+    parser.add_argument("--version", nargs=0, action=_VersionAction, help="show the versions and exit")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
     _add_convert(verbs)
     _add_score(verbs)
@@ -175,7 +175,7 @@ def _add_convert(verbs: Any) -> None:
     parser = _add_verb(
         verbs, "convert", run_convert, "convert a model to a GGUF within a budget",
         "nsds-gguf convert model/ --target-bpw 3.0",
-        "convert a model to a GGUF within a budget; without a budget, show what sizes it could have and write nothing",
+        "convert a model to a GGUF within a budget; without a budget, list the possible sizes and write nothing",
     )  # fmt: skip
     _add_model(parser)
     _add_requantize(parser)
@@ -186,7 +186,7 @@ def _add_convert(verbs: Any) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
     parser.add_argument("--no-resume", action="store_true",
-                        help="start anew instead of going on from what an interrupted run finished")  # fmt: skip
+                        help="start over instead of resuming an interrupted run")  # fmt: skip
     _add_page(parser)
     _add_budget(parser)
     _add_rounding(parser)
@@ -195,10 +195,10 @@ def _add_convert(verbs: Any) -> None:
     group = parser.add_argument_group("verification")
     _add_text(group, chunks=8)
     group.add_argument("--reference", metavar="REF",
-                       help="measure the KL divergence from: 'original' (a GGUF input itself; of a folder, a temporary "
-                       "GGUF of its precision) or a GGUF file (default: the original where it is a GGUF anyway: with "
-                       "GGUF input, or when the model generates text)")  # fmt: skip
-    group.add_argument("--no-verify", action="store_true", help="skip the perplexity check; structure is still checked")
+                       help="measure the KL divergence from REF: 'original' (the GGUF input itself, or a temporary "
+                       "GGUF of a model folder) or a GGUF file (default: the original for GGUF input or when the model "
+                       "generates calibration text, else none)")  # fmt: skip
+    group.add_argument("--no-verify", action="store_true", help="skip the perplexity check; still check the structure")
     group = parser.add_argument_group("bundle")
     group.add_argument("--bundle", metavar="DIR", type=Path,
                        help="write the file into a folder with a Modelfile for Ollama, a model card for Hugging Face, "
@@ -212,14 +212,14 @@ def _add_plan(verbs: Any) -> None:
     parser = _add_verb(
         verbs, "plan", run_plan, "show the types that convert would choose",
         "nsds-gguf plan model/ --target-size 700M --scores scores.json --json plan.json",
-        "show the types that convert would choose; without a budget, what sizes the model could have",
+        "show the types that convert would choose; without a budget, list the possible sizes",
     )  # fmt: skip
     _add_model(parser)
     _add_requantize(parser)
     parser.add_argument("--tensor-type-file", metavar="FILE", type=Path,
-                        help="write the plan for llama-quantize --tensor-type-file")  # fmt: skip
+                        help="write the plan as a file for llama-quantize --tensor-type-file")  # fmt: skip
     parser.add_argument("--why", metavar="TENSOR", action="append", default=[],
-                        help="say why a tensor has its type, and what one more or less would do")  # fmt: skip
+                        help="explain a tensor's type and the effect of the next smaller and larger one")  # fmt: skip
     _add_page(parser)
     _add_budget(parser)
     _add_rounding(parser)
@@ -234,7 +234,7 @@ def _add_score(verbs: Any) -> None:
     _add_model(parser)
     _add_requantize(parser)
     parser.add_argument("--layers-only", action="store_true", help="skip the tensor measurements that plans need")
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="write a picture, .png or .svg")
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="write a plot (.png, .svg or .pdf)")
     _add_types(parser)
     _add_rounding(parser)
     _add_scoring(parser)
@@ -247,20 +247,20 @@ def _add_perplexity(verbs: Any) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file")
     _add_text(parser, chunks=0)
     parser.add_argument("--batch", metavar="N", type=_integer_from(1), default=DEFAULT_BATCH,
-                        help="tokens decoded at once (default: %(default)s)")  # fmt: skip
+                        help="tokens decoded per batch (default: %(default)s)")  # fmt: skip
     parser.add_argument("--reference", metavar="REF", type=Path,
-                        help="what to measure the divergence from: a GGUF file, or the model folder, of which a "
-                        "temporary GGUF is made in the working directory")  # fmt: skip
+                        help="measure the KL divergence from REF: a GGUF file, or a model folder, which is written as "
+                        "a temporary GGUF to the working directory")  # fmt: skip
     _add_pre_tokenizer(parser)
     _add_general(parser)
 
 
 def _add_compare(verbs: Any) -> None:
     parser = _add_verb(
-        verbs, "compare", run_compare, "measure our plan beside other allocations and llama.cpp's presets",
+        verbs, "compare", run_compare, "compare our plan with other allocations and llama.cpp's presets",
         "nsds-gguf compare model/ --presets Q2_K,Q3_K_M --text wiki.test.raw -o comparison --plot pareto.png",
-        "measure, at equal bytes and against the original, our plan, the paper's, one type for all, random types, and "
-        "llama.cpp's presets; an interrupted comparison goes on where it stopped",
+        "compare our plan, the paper's, a single type, random types and llama.cpp's presets at equal bytes, by their "
+        "divergence from the original; an interrupted comparison resumes where it stopped",
     )  # fmt: skip
     _add_model(parser)
     _add_requantize(parser)
@@ -272,8 +272,8 @@ def _add_compare(verbs: Any) -> None:
                         help="llama.cpp presets to compare with, each also a budget: its own bytes "
                         f"(default: {','.join(DEFAULT_PRESETS)}, without --target-bpw)")  # fmt: skip
     parser.add_argument("--seeds", metavar="N", type=_integer_from(0), default=N_SEEDS,
-                        help="random allocations a budget (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--plot", metavar="FILE", type=Path, help="draw divergence against bytes, .png or .svg")
+                        help="random allocations per budget (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="plot divergence against bytes (.png, .svg or .pdf)")
     _add_types(parser)
     _add_rounding(parser)
     _add_scoring(parser)
@@ -282,7 +282,7 @@ def _add_compare(verbs: Any) -> None:
 
 
 def _add_inspect(verbs: Any) -> None:
-    parser = _add_verb(verbs, "inspect", run_inspect, "show what a GGUF holds: its types by role and by layer",
+    parser = _add_verb(verbs, "inspect", run_inspect, "show the contents of a GGUF: types by role and by layer",
                        "nsds-gguf inspect model-Q3.gguf")  # fmt: skip
     parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file")
     _add_general(parser)
@@ -294,9 +294,9 @@ def _add_bundle(verbs: Any) -> None:
         "nsds-gguf bundle model-Q3.gguf -o model-Q3 --base-model ORG/NAME",
         "put a GGUF into a folder with a Modelfile for Ollama, a model card for Hugging Face and SHA-256 sums",
     )  # fmt: skip
-    parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file; linked, or copied onto another disk")
+    parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file; linked, or copied to another file system")
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, dest="bundle",
-                        help="folder, made where there is none")  # fmt: skip
+                        help="folder, created if missing")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace the bundle in the folder")
     _add_records(parser)
     _add_bundle_options(parser)
@@ -317,19 +317,19 @@ def _add_report(verbs: Any) -> None:
 
 def _add_page(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", metavar="FILE", type=Path,
-                        help="write a web page of bytes, layers, tensors and the result")  # fmt: skip
+                        help="write a web page with bytes, layers, tensors and the result")  # fmt: skip
 
 
 def _add_bundle_options(group: Any) -> None:
     group.add_argument("--base-model", metavar="ORG/NAME", type=_argument(parse_repo, "ORG/NAME"),
                        help="repository of the original, for the model card")  # fmt: skip
     group.add_argument("--ollama", metavar="NAME", help="run 'ollama create NAME' with the bundle")
-    group.add_argument("--chat", metavar="PROMPT", help="show the first words of the finished file's answer")
+    group.add_argument("--chat", metavar="PROMPT", help="show the beginning of the finished file's answer to PROMPT")
 
 
 def _add_requantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-requantize", action="store_true",
-                        help="take a GGUF that is quantized already, whose errors add to the new ones")  # fmt: skip
+                        help="accept a GGUF that is already quantized; its errors add to the new ones")  # fmt: skip
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -341,15 +341,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_budget(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("budget")
     group.add_argument("--target-bpw", metavar="X[,X]", type=_argument(parse_bpw_list, "numbers in (0, 32]"),
-                       help="bits per weight over all tensors; several budgets make several files")  # fmt: skip
+                       help="bits per weight over all tensors; one file per budget")  # fmt: skip
     group.add_argument("--target-size", metavar="N", type=_argument(parse_size, "bytes, or with M, G, MiB or GiB"),
-                       help="bytes of the whole file, for example 700M or 1.5GiB")  # fmt: skip
+                       help="size of the whole file in bytes, for example 700M or 1.5GiB")  # fmt: skip
     group.add_argument("--allocator", choices=tuple(ALLOCATORS),
-                       help=f"who chooses types: {_choices(ALLOCATORS)} (default: {DEFAULT_ALLOCATOR})")  # fmt: skip
+                       help=f"how types are chosen: {_choices(ALLOCATORS)} (default: {DEFAULT_ALLOCATOR})")  # fmt: skip
     group.add_argument("--uniform", metavar="TYPE", type=_argument(parse_type, "one of " + ", ".join(ggml.TYPES)),
                        help="one type for all matrices, also F32, F16, BF16, Q8_0")  # fmt: skip
     group.add_argument("--prefer", choices=tuple(PREFERENCES),
-                       help="what decides between types of about the same quality: "
+                       help="which of several types of about the same quality to take: "
                        + "; ".join(f"{name}: {meaning}" for name, meaning in PREFERENCES.items())
                        + f" (default: {DEFAULTS.prefer})")  # fmt: skip
     group.add_argument("--tensor-type", metavar="REGEX=TYPE", action="append", dest="tensor_types",
@@ -366,17 +366,17 @@ def _add_types(group: Any) -> None:
 def _add_rounding(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("rounding and calibration")
     group.add_argument("--rounding", choices=(AUTO, *ROUNDINGS),
-                       help=f"{_choices(ROUNDINGS)}; {AUTO}: gptq for models of up to {GPTQ_WEIGHTS / 1e9:g} B "
-                       f"parameters that generate text, else rtn (default: {DEFAULTS.rounding})")  # fmt: skip
+                       help=f"{_choices(ROUNDINGS)}; {AUTO}: gptq for models of up to {GPTQ_WEIGHTS / 1e9:g}B "
+                       f"parameters that generate text, otherwise rtn (default: {DEFAULTS.rounding})")  # fmt: skip
     group.add_argument("--calibration", choices=(AUTO, *CALIBRATIONS),
                        help=f"where column weights and Hessians come from: {_choices(CALIBRATIONS)} "
                        f"(default: {GENERATED} with gptq, {RANDOM} with rtn)")  # fmt: skip
     group.add_argument("--imatrix", metavar="FILE", type=Path,
-                       help="column weights from an importance matrix of llama.cpp, as GGUF or .dat")  # fmt: skip
+                       help="take column weights from a llama.cpp importance matrix (GGUF or .dat)")  # fmt: skip
     group.add_argument("--device", choices=tuple(BACKENDS),
-                       help=f"what computes the passes: {_choices(BACKENDS)} (default: {DEFAULTS.device})")  # fmt: skip
+                       help=f"compute backend: {_choices(BACKENDS)} (default: {DEFAULTS.device})")  # fmt: skip
     group.add_argument("--seed", metavar="N", type=_integer_from(0),
-                       help=f"seed of random tokens and random types (default: {DEFAULTS.seed})")  # fmt: skip
+                       help=f"seed for random tokens and random types (default: {DEFAULTS.seed})")  # fmt: skip
 
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:
@@ -396,7 +396,7 @@ def _choices(registry: Mapping[str, Any]) -> str:
 
 def _add_pre_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pre-tokenizer", metavar="NAME",
-                        help="llama.cpp's pre-tokenizer, in place of the one that is recognised")  # fmt: skip
+                        help="llama.cpp pre-tokenizer to use instead of the detected one")  # fmt: skip
 
 
 def _add_records(parser: argparse.ArgumentParser) -> None:
@@ -408,16 +408,16 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
 def _add_text(group: Any, chunks: int) -> None:
     group.add_argument("--text", metavar="FILE", type=Path, help="evaluation text (default: a chapter of Dickens)")
     group.add_argument("--ctx-size", metavar="N", type=_integer_from(MIN_CTX), default=512,
-                       help="tokens of a chunk (default: %(default)s)")  # fmt: skip
+                       help="tokens per chunk (default: %(default)s)")  # fmt: skip
     group.add_argument("--chunks", metavar="N", type=_integer_from(0), default=chunks,
-                       help="chunks to take, 0 for all (default: %(default)s)")  # fmt: skip
+                       help="number of chunks, 0 for all (default: %(default)s)")  # fmt: skip
 
 
 def _add_general(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("general")
-    group.add_argument("--json", metavar="FILE", help="write the result as JSON, - for standard output")
+    group.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
     group.add_argument("--threads", metavar="N", type=_integer_from(1),
-                       help="threads to use (default: one per core)")  # fmt: skip
+                       help="CPU threads (default: one per physical core)")  # fmt: skip
     loudness = group.add_mutually_exclusive_group()
     loudness.add_argument("-q", "--quiet", action="store_true", help="print errors only")
     loudness.add_argument("-v", "--verbose", action="store_true", help="show every tensor, stage times and logs")

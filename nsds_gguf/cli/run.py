@@ -18,7 +18,7 @@ from .signals import SIGNAL_EXIT, Stopped, Watch, handled, message, restore_defa
 
 _MAX_MESSAGE = 2000  # characters of an error line: damaged files can hold names of any length
 
-_BROKEN_PIPE = 13  # SIGPIPE, which Windows has not
+_BROKEN_PIPE = 13  # SIGPIPE, which Windows lacks
 _NO_THREAD = "can't start new thread"  # Python's words
 _REMEDY = "lower --threads or close other programs"
 
@@ -37,15 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             watch.has_told = True
         return code
     finally:
-        if is_program:  # Python's own end must not be interrupted with a traceback
+        if is_program:  # a signal during Python's exit must not print a traceback
             restore_defaults()
 
 
 def _run(given: list[str]) -> int:
-    """Run the command line, up to signals."""
+    """Run the command line; signals are the caller's."""
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # tables have lines and dashes that not every terminal knows
+            sys.stdout.reconfigure(errors="replace")  # not every terminal encodes the lines of tables
         arguments = build_parser().parse_args(given, argparse.Namespace(given=given))
         logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
         screen = Screen(quiet=arguments.quiet, json_to_stdout=arguments.json == "-", verbose=arguments.verbose)
@@ -55,7 +55,7 @@ def _run(given: list[str]) -> int:
             print(end="", flush=True)
     except NsdsError as error:
         return _fail("; ".join((str(error), *notes_of(error))), error.exit_code)
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader has closed it
         drop_output()
         return SIGNAL_EXIT + _BROKEN_PIPE
     except (MemoryError, OSError, RuntimeError) as error:
@@ -67,16 +67,16 @@ def _run(given: list[str]) -> int:
 
 
 def _system_error(error: MemoryError | OSError | RuntimeError) -> str | None:
-    """Return what to tell of an error of the system, ``None`` for one of the program."""
+    """Return the message for an error of the system, ``None`` for a bug of the program."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return f"out of memory; {_REMEDY}"
-    if isinstance(error, OSError):  # whatever it was about: permissions, names too long, a disk that fails
+    if isinstance(error, OSError):  # permissions, names too long, a failing disk
         return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror or str(error)
     return f"the system allows no more threads, or no memory for them; {_REMEDY}" if _NO_THREAD in str(error) else None
 
 
 def _fail(message: str, code: int) -> int:
     line = " ".join(message.split())
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)  # names from a file may drive the terminal
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)  # names from files may hold controls
     print(f"error: {line if len(line) <= _MAX_MESSAGE else line[:_MAX_MESSAGE] + '…'}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""What goes to the terminal: bars, notes, results, JSON. Results to standard output, all else to standard error."""
+"""Terminal output: results and JSON go to standard output, bars and notes to standard error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FILE_WIDTH = 140  # columns of tables that go to a file or a pipe
 
 
 class _Console(Console):
-    """A console that shows names and templates as they are, brackets too, and leaves a closed pipe to ``main``."""
+    """A console without markup: names and templates keep their brackets; a closed pipe is left to ``main``."""
 
     def __init__(self, *, stderr: bool, quiet: bool) -> None:
         super().__init__(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False)
@@ -35,7 +35,7 @@ class _Console(Console):
 
 
 class _TimeLeftColumn(ProgressColumn):
-    """The time left at the average speed so far, known from the first step on: steps may take minutes."""
+    """The time left at the average speed so far, shown from the first step on: steps may take minutes."""
 
     def render(self, task: Task) -> Text:
         """Return it as hours, minutes and seconds."""
@@ -46,10 +46,10 @@ class _TimeLeftColumn(ProgressColumn):
 
 
 class Screen:
-    """Draws what happens: bars on a terminal, notes on standard error, results on standard output."""
+    """Draws bars on a terminal, notes on standard error, results on standard output."""
 
     def __init__(self, *, quiet: bool, json_to_stdout: bool, verbose: bool) -> None:
-        """Take what the user wants to see."""
+        """Take the user's choice of output."""
         self.notes = _Console(stderr=True, quiet=quiet)
         self.results = _Console(stderr=json_to_stdout, quiet=quiet)
         if not self.results.is_terminal:
@@ -60,7 +60,7 @@ class Screen:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
-        """Show one stage as a bar with the time it takes; off a terminal, as one line when it is done."""
+        """Show a stage as a bar with its time; without a terminal, with ``verbose``, as one line when it ends."""
         start = time.perf_counter()
         if not self.draws_bars:
             yield lambda done, total: None
@@ -77,30 +77,30 @@ class Screen:
         self._annotate = None
 
     def annotate(self, text: str) -> None:
-        """Show a running figure in place of the name of the open bar; off a terminal, a line to who asked for more."""
+        """Show a running figure in place of the open bar's name; without a terminal, with ``verbose``, as a line."""
         if self._annotate is not None:
             self._annotate(text)
         elif self.verbose:
             self.notes.print(text, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Tell what may spoil the result, in one line."""
+        """Show a warning in one line."""
         self.notes.print(f"warning: {text}", soft_wrap=True)
 
     def say(self, text: str) -> None:
-        """Tell one fact in one line; off a terminal, only to who asked for more."""
+        """Show a note in one line; without a terminal, only with ``verbose``."""
         if self.notes.is_terminal or self.verbose:
             self.notes.print(text, soft_wrap=True)
 
     def show(self, view: RenderableType) -> None:
-        """Show a result; text is one line, however long."""
+        """Show a result; text stays on one line, however long."""
         with standard_output():
             self.results.print(view, soft_wrap=isinstance(view, Text))
 
 
 @contextmanager
 def standard_output() -> Iterator[None]:
-    """Raise ``OutputError`` where standard output cannot be written, a full disk say; a closed pipe is no error."""
+    """Raise ``OutputError`` when standard output cannot be written, as on a full disk; pass on a closed pipe."""
     try:
         yield
     except BrokenPipeError:
@@ -111,7 +111,7 @@ def standard_output() -> Iterator[None]:
 
 
 def drop_output() -> None:
-    """Send what is left in the buffer of standard output nowhere: Python would fail on it once more at exit."""
+    """Discard the rest of standard output's buffer: Python would fail on it again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -128,5 +128,5 @@ def write_json(destination: str | None, data: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file, complete or not at all; raises ``OutputError`` when that fails."""
+    """Write a small file whole or not at all; raises ``OutputError`` on failure."""
     write_small(path, text)

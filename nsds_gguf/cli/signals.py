@@ -1,7 +1,7 @@
-"""How a signal ends the program: in order where Python can, and within a second always.
+"""How a signal ends the program: in an orderly way where Python can, and always within a second.
 
-A handler of Python runs in the main thread, between two of its steps. Where that is far away, in a long call of a
-library, a thread that the system wakes removes the temporary files and ends the process.
+Python runs a handler in the main thread, between two of its steps. During a long call of a library, a thread that the
+system wakes removes the temporary files and ends the process instead.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ SIGNAL_EXIT = 128  # plus the number of the signal, as shells have it
 
 # Those that would kill the process without a chance to clean up; SIGBREAK is Windows' SIGHUP, and its Ctrl-Break.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
-_PATIENCE_S = 0.7  # for the orderly way
+_PATIENCE_S = 0.7  # before the orderly end is given up
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asks the program to end; raised where Ctrl-C would be, so that temporary files go."""
+    """A signal asks the program to end; raised like Ctrl-C, so that temporary files are removed."""
 
     def __init__(self, number: int) -> None:
         """Take the number of the signal."""
@@ -35,15 +35,15 @@ class Stopped(KeyboardInterrupt):
 
 
 def message(number: int, left: str = "") -> str:
-    """Return what the user reads when a signal has ended the program, with what is left of it."""
+    """Return the message for a signal that ended the program; ``left`` names what remains on disk."""
     return f"stopped by {signal.Signals(number).name}; {left or 'no unfinished file is left'}"
 
 
 @contextmanager
 def handled(restore: bool = True) -> Iterator[None]:
-    """Raise ``Stopped`` for the first signal that asks to end, and take no notice of more; what is ignored stays so.
+    """Raise ``Stopped`` for the first signal that asks to end and ignore later ones; ignored signals stay ignored.
 
-    With ``restore`` all is as before when the block ends.
+    With ``restore`` the earlier handlers are back when the block ends.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -51,7 +51,7 @@ def handled(restore: bool = True) -> Iterator[None]:
     stopped: list[int] = []
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        if not stopped:  # an impatient user must not interrupt the cleaning up
+        if not stopped:  # a second Ctrl-C must not interrupt the cleanup
             stopped.append(number)
             raise Stopped(number)
 
@@ -63,7 +63,7 @@ def handled(restore: bool = True) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if stopped:  # an import that was interrupted fails in a way of its own
+        if stopped:  # an interrupted import raises an error of its own
             raise Stopped(stopped[0]) from error
         raise
     finally:
@@ -74,7 +74,7 @@ def handled(restore: bool = True) -> Iterator[None]:
 
 
 def restore_defaults() -> None:
-    """Let signals end the process as they do any other that has nothing to clean up."""
+    """Restore the system's default handlers: nothing is left to clean up."""
     for name in _NAMES:
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
@@ -82,15 +82,15 @@ def restore_defaults() -> None:
 
 
 def _without_stops(hook: Callable[[Any], object]) -> Callable[[Any], object]:
-    """Return a hook that says nothing of a signal which arrived in a callback of C: the watch ends the process."""
+    """Return a hook that ignores a signal raised in a C callback: the watch ends the process."""
     return lambda unraisable: None if isinstance(unraisable.exc_value, Stopped) else hook(unraisable)
 
 
 class Watch:
-    """Ends the process when a signal has not done so in time; only for a process that is the program."""
+    """Ends the process when the handler has not done so in time; for the program itself, not for library use."""
 
     def __init__(self) -> None:
-        """Let the system write the numbers of signals to a socket, and wait for them in a thread."""
+        """Let the system write signal numbers to a socket, and wait for them in a thread."""
         self.has_told = False
         self._reading, self._writing = socket.socketpair()
         self._writing.setblocking(False)

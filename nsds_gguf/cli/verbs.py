@@ -1,4 +1,4 @@
-"""What each verb does: options in, work done, results shown."""
+"""The verbs: each reads its options, does the work and shows the results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..conversion import Converted, convert, score
 from ..conversion import plan as make_plans
 from ..errors import PlanError
 from ..evaluate.inspect import inspect_gguf
-from ..evaluate.perplexity import Measurement, Perplexity, perplexity
+from ..evaluate.perplexity import Measurement, Perplexity, Window, perplexity
 from ..evaluate.texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions, evaluation_text, spoken
 from ..llamacpp.gguf_header import is_gguf
 from ..publish import bundle as bundles
@@ -48,7 +48,7 @@ from .screen import Screen, write_json, write_text
 
 
 def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
-    """Convert a model; with ``--dry-run`` show what would be written, without a budget what sizes there are."""
+    """Convert a model; with ``--dry-run`` show the plan, without a budget the possible sizes."""
     check_bundle_arguments(arguments)
     if is_open(arguments):
         run_sizes(arguments, screen)
@@ -68,7 +68,7 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
 
 
 def _convert(arguments: argparse.Namespace, screen: Screen, output: Output) -> list[Converted]:
-    """Convert and show what came out."""
+    """Convert and show the results."""
     results = convert(
         source_of(arguments),
         options_of(arguments),
@@ -94,7 +94,7 @@ def _convert(arguments: argparse.Namespace, screen: Screen, output: Output) -> l
 def _converted_report(arguments: argparse.Namespace, result: Converted) -> Report:
     text = SHIPPED_TEXT if arguments.text is None else arguments.text.name
     reference = result.reference
-    if reference is not None and reference != ORIGINAL:  # which the page itself words
+    if reference is not None and reference != ORIGINAL:  # the page has words for it
         reference = spoken(reference)
     return plan_report(
         result.plan,
@@ -107,7 +107,7 @@ def _converted_report(arguments: argparse.Namespace, result: Converted) -> Repor
 
 
 def _write_report(arguments: argparse.Namespace, screen: Screen, name: str, report: Report) -> None:
-    """Write a page where it is wanted; in a folder, under a name."""
+    """Write a page to ``--report``, or under a name in that folder."""
     path: Path = arguments.report / f"{name}.html" if arguments.report.is_dir() else arguments.report
     write_report(report, path)
     screen.show(Text(f"report: {path}"))
@@ -145,7 +145,7 @@ def _bundle_converted(arguments: argparse.Namespace, screen: Screen, folder: Pat
 
 
 def _bundle(arguments: argparse.Namespace, screen: Screen, file: Path, folder: Path, source: bundles.Source) -> Bundle:
-    """Make a bundle, show what it holds, and hand it to Ollama where that is wanted."""
+    """Make a bundle, show its files, and with ``--ollama`` pass it to Ollama."""
     bundle = make_bundle(file, folder, source, screen)
     screen.show(display.bundle_view(bundle))
     if arguments.ollama is not None:
@@ -156,7 +156,7 @@ def _bundle(arguments: argparse.Namespace, screen: Screen, file: Path, folder: P
 
 
 def _show_sample(arguments: argparse.Namespace, screen: Screen, file: Path) -> dict[str, Any]:
-    """Let a finished file say its first words."""
+    """Show the beginning of a finished file's answer."""
     with screen.stage("first words"):
         found = sample(file, DEFAULT_PROMPT if arguments.chat is None else arguments.chat, arguments.threads)
     screen.show(display.sample_view(found))
@@ -164,7 +164,7 @@ def _show_sample(arguments: argparse.Namespace, screen: Screen, file: Path) -> d
 
 
 def run_bundle(arguments: argparse.Namespace, screen: Screen) -> None:
-    """Put a GGUF and what belongs to it into a folder."""
+    """Put a GGUF and the files that belong to it into a folder."""
     check_bundle_arguments(arguments)
     plan = None if arguments.plan is None else Plan.from_json(read_json(arguments.plan), str(arguments.plan))
     scores = None if arguments.scores is None else Scores.from_json(read_json(arguments.scores), str(arguments.scores))
@@ -185,7 +185,7 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
         return
     options = options_of(arguments)
     if arguments.tensor_type_file is not None and len(options) > 1:
-        raise PlanError(f"--tensor-type-file holds one plan, got {len(options)} targets; give one")
+        raise PlanError(f"--tensor-type-file holds one plan, got {len(options)} targets; pass one")
     planned = make_plans(source_of(arguments), options, loaded=loaded_record(arguments), run=run_of(arguments, screen))
     plans = planned.plans
     for plan in plans:
@@ -203,7 +203,7 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_sizes(arguments: argparse.Namespace, screen: Screen) -> None:
-    """Show what sizes a model could have, and the command that makes one of them; nothing is written."""
+    """Show the possible sizes of a model, and the command for one of them; write nothing."""
     check_sizes_arguments(arguments)
     loaded = loaded_record(arguments)
     (options,) = options_of(arguments)
@@ -227,7 +227,7 @@ def run_report(arguments: argparse.Namespace, screen: Screen) -> None:
     elif arguments.scores is None:
         report = file_report(inspect_gguf(file))
     else:
-        raise PlanError(f"{file}: a GGUF goes without --scores: they may not be those it was made from; give its plan")
+        raise PlanError(f"{file}: --scores needs a plan, got a GGUF, which may come from other scores; pass the plan")
     _write_report(arguments, screen, file.stem, report)
     write_json(arguments.json, report.to_json())
 
@@ -244,7 +244,7 @@ def run_score(arguments: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_perplexity(arguments: argparse.Namespace, screen: Screen) -> None:
-    """Measure perplexity, and with ``--reference`` the divergence; an interrupted run shows what it found."""
+    """Measure perplexity, and with ``--reference`` the divergence; an interrupted run shows its finished chunks."""
     text = evaluation_text(VerifyOptions(arguments.text, arguments.ctx_size))
     _check_trained_context(arguments, screen)
     if arguments.reference is not None and not arguments.reference.is_dir():
@@ -265,7 +265,7 @@ def _check_trained_context(arguments: argparse.Namespace, screen: Screen) -> Non
     if isinstance(n_ctx_train, int) and arguments.ctx_size > n_ctx_train:
         screen.warn(
             f"{arguments.file}: was trained for {n_ctx_train} tokens, --ctx-size is {arguments.ctx_size}: beyond the "
-            f"first {n_ctx_train} tokens of a chunk the numbers say little about the file"
+            f"first {n_ctx_train} tokens of a chunk, perplexity says little about the file"
         )
 
 
@@ -292,10 +292,8 @@ def _measure_perplexity(
         return perplexity(
             arguments.file,
             text,
-            n_ctx=arguments.ctx_size,
-            n_chunks=arguments.chunks or None,
+            Window(arguments.ctx_size, arguments.chunks or None, arguments.batch),
             n_threads=arguments.threads,
-            n_batch=arguments.batch,
             reference=reference,
             progress=progress,
             on_chunk=on_chunk,
@@ -312,7 +310,7 @@ def _show_perplexity(arguments: argparse.Namespace, screen: Screen, found: Perpl
 
 
 def run_compare(arguments: argparse.Namespace, screen: Screen) -> None:
-    """Measure our plan, other allocations and llama.cpp's mixes at equal bytes."""
+    """Compare our plan with other allocations and llama.cpp's presets at equal bytes."""
     (options,) = options_of(argparse.Namespace(**{**vars(arguments), "target_bpw": None}))
     found = compare(
         source_of(arguments),
@@ -330,7 +328,7 @@ def run_compare(arguments: argparse.Namespace, screen: Screen) -> None:
 
 
 def run_inspect(arguments: argparse.Namespace, screen: Screen) -> None:
-    """Show what a GGUF holds."""
+    """Show the contents of a GGUF."""
     found = inspect_gguf(arguments.file)
     screen.show(inspection_view(found))
     write_json(arguments.json, found.to_json())

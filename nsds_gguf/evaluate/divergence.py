@@ -1,14 +1,14 @@
-"""From logits to scores of tokens, and from those to the statistics of a whole text. No model is run here.
+"""From logits to scores of tokens, and from scores to the statistics of a text. Nothing here runs a model.
 
 A token is scored by the logits of the position before it, those of the file ``x_q`` and, where there is one, of the
 reference ``x_p``, with ``p = softmax(x_p)`` and ``q = softmax(x_q)`` over the vocabulary::
 
     nll = -log q(token)    kld = sum_v p(v) log(p(v) / q(v))    Δp = q(token) - p(token)
 
-The statistics are those of llama.cpp tools/perplexity/perplexity.cpp, ``kl_divergence``, from exact values: that one
-keeps the reference as log-probabilities of 16 bits and leaves out those below -16; here everything is summed over the
-whole vocabulary in float64. Errors are standard errors of the mean over tokens, carried through functions to first
-order; logarithms are natural.
+The statistics are those of llama.cpp tools/perplexity/perplexity.cpp, ``kl_divergence``, from exact values: llama.cpp
+stores the reference as 16-bit log-probabilities and drops those below -16, while this module sums over the whole
+vocabulary in float64. Errors are standard errors of the mean over tokens, propagated to first order; logarithms are
+natural.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ..records import Float32, Float64
 
 Int32 = NDArray[np.int32]
 
-# What is kept of a scored token; without a reference only ``nll`` is filled.
+# The score of a token; without a reference only ``nll`` is filled.
 TOKEN_SCORE = np.dtype([("nll", "f8"), ("reference_nll", "f8"), ("kld", "f8"), ("same_top", "?")])
 TokenScores = NDArray[np.void]
 
-# Those that llama-perplexity prints of the divergence and of Δp.
+# The percentiles that llama-perplexity prints for the divergence and Δp.
 PERCENTILES = (0, 0.1, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9, 100)
 
-# Logits handled at once by a thread: 256 KiB as float64, so that the passes over them stay in its cache.
+# Logits per step of a thread: 256 KiB as float64, which fits its cache.
 _SLAB_LOGITS = 2**15
 
 
@@ -44,21 +44,21 @@ class Divergence:
         reference_ppl: perplexity of the reference.
         reference_ppl_error: its standard error.
         ppl_ratio: perplexity over that of the reference.
-        ppl_ratio_error: its standard error, from the differences token by token, as are the two that follow.
+        ppl_ratio_error: its standard error, from differences per token, like the next two.
         log_ppl_ratio: logarithm of the ratio.
         log_ppl_ratio_error: its standard error.
         ppl_difference: perplexity minus that of the reference.
         ppl_difference_error: its standard error.
-        log_ppl_correlation: correlation of both models' ``nll``, in [-1, 1]; ``None`` where one of them does not vary.
+        log_ppl_correlation: correlation of both models' ``nll``, in [-1, 1]; ``None`` where one is constant.
         kld_mean: mean KL divergence of the file from the reference, in nats per token.
         kld_error: its standard error.
         kld_percentiles: its ``PERCENTILES`` over the tokens, keyed "0" (the least), "0.1", ..., "100" (the largest).
-        delta_p_mean: mean Δp: by how much the probability of the text's token changed, in [-1, 1].
+        delta_p_mean: mean Δp, the change in the probability of the text's next token, in [-1, 1].
         delta_p_error: its standard error.
         delta_p_rms: root of the mean square of Δp.
         delta_p_rms_error: its standard error.
         delta_p_percentiles: percentiles of Δp, keyed like those of the divergence.
-        same_top: fraction of the positions at which both give the same token the highest probability.
+        same_top: fraction of the positions at which both have the same most likely token.
         same_top_error: its standard error.
 
     """
@@ -85,12 +85,12 @@ class Divergence:
 
 
 def score_rows(scores: TokenScores, logits: Sequence[Float32], targets: Int32) -> None:
-    """Fill the scores of some tokens from rows of logits: of the file alone, or of the file and the reference.
+    """Fill the scores of tokens from logits of the file, or of the file and the reference.
 
     Args:
         scores: ``(n,)`` of ``TOKEN_SCORE``, filled in; NaN or infinite where logits are.
         logits: one or two ``(n, n_vocab)`` float32.
-        targets: ``(n,)`` int32, the token that each row should predict.
+        targets: ``(n,)`` int32, the token after each row.
 
     """
     n, n_vocab = logits[0].shape
@@ -166,8 +166,8 @@ def _nll(logits: Float32, targets: Int32, work: NDArray[np.floating[Any]]) -> Fl
     Args:
         logits: ``(n, n_vocab)`` float32.
         targets: ``(n,)`` int32.
-        work: ``(2, n, n_vocab)`` float32 or float64, in which to compute: left holding the logits minus their
-            largest, and the exponentials of those.
+        work: ``(2, n, n_vocab)`` float32 or float64 workspace; on return it holds the logits minus their maximum,
+            and the exponentials of those.
 
     """
     shifted, powers = work
@@ -179,7 +179,7 @@ def _nll(logits: Float32, targets: Int32, work: NDArray[np.floating[Any]]) -> Fl
 
 
 def _mean_and_error(values: Float64) -> tuple[float, float]:
-    """Return the mean and its standard error, ``sqrt((E[x^2] - E[x]^2) / (n - 1))``, as llama-perplexity has it."""
+    """Return the mean and its standard error, ``sqrt((E[x^2] - E[x]^2) / (n - 1))``, as in llama-perplexity."""
     return float(values.mean()), math.sqrt(float(values.var()) / (values.size - 1))
 
 
@@ -196,13 +196,13 @@ def _difference_and_error(nll: Float64, reference_nll: Float64) -> tuple[float, 
 
 
 def _correlation(a: Float64, b: Float64) -> float | None:
-    """Return Pearson's correlation, ``None`` where one of both does not vary."""
+    """Return Pearson's correlation, ``None`` where either is constant."""
     norm = float(a.std() * b.std())
     return float(((a - a.mean()) * (b - b.mean())).mean()) / norm if norm else None
 
 
 def _rms_and_error(values: Float64) -> tuple[float, float]:
-    """Return the root of the mean square, and that mean's error carried through the root."""
+    """Return the root mean square and its standard error."""
     mean_square, error = _mean_and_error(values**2)
     rms = math.sqrt(mean_square)
     return rms, error / (2 * rms) if rms else 0.0
@@ -213,5 +213,5 @@ def _percentiles(values: Float64) -> dict[str, float]:
 
 
 def _exp(x: float) -> float:
-    """Return ``exp(x)``, infinity where a float cannot hold it."""
+    """Return ``exp(x)``, or infinity on overflow."""
     return math.exp(x) if x < math.log(np.finfo(np.float64).max) else math.inf

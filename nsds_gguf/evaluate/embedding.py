@@ -1,8 +1,8 @@
-"""How close the embeddings of a GGUF are to those of another: the check of models that embed texts.
+"""How close the embeddings of a GGUF are to those of another: the check of embedding models.
 
-Perplexity says nothing of such a model: its head, if it has one, was never trained for its hidden states. What its
-users compute is the cosine between embeddings, so the cosine between the embedding that the file gives a passage and
-the one that the original gives it is measured, over passages of several lengths spread over a text.
+Perplexity does not apply to such a model: its head, if it has one, was never trained for its hidden states. Its users
+compute cosines between embeddings, so the check measures the cosine between the file's and the original's embedding of
+each passage, over passages of several lengths spread over a text.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from ..llamacpp.gguf_header import read_gguf_header
 from ..llamacpp.llama import Int32, LlamaModel, default_threads, embed, llama_build, open_model
 from ..records import Float32, Progress, no_progress
 
-POOLINGS = {1: "mean", 2: "cls", 3: "last"}  # llama.h, enum llama_pooling_type, as far as it gives one embedding
+POOLINGS = {1: "mean", 2: "cls", 3: "last"}  # llama.h, enum llama_pooling_type: those that yield one embedding
 
 N_PASSAGES = 64
-_LETTERS = (40, 120, 320, 800)  # of passages, in turn: from a short sentence to a paragraph
+_LETTERS = (40, 120, 320, 800)  # lengths of passages, in turn: from a short sentence to a paragraph
 
-# Embeddings of unrelated passages by one model have a cosine of up to 0.5 or so, those of a usable quantization 0.9 and
-# more: a file below has lost which passage is which.
+# Embeddings of unrelated passages have cosines up to about 0.5, those of a usable quantization 0.9 and more: a file
+# below the floor no longer tells passages apart.
 FLOOR = 0.5
 
 
@@ -36,13 +36,13 @@ class EmbeddingCheck:
     """How close the embeddings of a file are to the original's.
 
     Attributes:
-        cosine_mean: mean over the passages of the cosine between the two embeddings of one.
-        cosine_min: the lowest.
-        n_passages: passages embedded.
-        n_tokens: their tokens, all together.
-        n_embd: numbers of an embedding.
-        pooling: how it is pooled: ``mean``, ``cls`` or ``last``.
-        text_sha256: digest of the text that the passages are taken from.
+        cosine_mean: mean over passages of the cosine between both embeddings.
+        cosine_min: the lowest cosine.
+        n_passages: number of passages.
+        n_tokens: tokens of all passages.
+        n_embd: length of an embedding.
+        pooling: pooling of the embedding: ``mean``, ``cls`` or ``last``.
+        text_sha256: digest of the text of the passages.
         n_threads: CPU threads.
         versions: of this package and of llama.cpp.
 
@@ -64,7 +64,7 @@ class EmbeddingCheck:
 
 
 def pooling_of(file: Path) -> str:
-    """Return how a GGUF pools the embedding of a text; empty for one that is not made for embeddings."""
+    """Return the pooling of an embedding model's GGUF; empty for other models."""
     metadata = read_gguf_header(file).metadata
     architecture = metadata.get("general.architecture")
     entry = metadata.get(f"{architecture.value}.pooling_type") if architecture is not None else None
@@ -80,19 +80,19 @@ def compare_embeddings(
     n_threads: int | None = None,
     progress: Progress = no_progress,
 ) -> EmbeddingCheck:
-    """Compare the embeddings of a GGUF with those of another, one model after the other in memory.
+    """Compare the embeddings of two GGUFs, with one model in memory at a time.
 
     Args:
         file: the GGUF to check.
         reference: the original, a GGUF with the same vocabulary.
-        text: where the passages come from.
-        n_ctx: tokens of a passage at most.
-        n_threads: CPU threads; ``None`` for one a physical core.
+        text: source of the passages.
+        n_ctx: largest number of tokens per passage.
+        n_threads: CPU threads; ``None`` for one per physical core.
         progress: called with (files done, files in all).
 
     Raises:
         TextError: the text is empty.
-        VerifyError: a file cannot be loaded or gives embeddings that are not finite, or the two do not fit each other.
+        VerifyError: a file cannot be loaded or computes embeddings that are not finite, or the two are incompatible.
         GgmlError: llama.cpp is missing or refuses.
 
     """
@@ -122,7 +122,7 @@ def compare_embeddings(
 
 
 def check_close(file: Path, found: EmbeddingCheck) -> None:
-    """Raise ``VerifyError`` when embeddings have little to do with the original's: mean cosine below ``FLOOR``."""
+    """Raise ``VerifyError`` when the mean cosine to the original's embeddings is below ``FLOOR``."""
     if not found.cosine_mean >= FLOOR:
         raise VerifyError(
             f"{file}: embeddings are lost: mean cosine similarity to the original {found.cosine_mean:.4f} over "
@@ -141,7 +141,7 @@ def passages(text: str) -> list[str]:
 
 
 def _whole_words(passage: str, start: int) -> str:
-    """Return a passage without the word that its beginning cuts, where words are written apart."""
+    """Return a passage without the cut word at its beginning, where spaces separate words."""
     words = passage.split(maxsplit=1)
     return words[1].strip() if start and len(words) > 1 else passage.strip()
 
@@ -155,7 +155,7 @@ def cosine(first: Float32, second: Float32) -> Float32:
 
 
 def _tokens(file: Path, reference: Path, texts: Sequence[str], n_ctx: int) -> list[Int32]:
-    """Return the token ids of the passages, on which both vocabularies must agree, at most ``n_ctx`` each."""
+    """Return the token ids of the passages, at most ``n_ctx`` each; both vocabularies must have the same size."""
     with open_model(file, vocab_only=True) as model, open_model(reference, vocab_only=True) as other:
         if model.n_vocab != other.n_vocab:
             raise VerifyError(
@@ -165,7 +165,7 @@ def _tokens(file: Path, reference: Path, texts: Sequence[str], n_ctx: int) -> li
 
 
 def _cut(model: LlamaModel, tokens: Int32, n_ctx: int) -> Int32:
-    """Return at most ``n_ctx`` tokens; an EOS that ends every text, which some models pool, stays at the end."""
+    """Return at most ``n_ctx`` tokens; keep an EOS at the end, which some models pool."""
     if len(tokens) <= n_ctx:
         return tokens
     return np.append(tokens[: n_ctx - 1], tokens[-1:]).astype(np.int32) if model.adds_eos else tokens[:n_ctx]

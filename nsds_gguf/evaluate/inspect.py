@@ -1,4 +1,4 @@
-"""Look into any GGUF file: what it is, its bits per weight three ways, and which tensors hold what in which type."""
+"""Inspect any GGUF file: its metadata, its bits per weight in three ways, and its tensors by type, role and layer."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from ..llamacpp.gguf_header import (
 )
 from ..records import UNQUANTIZED
 
-OURS = "nsds_gguf."  # keys that say how we made a file
-VECTORS = "vectors"  # role under which norms, biases and the like are counted
+OURS = "nsds_gguf."  # prefix of the keys that say how nsds-gguf made a file
+VECTORS = "vectors"  # role that counts norms, biases and the like
 
 # Layers of a decoder, or of one of several stacks: ``blk.3.attn_q``, ``enc.blk.3.attn_q``, ``v.blk.3.attn_q``.
 _LAYER = re.compile(r"(?:(?P<stack>\w+)\.)?blk\.(?P<layer>\d+)\.(?P<rest>.+)")
@@ -38,8 +38,7 @@ _SHOWN_LETTERS = 500  # of a text
 class FoundTensor:
     """One tensor of a file.
 
-    ``stack`` is empty for the layers of a decoder and for what is outside of layers; ``shape`` is in numpy order,
-    ``n_bytes`` without padding.
+    ``stack`` is empty for decoder layers and outside layers; ``shape`` is in numpy order, ``n_bytes`` without padding.
     """
 
     name: str
@@ -54,7 +53,7 @@ class FoundTensor:
 
 @dataclass(frozen=True)
 class Sums:
-    """What some tensors add up to; ``types`` counts them by type, most first."""
+    """Totals of tensors; ``types`` counts them by type, most first."""
 
     n_tensors: int
     n_weights: int
@@ -76,14 +75,14 @@ class Sums:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A GGUF, all parts of a split one together.
+    """A GGUF, with all parts of a split model.
 
     Attributes:
-        path: the file that was named.
+        path: the file that the user named.
         files: the files that were read, in order.
-        missing: parts that are not there; sums leave them out.
-        file_bytes: of all files that were read.
-        metadata: keys of the first file that was read, long arrays and texts shortened.
+        missing: missing parts; sums leave them out.
+        file_bytes: bytes of all files that were read.
+        metadata: keys of the first file, with long arrays and texts shortened.
         tensors: in the order of the files.
     """
 
@@ -96,7 +95,7 @@ class Inspection:
 
     @property
     def architecture(self) -> str:
-        """``general.architecture``, or what the file says it is instead."""
+        """``general.architecture``, or else ``general.type``."""
         return str(self.metadata.get("general.architecture") or self.metadata.get("general.type") or "unknown")
 
     @property
@@ -106,7 +105,7 @@ class Inspection:
 
     @property
     def made_by_us(self) -> dict[str, str]:
-        """How we made it: version, recipe and what it was made from; empty for files of others."""
+        """How nsds-gguf made it: version, recipe and digests; empty for other files."""
         return {key.removeprefix(OURS): str(value) for key, value in self.metadata.items() if key.startswith(OURS)}
 
     @property
@@ -116,22 +115,22 @@ class Inspection:
 
     @property
     def bpw(self) -> float:
-        """Bits over weights of all tensors (llama.cpp's definition); 0 in a file without tensors."""
+        """Bits over the weights of all tensors, as in llama.cpp; 0 in a file without tensors."""
         return Sums.of(self.tensors).bpw
 
     @property
     def quantized_bpw(self) -> float:
-        """Bits over weights of the quantized tensors alone; 0 when there are none."""
+        """Bits over the weights of quantized tensors alone; 0 without any."""
         return Sums.of(tensor for tensor in self.tensors if tensor.type not in UNQUANTIZED).bpw
 
     @property
     def file_bpw(self) -> float:
-        """Bits of the whole file, or files, over weights of all tensors."""
+        """Bits of all files over the weights of all tensors."""
         return _bpw(self.file_bytes, self.n_weights)
 
     @cached_property
     def roles(self) -> dict[str, Sums]:
-        """Sums of the matrices by role, in the order of the file, and of all vectors."""
+        """Sums of matrices by role, in the order of the file, then of all vectors."""
         groups: dict[str, list[FoundTensor]] = {}
         for tensor in self.tensors:
             role = tensor.role if len(tensor.shape) > 1 else VECTORS
@@ -141,7 +140,7 @@ class Inspection:
 
     @cached_property
     def layers(self) -> dict[str, dict[int, Sums]]:
-        """Sums of each layer by number, by stack; the decoder's stack is called ``""``."""
+        """Sums by stack and layer number; the decoder's stack is ``""``."""
         groups: dict[str, dict[int, list[FoundTensor]]] = {}
         for tensor in self.tensors:
             if tensor.layer is not None:
@@ -176,9 +175,9 @@ class Inspection:
 
 
 def inspect_gguf(path: Path) -> Inspection:
-    """Read the metadata and tensor table of a GGUF, and of the other parts of a split one that are there.
+    """Read the metadata and tensor table of a GGUF, and of the parts of a split model that are present.
 
-    Raises ``ModelError`` when it is none.
+    Raises ``ModelError`` when it is not a GGUF.
     """
     if path.is_dir():
         raise ModelError(f"{path}: is a folder; wanted a GGUF file")
@@ -196,9 +195,9 @@ def inspect_gguf(path: Path) -> Inspection:
 
 
 def _present_parts(path: Path, header: GgufHeader) -> tuple[list[GgufPart], list[Path]]:
-    """Return the parts of a model that are there, and the paths of those that are not.
+    """Return the present parts of a model, and the paths of the missing ones.
 
-    A part that is not called as parts are, or lies among files of another split, stands alone.
+    A part with another name than a part's, or among files of another split, stands alone.
     """
     try:
         paths = part_paths(path, header)
@@ -223,7 +222,7 @@ def _found(entry: TensorEntry) -> FoundTensor:
 def _shown(entry: GGUFValue) -> Any:
     value = entry.value
     if isinstance(value, str) and len(value) > _SHOWN_LETTERS:
-        return f"{value[:_SHOWN_LETTERS]}… {len(value)} letters in all"
+        return f"{value[:_SHOWN_LETTERS]}… {len(value)} characters in all"
     if not isinstance(value, list) or len(value) <= _SHOWN_ITEMS:
         return value
     return f"[{', '.join(map(str, value[:_SHOWN_ITEMS]))}, … {len(value)} in all]"

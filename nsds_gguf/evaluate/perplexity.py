@@ -2,10 +2,10 @@
 
 The text is tokenized as a whole and cut into chunks of ``n_ctx`` tokens that do not overlap; the tail is dropped.
 Every chunk starts with an empty KV cache; where the vocabulary has a BOS, it replaces the first token of the chunk.
-The tokens of the second half are scored, each by the logits of the position before it, and the perplexity is that of
-all of them: ``PPL = exp(mean nll)``. What a score is and what is made of the scores is in ``divergence``.
+The tokens of the second half are scored, each by the logits of the position before it; the perplexity is that of all
+scored tokens, ``PPL = exp(mean nll)``. ``divergence`` defines the scores and their statistics.
 
-Both models run in step, so that nothing but one batch of logits of each is ever held.
+Both models run in step, so that memory holds only one batch of logits of each.
 
 Source: llama.cpp tools/perplexity/perplexity.cpp, ``perplexity`` and ``kl_divergence``.
 """
@@ -50,29 +50,50 @@ from .embedding import pooling_of
 # The shortest context that leaves more than one token of a chunk to score.
 MIN_CTX = 8
 
-# Tokens decoded at once unless told, as llama-perplexity has it (llama.cpp common/common.h, n_batch).
+# Tokens decoded at once by default, as in llama-perplexity (llama.cpp common/common.h, n_batch).
 DEFAULT_BATCH = 2048
 
-# A file this many times worse than guessing every token with equal chance is broken, not merely bad.
+# A file this many times worse than guessing uniformly is broken, not merely bad.
 ABSURD_FACTOR = 10
 
 
 @dataclass(frozen=True)
+class Window:
+    """How to cut and decode a text.
+
+    Attributes:
+        n_ctx: tokens per chunk.
+        n_chunks: largest number of chunks; ``None`` for all.
+        n_batch: tokens decoded at once: several chunks where they fit, parts of one where it does not.
+
+    """
+
+    n_ctx: int = 512
+    n_chunks: int | None = None
+    n_batch: int = DEFAULT_BATCH
+
+    @property
+    def n_seq(self) -> int:
+        """Chunks decoded together."""
+        return max(1, self.n_batch // self.n_ctx)
+
+
+@dataclass(frozen=True)
 class Perplexity:
-    """What a run over a text found, and what was run.
+    """The result of a run over a text, and its settings.
 
     Attributes:
         ppl: perplexity of the file.
-        ppl_error: its standard error, that of the mean over the tokens carried through the exponential.
+        ppl_error: its standard error, propagated from the mean over the tokens.
         bits_per_byte: mean bits per scored token times tokens per byte of the text; comparable across vocabularies.
-        n_ctx: tokens of a chunk.
-        n_chunks: chunks scored.
-        n_chunks_wanted: chunks that were to be scored: more than ``n_chunks`` where the run was interrupted.
-        n_scored_tokens: tokens that were scored, all chunks together.
+        n_ctx: tokens per chunk.
+        n_chunks: scored chunks.
+        n_chunks_wanted: chunks to score: more than ``n_chunks`` after an interruption.
+        n_scored_tokens: scored tokens of all chunks.
         n_text_tokens: tokens of the whole text.
         n_text_bytes: its bytes.
         text_sha256: its digest.
-        adds_bos: whether BOS took the place of the first token of every chunk.
+        adds_bos: whether BOS replaced the first token of every chunk.
         n_vocab: size of the vocabulary.
         n_ctx_train: tokens of the longest sequence that the model was trained for.
         n_batch: tokens decoded at once.
@@ -106,22 +127,22 @@ class Perplexity:
 
 
 class Measurement:
-    """A run under way: the scores of the chunks that are done.
+    """A run in progress: the scores of the finished chunks.
 
     Attributes:
-        n_chunks: chunks done.
-        n_chunks_wanted: chunks in all.
+        n_chunks: finished chunks.
+        n_chunks_wanted: all chunks.
 
     """
 
     def __init__(self, shape: tuple[int, int], has_reference: bool, tokens_per_byte: float, facts: dict[str, Any]):
-        """Begin with no chunk done.
+        """Begin without finished chunks.
 
         Args:
-            shape: chunks in all, scored tokens of each.
-            has_reference: whether scores hold a reference's.
+            shape: number of chunks, scored tokens per chunk.
+            has_reference: whether the scores include a reference.
             tokens_per_byte: tokens of the text over its bytes.
-            facts: what else the result says of the run, by the fields of ``Perplexity``.
+            facts: the other fields of ``Perplexity``.
 
         """
         self.n_chunks, self.n_chunks_wanted = 0, shape[0]
@@ -129,22 +150,22 @@ class Measurement:
         self._has_reference, self._tokens_per_byte, self._facts = has_reference, tokens_per_byte, facts
 
     def add(self, scores: TokenScores) -> None:
-        """Take the scores of the next chunk."""
+        """Add the scores of the next chunk."""
         self._scores[self.n_chunks] = scores
         self.n_chunks += 1
 
     @property
     def ppl(self) -> float:
-        """Perplexity over the chunks that are done."""
+        """Perplexity over the finished chunks."""
         return perplexity_and_error(self._done["nll"])[0]
 
     @property
     def kld_mean(self) -> float | None:
-        """Mean KL divergence over the chunks that are done, in nats per token; ``None`` without a reference."""
+        """Mean KL divergence over the finished chunks, in nats per token; ``None`` without a reference."""
         return float(self._done["kld"].mean()) if self._has_reference else None
 
     def result(self) -> Perplexity:
-        """Return what the chunks that are done say; at least one must be."""
+        """Return the result over the finished chunks, at least one."""
         scores = self._done
         ppl, ppl_error = perplexity_and_error(scores["nll"])
         return Perplexity(
@@ -170,47 +191,44 @@ OnChunk = Callable[[Measurement], None]
 def perplexity(
     file: Path,
     text: str,
+    window: Window | None = None,
     *,
-    n_ctx: int = 512,
-    n_chunks: int | None = None,
     n_threads: int | None = None,
-    n_batch: int = DEFAULT_BATCH,
     reference: Path | None = None,
     progress: Progress = no_progress,
     on_chunk: OnChunk | None = None,
 ) -> Perplexity:
-    """Measure the perplexity of a GGUF on a text and, with ``against``, its KL divergence from another GGUF.
+    """Measure the perplexity of a GGUF on a text and, with ``reference``, its KL divergence from another GGUF.
 
-    In memory: both models, and for each the logits of one batch: at most ``n_batch * n_vocab`` float32, half of that
+    In memory: both models, and for each the logits of one batch, at most ``n_batch * n_vocab`` float32, or half of that
     where whole chunks fit in a batch.
 
     Args:
-        file: the GGUF to measure; of a split model the first part.
-        text: the text; one newline at its end is dropped, as llama-perplexity does to the file it reads.
-        n_ctx: tokens of a chunk.
-        n_chunks: chunks to take at most; ``None`` for all.
-        n_threads: CPU threads; ``None`` for one a physical core.
-        n_batch: tokens to decode at once: several chunks where they fit, parts of one where it does not.
-        reference: the reference, a GGUF of the same vocabulary.
+        file: the GGUF to measure; for a split model the first part.
+        text: the text; one newline at its end is dropped, as in llama-perplexity.
+        window: context, chunks and batch; ``None`` for the defaults of ``Window``.
+        n_threads: CPU threads; ``None`` for one per physical core.
+        reference: a GGUF with the same vocabulary.
         progress: called with (chunks done, chunks in all).
-        on_chunk: called after each chunk with the run so far, which stays of use when the run is interrupted.
+        on_chunk: called after each chunk with the run so far, which stays usable after an interruption.
 
     Raises:
-        TextError: the text has fewer than ``2 * n_ctx`` tokens, or nothing would be scored.
+        TextError: the text has fewer than ``2 * n_ctx`` tokens, or the window scores no token.
         VerifyError: a file cannot be loaded, gives NaN or infinite logits, or the vocabularies differ.
         OutputError: the models and their logits do not fit in memory.
         GgmlError: llama.cpp is missing or refuses.
 
     """
-    _check_options(n_ctx, n_chunks, n_batch)
+    window = window or Window()
+    _check_window(window)
     _check_predicts(file)
     n_threads = n_threads or default_threads()
-    n_seq = max(1, n_batch // n_ctx)
-    n_batch = min(n_batch, n_seq * n_ctx)
+    n_ctx, n_seq = window.n_ctx, window.n_seq
+    n_batch = min(window.n_batch, n_seq * n_ctx)
     with ExitStack() as stack:
         models = [stack.enter_context(open_model(path)) for path in (file, reference) if path is not None]
         tokens = _tokenize(models, text, n_ctx)
-        chunks = _cut(tokens, n_ctx, n_chunks, models[0].bos)
+        chunks = _cut(tokens, n_ctx, window.n_chunks, models[0].bos)
         _check_memory(models, n_ctx, n_batch)
         contexts = [
             stack.enter_context(open_context(model, n_ctx=n_ctx, n_batch=n_batch, n_seq=n_seq, n_threads=n_threads))
@@ -224,51 +242,52 @@ def perplexity(
 
 
 def check_sane(file: Path, result: Perplexity) -> None:
-    """Raise ``VerifyError`` when a perplexity is beyond what a working model can have.
+    """Raise ``VerifyError`` when a perplexity is higher than any working model can have.
 
-    Guessing every token with the same chance gives a perplexity of ``n_vocab``. A model that is ``ABSURD_FACTOR``
-    times worse is confidently wrong: its weights are damaged or its tensors mixed up.
+    Guessing uniformly gives a perplexity of ``n_vocab``. A model that is ``ABSURD_FACTOR`` times worse is confidently
+    wrong: its weights are damaged or its tensors mixed up.
     """
     limit = ABSURD_FACTOR * result.n_vocab
     if not result.ppl <= limit:
         raise VerifyError(
             f"{file}: perplexity {result.ppl:.4g} is absurd: wanted at most {limit} ({ABSURD_FACTOR} times that of "
-            "guessing); the file is damaged, or the text is nothing that the model was made for"
+            "guessing); the file is damaged, or the text does not suit the model"
         )
 
 
 def check_comparable(file: Path, reference: Path, text: str, n_ctx: int) -> None:
-    """Raise what ``perplexity`` would of these vocabularies and this text, from the headers of the files alone."""
+    """Raise the errors of ``perplexity`` for these vocabularies and this text, from the files' headers alone."""
     with open_model(file, vocab_only=True) as model, open_model(reference, vocab_only=True) as other:
         _tokenize([model, other], text, n_ctx)
 
 
-def _check_options(n_ctx: int, n_chunks: int | None, n_batch: int) -> None:
-    if n_ctx < MIN_CTX:
+def _check_window(window: Window) -> None:
+    """Raise ``TextError`` for a window that scores no token."""
+    if window.n_ctx < MIN_CTX:
         raise TextError(
-            f"perplexity: wanted a context of at least {MIN_CTX} tokens, got {n_ctx}; use a larger --ctx-size"
+            f"perplexity: wanted a context of at least {MIN_CTX} tokens, got {window.n_ctx}; use a larger --ctx-size"
         )
-    if n_chunks is not None and n_chunks < 1:
-        raise TextError(f"perplexity: wanted at least 1 chunk, got {n_chunks}; leave out --chunks to take all")
-    if n_batch < 1:
-        raise TextError(f"perplexity: wanted batches of at least 1 token, got {n_batch}")
+    if window.n_chunks is not None and window.n_chunks < 1:
+        raise TextError(f"perplexity: wanted at least 1 chunk, got {window.n_chunks}; leave out --chunks to take all")
+    if window.n_batch < 1:
+        raise TextError(f"perplexity: wanted batches of at least 1 token, got {window.n_batch}")
 
 
 def _check_predicts(file: Path) -> None:
-    """Raise ``VerifyError`` for a model that embeds texts: it predicts nothing."""
+    """Raise ``VerifyError`` for an embedding model, which predicts no token."""
     try:
         pooling = pooling_of(file)
-    except ModelError:  # llama.cpp says what is wrong with the file
+    except ModelError:  # llama.cpp reports what is wrong with the file
         return
     if pooling:
         raise VerifyError(
-            f"{file}: is a model for embeddings ({pooling} pooling), of which perplexity says nothing; convert checks "
-            "it by the cosine similarity of its embeddings to the original's"
+            f"{file}: is an embedding model ({pooling} pooling), which perplexity cannot measure; convert checks it "
+            "by the cosine similarity of its embeddings to the original's"
         )
 
 
 def _scored_text(text: str) -> str:
-    """Return the text as llama-perplexity takes it from a file: without one newline at its end."""
+    """Return the text without one newline at its end, as llama-perplexity reads a file."""
     return text.removesuffix("\n")
 
 
@@ -286,7 +305,7 @@ def _tokenize(models: Sequence[LlamaModel], text: str, n_ctx: int) -> Int32:
 
 
 def _without_eos(model: LlamaModel, tokens: Int32) -> Int32:
-    """Return the tokens without the EOS that some vocabularies end every text with: chunks are cut from its midst."""
+    """Return the tokens without the EOS that some vocabularies append: chunks do not end the text."""
     return tokens[:-1] if model.adds_eos else tokens
 
 
@@ -297,35 +316,35 @@ def _check_same_vocabulary(model: LlamaModel, reference: LlamaModel, same_tokens
             f"{wrong}: wanted a vocabulary of {model.n_vocab}, got {reference.n_vocab}; compare files of one model"
         )
     if not same_tokens or model.bos != reference.bos:
-        raise VerifyError(f"{wrong}: it tokenizes the text to other ids; compare files with the same tokenizer")
+        raise VerifyError(f"{wrong}: it tokenizes the text differently; compare files with the same tokenizer")
 
 
 def _check_memory(models: Sequence[LlamaModel], n_ctx: int, n_batch: int) -> None:
-    """Raise ``OutputError`` when the weights, the logits of a batch and those being computed do not fit in memory."""
+    """Raise ``OutputError`` when weights and logits do not fit in memory."""
     logits_bytes = sum(_logits_bytes(model.n_vocab, n_ctx, n_batch) for model in models)
     what = "perplexity of two models" if len(models) > 1 else "perplexity"
     check_memory(sum(model.n_bytes for model in models) + logits_bytes, what, "close other programs or lower --batch")
 
 
 def needed_bytes(files: Sequence[int], n_vocab: int, n_ctx: int) -> int:
-    """Return the memory that ``perplexity`` takes for files of these bytes and one vocabulary, in default batches."""
-    n_batch = min(DEFAULT_BATCH, max(1, DEFAULT_BATCH // n_ctx) * n_ctx)
+    """Return the memory of ``perplexity`` for files of these bytes and one vocabulary, with the default batch."""
+    n_batch = min(DEFAULT_BATCH, Window(n_ctx).n_seq * n_ctx)
     return sum(files) + len(files) * _logits_bytes(n_vocab, n_ctx, n_batch)
 
 
 def _logits_bytes(n_vocab: int, n_ctx: int, n_batch: int) -> int:
-    """Return the bytes of the logits of a batch and of those being computed, of one model."""
+    """Return the bytes of one model's logits: those of a batch and those being computed."""
     n_rows = _n_outputs(n_ctx, n_batch) + min(n_batch, N_PHYSICAL_BATCH)
     return n_rows * n_vocab * np.dtype(np.float32).itemsize
 
 
 def _n_outputs(n_ctx: int, n_batch: int) -> int:
-    """Return the most rows of logits that one batch gives: half of it where whole chunks fit."""
+    """Return the largest number of rows of logits per batch: half of the batch where whole chunks fit."""
     return n_batch // n_ctx * (n_ctx - n_ctx // 2) if n_batch >= n_ctx else n_batch
 
 
 def _cut(tokens: Int32, n_ctx: int, n_chunks: int | None, bos: int | None) -> Int32:
-    """Return the chunks, ``(n_chunks, n_ctx)`` int32, each begun by BOS where there is one."""
+    """Return the chunks, ``(n_chunks, n_ctx)`` int32, each starting with BOS where there is one."""
     n_whole = len(tokens) // n_ctx
     n_taken = n_whole if n_chunks is None else min(n_chunks, n_whole)
     chunks: Int32 = tokens[: n_taken * n_ctx].reshape(n_taken, n_ctx).copy()
@@ -337,7 +356,7 @@ def _cut(tokens: Int32, n_ctx: int, n_chunks: int | None, bos: int | None) -> In
 def _measurement(
     models: Sequence[LlamaModel], text: str, tokens: Int32, chunks: Int32, n_batch: int, n_threads: int
 ) -> Measurement:
-    """Return the run with no chunk done."""
+    """Return a run without finished chunks."""
     n_chunks, n_ctx = chunks.shape
     facts = {
         "n_ctx": n_ctx,
@@ -357,7 +376,7 @@ def _measurement(
 
 @dataclass(frozen=True)
 class _Scorer:
-    """Decodes chunks with the file and, after it, the reference, and scores their second halves."""
+    """Decodes chunks with the file, then the reference, and scores their second halves."""
 
     contexts: Sequence[LlamaContext]
     pool: Executor
@@ -365,7 +384,7 @@ class _Scorer:
     n_batch: int
 
     def score(self, chunks: Int32) -> TokenScores:
-        """Return the scores of a few chunks decoded together: ``(n, n_ctx)`` tokens to ``(n, n_scored)``."""
+        """Return the scores of chunks decoded together: ``(n, n_ctx)`` tokens to ``(n, n_scored)``."""
         n, n_ctx = chunks.shape
         first = n_ctx // 2
         scores = np.zeros((n, n_ctx - 1 - first), dtype=TOKEN_SCORE)

@@ -1,7 +1,6 @@
-"""Stage 5, verify: the finished file is opened again and held against its plan.
+"""Verify the structure of a finished file: read it again and compare it with its plan.
 
-The header is read by ``gguf_header``, which shares no code with the writer. Whether the file *works* is for
-``perplexity`` to say.
+``gguf_header`` reads the header and shares no code with the writer. ``perplexity`` tests whether the file *works*.
 """
 
 from __future__ import annotations
@@ -58,34 +57,34 @@ def _check_tensor(path: Path, found: TensorEntry, planned: PlannedTensor, offset
 
 
 def _check_keys(path: Path, header: GgufHeader, model: Model, plan: Plan) -> None:
-    """Check that the model's keys are there as they are, and that the file was written from this very plan."""
+    """Check that the file holds the model's keys unchanged, and this plan's digest."""
     for key, wanted in model.metadata.items():
         found = header.metadata.get(key)
         if found is None:
             raise VerifyError(f"{path}: metadata key {key} is missing")
         if found.type != wanted.type or not _same_value(found, wanted):
-            raise VerifyError(f"{path}: metadata key {key} is not what the model says")
+            raise VerifyError(f"{path}: metadata key {key} differs from the model's")
     digest = header.metadata.get("nsds_gguf.plan_sha256")
     if digest is None or digest.value != plan.digest:
         raise VerifyError(f"{path}: nsds_gguf.plan_sha256: wanted {plan.digest}, got {digest and digest.value}")
 
 
 def _same_value(found: GGUFValue, wanted: GGUFValue) -> bool:
-    """Return whether a value read back is the one meant, as far as its type can hold it."""
+    """Return whether a value that was read back is the wanted one, at the precision of its type."""
     if GGUFValueType.FLOAT32 in (found.type, found.sub_type):
         return np.array_equal(found.value, np.asarray(wanted.value, dtype=np.float32), equal_nan=True)
     return bool(found.value == _plain(wanted.value))
 
 
 def _plain(value: object) -> object:
-    """Return a value as it is read back: tokens that were given as bytes are text."""
+    """Return a value as it reads back: tokens stored as bytes become text."""
     if isinstance(value, bytes | bytearray):
         return value.decode(errors="surrogateescape")
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _check_target(path: Path, plan: Plan, tensor_bytes: int, file_bytes: int) -> None:
-    """Check the budget on the finished file; bytes, not rounded bpw."""
+    """Check the budget on the finished file, in bytes rather than rounded bpw."""
     target = plan.recipe.target
     if target is None:
         return

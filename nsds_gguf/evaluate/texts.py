@@ -1,4 +1,4 @@
-"""What a finished file is checked on: the text, and whether model and vocabulary fit it, before any work is done."""
+"""The evaluation text, and checks of model and vocabulary on it before any work is done."""
 
 from __future__ import annotations
 
@@ -19,20 +19,26 @@ from .inspect import inspect_gguf
 SHIPPED_TEXT = "old_curiosity_shop.txt"
 
 ORIGINAL = "original"  # --reference: a temporary GGUF of the source's own precision
-QUANTIZED_INPUT = "quantized input"  # what takes the original's place where the input is quantized already
+QUANTIZED_INPUT = "quantized input"  # the reference where the input is already quantized
 
-# Architectures that decode only what their encoder has read (llama.cpp, llama_model_has_encoder).
+# Architectures that decode only their encoder's input (llama.cpp, llama_model_has_encoder).
 WITH_ENCODER = ("t5", "t5encoder", "eagle3", "dflash")
 
-_EXTRA_TOKENS = 3  # that a tokenizer may add to a text: BOS, EOS and a space before it all
+_EXTRA_TOKENS = 3  # that a tokenizer may add to a text: BOS, EOS and a leading space
 
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """How to check a finished file, by perplexity or by its embeddings, on a text: ``None`` for the one that ships.
+    """How to check a finished file, by perplexity or embeddings, on a text.
 
-    ``n_chunks`` ``None`` takes the whole text. ``reference`` is ``original``, the path of a GGUF, or ``None``: the
-    original where a conversion has it as a GGUF anyway and memory allows, else nothing.
+    Attributes:
+        text: the text; ``None`` for the one that ships.
+        n_ctx: tokens per chunk.
+        n_chunks: largest number of chunks; ``None`` for all.
+        reference: ``original``, the path of a GGUF, or ``None``: the original where a conversion has it as a GGUF
+            anyway and memory allows, else none.
+        enabled: whether to check more than the structure.
+
     """
 
     text: Path | None = None
@@ -43,14 +49,14 @@ class VerifyOptions:
 
 
 def spoken(reference: str) -> str:
-    """Return what a file was compared with as a sentence names it: ``the original``, or a file by its name."""
+    """Return the name of a reference in a sentence: ``the original``, or a file name."""
     return f"the {reference}" if reference in (ORIGINAL, QUANTIZED_INPUT) else Path(reference).name
 
 
 def evaluation_text(verifying: VerifyOptions) -> str:
     """Return the text to verify on, or the public-domain one that ships with the package.
 
-    Raises ``TextError`` when it cannot be read, or is too short whatever the tokenizer: no token is less than a byte.
+    Raises ``TextError`` when it cannot be read, or is too short for any tokenizer: a token takes at least a byte.
     """
     if verifying.text is None:
         text = (resources.files("nsds_gguf.evaluate") / SHIPPED_TEXT).read_text(encoding="utf-8")
@@ -68,7 +74,7 @@ def evaluation_text(verifying: VerifyOptions) -> str:
 def read_text(path: Path) -> str:
     """Return the text of a file; raises ``TextError`` when it is missing or not UTF-8."""
     try:
-        return path.read_bytes().decode()  # line ends as they are: llama-perplexity counts them too
+        return path.read_bytes().decode()  # keeps line ends: llama-perplexity counts them
     except OSError as error:
         raise TextError(f"{path}: cannot be read: {error.strerror}; wanted a text file") from error
     except UnicodeDecodeError as error:
@@ -79,18 +85,18 @@ def read_text(path: Path) -> str:
 
 
 def check_vocabulary(model: Model, verifying: VerifyOptions, text: str, files: WorkFolder) -> None:
-    """Let llama.cpp load an outline of the model and tokenize the text before the work that would be verified with it.
+    """Let llama.cpp load an outline of the model and tokenize the text, before the work to be verified.
 
-    Raises ``VerifyError`` when the model has neither perplexity nor embeddings, or llama.cpp refuses vocabulary, keys
-    or tensors; ``TextError`` when the text is too short; and for a GGUF to compare with ``ModelError`` when it is none
-    and ``VerifyError`` when its vocabulary is another.
+    Raises ``VerifyError`` when the model has neither perplexity nor embeddings, or llama.cpp refuses its vocabulary,
+    keys or tensors; ``TextError`` when the text is too short; for a reference, ``ModelError`` when it is not a GGUF,
+    ``VerifyError`` when its vocabulary differs.
     """
     if not verifying.enabled:
         return
     check_predicts(model)
     if "tokenizer.ggml.model" not in model.metadata:
         raise VerifyError(
-            f"{model.path}: has no tokenizer, without which llama.cpp loads no file: use a GGUF with tokenizer.ggml "
+            f"{model.path}: has no tokenizer, which llama.cpp needs to load a file: use a GGUF with tokenizer.ggml "
             "keys, or pass --no-verify"
         )
     with outline_file(model, files) as path:
@@ -119,14 +125,14 @@ def _check_reference(model: Model, verifying: VerifyOptions, n_vocab: int) -> No
 
 
 def embeds(model: Model) -> bool:
-    """Return whether a model is one for embeddings: it says how the embedding of a text is pooled from its tokens."""
+    """Return whether a model computes embeddings: its metadata names a pooling type."""
     pooling = model.metadata.get(f"{model.architecture}.pooling_type")
     return pooling is not None and isinstance(pooling.value, int) and pooling.value in POOLINGS
 
 
 @contextmanager
 def outline_file(model: Model, files: WorkFolder) -> Iterator[Path]:
-    """Give a GGUF of the model with a hole for its weights, removed afterwards; messages name the model instead."""
+    """Give a GGUF of the model with a hole for its weights, removed on exit; messages name the model instead."""
     path = files.path / "outline.gguf"
     try:
         write_outline(model, path)
@@ -143,9 +149,9 @@ def predicts(model: Model) -> bool:
 
 
 def check_predicts(model: Model) -> None:
-    """Raise ``VerifyError`` when a model neither predicts the next token nor embeds: nothing says whether it works."""
+    """Raise ``VerifyError`` when a model neither predicts the next token nor embeds: no check applies."""
     if not predicts(model) and not embeds(model):
         raise VerifyError(
-            f"{model.path}: architecture {model.architecture} does not predict the next token, so that perplexity "
+            f"{model.path}: architecture {model.architecture} does not predict the next token, so perplexity "
             "cannot check it; pass --no-verify"
         )

@@ -1,15 +1,15 @@
-"""A folder to publish or to give to Ollama: the GGUF and what should lie beside it.
+"""A folder for Hugging Face or Ollama: the GGUF and the files that belong beside it.
 
 ========== ===================================================================================================
 Modelfile  for ``ollama create``: chat format, stop strings, sampling parameters
 README.md  model card with the front matter that Hugging Face reads
-plan.json  the plan that the file was written by, where it is known
-scores.json  the scores that the plan was made from, where they are known
+plan.json  the plan of the file, where known
+scores.json  the scores of the plan, where known
 SHA256SUMS for ``sha256sum -c``
 ========== ===================================================================================================
 
-Each file appears under its name when it is complete. The GGUF is written there by ``convert``, or linked: it is copied
-only onto another file system.
+Each file appears under its name when it is complete. ``convert`` writes the GGUF there; otherwise it is linked, or
+copied to another file system.
 """
 
 from __future__ import annotations
@@ -49,18 +49,18 @@ _HASHED_BYTES = 1 << 20  # read at once
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a GGUF beside what it says itself.
+    """Facts about a GGUF that it does not hold itself.
 
     Attributes:
         path: the model folder or file that it was made from.
-        base_model: the repository of the original, ``ORG/NAME``, as the user says.
-        plan: the plan it was written by.
+        base_model: the repository of the original, ``ORG/NAME``, from the user.
+        plan: the plan of the file.
         scores: the scores of that plan.
-        perplexity: what was measured, on ``text``.
-        embedding: what was measured in its place of a model that embeds texts.
+        perplexity: the perplexity on ``text``.
+        embedding: the embedding check, for an embedding model.
         text: name of the text.
         command: the command that made it.
-        reference: what the perplexity was compared with, as ``Converted.reference``.
+        reference: the reference of the perplexity, as ``Converted.reference``.
 
     """
 
@@ -80,12 +80,12 @@ class Bundle:
     """A finished folder.
 
     Attributes:
-        folder: where it is.
+        folder: the folder.
         gguf: the model in it.
         sha256: hex digest of every file but SHA256SUMS, by name.
         chat: the chat format of the Modelfile; ``None`` where it has no TEMPLATE.
-        origin: where the model comes from.
-        notes: what the user must know, one sentence each.
+        origin: the original of the model.
+        notes: notes for the user, one sentence each.
 
     """
 
@@ -97,7 +97,7 @@ class Bundle:
     notes: tuple[str, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
-        """Return what is in the folder as plain JSON values."""
+        """Return the contents of the folder as plain JSON values."""
         return {
             "folder": str(self.folder),
             "sha256": self.sha256,
@@ -109,9 +109,9 @@ class Bundle:
 
 @contextmanager
 def bundle_folder(folder: Path, force: bool, report: Reporter) -> Iterator[Path]:
-    """Make the folder of a bundle, which is removed again when the block fails with nothing in it.
+    """Create the folder of a bundle; remove it again when the block fails and it is empty.
 
-    Raises ``OutputError`` when it cannot be made, or holds something and ``force`` is not given.
+    Raises ``OutputError`` when it cannot be created, or is not empty without ``force``.
     """
     existed = folder.exists()
     if existed and not folder.is_dir():
@@ -135,17 +135,17 @@ def bundle_folder(folder: Path, force: bool, report: Reporter) -> Iterator[Path]
 
 
 def make_bundle(file: Path, folder: Path, source: Source | None = None, report: Reporter | None = None) -> Bundle:
-    """Put a GGUF and what belongs to it into a folder; files of an earlier bundle are replaced.
+    """Put a GGUF and the files that belong to it into a folder; replace those of an earlier bundle.
 
     Args:
         file: the GGUF, in the folder or anywhere else.
-        folder: an existing folder, as ``bundle_folder`` makes it.
-        source: what else is known of the file.
-        report: who is told.
+        folder: an existing folder, from ``bundle_folder``.
+        source: other facts about the file.
+        report: receives stages and notes.
 
     Raises:
-        ModelError: the file is no GGUF, or only a part of one.
-        RecordError: the plan or the scores are of another file.
+        ModelError: the file is not a GGUF, or is only a part of one.
+        RecordError: the plan or the scores belong to another file.
         OutputError: the folder cannot be written, the disk is full, or a Modelfile cannot hold the file's name.
 
     """
@@ -159,7 +159,7 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
     origin = Origin((source.base_model,)) if source.base_model else find_origin(metadata, source.path)
     modelfile_text = modelfile(file.name, metadata, chat, notes, _generation_config(source.path))
     if not origin.repos or origin.is_parent:
-        notes.append("The repository of the original is not known: --base-model ORG/NAME tells the model card.")
+        notes.append("The repository of the original is not known: pass --base-model ORG/NAME for the model card.")
     facts = Facts(inspection, metadata, origin, chat is not None, source.plan, source.perplexity, source.text,
                   source.command, source.reference, source.embedding)  # fmt: skip
     texts = {
@@ -185,35 +185,37 @@ def _generation_config(path: Path | None) -> dict[str, Any]:
 
 def _check_whole(file: Path) -> None:
     if (split_number(read_gguf_header(file), SPLIT_COUNT) or 1) > 1:
-        raise UnsupportedError(f"{file}: is a part of a split model; convert it, which makes one file of all parts")
+        raise UnsupportedError(
+            f"{file}: is a part of a split model; convert it first, which joins all parts in one file"
+        )
 
 
 def _check_records(inspection: Inspection, metadata: Metadata, source: Source) -> None:
-    """Raise ``RecordError`` when the plan or the scores are not those of the file."""
+    """Raise ``RecordError`` when the plan or the scores belong to another file."""
     types = [(tensor.name, tensor.shape, tensor.type) for tensor in inspection.tensors]
     if source.plan is not None and types != [(t.name, t.shape, t.type) for t in source.plan.tensors]:
-        raise RecordError(f"the plan is not that of {inspection.path}: tensors or types differ; give its own or none")
+        raise RecordError(f"the plan is not that of {inspection.path}: tensors or types differ; pass its plan")
     digest = metadata.get("nsds_gguf.scores_sha256")
     if source.scores is not None and (digest is None or digest.value != source.scores.digest):
-        raise RecordError(f"the scores are not those of {inspection.path}: their digest differs; give its own or none")
+        raise RecordError(f"the scores are not those of {inspection.path}: their digest differs; pass its scores")
 
 
 def _chat_and_notes(metadata: Metadata) -> tuple[ChatFormat | None, list[str]]:
-    """Return the chat format, and what to say of the Modelfile."""
+    """Return the chat format, and notes on the Modelfile."""
     try:
         chat = chat_format(metadata)
     except UnsupportedError as error:
         return None, [
             f"TEMPLATE is left out: {error}.",
-            "Recent versions of Ollama read the chat template in the GGUF; older ones send the prompt as it is.",
+            "Recent versions of Ollama read the chat template in the GGUF; older ones send the bare prompt.",
         ]
     if chat is None:
-        return None, ["The model has no chat template: it continues texts, and does not answer."]
+        return None, ["The model has no chat template: it continues text instead of answering."]
     notes = [f"The chat format is {chat.name}.", *chat.notes]
     if KNOWS_TOOLS in chat.notes:
-        notes.append("For tools with a recent version of Ollama delete TEMPLATE: it then reads the one in the GGUF.")
+        notes.append("For tools with a recent version of Ollama, delete TEMPLATE: it then reads the one in the GGUF.")
     if ".Messages" in go_template(chat):
-        notes.append("Versions of Ollama before July 2024 take the second half of TEMPLATE, which knows single turns.")
+        notes.append("Versions of Ollama before July 2024 use the second half of TEMPLATE, for single turns.")
     return chat, notes
 
 
@@ -222,13 +224,13 @@ def _json(record: Plan | Scores | None) -> str | None:
 
 
 def _placed(file: Path, folder: Path, files: WorkFolder) -> Path:
-    """Return the file's path in the folder, linked there or, onto another file system, copied."""
+    """Link the file into the folder, or copy it from another file system, and return its path there."""
     target = folder / file.name
     if target.exists() and target.samefile(file):
         return target
     with unfinished(target, files) as temporary:
         try:
-            os.link(file.resolve(), temporary)  # the file, not a symbolic link to it as in the Hub's cache
+            os.link(file.resolve(), temporary)  # the file itself, not a symbolic link such as those of the Hub's cache
         except OSError:  # another file system, or one without links
             check_disk(folder, file.stat().st_size, "the GGUF")
             _copy(file, temporary)
@@ -243,7 +245,7 @@ def _copy(file: Path, target: Path) -> None:
 
 
 def _write(path: Path, text: str | None, files: WorkFolder) -> None:
-    """Write a small file; without a text remove what an earlier bundle left there."""
+    """Write a small file; without a text, remove the one of an earlier bundle."""
     try:
         if text is None:
             path.unlink(missing_ok=True)
@@ -269,25 +271,25 @@ def _sha256_sums(paths: list[Path], progress: Progress) -> dict[str, str]:
 
 
 def _sum_line(name: str, digest: str) -> str:
-    """Return a line for ``sha256sum -c``, which wants names with a backslash escaped and marked."""
+    """Return a line for ``sha256sum -c``, with backslashes in the name escaped and marked."""
     escaped = name.replace("\\", "\\\\")
     return f"{chr(92) if escaped != name else ''}{digest}  {escaped}\n"
 
 
 def check_ollama() -> None:
-    """Raise ``OutputError`` when there is no program ``ollama`` to hand a bundle to."""
+    """Raise ``OutputError`` when the program ``ollama`` is not installed."""
     if shutil.which(OLLAMA) is None:
         raise OutputError(
-            "the program ollama is not installed (https://ollama.com); leave out --ollama, and where it is installed "
-            "run in the folder: ollama create NAME -f Modelfile"
+            "the program ollama is not installed (https://ollama.com); install it, or leave out --ollama and run "
+            "'ollama create NAME -f Modelfile' in the folder later"
         )
 
 
 def ollama_create(bundle: Bundle, name: str) -> None:
-    """Let Ollama take the bundle in under a name; raises ``OutputError`` with what it says when it does not."""
+    """Create a model of the bundle in Ollama; raise ``OutputError`` with Ollama's message on failure."""
     check_ollama()
     command = [OLLAMA, "create", name, "-f", MODELFILE]
     done = subprocess.run(command, cwd=bundle.folder, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or "it says nothing").splitlines()[-1]
+        said = (done.stderr.strip() or done.stdout.strip() or "it gives no reason").splitlines()[-1]
         raise OutputError(f"{bundle.folder}: ollama create {name} failed: {said}; the bundle itself is complete")

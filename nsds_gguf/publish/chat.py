@@ -1,12 +1,11 @@
-"""Chat templates: rendered as transformers does, and understood from what they render.
+"""Chat templates: rendered as in transformers, and their format derived from the output.
 
-A chat template is a Jinja program that the model's author wrote. What it says is not read here but observed: it renders
-a few conversations whose texts are known, and what stands between those texts is the format. So one piece of code knows
-ChatML, Llama, Mistral, Gemma and whatever comes next, and a format that it describes has been checked on conversations
-that took no part in finding it.
+A chat template is a Jinja program by the model's author. This module does not parse it but observes it: it renders a
+few conversations of known texts, and the format is whatever appears between those texts. One piece of code thus covers
+ChatML, Llama, Mistral, Gemma and later formats, and each derived format is checked on further conversations.
 
-Templates are programs of strangers: they run in Jinja's sandbox, where they can reach nothing but their arguments, and
-in a process of their own, whose time and memory are limited (``renderer``).
+Templates are untrusted programs: they run in Jinja's sandbox, which exposes only their arguments, and in a separate
+process with limited time and memory (``renderer``).
 """
 
 from __future__ import annotations
@@ -21,25 +20,23 @@ from .renderer import RENDERER, TemplateLimitError
 
 Message = Mapping[str, str]
 
-# Texts of the conversations from which a format is found: words that no template writes itself.
+# Texts of the conversations that reveal a format: words that no template writes itself.
 _SYSTEM, _USERS, _ANSWERS = "Zsystem0", ("Zuser1", "Zuser2", "Zuser3"), ("Zanswer1", "Zanswer2")
 
-# A tool and a thought: what a model that knows of either writes otherwise.
+# A tool and a thought, which some templates treat specially.
 _TOOL = {"type": "function", "function": {"name": "Ztool", "description": "Z", "parameters": {}}}
 _THOUGHT = "<think>\nZthought\n</think>\n\n"
 
-REFUSES_SYSTEM = "The original refuses system prompts; here one stands before the first prompt, as Gemma 3 has it."
-_DROPS_SYSTEM = "The original drops system prompts, and so does this."
-DATED_SYSTEM = (
-    "The original's default system prompt holds the day and is left out: without a system prompt there is none."
-)
-KNOWS_TOOLS = "The original also writes tools; this does not."
-_DROPS_THOUGHTS = "The original drops the thoughts (<think>) from earlier answers; this keeps them."
+REFUSES_SYSTEM = "The original refuses system prompts; this puts one before the first prompt, as Gemma 3 does."
+_DROPS_SYSTEM = "The original and this both drop system prompts."
+DATED_SYSTEM = "The original's default system prompt contains the date and is left out; there is no default here."
+KNOWS_TOOLS = "The original also supports tools; this does not."
+_DROPS_THOUGHTS = "The original removes thoughts (<think>) from earlier answers; this keeps them."
 
-# Any two days: a template that knows the day renders differently on them.
+# Any two days: a template that uses the date renders differently on them.
 _DAYS = (datetime.datetime(2024, 7, 26), datetime.datetime(2025, 11, 3))
 
-# What the formats are called whose turns of the user hold these marks; the first that fits.
+# Names of formats by marks in the user's turns; the first match counts.
 _NAMES = {
     "<|im_sep|>": "Phi-4",
     "<|im_start|>": "ChatML",
@@ -72,10 +69,10 @@ class ChatTemplate:
             source: the Jinja text.
             bos: text of the token that begins a sequence, for ``bos_token``.
             eos: text of the token that ends one, for ``eos_token``.
-            now: what ``strftime_now`` formats; without it there is no such function.
+            now: the time that ``strftime_now`` formats; ``None`` leaves that function undefined.
 
         Raises:
-            UnsupportedError: it is not Jinja, or takes too long.
+            UnsupportedError: it is not valid Jinja, or takes too long.
 
         """
         self._source, self._now = source, now.isoformat() if now is not None else None
@@ -93,12 +90,12 @@ class ChatTemplate:
 
         Args:
             messages: each with ``role`` and ``content``.
-            add_generation_prompt: end with what makes the assistant answer.
-            tools: functions that the assistant may call, as transformers describes them.
+            add_generation_prompt: whether to end with the start of the assistant's turn.
+            tools: functions that the assistant may call, in transformers' format.
 
         Raises:
-            UnsupportedError: the template refuses the conversation, fails on it, or takes more time, memory or text
-                than any should.
+            UnsupportedError: the template refuses the conversation, fails on it, or exceeds the limits of time, memory
+                or length.
 
         """
         return self._ask(
@@ -112,7 +109,7 @@ class ChatTemplate:
         )
 
     def _ask(self, variables: Mapping[str, Any] | None) -> str:
-        """Return the text that comes of variables, none of ``None``."""
+        """Return the text for variables; ``None`` only compiles the template."""
         answer = RENDERER.ask({"source": self._source, "now": self._now, "variables": variables})
         if "error" in answer:
             what = "is not valid Jinja" if answer["is_syntax"] else "cannot be rendered"
@@ -122,11 +119,11 @@ class ChatTemplate:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What a template writes round the texts of a conversation.
+    """The text that a template writes around the messages of a conversation.
 
-    A conversation is turns of a prompt and its answer, ``user`` prompt ``answer`` response ``end``, but the last is
-    ``user`` prompt ``generate``, and the first begins with ``opening`` in place of ``user``. With a system prompt one
-    turn, the first or the last, begins with ``system_before`` system ``system_after`` instead.
+    A conversation is a sequence of turns, ``user`` prompt ``answer`` response ``end``, except that the last is ``user``
+    prompt ``generate``, and the first begins with ``opening`` instead of ``user``. With a system prompt one turn, the
+    first or the last, begins with ``system_before`` system ``system_after`` instead.
 
     Attributes:
         opening: before the first prompt when there is no system prompt; BOS, which llama.cpp adds, left out.
@@ -138,7 +135,7 @@ class ChatFormat:
         system_before: before the system prompt.
         system_after: between the system prompt and the user's.
         default_system: the system prompt in ``opening``; "" where it has none.
-        notes: where the original and this description part, one sentence each.
+        notes: differences from the original template, one sentence each.
 
     """
 
@@ -155,12 +152,12 @@ class ChatFormat:
 
     @property
     def name(self) -> str:
-        """What the format is commonly called."""
+        """The common name of the format."""
         marks = self.opening + self.system_before + self.system_after + self.user + self.answer + self.end
-        return next((name for mark, name in _NAMES.items() if mark in marks), "a format of its own")
+        return next((name for mark, name in _NAMES.items() if mark in marks), "a custom format")
 
     def render(self, messages: Sequence[Message]) -> str:
-        """Return the text of a conversation, to be continued by the assistant; the last message is the user's."""
+        """Return the text of a conversation for the assistant to continue; the last message is the user's."""
         system = next((message["content"] for message in messages if message["role"] == "system"), None)
         talk = [message for message in messages if message["role"] != "system"]
         place = {"first": 0, "last": len(talk) - 1, "none": None}[self.system]
@@ -176,9 +173,9 @@ class ChatFormat:
 
 
 def find_format(source: str, bos: str = "", eos: str = "", *, adds_bos: bool = True) -> ChatFormat:
-    """Return what a chat template writes round the texts of a conversation.
+    """Return the format of a chat template.
 
-    A default system prompt that holds the day is left out, with a note.
+    A default system prompt that contains the date is left out, with a note.
 
     Args:
         source: the Jinja text.
@@ -187,7 +184,7 @@ def find_format(source: str, bos: str = "", eos: str = "", *, adds_bos: bool = T
         adds_bos: whether llama.cpp begins every text with BOS by itself.
 
     Raises:
-        UnsupportedError: it cannot be rendered, or what it renders is not of the form of ``ChatFormat``.
+        UnsupportedError: it cannot be rendered, or its output does not fit ``ChatFormat``.
 
     """
     try:
@@ -202,12 +199,12 @@ def find_format(source: str, bos: str = "", eos: str = "", *, adds_bos: bool = T
         return first
     undated = replace(first, opening=first.user, default_system="")
     if undated != replace(second, opening=second.user, default_system=""):
-        raise UnsupportedError("chat template writes the day into every conversation")
+        raise UnsupportedError("chat template writes the date into every conversation")
     return replace(undated, notes=(*undated.notes, DATED_SYSTEM))
 
 
 def conversation(*texts: str, system: str | None = None) -> list[dict[str, str]]:
-    """Return the messages of a conversation: prompts and answers in turn, after a system prompt if there is one."""
+    """Return the messages of a conversation: alternating prompts and answers, after an optional system prompt."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 
@@ -227,7 +224,7 @@ def _find_format(template: ChatTemplate, bos: str) -> ChatFormat:
 
 
 def _losses(template: ChatTemplate, render: Callable[..., str]) -> list[str]:
-    """Return what the template does that a format cannot, one note each."""
+    """Return a note on each feature of the template that a format cannot express."""
     notes = []
     prompt = conversation(_USERS[0])
     try:
@@ -243,7 +240,7 @@ def _losses(template: ChatTemplate, render: Callable[..., str]) -> list[str]:
 
 
 def _split(text: str, *marks: str) -> list[str]:
-    """Return what stands before, between and after marks that are in a text once each, in this order."""
+    """Return the parts before, between and after marks that occur in a text once each, in this order."""
     parts = []
     for mark in marks:
         part, found, text = text.partition(mark)
@@ -254,9 +251,9 @@ def _split(text: str, *marks: str) -> list[str]:
 
 
 def _parted(between: str, opening: str, ended: str) -> tuple[str, str]:
-    """Return what ends an answer and what begins the next prompt, given both together.
+    """Split the text between two turns into the end of an answer and the start of the next prompt.
 
-    ``opening`` begins the first prompt, ``ended`` is what a conversation ends with that the assistant has ended.
+    ``opening`` starts the first prompt; ``ended`` ends a conversation whose last message is the assistant's.
     """
     if between.endswith(opening):
         return between.removesuffix(opening), opening
@@ -269,7 +266,7 @@ def _parted(between: str, opening: str, ended: str) -> tuple[str, str]:
 
 
 def _with_system(render: Callable[..., str], bare: ChatFormat) -> ChatFormat:
-    """Return the format with what it makes of a system prompt."""
+    """Return the format with its handling of a system prompt."""
     try:
         text = render(_USERS[0], _ANSWERS[0], _USERS[1], system=_SYSTEM)
     except TemplateLimitError:
@@ -288,14 +285,14 @@ def _with_system(render: Callable[..., str], bare: ChatFormat) -> ChatFormat:
 
 
 def _between(text: str, before: str, after: str) -> str:
-    """Return the middle of a text that begins and ends like this; nothing where it does not."""
+    """Return the part of a text between ``before`` and ``after``; empty where they do not match."""
     if len(text) < len(before) + len(after) or not (text.startswith(before) and text.endswith(after)):
         return ""
     return text[len(before) : len(text) - len(after)]
 
 
 def _check(template: ChatTemplate, found: ChatFormat, bos: str) -> None:
-    """Raise ``UnsupportedError`` when the format renders a conversation unlike the template."""
+    """Raise ``UnsupportedError`` when the format and the template render a conversation differently."""
     talk = ('Why?\nTell me "all" {{ of }} it.', "Because.\n\n1. It is so.", "And Ünïcödé 😀?", "<b>Yes</b>", "Then?")
     systems = (None,) if REFUSES_SYSTEM in found.notes else (None, "Be brief.\nBe kind.")
     for system in systems:
@@ -303,4 +300,4 @@ def _check(template: ChatTemplate, found: ChatFormat, bos: str) -> None:
             messages = conversation(*talk[:n], system=system)
             wanted = template.render(messages).removeprefix(bos)
             if wanted != found.render(messages):
-                raise UnsupportedError("chat template treats some messages unlike others")
+                raise UnsupportedError("chat template treats some messages differently")

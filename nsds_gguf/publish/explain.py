@@ -1,4 +1,4 @@
-"""Why a tensor got its type: in a word for the table, in a sentence with numbers for one tensor."""
+"""Why a tensor has its type: in a few words for the table, in sentences with numbers for one tensor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOTABLE = 1.5
 
 @dataclass(frozen=True)
 class Step:
-    """What one type more or less would do to a tensor: the type, the bytes and the predicted divergence to add."""
+    """The next smaller or larger type of a tensor: the bytes and the predicted divergence that it adds."""
 
     type: str
     n_bytes: int
@@ -33,7 +33,7 @@ class Step:
 
 
 def in_a_word(plan: Plan, tensor: PlannedTensor) -> str:
-    """Return why a tensor of the plan has its type, in a few words."""
+    """Return in a few words why a tensor of the plan has its type."""
     if tensor.kind == "unquantized":
         return f"{tensor.reason}: not quantized"
     if tensor.kind == "fallback":
@@ -50,11 +50,11 @@ def in_a_word(plan: Plan, tensor: PlannedTensor) -> str:
         return f"cheap: {_percent(share)} of the bytes"
     if density <= 1 / NOTABLE:
         return f"tolerant: {density:.2f} x the median weight"
-    return f"as most: {density:.2f} x the median weight"
+    return f"typical: {density:.2f} x the median weight"
 
 
 def sensitivity_per_weight(plan: Plan, tensor: PlannedTensor) -> float:
-    """Return a tensor's sensitivity per weight over the median one of the weights quantized in all layers."""
+    """Return a tensor's sensitivity per weight, relative to the median over the quantized weights of all layers."""
     known = [t for t in plan.tensors if t.sensitivity is not None and t.type not in UNQUANTIZED]
     in_layers = [t for t in known if t.layer is not None] or known
     densities = sorted(((t.sensitivity or 0.0) / t.n_weights, t.n_weights) for t in in_layers)
@@ -67,16 +67,16 @@ def sensitivity_per_weight(plan: Plan, tensor: PlannedTensor) -> float:
 
 
 def why(plan: Plan, scores: Scores | None, name: str) -> str:
-    """Return a tensor's type, what one type down or up would cost and gain, and what the plan pays elsewhere.
+    """Explain a tensor's type: what the next smaller and larger ones cost and gain, and what the plan pays elsewhere.
 
     Args:
         plan: the plan.
-        scores: the scores it was made from; without them, or their costs, other types are not spoken of.
+        scores: the scores that it was made from; without their costs the answer leaves out other types.
         name: of a tensor of the plan.
 
     Raises:
         PlanError: the plan has no such tensor.
-        RecordError: the scores do not say what its other types would do.
+        RecordError: the scores lack the errors of its other types.
 
     """
     tensor = _named(plan, name)
@@ -84,7 +84,7 @@ def why(plan: Plan, scores: Scores | None, name: str) -> str:
     share = _percent(tensor.n_bytes / plan.tensor_bytes)
     bpw = ggml.bits_per_weight(tensor.type) if tensor.type in ggml.TYPES else tensor.n_bytes * 8 / tensor.n_weights
     sentences = [
-        f"{name} is {tensor.type}: {bpw:g} bits per weight, {tensor.n_bytes:,} bytes, {share} of all ({word})."
+        f"{name} is {tensor.type}: {bpw:g} bits per weight, {tensor.n_bytes:,} bytes, {share} of the total ({word})."
     ]
     costs = {cost.name: cost for cost in scores.costs} if scores is not None else {}
     if tensor.error is None or tensor.sensitivity is None or name not in costs:
@@ -93,7 +93,7 @@ def why(plan: Plan, scores: Scores | None, name: str) -> str:
     own = tensor.sensitivity * tensor.error
     part = _percent(own / total if total else 0.0)
     sentences.append(
-        f"Its relative error there is {tensor.error:.3g}, its sensitivity {tensor.sensitivity:.3g}: "
+        f"Its relative error at this type is {tensor.error:.3g}, its sensitivity {tensor.sensitivity:.3g}: "
         f"{part} of the predicted divergence."
     )
     if _is_optimum(plan, tensor):
@@ -120,7 +120,7 @@ def _step(tensor: PlannedTensor, cost: TensorCost, to: str) -> Step:
 
 
 def exchange_rate(plan: Plan, costs: Mapping[str, TensorCost]) -> float:
-    """Return the divergence that the plan's last byte saves: of all next steps up, the largest gain per byte."""
+    """Return the divergence that the plan's last byte saves: the largest gain per byte of any next larger type."""
     found = []
     for tensor in plan.tensors:
         if _is_optimum(plan, tensor) and tensor.name in costs:
@@ -135,7 +135,7 @@ def _step_sentence(step: Step, total: float, price: float) -> str:
     times = f", {step.price / price:.2g} x what the plan pays for its last bytes" if price > 0 else ""
     if step.n_bytes < 0:
         return f"{step.type} would save {-step.n_bytes:,} bytes and add {share} to the divergence{times}."
-    verb = "take away" if step.divergence <= 0 else "add"
+    verb = "remove" if step.divergence <= 0 else "add"
     return f"{step.type} would cost {step.n_bytes:,} bytes and {verb} {share}{times}."
 
 
@@ -145,7 +145,7 @@ def _is_optimum(plan: Plan, tensor: PlannedTensor) -> bool:
 
 
 def _percent(share: float) -> str:
-    """Return a share in two digits, or as many as its whole percents have."""
+    """Return a share as a percentage with two significant digits, or more from 100 % up."""
     return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.2g} %"
 
 

@@ -1,7 +1,7 @@
-"""The first words of a finished file: a prompt, wrapped by the chat template inside, and the most likely answer.
+"""The first words of a finished file: a prompt in its chat template, and the most likely answer.
 
-A smoke test for eyes: a file whose perplexity is right may still have a template that makes the model ramble. A model
-without a template, or with one that cannot be rendered, continues the prompt as it is.
+A smoke test for human eyes: a file with good perplexity may still have a template that makes the model ramble. A model
+without a usable template continues the bare prompt.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .modelfile import Metadata, adds_bos, special_texts
 DEFAULT_PROMPT = "What is the capital of France?"
 
 _N_TOKENS = 24
-_MAX_SECONDS = 20.0  # of a large model on few cores
+_MAX_SECONDS = 20.0  # for a large model on few cores
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a file said.
+    """A prompt and the beginning of the answer.
 
     Attributes:
-        prompt: what it was asked.
-        answer: its first tokens, the most likely ones.
-        is_chat: whether its chat template was used.
-        note: why not, where it has one.
+        prompt: the prompt.
+        answer: the first tokens of the answer, the most likely ones.
+        is_chat: whether the chat template was used.
+        note: why its template was not used, if it has one.
 
     """
 
@@ -48,10 +48,10 @@ class Sample:
 
 
 def sample(file: Path, prompt: str = DEFAULT_PROMPT, n_threads: int | None = None) -> Sample:
-    """Return what a GGUF says first to a prompt.
+    """Return the beginning of a GGUF's answer to a prompt.
 
     Raises:
-        ModelError: the file is no GGUF.
+        ModelError: the file is not a GGUF.
         VerifyError: llama.cpp cannot load it, or it does not predict the next token.
         TextError: the prompt is empty.
         GgmlError: llama.cpp is missing or refuses.
@@ -64,7 +64,7 @@ def sample(file: Path, prompt: str = DEFAULT_PROMPT, n_threads: int | None = Non
 
 
 def _wrapped(metadata: Metadata, prompt: str) -> tuple[str, bool, str]:
-    """Return the text that the model continues, whether the template made it, and why not."""
+    """Return the text to continue, whether the template made it, and if not, why."""
     entry = metadata.get(Keys.Tokenizer.CHAT_TEMPLATE)
     if entry is None:
         return prompt, False, ""

@@ -1,7 +1,7 @@
 """The model card of a finished GGUF: README.md with the front matter that Hugging Face reads.
 
-Everything in it comes from the file's own keys and tensors, the plan and what was measured. What is not known is left
-out, and where that matters the card says so. Keys of the front matter: hub-docs, modelcard.md and
+Everything in it comes from the file's own keys and tensors, the plan and the measurements. Unknown facts are left out;
+where that matters, the card says so. Keys of the front matter: hub-docs, modelcard.md and
 docs/hub/model-cards.md.
 """
 
@@ -33,17 +33,17 @@ _CACHE_FOLDER = re.compile(
     r"models--([\w.-]+?)--([\w.-]+)", re.ASCII
 )  # of huggingface_hub, for a downloaded repository
 
-# Keys that name the repository of the model itself, not that of what it was made from.
+# Keys that name the repository of the model itself, not of its base model.
 _SOURCE_KEYS = ("general.source.repo_url", "general.source.url", "general.repo_url", "general.url")
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model comes from, as ``ORG/NAME`` on the Hub.
+    """The original of a model, as ``ORG/NAME`` on the Hub.
 
     Attributes:
-        repos: the original; or, where ``is_parent``, what the original says it was made from.
-        is_parent: whether the original itself is not known.
+        repos: the original or, with ``is_parent``, the base models that the original names.
+        is_parent: whether the original itself is unknown.
 
     """
 
@@ -53,19 +53,19 @@ class Origin:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a card tells.
+    """The facts on a card.
 
     Attributes:
         file: the GGUF.
         metadata: its keys.
-        origin: where the model comes from.
+        origin: the original of the model.
         is_chat: whether it has a chat template.
-        plan: the plan it was written by.
-        perplexity: what was measured.
-        text: the text on which.
-        command: the command that made it; empty where it is not known.
-        reference: what the perplexity was compared with.
-        embedding: what was measured in place of perplexity.
+        plan: the plan of the file.
+        perplexity: its perplexity on ``text``.
+        text: name of the evaluation text.
+        command: the command that made it; empty where unknown.
+        reference: the reference of the perplexity.
+        embedding: the embedding check, instead of perplexity.
 
     """
 
@@ -82,19 +82,19 @@ class Facts:
 
     @property
     def embeds(self) -> bool:
-        """Whether the model embeds texts: its keys say how tokens are pooled."""
+        """Whether it is an embedding model: its keys name a pooling type."""
         key = f"{self.file.architecture}.pooling_type"
         entry = self.metadata.get(key)
         return entry is not None and isinstance(entry.value, int) and entry.value in POOLINGS
 
 
 def is_repo(text: str) -> bool:
-    """Return whether a text has the form of a repository's name on the Hub."""
+    """Return whether a text is a valid name of a repository on the Hub."""
     return re.fullmatch(_REPO, text, re.ASCII) is not None
 
 
 def find_origin(metadata: Mapping[str, GGUFValue], source: Path | None = None) -> Origin:
-    """Return where a model comes from, as far as the GGUF's keys tell, or the path of a downloaded model folder."""
+    """Return the original of a model from the path of a downloaded model folder, or from the GGUF's keys."""
     for part in source.absolute().parts if source is not None and source.is_dir() else ():
         if match := _CACHE_FOLDER.fullmatch(part):
             return Origin((f"{match[1]}/{match[2]}",))
@@ -120,7 +120,7 @@ def model_card(facts: Facts) -> str:
         f"# {_name(facts)} GGUF, {facts.file.bpw:.2f} bits per weight",
         _origin_sentence(facts.origin),
         _table(("", ""), _measured(facts)),
-        "Bits of all tensors over weights of all tensors; "
+        "Bits per weight count all tensors; "
         + ("a cosine nearer 1 is better." if facts.embeds else "a lower perplexity and a lower divergence are better."),
         "## Types",
         _table(("tensors", "types", "weights", "bits per weight"), _types(facts.file.tensors)),
@@ -133,7 +133,7 @@ def model_card(facts: Facts) -> str:
 
 
 def front_matter(facts: Facts) -> dict[str, Any]:
-    """Return what Hugging Face reads of a card; keys whose value is not known are not there."""
+    """Return the front matter that Hugging Face reads, without keys of unknown value."""
     origin, metadata = facts.origin, facts.metadata
     found: dict[str, Any] = {}
     if origin.repos:
@@ -158,19 +158,19 @@ def front_matter(facts: Facts) -> dict[str, Any]:
 def _origin_sentence(origin: Origin) -> str:
     links = " and ".join(f"[{repo}]({HUB}/{repo})" for repo in origin.repos)
     if not origin.repos:
-        return "The repository of the original is not known, so that this card names no base model."
+        return "The repository of the original is not known, so this card names no base model."
     if origin.is_parent:
-        return f"The repository of the original is not known; it says of itself that it was made from {links}."
+        return f"The repository of the original is not known; its metadata names {links} as its base."
     return f"Quantized from {links}."
 
 
 def _measured(facts: Facts) -> list[tuple[str, str]]:
-    """Return the rows of what can be counted and what was measured."""
+    """Return the rows of sizes and measurements."""
     file, found = facts.file, facts.perplexity
     rows = [
         ("file", f"`{Path(file.path).name}`"),
         ("bytes", f"{file.file_bytes:,}"),
-        ("weights", f"{file.n_weights:,}"),
+        ("parameters", f"{file.n_weights:,}"),
         ("bits per weight, all tensors", f"{file.bpw:.4f}"),
         ("bits per weight, quantized tensors", f"{file.quantized_bpw:.4f}"),
         ("bits per weight, whole file", f"{file.file_bpw:.4f}"),
@@ -210,7 +210,7 @@ def _measured_embedding(facts: Facts) -> tuple[str, str]:
 
 
 def _types(tensors: Sequence[FoundTensor]) -> list[tuple[str, str, str, str]]:
-    """Return a row for every role of matrices, one for all that is smaller, and one for the whole."""
+    """Return a row per role of matrices, one for all vectors, and one for the whole file."""
     matrices = [tensor for tensor in tensors if len(tensor.shape) > 1]
     rows = [
         _type_row(role, [t for t in matrices if t.role == role]) for role in dict.fromkeys(t.role for t in matrices)
@@ -231,13 +231,10 @@ def _making(facts: Facts) -> list[str]:
     ours = {key.removeprefix("nsds_gguf."): str(entry.value) for key, entry in facts.metadata.items()
             if key.startswith("nsds_gguf.")}  # fmt: skip
     if not ours:
-        return [
-            "The file does not say what it was made with; this card and the files beside it were made by nsds-gguf."
-        ]
+        return ["The file does not say how it was made; nsds-gguf made this card and the files beside it."]
     lines = [
-        "By nsds-gguf, without calibration data: layers are scored, every tensor gets the type that spends the budget "
-        "best, and the finished file is checked against its plan."
-        + (" Its perplexity is measured with llama.cpp." if facts.perplexity else "")
+        "By nsds-gguf, without calibration data: it chooses a type for every tensor within the budget and checks the "
+        "finished file against its plan." + (" Its perplexity is measured with llama.cpp." if facts.perplexity else "")
     ]
     if facts.command:
         lines.append(f"```sh\n{facts.command}\n```")
@@ -256,8 +253,8 @@ def _running(facts: Facts) -> list[str]:
     shell = name if re.fullmatch(r"[\w.-]+", name, re.ASCII) else f"'{name}'"
     return [
         f"llama.cpp: `{command} -m {shell}`" + ("" if facts.is_chat else ", the text to continue after `-p`"),
-        "Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`. The Modelfile says what it carries over.",
-        f"LM Studio: `lms import {shell}`, or put the file into the folder of models, two folders deep.",
+        "Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`. The Modelfile describes its chat format.",
+        f"LM Studio: `lms import {shell}`, or put the file two folders deep into the models folder.",
         "`sha256sum -c SHA256SUMS` checks that the files are complete.",
     ]
 

@@ -1,17 +1,17 @@
-r"""What Ollama is told of a GGUF: a Modelfile with the chat format as a Go template, stop strings and parameters.
+r"""Ollama's Modelfile for a GGUF: the chat format as a Go template, stop strings and parameters.
 
-Facts of Ollama, from its public documentation (docs/modelfile.md, docs/template.md) and sources:
+Facts about Ollama, from its public documentation (docs/modelfile.md, docs/template.md) and sources:
 
-* A template speaks of one turn, ``.System``, ``.Prompt`` and ``.Response``, and is applied turn by turn, the system
-  prompt in the first; what follows ``.Response`` is left out of the last. All versions understand this form, and it is
-  the one written where it says all there is to say.
-* Since July 2024 a template that mentions ``.Messages`` is applied once, to the whole conversation. That form is needed
-  where the first turn differs though there is no system prompt, or where the system prompt belongs into the last turn.
-  Older versions find no ``.Messages`` and take the ``else``, which is as near as turns can come.
-* Old versions look for ``.Response`` outside of conditions only, so that is where it stands.
-* A value in a Modelfile may stand between ``"`` or between three of them; nothing is escaped. Characters that Go does
-  not print (a non-breaking space, zero-width marks) are lost, so a template has them as Go escapes.
-* BOS is added by llama.cpp, where the model wants it, and not by the template.
+* A template describes one turn, ``.System``, ``.Prompt`` and ``.Response``, and is applied turn by turn, with the
+  system prompt in the first; the last turn leaves out what follows ``.Response``. All versions understand this form,
+  which is written wherever it suffices.
+* Since July 2024 a template that mentions ``.Messages`` is applied once, to the whole conversation. It is needed
+  where the first turn differs even without a system prompt, or where the system prompt belongs in the last turn.
+  Older versions find no ``.Messages`` and take the ``else``, the closest form turn by turn.
+* Old versions look for ``.Response`` outside conditions only, so it is written there.
+* A value in a Modelfile is quoted by ``"`` or by three of them, without escapes. Characters that Go does not print (a
+  non-breaking space, zero-width marks) are lost, so a template writes them as Go escapes.
+* llama.cpp adds BOS where the model needs it; the template does not.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .chat import ChatFormat, find_format
 
 Metadata = Mapping[str, GGUFValue]
 
-# Ollama's own default was 2048 tokens, then 4096; a larger cache than this may not fit beside the weights.
+# Ollama's default was 2048 tokens, then 4096; a larger cache than this may not fit beside the weights.
 MAX_NUM_CTX = 8192
 
-# Parameters of Ollama and the GGUF keys, filled from generation_config.json, that hold them. The repetition penalty is
-# not among those that llama.cpp's converter takes from there, so it is looked up in the file itself.
+# Ollama's parameters and the GGUF keys that hold them, from generation_config.json. llama.cpp's converter does not copy
+# the repetition penalty, so it is read from generation_config.json itself.
 _PARAMETERS = {
     "temperature": "general.sampling.temp",
     "top_k": "general.sampling.top_k",
@@ -43,7 +43,7 @@ _PARAMETERS = {
     "repeat_last_n": "general.sampling.penalty_last_n",
 }
 
-# Tokens that are also HTML: as strings they would stop an answer about HTML, and as tokens they stop it by their ids.
+# Tokens that are also HTML: as strings they would stop an answer about HTML; their ids stop it anyway.
 _MARKUP = ("<s>", "</s>")
 
 _LAST = "(eq (len (slice $.Messages $i)) 1)"  # inside range: nothing follows this message
@@ -53,7 +53,7 @@ _FIRST = "(le $i 1)"  # the first prompt: after a system prompt or nothing
 def chat_format(metadata: Metadata) -> ChatFormat | None:
     """Return the format of a GGUF's chat template, ``None`` where it has no template.
 
-    Raises ``UnsupportedError`` when the template is not of the form of ``ChatFormat``.
+    Raises ``UnsupportedError`` when the template does not fit ``ChatFormat``.
     """
     entry = metadata.get(Keys.Tokenizer.CHAT_TEMPLATE)
     if entry is None or not str(entry.value).strip():
@@ -69,16 +69,16 @@ def adds_bos(metadata: Metadata) -> bool:
 
 
 def special_texts(metadata: Metadata) -> tuple[str, str]:
-    """Return the texts of BOS and EOS, "" for what there is not."""
+    """Return the texts of BOS and EOS, "" where there is none."""
     return _token(metadata, Keys.Tokenizer.BOS_ID) or "", _token(metadata, Keys.Tokenizer.EOS_ID) or ""
 
 
 def go_template(chat: ChatFormat) -> str:
-    """Return a chat format in Go's template language, as Ollama applies it."""
+    """Return a chat format as a Go template for Ollama."""
     before = _begin(".System", ".System", chat, chat.user)
     answer = _either(".Response", chat.answer, chat.generate)
     turn = f"{before}{{{{ .Prompt }}}}{answer}"
-    has_system = chat.default_system != "" and quoted(chat.default_system) is not None  # so that SYSTEM says it
+    has_system = chat.default_system != "" and quoted(chat.default_system) is not None  # then SYSTEM holds it
     if chat.system != "last" and (chat.opening == chat.user or has_system):
         return f"{turn}{{{{ .Response }}}}{_text(chat.end)}"
     end = "{{ if .Response }}" + _text(chat.end) + "{{ end }}" if chat.end else ""
@@ -97,7 +97,7 @@ def _messages(chat: ChatFormat) -> str:
 
 
 def _before_prompt(chat: ChatFormat) -> str:
-    """Return what begins a turn, where its place in the conversation is known."""
+    """Return the beginning of a turn whose position in the conversation is known."""
     if chat.system == "first" and chat.opening == chat.system_before + chat.system_after:
         return _begin(_FIRST, "$.System", chat, chat.user)
     cases = []
@@ -115,7 +115,7 @@ def _round_system(chat: ChatFormat, system: str) -> str:
 
 
 def _begin(condition: str, system: str, chat: ChatFormat, user: str) -> str:
-    """Return what begins a turn: the system prompt and what is round it, or else ``user``."""
+    """Return the beginning of a turn: the system prompt with its marks, or else ``user``."""
     if chat.system == "none":
         return _text(user)
     if chat.system_after.endswith(user):
@@ -128,7 +128,7 @@ def _begin(condition: str, system: str, chat: ChatFormat, user: str) -> str:
 
 
 def _either(condition: str, first: str, second: str) -> str:
-    """Return the one text or the other; what both begin with stands before the condition."""
+    """Return one text or the other by a condition; their common prefix precedes it."""
     if first == second:
         return _text(first)
     n = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
@@ -139,12 +139,12 @@ def _either(condition: str, first: str, second: str) -> str:
     return f"{common}{{{{ if {condition} }}}}{first}{otherwise}{{{{ end }}}}"
 
 
-# What text in a template, or in a value between three quotes, cannot hold as it is.
+# Text that must be escaped in a template, or in a value between three quotes.
 _SPECIAL = re.compile(r'\{+(?=\{)|\{+$|"{3,}')
 
 
 def _text(text: str) -> str:
-    """Return text as it stands in a Go template in a Modelfile."""
+    """Return text as written in a Go template in a Modelfile."""
     plain = _SPECIAL.sub(lambda match: "".join(map(_escape, match[0])), text)
     return "".join(letter if letter.isprintable() or letter in "\n\t" else _escape(letter) for letter in plain)
 
@@ -158,9 +158,9 @@ def _escape(letter: str) -> str:
 
 
 def quoted(value: str) -> str | None:
-    """Return a value as it is written in a Modelfile, ``None`` where the format cannot hold it.
+    """Return a value as written in a Modelfile, ``None`` where the format cannot hold it.
 
-    Nothing is escaped there: a value ends at the first line that ends with the quotes it began with.
+    A Modelfile has no escapes: a value ends at the first line that ends with its opening quotes.
     """
     if not all(letter.isprintable() or letter in "\n\t" for letter in value):
         return None
@@ -172,10 +172,10 @@ def quoted(value: str) -> str | None:
 
 
 def stop_strings(metadata: Metadata, chat: ChatFormat | None) -> list[str]:
-    """Return what an answer must not contain: marks of the next turn, and the tokens that end one.
+    """Return the strings that end an answer: marks of the next turn, and end tokens.
 
-    Marks are the special tokens between an answer and the next prompt; where the next prompt begins with none, its
-    first line does.
+    Marks are the special tokens between an answer and the next prompt; a prompt without special tokens is marked by
+    its first line.
     """
     found: list[str | None] = []
     if chat is not None:
@@ -188,7 +188,7 @@ def stop_strings(metadata: Metadata, chat: ChatFormat | None) -> list[str]:
 
 
 def parameters(metadata: Metadata, generation: Mapping[str, Any] | None = None) -> dict[str, int | float]:
-    """Return sampling parameters and the context, as far as the GGUF, or generation_config.json, names them."""
+    """Return the sampling parameters and context that the GGUF or generation_config.json names."""
     numbers = ((name, metadata[key].value) for name, key in _PARAMETERS.items() if key in metadata)
     found = {name: value for name, value in numbers if type(value) in (int, float)}
     penalty = (generation or {}).get("repetition_penalty")
@@ -213,12 +213,12 @@ def modelfile(
     Args:
         file_name: the GGUF beside it.
         metadata: its keys.
-        chat: its chat format; without one no template is written, and Ollama takes what it finds in the GGUF.
+        chat: its chat format; ``None`` writes no template, and Ollama uses the one in the GGUF.
         notes: sentences for the reader, written as comments.
         generation: the original's parsed generation_config.json, where there is one.
 
     Raises:
-        OutputError: the file name has characters that a Modelfile cannot hold.
+        OutputError: a Modelfile cannot hold the file name.
 
     """
     if not file_name.isprintable() or file_name != file_name.strip():
@@ -257,19 +257,19 @@ def _special_tokens(metadata: Metadata) -> list[str]:
 
 
 def _list(metadata: Metadata, key: str) -> list[Any]:
-    """Return an array, empty where the file has none under the key: a GGUF may say anything."""
+    """Return an array, empty where the key holds none: a GGUF may hold anything."""
     entry = metadata.get(key)
     return entry.value if entry is not None and isinstance(entry.value, list) else []
 
 
 def _integer(metadata: Metadata, key: str) -> int | None:
-    """Return a whole number, ``None`` where the file has none under the key."""
+    """Return an integer, ``None`` where the key holds none."""
     entry = metadata.get(key)
     return entry.value if entry is not None and type(entry.value) is int else None
 
 
 def _within(text: str, special: list[str]) -> list[str]:
-    """Return the special tokens in a text, in order, as a tokenizer finds them."""
+    """Return the special tokens in a text, in the order in which a tokenizer finds them."""
     if not special:
         return []
     return re.findall("|".join(map(re.escape, special)), text)

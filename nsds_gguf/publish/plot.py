@@ -1,4 +1,4 @@
-"""A picture of layer scores: the score by layer, and below it where in the layer it comes from. Needs matplotlib."""
+"""Plots of layer scores with their components, and of comparisons. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from ..comparison import OURS, PAPER, PRESET, RANDOM, RANDOM_FIXED, UNIFORM, Comparison
 from ..errors import PlanError
 from ..metrics.stats import robust_z, sigmoid
 from ..records import Float64, LayerScore, Scores
+from ..records.comparison import OURS, PAPER, PRESET, RANDOM, RANDOM_FIXED, UNIFORM, Comparison
 from ..system.atomic import small_file
 
 FORMATS = (".png", ".svg", ".pdf")
 
 _COMPONENT_NAMES = {"qk": "QK", "ov": "OV", "gate": "gate", "up": "up", "down": "down", "rest": "rest"}
-# Colours of Okabe and Ito, told apart by the colour-blind, and markers that need no colour.
+# The colour-blind palette of Okabe and Ito, and markers that need no colour.
 _KINDS = {
     OURS: ("#0072b2", "o"),
     PRESET: ("#d55e00", "s"),
@@ -31,7 +31,7 @@ _INCHES_PER_LAYER, _MIN_INCHES, _MAX_INCHES = 0.28, 7.0, 24.0
 
 
 def check_plot(path: Path) -> None:
-    """Raise ``PlanError`` when no picture of this name can be drawn: a wrong ending, or matplotlib is missing."""
+    """Raise ``PlanError`` when the name has another ending than ``FORMATS``, or matplotlib is missing."""
     if path.suffix.lower() not in FORMATS:
         raise PlanError(f"--plot {path}: wanted a name ending in {', '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -39,13 +39,13 @@ def check_plot(path: Path) -> None:
 
 
 def plot_scores(scores: Scores, path: Path) -> None:
-    """Draw layer scores to a file.
+    """Plot layer scores to a file.
 
-    For ``nsds`` the lower half shows each component's standing among the layers, ``sigmoid(z)`` in [0, 1], for
+    For ``nsds`` the lower half shows each component relative to the other layers, ``sigmoid(z)`` in [0, 1], for
     numerical vulnerability and structural expressiveness: the numbers that the score combines.
 
     Raises:
-        PlanError: matplotlib is missing, or the file's ending is none of ``FORMATS``.
+        PlanError: matplotlib is missing, or the file's ending is not in ``FORMATS``.
         OutputError: the file cannot be written.
 
     """
@@ -69,9 +69,9 @@ def plot_scores(scores: Scores, path: Path) -> None:
 
 
 def plot_comparison(found: Comparison, path: Path) -> None:
-    """Draw divergence against bytes for every file of a comparison, ours joined by a line: the Pareto front.
+    """Plot divergence against bytes for every file of a comparison; a line joins ours, the Pareto front.
 
-    Raises what ``plot_scores`` does.
+    Raises the errors of ``plot_scores``.
     """
     check_plot(path)
     from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
-"""Chat templates rendered in a child process with a limit of time: what a template does there harms nobody.
+"""Renders chat templates in a child process with a time limit, where a template can do no harm.
 
-One child serves all templates of a run (``template_child``); one that takes too long, or dies, is killed, and the next
-template gets another. Nothing of the working directory or of a model folder is on the child's path.
+One child serves all templates of a run (``template_child``); a child that takes too long or dies is replaced for the
+next template. Neither the working directory nor a model folder is on the child's path.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Any
 
 from ..errors import UnsupportedError
 
-MAX_SECONDS = 5.0  # for a text that takes a millisecond
+MAX_SECONDS = 5.0  # a normal text takes a millisecond
 _PROGRAM = Path(__file__).with_name("template_child.py")
 
 
 class TemplateLimitError(UnsupportedError):
-    """A chat template takes more time than any should, or took down the process that rendered it."""
+    """A chat template exceeded the time limit, or its process died."""
 
 
 class Renderer:
-    """The child process, started when it is first asked."""
+    """The child process, started on first use."""
 
     def __init__(self, max_seconds: float = MAX_SECONDS) -> None:
-        """Take the seconds that one answer may take."""
+        """Take the time limit of one answer in seconds."""
         self._max_seconds, self._lock = max_seconds, threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return the answer to one request, see ``template_child``.
 
-        Raises ``TemplateLimitError`` when it takes too long, or the child dies of it.
+        Raises ``TemplateLimitError`` when it takes too long, or the child dies.
         """
         with self._lock:
             child = self._started()
@@ -68,7 +68,7 @@ class Renderer:
             self._stopped()
 
     def _started(self) -> subprocess.Popen[bytes]:
-        """Return the child, after it has answered once: its start does not count as a template's time."""
+        """Return the child after one exchange, so that its start does not count as a template's time."""
         if self._child is None or self._child.poll() is not None:
             self._stopped()
             self._child = subprocess.Popen(
@@ -84,7 +84,7 @@ class Renderer:
 
     @staticmethod
     def _exchanged(child: subprocess.Popen[bytes], line: bytes) -> bytes:
-        """Write a line and return the one that comes back, cut short where the child has died."""
+        """Write a line and return the reply, which is incomplete where the child has died."""
         assert child.stdin is not None and child.stdout is not None  # noqa: S101 - both are pipes
         with contextlib.suppress(BrokenPipeError):
             child.stdin.write(line)

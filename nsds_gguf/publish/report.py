@@ -1,10 +1,10 @@
-"""A plan or a GGUF as one HTML page: where the bytes went, what is sensitive, what was measured, how to do it again.
+"""A plan or a GGUF as one HTML page: bytes, sensitivities, measurements, and the command to reproduce it.
 
-The page is one file and loads nothing: its data, its script and Vega-Lite, which draws the charts, are inside; its
-content security policy allows these two scripts and no request. Vega-Lite comes out of the installed vl-convert-python
-(the extra ``report``) when a page is written. The page itself is in ``publish/page``.
+The page is one file and loads nothing: it contains its data, its script and Vega-Lite, which draws the charts; its
+content security policy allows these two scripts and no request. Vega-Lite comes from the installed vl-convert-python
+(the extra ``report``) when a page is written. The page's sources are in ``publish/page``.
 
-What is not known is ``None`` or empty in the record, and the page says so in place of drawing it.
+Unknown facts are ``None`` or empty in the record, and the page says so instead of drawing them.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from ..records import UNQUANTIZED, LayerScore, Options, Plan, PlannedTensor, Sco
 from ..system.atomic import write_small
 from .explain import in_a_word
 
-# What the page takes out of vl-convert's bundle.
+# The part of vl-convert's bundle that the page uses.
 _SNIPPET = "globalThis.vegaEmbed = vegaEmbed;"
 
-# The page's own script, in the order of its parts; one module, so that no name meets one of the library's.
+# The parts of the page's script, in order; one module, so that no name collides with the library's.
 SCRIPTS = ("data.js", "tables.js", "charts.js", "heatmap.js", "page.js")
 
 
 @dataclass(frozen=True)
 class Check:
-    """A measurement of the file: what was found, on which text, against which reference if any, and notes on it."""
+    """A measurement of the file: the result, the text, the reference if any, and notes."""
 
     found: Perplexity
     text: str
@@ -56,20 +56,20 @@ class Report:
     """Everything that the page shows.
 
     Attributes:
-        kind: whether ``tensors`` are planned or found in a file.
+        kind: whether ``tensors`` come from a plan or a file.
         title: name of the model.
         kicker: the line above it.
         tensors: in the order of the file.
-        why: for each planned tensor, in a few words, why it has its type.
+        why: the reason for each planned tensor's type, in a few words.
         file_bytes, bpw, quantized_bpw: sums, as in ``Plan`` and ``Inspection``.
-        target: the budget asked for; empty when none is known.
-        metric: of ``layers``.
-        layers: their scores; empty when they are not known.
+        target: the budget; empty when unknown.
+        metric: the metric of ``layers``.
+        layers: layer scores; empty when unknown.
         check: the measurement; ``None`` when there is none.
-        notes: what the reader must know, one sentence each.
+        notes: notes for the reader, one sentence each.
         facts: names and values for the end of the page.
-        given: the command that made the file, as it was given; empty when it is not known.
-        command: the same from the plan, every choice spelled out; empty without a plan.
+        given: the user's command that made the file; empty when unknown.
+        command: the same command from the plan, with every choice named; empty without a plan.
 
     """
 
@@ -91,7 +91,7 @@ class Report:
     command: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the page reads: tensors as one list per column, the rest as plain values."""
+        """Return the page's data: tensors as one list per column, the rest as plain values."""
         check = self.check
         names = [field.name for field in fields(self.tensors[0])] if self.tensors else ["name"]
         columns = {name: [getattr(tensor, name) for tensor in self.tensors] for name in names}
@@ -130,19 +130,19 @@ def plan_report(
     """Return the report of a plan.
 
     Args:
-        plan: what was, or would be, written.
-        scores: those that the plan was made from, if at hand.
-        check: what was measured on the written file, if it was.
-        architecture: llama.cpp's name of it, if known.
-        model: what commands call the model.
-        given: the command that made the file, if it is known.
+        plan: the plan of the file.
+        scores: the scores of the plan, if known.
+        check: the measurement of the written file, if any.
+        architecture: llama.cpp's architecture, if known.
+        model: name of the model in commands.
+        given: the command that made the file, if known.
 
     Raises:
-        RecordError: the scores are another model's.
+        RecordError: the scores belong to another model.
 
     """
     if scores is not None and scores.model_id != plan.model_id:
-        raise RecordError(f"the scores are of another model ({scores.model_name}); score {plan.model_name} again")
+        raise RecordError(f"the scores belong to another model ({scores.model_name}); score {plan.model_name} again")
     return Report(
         kind="plan",
         title=plan.model_name,
@@ -164,7 +164,7 @@ def plan_report(
 
 
 def file_report(found: Inspection) -> Report:
-    """Return the report of a GGUF: what its header tells, and nothing that it does not."""
+    """Return the report of a GGUF from its header alone."""
     name = Path(found.path).name
     return Report(
         kind="file",
@@ -181,7 +181,7 @@ def file_report(found: Inspection) -> Report:
 
 
 def command(plan: Plan, model: str) -> str:
-    """Return the command that makes the file of a plan, every choice that shapes it spelled out."""
+    """Return the command that makes the file of a plan, with every choice named."""
     recipe, words = plan.recipe, ["nsds-gguf", "convert", model]
     if recipe.target is not None:
         words += [f"--target-{recipe.target.kind}", f"{recipe.target.value:.17g}"]
@@ -205,7 +205,7 @@ def command(plan: Plan, model: str) -> str:
 
 
 def _kernels(types: set[str]) -> dict[str, str]:
-    """Return whether ggml has fast CPU kernels for quantized types; those that we do not write are left out."""
+    """Return, for each quantized type that nsds-gguf writes, whether ggml has fast CPU kernels."""
     ours = sorted(types & set(ggml.TYPES) - set(UNQUANTIZED))
     return {name: "fast" if ggml.TYPES[name].is_fast else "slow" for name in ours}
 
@@ -229,7 +229,7 @@ def _predicted(plan: Plan) -> str:
     return "" if predicted is None else f"{predicted:.4g}, the sum of error × sensitivity"
 
 
-# Keys of a GGUF that the page repeats, by what it calls them.
+# Keys of a GGUF that the page shows, with their labels.
 _FILE_KEYS = {
     "general.basename": "base name",
     "general.finetune": "fine-tune",
@@ -249,7 +249,7 @@ def _file_facts(found: Inspection) -> tuple[tuple[str, str], ...]:
 def _file_notes(found: Inspection) -> tuple[str, ...]:
     notes = []
     if found.missing:
-        notes.append(f"{len(found.missing)} files of this split model are not there; their tensors are not shown.")
+        notes.append(f"{len(found.missing)} files of this split model are missing; their tensors are not shown.")
     if not found.made_by_us:
         notes.append("The file was not written by nsds-gguf: how its types were chosen is not known.")
     return tuple(notes)
@@ -259,7 +259,7 @@ def _file_notes(found: Inspection) -> tuple[str, ...]:
 
 
 def check_report(path: Path) -> None:
-    """Raise ``PlanError`` when no page can be made: vl-convert-python is missing, or ``path`` is no name of a page."""
+    """Raise ``PlanError`` when vl-convert-python is missing, or ``path`` is not the name of a page."""
     if path.suffix.lower() not in (".html", ".htm") and not path.is_dir():
         raise PlanError(f"--report {path}: wanted a name ending in .html, or an existing folder")
     if importlib.util.find_spec("vl_convert") is None:
@@ -279,7 +279,7 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def page(report: Report) -> str:
-    """Return the HTML of a report, about 1 MB of it the charting library."""
+    """Return the HTML of a report, including about 1 MB of charting library."""
     script = "".join(map(template, SCRIPTS))
     return Template(template("page.html")).substitute(
         policy=_policy(_library(), script),
@@ -295,7 +295,7 @@ def page(report: Report) -> str:
 
 @functools.cache
 def _library() -> str:
-    """Return Vega, Vega-Lite and Vega-Embed as one script; making it takes a second."""
+    """Return Vega, Vega-Lite and Vega-Embed as one script, which takes a second to build."""
     import vl_convert
 
     return vl_convert.javascript_bundle(_SNIPPET).strip()
@@ -307,7 +307,7 @@ def template(name: str) -> str:
 
 
 def embedded(data: Any) -> str:
-    """Return JSON that may stand in a script element: ASCII, without the ``<`` that could end it, finite numbers."""
+    """Return JSON that is safe in a script element: ASCII, without ``<``, finite numbers."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 

@@ -1,13 +1,13 @@
-"""Renders chat templates in a process of its own, which may be killed: a template is a program of strangers.
+"""Renders chat templates, which are untrusted programs, in a separate process that may be killed.
 
-``chat`` runs this file by its path and writes one JSON object a line to its input::
+``renderer`` runs this file by its path and writes one JSON object per line to its input::
 
     {"source", "now", "variables"} -> {"text"} or {"error", "is_syntax"}
 
-Templates run in Jinja's immutable sandbox, where they reach nothing but their variables: no file, no module. Time is
-limited by who asked, memory and the length of a text here. The file imports nothing of the package, so that it starts
-in a tenth of a second, and takes its own folder and the working directory off the path before it imports anything: a
-module of the same name there is not ours.
+Templates run in Jinja's immutable sandbox, which exposes only their variables: no file, no module. The parent limits
+the time, this process the memory and the length of a text. The file imports nothing from the package, so that it starts
+in a tenth of a second, and removes its own folder and the working directory from the path before any import: modules
+there could shadow others.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_MEMORY_BYTES = 512 << 20  # of the process, where the system can limit it (not on macOS and Windows)
 _LAST_RESORT_SECONDS = 60
-MAX_LETTERS = 1 << 20  # of a rendered text: conversations here are of a few words
+MAX_LETTERS = 1 << 20  # of a rendered text: conversations here have a few words
 
-# What a program made of Jinja expressions can raise, beside what Jinja itself reports.
+# The exceptions of Jinja expressions, besides Jinja's own.
 FAILURES = (
     TemplateError, SyntaxError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError,
     MemoryError,
@@ -43,7 +43,7 @@ FAILURES = (
 
 
 class _Generation(Extension):
-    """``{% generation %}``, with which transformers marks what the assistant says: its body alone."""
+    """``{% generation %}``, transformers' mark of the assistant's text: renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
@@ -54,7 +54,7 @@ class _Generation(Extension):
 
 @functools.lru_cache(maxsize=4)
 def compiled(source: str, now: str | None) -> Template:
-    """Return a template in the environment that transformers gives it; ``now`` is what ``strftime_now`` formats."""
+    """Return a template in the environment of transformers; ``strftime_now`` formats ``now``."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -70,12 +70,12 @@ def _raise(message: str) -> None:
 
 
 def _to_json(value: Any, **options: Any) -> str:
-    """Return JSON as it is, not escaped for HTML as Jinja's own filter has it."""
+    """Return JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
 def answer(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the text of a request, or why there is none; without variables the template is only compiled."""
+    """Return the text of a request, or the error; without variables only compile the template."""
     is_syntax = True
     try:
         template = compiled(request["source"], request["now"])
@@ -86,7 +86,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         for piece in template.generate(**request["variables"]):
             n_letters += len(piece)
             if n_letters > MAX_LETTERS:
-                return {"error": f"it writes more than {MAX_LETTERS} letters", "is_syntax": False}
+                return {"error": f"it writes more than {MAX_LETTERS} characters", "is_syntax": False}
             pieces.append(piece)
         return {"text": "".join(pieces)}
     except MemoryError:
@@ -97,14 +97,14 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def serve() -> None:
     """Answer requests until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asked, whose end ends the input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose end closes the input
     if sys.platform != "win32":
         import resource
 
         with contextlib.suppress(ValueError, OSError):  # macOS refuses a limit of the address space
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    alarm = getattr(signal, "alarm", lambda seconds: None)  # ends this process if who asked is no longer there to do so
+    alarm = getattr(signal, "alarm", lambda seconds: None)  # ends this process if the parent no longer can
     for line in sys.stdin.buffer:
         alarm(_LAST_RESORT_SECONDS)
         sys.stdout.buffer.write(json.dumps(answer(json.loads(line))).encode() + b"\n")

@@ -1,8 +1,8 @@
-"""Rows of weights become bytes: by round-to-nearest or GPTQ, measured by the object that writes them, in a GGUF file.
+"""Quantization: rows of weights become bytes by round-to-nearest or GPTQ, and a GGUF file.
 
-A rounding is an entry of ``ROUNDINGS``: it makes a ``Quantizer`` of each tensor. ``measure`` and ``write`` see nothing
-else of it, so the errors that an allocator weighs are those of the bytes that are written. To add one, write a module
-with a quantizer and a ``Rounding``, and add that to the table.
+A rounding is an entry of ``ROUNDINGS`` that makes a ``Quantizer`` for each tensor. ``measure`` and ``write`` use the
+same quantizer, so the errors that an allocator weighs are those of the written bytes. To add a rounding, write a
+module with a quantizer and a ``Rounding``, and add it to the table.
 
     rtn     round to nearest                llama.cpp, ggml-quants.c
     gptq    error feedback from columns     Frantar et al., arXiv 2210.17323; Chee et al., arXiv 2307.13304
@@ -25,13 +25,13 @@ ROUNDINGS: dict[str, Rounding] = {each.name: each for each in (rtn.ROUNDING, gpt
 
 @dataclass(frozen=True)
 class TensorQuantizers:
-    """The quantizers of a model's tensors: what ``measure`` and ``write_gguf`` take.
+    """The quantizers of a model's tensors, as ``measure`` and ``write_gguf`` take them.
 
     Attributes:
         rounding: name of one of ``ROUNDINGS``.
         column_weights: by tensor name, ``(n_cols,)`` float32, or ``(n_experts, n_cols)`` where stacked matrices differ;
-            what is absent has columns of equal weight.
-        factors: Hessian factors, for a rounding that needs them; tensors without any are rounded to nearest.
+            tensors that are absent have columns of equal weight.
+        factors: Hessian factors, for a rounding that needs them; tensors without factors are rounded to nearest.
 
     """
 
@@ -40,6 +40,6 @@ class TensorQuantizers:
     factors: FactorStore | None = None
 
     def __call__(self, tensor: Tensor) -> Quantizer:
-        """Return the quantizer of a tensor; factors are read from disk."""
+        """Return the quantizer of a tensor; read its factors from disk."""
         factors = self.factors.of(tensor.name) if self.factors is not None else None
         return ROUNDINGS[self.rounding].make(tensor, self.column_weights.get(tensor.name), factors)

@@ -1,13 +1,13 @@
-"""Byte layouts of the block formats, as tables: bytes become codes and scales, and codes and scales become bytes.
+"""Byte layouts of the block formats, as tables: unpack bytes into codes and scales, and pack them again.
 
-A format cuts a row into blocks (256 weights in K-quants, 32 in the others) and a block into sub-blocks. With the code
-of a weight, the whole numbers s and m of its sub-block, and the float16 scales d and dmin of its block, a weight is
+A format cuts a row into blocks (256 weights in K-quants, 32 in the others) and a block into sub-blocks. A
+weight with code ``code``, integers s and m of its sub-block and float16 scales d and dmin of its block is
 
     d * s * levels[code] - dmin * m
 
-What has no s of its own has s = 1; what has no m has m = 0. Bits are numbered from the lowest.
+Formats without s have s = 1; formats without m have m = 0. Bits are numbered from the lowest.
 
-Codes, and whole numbers of sub-blocks, stand in *fields*: a stretch of bytes is cut into groups of equal width; within
+Codes, and integers of sub-blocks, are stored in *fields*: a range of bytes is cut into groups of equal width; within
 a group of ``width`` bytes, byte l holds in its k-th ``bits`` bits value ``k * width + l`` of the group. A second field
 holds the upper bits of the same values.
 
@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from ..records import Float32
 
-_DETERMINED = 1e-6  # share of the product of the diagonal that a determinant must exceed
+_DETERMINED = 1e-6  # a determinant below this share of the product of the diagonal counts as 0
 
 UInt8 = NDArray[np.uint8]
 Int16 = NDArray[np.int16]
@@ -46,7 +46,7 @@ Int16 = NDArray[np.int16]
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows of a block format, taken apart.
+    """Rows of a block format, unpacked.
 
     Attributes:
         codes: ``(n_rows, n_blocks, n_sub, sub)`` uint8, index into the levels of the format.
@@ -65,13 +65,13 @@ class Blocks:
 
     @property
     def scale(self) -> Float32:
-        """What a level is multiplied by: ``(n_rows, n_blocks, n_sub)`` float32."""
+        """The factor of a level: ``(n_rows, n_blocks, n_sub)`` float32."""
         scale: Float32 = self.d[..., None] * self.s
         return scale
 
     @property
     def offset(self) -> Float32:
-        """What is taken off: ``(n_rows, n_blocks, n_sub)`` float32."""
+        """The subtracted offset: ``(n_rows, n_blocks, n_sub)`` float32."""
         offset: Float32 = self.dmin[..., None] * self.m
         return offset
 
@@ -94,9 +94,9 @@ class _Field:
         return values
 
     def write(self, blocks: UInt8, values: UInt8) -> None:
-        """Put values ``(n, n_values)`` into blocks of zeros ``(n, block_bytes)``."""
-        kept = values >> np.uint8(self.shift) & np.uint8((1 << self.bits) - 1)
-        parts = kept.reshape(len(blocks), self.groups, 8 // self.bits, -1) << self._shifts
+        """Write values ``(n, n_values)`` into blocks of zeros ``(n, block_bytes)``."""
+        bits = values >> np.uint8(self.shift) & np.uint8((1 << self.bits) - 1)
+        parts = bits.reshape(len(blocks), self.groups, 8 // self.bits, -1) << self._shifts
         data = np.bitwise_or.reduce(parts, axis=2)
         blocks[:, self.start : self.start + self.n_bytes] = data.reshape(len(blocks), -1)
 
@@ -106,14 +106,14 @@ class _Field:
 
 
 class _Scales(Protocol):
-    """Where s and m of the sub-blocks stand."""
+    """The layout of s and m of the sub-blocks."""
 
     def read(self, blocks: UInt8) -> tuple[Int16, Int16]:
         """Return s and m, ``(n, n_sub)`` each, of blocks ``(n, block_bytes)``."""
         ...
 
     def write(self, blocks: UInt8, s: Int16, m: Int16) -> None:
-        """Put s and m into blocks of zeros."""
+        """Write s and m into blocks of zeros."""
         ...
 
 
@@ -201,15 +201,15 @@ class _SixBitPairs:
 
 @dataclass(frozen=True)
 class Format:
-    """What a type can store, and where.
+    """The values of a type and their layout.
 
     Attributes:
-        block: weights of a block.
-        sub: weights of a sub-block.
-        block_bytes: bytes of a block.
+        block: weights per block.
+        sub: weights per sub-block.
+        block_bytes: bytes per block.
         levels: ``(n_levels,)`` float32, ascending.
         s_range: least and greatest s; both 1 where s is not stored.
-        m_max: greatest m; 0 where there is no min. Where s is not stored m is 1 and dmin may be negative.
+        m_max: greatest m; 0 where there is no m. Where s is not stored, m is 1 and dmin may be negative.
 
     """
 
@@ -228,7 +228,7 @@ class Format:
 
     @property
     def n_sub(self) -> int:
-        """Sub-blocks of a block."""
+        """Sub-blocks per block."""
         return self.block // self.sub
 
     @property
@@ -238,7 +238,7 @@ class Format:
 
     @cached_property
     def has_even_levels(self) -> bool:
-        """Whether neighbouring levels are 1 apart."""
+        """Whether adjacent levels are 1 apart."""
         return bool((np.diff(self.levels) == 1).all())
 
     def to_levels(self, x: Float32) -> UInt8:
@@ -250,7 +250,7 @@ class Format:
             return codes
         np.rint(x, out=x)
         np.minimum(x, high, out=x)
-        np.maximum(x, low, out=x)  # NaN, of weights that no scale reaches, stays
+        np.maximum(x, low, out=x)  # keeps NaN, of weights beyond any scale
         return (x - low).astype(np.uint8) if low else x.astype(np.uint8)
 
     @cached_property
@@ -259,7 +259,7 @@ class Format:
         return midpoints
 
     def unpack(self, data: UInt8) -> Blocks:
-        """Take rows apart: ``(n_rows, row_bytes)`` uint8."""
+        """Unpack rows, ``(n_rows, row_bytes)`` uint8."""
         blocks = np.ascontiguousarray(data).reshape(-1, self.block_bytes)
         codes = self._codes[0].read(blocks)
         for field in self._codes[1:]:
@@ -298,17 +298,17 @@ class Format:
 
 
 def joined(parts: Sequence[Blocks]) -> Blocks:
-    """Return rows whose blocks are those of all parts, from left to right."""
+    """Concatenate the blocks of parts, from left to right."""
     return Blocks(*(np.concatenate([getattr(part, f.name) for part in parts], axis=1) for f in fields(Blocks)))
 
 
 def inverse(scale: Float32) -> Float32:
-    """Return 1 / scale, and 0 where that is 0: all levels are the same weight then."""
+    """Return 1 / scale, and 0 where the scale is 0 and all levels are the same weight."""
     return np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
 
 
 def determined(aa: Float32, ab: Float32, bb: Float32) -> Float32:
-    """Return the determinants of normal equations of two unknowns, and 0 where they do not determine both."""
+    """Return the determinants of normal equations in two unknowns, and 0 where they are nearly singular."""
     determinant = aa * bb - ab * ab
     return np.where(determinant > _DETERMINED * aa * bb, determinant, np.float32(0))
 

@@ -1,25 +1,25 @@
-"""GPTQ: what rounding a column does wrong, the columns right of it make good.
+"""GPTQ: the columns to the right of a column compensate its rounding error.
 
-With the second moment ``H = E[x x^T]`` of a matrix's input, errors e of a row (what it was, less what it became) make a
-mean squared output error of ``e^T H e``. With ``H = U diag(v) U^T``, U unit upper triangular, and columns rounded from
+With the second moment ``H = E[x x^T]`` of a matrix's input, the errors e of a row (original minus rounded) cause a mean
+squared output error of ``e^T H e``. With ``H = U diag(v) U^T``, U unit upper triangular, and columns rounded from
 left to right,
 
     e^T H e = sum_j v_j (t_j - q_j)^2,   t_j = w_j + sum_{i < j} U_ij e_i,
 
-so the best that column j can do, what stands left of it given, is to round t_j instead of w_j. This is GPTQ (Frantar et
+so the best choice for column j, given the columns to its left, is to round t_j instead of w_j. This is GPTQ (Frantar et
 al., arXiv 2210.17323) in the form LDLQ (Chee et al., arXiv 2307.13304, section 3.1), which needs no inverse.
 
-Columns go by blocks. With a for all that is left of block b, the part of b in the sum is
+Columns are rounded block by block. With a for all columns to the left of block b, the share of b in the sum is
 
     (g_b - q_b)^T S_b (g_b - q_b),   S_b = U_bb diag(v_b) U_bb^T,   g_b = w_b + U_bb^-T U_ab^T e_a,
 
-so the *targets* g_b are what the block's scales have to suit: ggml finds them, columns weighted by v. After rounding
-this form is lowered further, by steps that each keep all else: d and dmin, s and m of a sub-block, codes.
+so the block's scales have to fit the *targets* g_b: ggml searches for them, with column weights v. After rounding,
+coordinate descent lowers this form further, over d and dmin, then s and m of each sub-block, then the codes.
 
 A type without an entry in ``formats.FORMATS``, and a tensor without Hessian factors, are rounded to nearest.
 
-Arrays of one block have columns first: the values of many rows in one column are contiguous. Cost: ``n_cols ** 2``
-multiplications a row in matrix products, and about ten passes over every column.
+Arrays of one block have columns first: the values of many rows in one column are contiguous. Cost per row:
+``n_cols ** 2`` multiplications in matrix products, and about ten passes over every column.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ from .hessian_factors import HessianFactors
 from .quantizer import Quantizer, Rounding
 from .rtn import make_rtn
 
-# Rows are rounded in tiles: rows ``k * ROW_TILE`` and following of a tensor, with zeros in place of what is not asked
-# for. The last bits of a matrix product depend on its shape and on where in it a row stands, so both are fixed.
+# Rows are rounded in tiles: rows ``k * ROW_TILE`` and following of a tensor, with zeros for rows outside the request.
+# The last bits of a matrix product depend on its shape and on the position of a row in it, so both are fixed.
 ROW_TILE = 256
 
 _STEPS = (-3, -2, -1, 0, 1, 2, 3)  # of s, tried in a descent
@@ -48,11 +48,10 @@ _STEPS = (-3, -2, -1, 0, 1, 2, 3)  # of s, tried in a descent
 
 @dataclass(frozen=True)
 class GptqQuantizer:
-    """Rounds the rows of one tensor by GPTQ, with less error of the matrix's output in the same bytes as ggml's.
+    """Rounds the rows of one tensor by GPTQ: less error in the matrix's output than ggml's quantizers, same bytes.
 
-    A row's error is ``(x - q)^T H (x - q)``, its squared norm ``sum_j H_jj x_j**2``. One and the
-    same BLAS on one thread gives the same bytes: callers set that. In memory, beside the result: five float32 copies of
-    a tile.
+    A row's error is ``(x - q)^T H (x - q)``, its squared norm ``sum_j H_jj x_j**2``. The same BLAS on one thread gives
+    the same bytes; callers set the number of threads. In memory, beside the result: five float32 copies of a tile.
 
     Attributes:
         factors: of the Hessian H of the matrix's input.
@@ -65,7 +64,7 @@ class GptqQuantizer:
     tile_rows: int = ROW_TILE
 
     def quantize(self, rows: Float32, type_name: str, first_row: int = 0) -> UInt8:
-        """See ``Quantizer``; raises ``GgmlError`` too when the factors are of another number of columns."""
+        """See ``Quantizer``; also raises ``GgmlError`` when the factors have another number of columns."""
         n_rows, n_cols = rows.shape
         if len(self.factors.diagonal) != n_cols:
             raise GgmlError(f"Hessian factors: wanted {n_cols} columns, got {len(self.factors.diagonal)}")
@@ -92,15 +91,15 @@ class GptqQuantizer:
 
 
 def make_gptq(tensor: Tensor, weights: Float32 | None, factors: HessianFactors | None) -> Quantizer:
-    """Return a quantizer of the tensor: round-to-nearest where there are no Hessian factors."""
+    """Return a quantizer for the tensor: round-to-nearest where there are no Hessian factors."""
     return make_rtn(tensor, weights, None) if factors is None else GptqQuantizer(factors)
 
 
-ROUNDING = Rounding("gptq", "GPTQ: errors of a column are made good by the columns right of it", True, make_gptq)
+ROUNDING = Rounding("gptq", "GPTQ: the columns to the right compensate each column's rounding error", True, make_gptq)
 
 
 def _tiles(n_rows: int, first_row: int) -> Iterator[tuple[int, int, int]]:
-    """Yield where the rows of each tile start and stop, and the place of the first in the tile."""
+    """Yield the first and last row of each tile, and the position of the first row in the tile."""
     start = 0
     while start < n_rows:
         place = (first_row + start) % ROW_TILE
@@ -136,9 +135,9 @@ class _Columns:
 
     Attributes:
         codes: ``(block, n_rows)`` uint8.
-        s, m: ``(n_sub, n_rows)`` float32, whole numbers.
+        s, m: ``(n_sub, n_rows)`` float32, integers.
         d, dmin: ``(n_rows,)`` float32, values of float16.
-        errors: ``(block, n_rows)`` float32, targets less what they became.
+        errors: ``(block, n_rows)`` float32, targets minus rounded values.
 
     """
 
@@ -158,7 +157,7 @@ class _Columns:
         return Blocks(codes, s, m, self.d[:, None], self.dmin[:, None])
 
     def round(self, triangle: Float32) -> None:
-        """Round from left to right; errors move on by ``(block, block)`` of U."""
+        """Round from left to right and propagate the errors by ``triangle``, the ``(block, block)`` part of U."""
         for sub, (first, last) in enumerate(self._subs):
             aims = self._targets[first:last] + triangle[:first, first:last].T @ self.errors[:first]
             scales = self._scales(sub)
@@ -188,7 +187,7 @@ class _Columns:
                 self._round_column(j, aim, scales)
 
     def _move_block_scales(self, form: Float32) -> None:
-        """Fit d and dmin by least squares under the form, all else given; float16 of it is taken where it is better."""
+        """Fit d and dmin by least squares under the form, all else fixed; keep float16 values that are better."""
         a = np.repeat(self.s, self._format.sub, axis=0) * self._format.levels[self.codes]
         b = -np.repeat(self.m, self._format.sub, axis=0)
         fa, fb, fe = form @ a, form @ b, form @ self.errors
@@ -204,13 +203,13 @@ class _Columns:
         self.errors -= x * a + y * b
 
     def _move_sub_scales(self, sub: int, within: Float32, pulls: Float32) -> Float32:
-        """Move s and m of a sub-block to the best whole numbers near, all else given, and return how errors change.
+        """Move s and m of a sub-block to the best integers nearby, all else fixed, and return the change in errors.
 
-        ``within`` is the form's part of the sub-block, ``pulls`` the form's rows of it times the errors.
+        ``within`` is the form restricted to the sub-block, ``pulls`` its rows of the form times the errors.
         """
         first, last = self._subs[sub]
         s, m, m_max = self.s[sub], self.m[sub], self._format.m_max
-        # one more of s takes a off the errors, one of m adds b
+        # raising s by 1 subtracts a from the errors, raising m by 1 adds b
         a, b = self.d * self._format.levels[self.codes[first:last]], self.dmin
         fa = within @ a
         aa, ab, bb = _dots(fa, a), b * fa.sum(0), b * b * within.sum()
@@ -235,7 +234,7 @@ class _Columns:
         return scale, self.dmin * self.m[sub], inverse(scale)
 
     def _round_column(self, j: int, aim: Float32, scales: tuple[Float32, Float32, Float32]) -> None:
-        """Give column j the code whose weight is nearest to ``aim``, ``(n_rows,)``, which is overwritten."""
+        """Set column j to the codes nearest to ``aim``, ``(n_rows,)``, which is overwritten."""
         scale, offset, over_scale = scales
         aim += offset
         aim *= over_scale

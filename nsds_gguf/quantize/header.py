@@ -1,6 +1,6 @@
-"""What stands before the tensor data of a GGUF file: header, keys, tensor table.
+"""The part of a GGUF file before the tensor data: header, keys, tensor table, by gguf's own writer.
 
-gguf's own writer makes it. Its size depends on the recipe alone, so it is known before types are chosen.
+Its size depends on the recipe alone, so it is known before types are chosen.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from ..system.workfolder import output_error
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
-_OUTLINE_TYPES = ("Q2_K", "Q4_0", "F16")  # smallest first: types that some row length does not fit, and one all fit
-_NO_DIGEST = "0" * 64  # as long as a real one: the header's size is known before the plan is
+_OUTLINE_TYPES = ("Q2_K", "Q4_0", "F16")  # smallest first; rows of any length fit the last
+_NO_DIGEST = "0" * 64  # as long as a real one, so that the header has its final size before there is a plan
 
 
 def header_bytes(model: Model, recipe: Recipe) -> int:
-    """Return the bytes before the tensor data; they depend on the recipe, not on the types that are chosen."""
+    """Return the bytes before the tensor data; they depend on the recipe, not on the chosen types."""
     types = {tensor.name: "F32" for tensor in model.tensors}
     return len(_header(model, _keys(recipe, "F32", _NO_DIGEST, _NO_DIGEST), types))
 
 
 def plan_header(model: Model, plan: Plan) -> bytes:
-    """Return everything before the tensor data of the file that a plan describes, padded to the alignment."""
+    """Return everything before the tensor data of a plan's file, padded to the alignment."""
     keys = _keys(plan.recipe, _main_type(plan), plan.scores_digest or _NO_DIGEST, plan.digest)
     return _header(model, keys, {tensor.name: tensor.type for tensor in plan.tensors})
 
@@ -42,8 +42,8 @@ def plan_header(model: Model, plan: Plan) -> bytes:
 def write_outline(model: Model, path: Path) -> None:
     """Write a GGUF of the model's keys and tensor table, with a hole in place of the data.
 
-    It is enough for llama.cpp to tokenize with and to say whether it would load and run the model. The file system
-    must have room, at least on paper, for the data in the smallest types.
+    llama.cpp can tokenize with it and tell whether it would load and run the model. The file system must allow a sparse
+    file of the data in the smallest types.
     """
     types = {tensor.name: _outline_type(tensor) for tensor in model.tensors}
     header = _header(model, {}, types)
@@ -65,7 +65,7 @@ def _outline_type(tensor: Tensor) -> str:
 
 
 def _main_type(plan: Plan) -> str:
-    """Return the type that holds most bytes, for ``general.file_type``; of equals the first in ``ggml.TYPES``."""
+    """Return the type with most bytes, for ``general.file_type``; on a tie, the first in ``ggml.TYPES``."""
     n_bytes = dict.fromkeys(ggml.TYPES, 0)
     for tensor in plan.tensors:
         if tensor.type in n_bytes:
@@ -94,7 +94,7 @@ def _keys(recipe: Recipe, main_type: str, scores_digest: str, plan_digest: str) 
 
 
 class _HeaderWriter(GGUFWriter):
-    """gguf's writer, but arrays are packed at once, several times faster, and may be empty, which llama.cpp allows."""
+    """gguf's writer with arrays packed at once, several times faster, and allowed to be empty, as in llama.cpp."""
 
     def _pack_val(
         self, val: Any, vtype: GGUFValueType, add_vtype: bool, sub_type: GGUFValueType | None = None
@@ -118,7 +118,7 @@ def _header(model: Model, keys: Mapping[str, GGUFValue], types: Mapping[str, str
         ggml_type = GGMLQuantizationType[types[tensor.name]]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, raw_dtype=ggml_type)
     memory = io.BytesIO()
-    writer.fout, writer.state = [io.BufferedWriter(memory)], WriterState.EMPTY  # as open_output_file would, no disk
+    writer.fout, writer.state = [io.BufferedWriter(memory)], WriterState.EMPTY  # as open_output_file, without a disk
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -1,4 +1,4 @@
-"""Hessians of what matrices multiply, factored for GPTQ; many of them on disk, a file for every input."""
+"""Hessians of matrices' inputs, factored for GPTQ, and stored on disk, a file per input."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..records import Float32, Float64
 from ..system.store import Store
 from ..system.workfolder import output_error
 
-_IN_MEMORY = 3  # factors: of the tensor being written, of the next one, and one to spare
+_IN_MEMORY = 3  # factors in memory: of the current tensor, the next one, and one spare
 _PANEL = 256  # columns of one matrix product over a triangle
 
 
 @dataclass(frozen=True)
 class HessianFactors:
-    """A Hessian ``H = U diag(v) U^T``, for all matrices that have that input.
+    """A Hessian ``H = U diag(v) U^T``, for all matrices with the same input.
 
     Attributes:
         upper: ``(n_cols, n_cols)`` float32, U: unit upper triangular.
-        variances: ``(n_cols,)`` float32, v: what remains of each column's moment given the columns right of it.
+        variances: ``(n_cols,)`` float32, v: variance of each column given the columns to its right.
         diagonal: ``(n_cols,)`` float32, diagonal of H.
 
     """
@@ -51,15 +51,15 @@ def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, da
     In memory: two float64 matrices of its size, and one of float32 that stays.
 
     Args:
-        hessian: ``(n_cols, n_cols)``, symmetric, positive semidefinite but for rounding. It may be of low rank and hold
-            columns of zeros.
-        shrinkage: share by which everything off the diagonal is made smaller: how far the Hessian is mistrusted. 0.05
-            served moments of 8000 tokens and more, 0.2 those of 2000 (docs/log.md, 2026-11-25). Unlike damping it does
-            the same to columns of small and of large moments.
-        damping: share of the mean of the diagonal that is added to the diagonal: what dead columns get.
+        hessian: ``(n_cols, n_cols)``, symmetric, positive semidefinite up to rounding. It may have low rank and columns
+            of zeros.
+        shrinkage: share by which entries off the diagonal are reduced, against sampling noise: 0.05 suits moments of
+            8000 tokens and more, 0.2 those of 2000 (docs/log.md, 2026-11-25). Unlike damping it treats columns of small
+            and large moments alike.
+        damping: share of the mean of the diagonal that is added to the diagonal, for dead columns.
 
     Raises:
-        ModelError: the Hessian is not finite, is zero, or not positive definite even so.
+        ModelError: the Hessian is not finite, is zero, or is not positive definite after both.
 
     """
     h: Float64 = np.array(hessian, dtype=np.float64)
@@ -85,20 +85,20 @@ def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, da
 
 
 class FactorStore:
-    """Hessian factors by tensor name. Files lie in a folder of the caller's, who removes it, or are records.
+    """Hessian factors by tensor name, as files in a folder that the caller removes, or as records.
 
-    As records they outlive the run: an input whose factors are known is not factored again.
+    Records outlive the run: an input with recorded factors is not factored again.
     """
 
     def __init__(self, folder: Path, records: Store | None = None) -> None:
-        """Take an existing folder, and a store for records in place of it."""
+        """Take an existing folder, and a store to use instead of it."""
         self._folder, self._records = folder, records
         self._files: dict[str, Path] = {}
         self._recent: OrderedDict[Path, HessianFactors] = OrderedDict()
         self._lock = Lock()
 
     def add(self, names: Collection[str], hessian: NDArray[np.floating], shrinkage: float) -> None:
-        """Factor the Hessian, ``(n_cols, n_cols)``, of an input that these tensors have; see ``factor_hessian``.
+        """Factor the Hessian, ``(n_cols, n_cols)``, of an input that these tensors share; see ``factor_hessian``.
 
         Raises ``OutputError`` when the disk is full.
         """
@@ -117,7 +117,7 @@ class FactorStore:
         self._files.update(dict.fromkeys(names, path))
 
     def recall(self, names: Collection[str]) -> bool:
-        """Take over the factors of an input from the records; return whether they are there."""
+        """Load the factors of an input from the records; return whether there are any."""
         path = None if self._records is None else self._records.get_file(_record_name(names))
         if path is not None:
             self._files.update(dict.fromkeys(names, path))
@@ -139,7 +139,7 @@ class FactorStore:
 
     @property
     def inputs(self) -> list[list[str]]:
-        """Tensors that have factors, those with one input together."""
+        """Tensors with factors, grouped by input."""
         alike: dict[Path, list[str]] = {}
         for name, path in self._files.items():
             alike.setdefault(path, []).append(name)
@@ -147,7 +147,7 @@ class FactorStore:
 
     @property
     def names(self) -> Collection[str]:
-        """Tensors that have factors."""
+        """Tensors with factors."""
         return self._files.keys()
 
 

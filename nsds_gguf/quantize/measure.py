@@ -1,7 +1,7 @@
-"""What each type does to each tensor: the errors of a sample of its rows, by the quantizer that will write them.
+"""The error of each tensor in each type, on a sample of its rows, by the quantizer that will write them.
 
-Small tensors are measured whole. Of large ones a stratified sample of rows is taken, one row from each of equally long
-stretches, drawn from a generator seeded with the tensor's name: the same rows every time. The relative error is a ratio
+Small tensors are measured whole. For large ones a stratified sample is drawn, one row from each of equally long
+stretches, by a generator seeded with the tensor's name: the same rows every time. The relative error is a ratio
 of two sums over rows, so its standard error is that of a ratio estimator (Cochran, Sampling Techniques, eq. 6.9).
 """
 
@@ -23,7 +23,7 @@ WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
 SAMPLED_FRACTION = 1 / 8  # of the rows of larger ones: five types then cost less than one write
 SAMPLED_ROWS_MIN, SAMPLED_ROWS_MAX = 64, 1024
 
-_DIGITS = 7  # kept in records, so that the last bits of a BLAS do not change digests
+_DIGITS = 7  # significant digits in records: the last bits of a BLAS do not change digests
 
 
 OnCost = Callable[[TensorCost], None]
@@ -41,11 +41,11 @@ def measure(
 
     Args:
         tensors: matrices, each with the names of the types to measure it in.
-        quantizers: give the quantizer of each tensor, which is to be the one that writes it.
-        sensitivity: by tensor name, what becomes part of its cost; 0 for tensors that are absent.
+        quantizers: return the quantizer of each tensor, the one that will write it.
+        sensitivity: by tensor name, copied into the costs; 0 for tensors that are absent.
         n_threads: threads; each works on one tensor at a time.
         progress: called with weights done and weights in all.
-        on_cost: called with each cost once it is known, in order.
+        on_cost: called with each cost when it is measured, in order.
 
     Returns:
         One cost per tensor, in order.
@@ -102,7 +102,7 @@ def _measure_one(tensor: Tensor, types: Sequence[str], quantizers: Quantizers, s
 def _row_sums(
     tensor: Tensor, rows: NDArray[np.intp], types: Sequence[str], quantizer: Quantizer
 ) -> tuple[Float64, dict[str, Float64]]:
-    """Return the squared norm of every row that is measured, and its squared error in each type."""
+    """Return the squared norm of every measured row, and its squared error in each type."""
     norms, errors = [], dict[str, list[Float64]]({name: [] for name in types})
     for first_row, some in _slabs(tensor, rows):
         x = tensor.rows(some)
@@ -116,9 +116,9 @@ def _row_sums(
 
 
 def _slabs(tensor: Tensor, rows: NDArray[np.intp]) -> Iterator[tuple[int, NDArray[np.intp]]]:
-    """Yield the rows in slabs of one matrix of a stack each, with the row from which the quantizer is to count them.
+    """Yield the rows in slabs within one matrix of a stack, each with its ``first_row`` for the quantizer.
 
-    Rows of a sample are not neighbours; they count from the first row of their matrix.
+    Rows of a sample are not adjacent; for them it is the first row of their matrix.
     """
     step, n_rows = tensor.rows_per_slab(), tensor.n_matrix_rows
     is_whole = len(rows) == tensor.n_rows
@@ -132,7 +132,7 @@ def _slabs(tensor: Tensor, rows: NDArray[np.intp]) -> Iterator[tuple[int, NDArra
 def ratio_estimate(numerator: Float64, denominator: Float64, sampled_share: float) -> tuple[float, float]:
     """Return the ratio of sums over a sample of rows and its standard error.
 
-    ``sampled_share`` is the sample over the population: 1 means no sampling error.
+    ``sampled_share`` is the sample size over the population; 1 means no sampling error.
     """
     total = float(denominator.sum())
     if total <= 0:

@@ -1,4 +1,4 @@
-"""What a rounding is made of: a ``Quantizer`` for one tensor, and the ``Rounding`` that makes it."""
+"""The protocol of a rounding: a ``Quantizer`` for one tensor, and the ``Rounding`` that makes it."""
 
 from __future__ import annotations
 
@@ -14,42 +14,42 @@ from .hessian_factors import HessianFactors
 
 
 class Quantizer(Protocol):
-    """Rounds the rows of one tensor and measures what that costs.
+    """Rounds the rows of one tensor and measures their errors.
 
-    It holds what it needs to know of the tensor: column weights, or Hessian factors. Rows are ``(n_rows, n_cols)``
-    float32, of one matrix of the tensor; ``first_row`` is the number of the first of them in the tensor, leading
-    dimensions flattened, which says what matrix of a stack they are of. The same rows become the same bytes however
-    their matrix is cut into slabs, and on any thread. Every type in ``ggml.TYPES`` works: what cannot be rounded so is
-    rounded to nearest, when it is measured as when it is written.
+    It holds the tensor's column weights or Hessian factors. Rows are ``(n_rows, n_cols)`` float32, of one matrix of the
+    tensor; ``first_row`` is the index of the first row in the tensor, leading dimensions flattened, and so identifies
+    the matrix of a stack. The same rows become the same bytes on any thread, however their matrix is cut into slabs.
+    Every type in ``ggml.TYPES`` works: types that the method does not cover are rounded to nearest, in measuring and
+    writing alike.
     """
 
     @property
     def tile_rows(self) -> int:
-        """Rows that are rounded together: slabs that begin at multiples of it and hold whole tiles waste nothing."""
+        """Rows that are rounded together: slabs of whole tiles that begin at multiples of it waste no work."""
         ...
 
     def quantize(self, rows: Float32, type_name: str, first_row: int = 0) -> NDArray[np.uint8]:
         """Return the rows in a type's format: ``(n_rows, row_bytes)`` uint8.
 
         Raises:
-            GgmlError: the type is not one that is written, or the rows are not whole blocks of it.
+            GgmlError: the type is not supported, or the rows are not whole blocks of it.
 
         """
         ...
 
     def errors(self, rows: Float32, type_name: str, first_row: int = 0) -> Float64:
-        """Return the weighted squared error of every row, ``(n_rows,)``, as ``quantize`` would write it."""
+        """Return the weighted squared error of every row, ``(n_rows,)``, of the bytes that ``quantize`` returns."""
         ...
 
     def squared_norms(self, rows: Float32, first_row: int = 0) -> Float64:
-        """Return the weighted squared norm of every row, ``(n_rows,)``: what errors are relative to."""
+        """Return the weighted squared norm of every row, ``(n_rows,)``: the denominator of relative errors."""
         ...
 
 
-# Gives the quantizer of a tensor.
+# Returns the quantizer of a tensor.
 Quantizers = Callable[[Tensor], Quantizer]
 
-# Makes a quantizer of a tensor, its column weights and its Hessian factors; ``None`` where there are none.
+# Makes a quantizer from a tensor, its column weights and its Hessian factors; ``None`` where there are none.
 Maker = Callable[[Tensor, Float32 | None, HessianFactors | None], Quantizer]
 
 
@@ -58,9 +58,9 @@ class Rounding:
     """A rounding method.
 
     Attributes:
-        name: what users, plans and files call it.
+        name: name in options, plans and files.
         description: one line for ``--help``.
-        needs_hessians: whether it takes Hessian factors, which must be computed first.
+        needs_hessians: whether it needs Hessian factors.
         make: makes the quantizer of a tensor.
 
     """

@@ -1,6 +1,6 @@
 """Round to nearest: ggml's own quantizers, with column weights in the search for scales.
 
-Columns do not see one another's errors. The bytes are those of llama-quantize with the same importance matrix.
+Each column is rounded on its own. The bytes equal those of llama-quantize with the same importance matrix.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RtnQuantizer:
 
 
 def make_rtn(tensor: Tensor, weights: Float32 | None, factors: HessianFactors | None) -> RtnQuantizer:
-    """Return a quantizer of the tensor; Hessian factors are not used."""
+    """Return a quantizer for the tensor; Hessian factors are ignored."""
     return RtnQuantizer(weights, tensor.n_matrix_rows)
 
 

@@ -1,10 +1,8 @@
-"""Stage 4, write: a plan and a model become a GGUF file, streamed.
+"""Write the GGUF file of a plan, streamed.
 
 Layout of the file (GGUF v3): header (magic ``GGUF``, version, counts), metadata keys, tensor table, padding, then the
 data of each tensor, padded to 32 bytes. ``header`` makes everything before the data; the data is read, quantized and
 written in slabs of rows, a bounded number of slabs in flight, so that memory holds neither the model nor the file.
-
-The output appears under its name only when it is complete: it is written to a hidden folder, synced and renamed.
 """
 
 from __future__ import annotations
@@ -27,21 +25,21 @@ from ..system.partfile import PartFile, PlainFile
 from .header import plan_header
 from .quantizer import Quantizer, Quantizers
 
-_SLAB_BYTES = 2 << 20  # float32 rows of one job: stays in the cache, hides Python's 0.1 ms a slab
+_SLAB_BYTES = 2 << 20  # float32 rows of one job: fits the cache, hides Python's 0.1 ms per slab
 _IN_FLIGHT_PER_THREAD = 2
-_LARGEST_F16 = 65504.0  # scales are float16: only weights above can overflow a type
+_LARGEST_F16 = 65504.0  # scales are float16: only larger weights can overflow a type
 
 
-_HEADER = "header"  # the first piece of a file; no tensor is called so
+_HEADER = "header"  # name of the first piece of a file; no tensor has it
 
 
 @dataclass(frozen=True)
 class Resume:
-    """How a file goes on that an interrupted run began.
+    """How to resume the file of an interrupted run.
 
     Attributes:
-        key: what its bytes depend on; a file of another key is written anew.
-        say: told when tensors must be written again.
+        key: digest of what its bytes depend on; a file with another key is written from the start.
+        say: called when tensors must be written again.
 
     """
 
@@ -61,17 +59,17 @@ def write_gguf(
 ) -> None:
     """Write the file that the plan describes.
 
-    In memory: about four slabs of 2 MiB per thread and what the page cache keeps of the source.
+    In memory: about four slabs of 2 MiB per thread, and the page cache of the source.
 
     Args:
         model: where the weights come from.
         plan: type of every tensor; its ``header_bytes`` must be right.
-        quantizers: give the quantizer of each tensor.
-        path: file to create, usually that of ``unfinished``.
+        quantizers: return the quantizer of each tensor.
+        path: file to create, usually from ``unfinished``.
         n_threads: threads that read and quantize.
         progress: called with weights done and weights in all.
-        resume: go on behind the last complete tensor of an interrupted run, with a journal beside the file; ``None``
-            writes all of it.
+        resume: continue after the last complete tensor of an interrupted run, with a journal beside the file; ``None``
+            writes the whole file.
 
     Raises:
         ModelError: a tensor holds NaN or infinite values, or values that its type cannot hold.
@@ -115,15 +113,12 @@ class _Slab:
 
     @property
     def is_last(self) -> bool:
-        """Whether the tensor ends with it."""
+        """Whether it is the last of its tensor."""
         return self.stop == self.tensor.n_rows
 
 
 def _slabs(model: Model, plan: Plan, quantizers: Quantizers, done: Collection[str]) -> Iterator[_Slab]:
-    """Yield the slabs of all tensors in the order of the file; a quantizer is made when its tensor's turn comes.
-
-    Tensors that are ``done`` are left out.
-    """
+    """Yield the slabs of all tensors but those ``done``, in the order of the file; make quantizers on demand."""
     for tensor, planned in zip(model.tensors, plan.tensors, strict=True):
         if tensor.name in done:
             continue

@@ -1,4 +1,4 @@
-"""What calibration finds of one model: tokens, sensitivities, column weights, Hessian factors; each found once."""
+"""The statistics of one model: tokens, sensitivities, column weights, Hessian factors; each computed once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ..sensitivity.sensitivities import sensitivities
 from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
 from ..system.store import Store
 from ..system.workfolder import WorkFolder
-from .estimate import duration, own_text_seconds
+from .estimate import duration, generation_seconds
 from .finished import kept_moments, kept_sensitivities, kept_tokens
 from .run import Run
 from .settle import check_imatrix, rounds_by_hessians, weighs_columns
@@ -41,10 +41,10 @@ _Source = tuple[str, int, str]  # whose tokens, of what seed, computed by what
 
 
 class Calibrated:
-    """The statistics of one model, by recipe; recipes that calibrate alike share them.
+    """The statistics of one model, by recipe; recipes with the same calibration share them.
 
-    Models that the pass over tokens can follow are walked once forward, for column moments and Hessians, and once
-    back, for Fisher sensitivities; llama.cpp collects moments and Hessians of the others.
+    Where the Fisher pass supports the model, one forward pass yields column moments and Hessians and one backward pass
+    Fisher sensitivities; for other models llama.cpp collects moments and Hessians.
     """
 
     def __init__(
@@ -56,15 +56,15 @@ class Calibrated:
         imatrix: Imatrix | None = None,
         store: Store | None = None,
     ) -> None:
-        """Take a model and how to work on it.
+        """Take a model and its run.
 
         Args:
             model: the model.
-            run: threads, and who is told.
-            files: where temporary files go.
+            run: threads and reporter.
+            files: folder for temporary files.
             original: gives the original as a GGUF for the length of a ``with`` block.
-            imatrix: an importance matrix that recipes name; raises ``RecordError`` when it is of another model.
-            store: records of finished work; ``None`` where none are kept.
+            imatrix: the importance matrix that recipes name; raises ``RecordError`` when it belongs to another model.
+            store: records of finished work; ``None`` for no records.
 
         """
         if imatrix is not None:
@@ -79,7 +79,7 @@ class Calibrated:
         self._factors: dict[tuple[_Source, bool], FactorStore] = {}
 
     def sensitivities(self, recipe: Recipe) -> Sensitivities:
-        """Return sensitivities and column moments on the recipe's tokens; Hessians too where it rounds with them."""
+        """Return sensitivities and column moments on the recipe's tokens; collect Hessians too where it needs them."""
         kind = _kind(recipe)
         key = _source(recipe)
         if key not in self._sensitivities:
@@ -96,12 +96,12 @@ class Calibrated:
         return self._sensitivities[key]
 
     def _keyed(self, kind: CalibrationKind, recipe: Recipe, *parts: object) -> Store | None:
-        """Return the store of what depends on the tokens of a calibration."""
+        """Return the store for results that depend on the tokens of a calibration."""
         made_by = llama.llama_build() if kind.is_generated else ""
         return self._store and self._store.keyed(kind.token_source, recipe.seed, made_by, *parts)
 
     def equalization(self, recipe: Recipe) -> Equalization:
-        """Return the channel equalization: where costs count, and the pass over tokens sees outliers."""
+        """Return the channel equalization; empty where costs do not count or the Fisher pass does not apply."""
         if not ALLOCATORS[recipe.allocator].needs_costs or what_is_missing(self.model):
             return Equalization()
         key = _source(recipe)
@@ -111,18 +111,18 @@ class Calibrated:
         return self._equalizations[key]
 
     def column_weights(self, recipe: Recipe, types: set[str]) -> Mapping[str, Float32]:
-        """Return the column weights that quantizers take for these types, by tensor name, if they take any."""
+        """Return the column weights for the quantizers of these types, by tensor name; empty where none use them."""
         if not weighs_columns(recipe, types):
             return {}
         return self.equalization(recipe).weights(column_weights(self.calibration(recipe), self.model))
 
     def factors(self, recipe: Recipe) -> FactorStore | None:
-        """Return the Hessian factors where the recipe rounds with them."""
+        """Return the Hessian factors; ``None`` where the recipe rounds without them."""
         if not rounds_by_hessians(recipe):
             return None
         kind = _kind(recipe)
         if kind.shrinkage is None:
-            raise PlanError(f"--rounding {recipe.rounding} needs Hessians, which calibration {kind.name} does not have")
+            raise PlanError(f"--rounding {recipe.rounding} needs Hessians; calibration {kind.name} has none")
         looked_up, equalization = self.sensitivities(recipe).looked_up, self.equalization(recipe)
         key = _source(recipe), bool(equalization)
         if key not in self._factors:
@@ -143,7 +143,7 @@ class Calibrated:
         return self._factors[key]
 
     def calibration(self, recipe: Recipe) -> Calibration:
-        """Return the recipe's calibration; raises ``RecordError`` for an importance matrix that was not given."""
+        """Return the recipe's calibration; raise ``RecordError`` without the importance matrix that it names."""
         check_imatrix(self.model, recipe, self.imatrix)
         kind, found = _kind(recipe), self.sensitivities(recipe)
         tokens = self._drawn(kind, recipe, False)
@@ -161,7 +161,7 @@ class Calibrated:
     # --- tokens and Hessians --------------------------------------------------------------------------------------
 
     def _drawn(self, kind: CalibrationKind, recipe: Recipe, for_hessians: bool) -> Tokens:
-        """Return the tokens of a calibration; none where nothing reads them, since the pass cannot follow the model."""
+        """Return the tokens of a calibration; none where the Fisher pass does not support the model."""
         if what_is_missing(self.model) and not kind.is_generated:
             return np.zeros((0, 1), np.int64)
         key = kind.token_source, recipe.seed, for_hessians and not kind.is_generated
@@ -179,7 +179,7 @@ class Calibrated:
         return self._tokens[key]
 
     def _generated(self, kind: CalibrationKind, request: TokenRequest) -> Tokens:
-        seconds = own_text_seconds(self.model, generated_text.N_TOKENS)
+        seconds = generation_seconds(self.model, generated_text.N_TOKENS)
         self._run.report.say(
             f"Generating {generated_text.N_TOKENS:,} tokens of calibration text: about {duration(seconds)}."
         )
@@ -188,7 +188,7 @@ class Calibrated:
             return kind.tokens(replace(request, progress=progress))
 
     def _read_by_llama_cpp(self, kind: CalibrationKind, recipe: Recipe, tokens: Tokens) -> None:
-        """Collect moments by llama.cpp's callback, of a model that the pass over tokens cannot follow."""
+        """Collect moments by llama.cpp's callback, for a model that the Fisher pass does not support."""
 
         def compute() -> dict[str, Moments]:
             n_blas = self._run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
@@ -200,7 +200,7 @@ class Calibrated:
         self._callback_moments[_source(recipe)] = kept_moments(store, "column statistics of generated text", compute)
 
     def _walk_options(self, kind: CalibrationKind, recipe: Recipe, for_hessians: bool) -> WalkOptions:
-        """Return how tokens go through the model; Hessians go to new files."""
+        """Return the options of a walk; Hessians go to new files."""
         options = WalkOptions(
             kind.n_sequences(self.model),
             Recording(column_squares=True),
@@ -218,7 +218,7 @@ class Calibrated:
         return replace(options, recording=recording, on_hessian=files.add)
 
     def _find_hessians(self, kind: CalibrationKind, recipe: Recipe) -> None:
-        """Walk again where Hessians were not asked for when the tokens were read, or are used up."""
+        """Walk again where the first walk collected no Hessians, or they are used up."""
         if _source(recipe) not in self._hessians and not what_is_missing(self.model):
             tokens, options = self._drawn(kind, recipe, True), self._walk_options(kind, recipe, True)
             stage = self._run.report.stage("find Hessians")
@@ -226,7 +226,7 @@ class Calibrated:
                 pass
 
     def _taken_hessians(self, kind: CalibrationKind, recipe: Recipe) -> Iterator[NamedHessian]:
-        """Return the Hessians of a calibration's tokens, which are used up then."""
+        """Return the Hessians of a calibration's tokens and use them up."""
         if _source(recipe) in self._hessians:
             return self._hessians.pop(_source(recipe)).take()
         moments, tokens = self._callback_moments.get(_source(recipe), {}), self._drawn(kind, recipe, True)

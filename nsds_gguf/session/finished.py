@@ -1,6 +1,7 @@
-"""Finished work of a session as records, from which the next run of the same command goes on; see ``system.store``.
+"""Finished work of a session as records, from which the same command resumes; see ``system.store``.
 
-Each function returns what an earlier run recorded, or computes and records it. Without a store nothing is recorded.
+Each function returns the record of an earlier run, or computes and records the result. Without a store it only
+computes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Arrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class _Facts:
-    """What is not an array of ``Sensitivities``."""
+    """The fields of ``Sensitivities`` other than arrays."""
 
     sensitivity: Mapping[str, float]
     notes: tuple[str, ...]
@@ -54,7 +55,7 @@ def kept_moments(store: Store | None, name: str, compute: Callable[[], dict[str,
 
 
 def kept_sensitivities(store: Store | None, name: str, compute: Callable[[], Sensitivities]) -> Sensitivities:
-    """Return sensitivities and what was found with them."""
+    """Return sensitivities with the statistics of the same pass."""
     if store is not None:
         facts, arrays = store.get(f"{name}/facts"), store.get_arrays(f"{name}/arrays")
         if facts is not None and arrays is not None:
@@ -70,7 +71,7 @@ def kept_sensitivities(store: Store | None, name: str, compute: Callable[[], Sen
 
 
 def kept_cost(store: Store | None, name: str) -> TensorCost | None:
-    """Return the cost of a tensor that an earlier run recorded; ``None`` where it did not."""
+    """Return the recorded cost of a tensor, or ``None``."""
     found = None if store is None else store.get(f"measured errors/{name}")
     cost: TensorCost | None = None if found is None else built(TensorCost, found, "measured errors")
     return cost
@@ -85,7 +86,7 @@ def keep_cost(store: Store | None, cost: TensorCost) -> None:
 def kept_layers(
     store: Store | None, compute: Callable[[], tuple[tuple[LayerScore, ...], tuple[str, ...]]]
 ) -> tuple[tuple[LayerScore, ...], tuple[str, ...]]:
-    """Return layer scores and notes on them."""
+    """Return layer scores and their notes."""
     found = None if store is None else store.get("layer scores")
     if found is not None:
         return tuple(built(LayerScore, value, "layer scores") for value in found["layers"]), tuple(found["notes"])
@@ -113,7 +114,7 @@ def _sensitivities(facts: Mapping[str, object], arrays: Arrays) -> Sensitivities
 
 
 def _moment_arrays(moments: Mapping[str, Moments]) -> Arrays:
-    """Return what ``_moments`` reads; matrices with one input share its arrays."""
+    """Return the arrays that ``_moments`` reads; matrices with the same input share them."""
     arrays: Arrays = {}
     for name, found in moments.items():
         alike = "\n".join(found.names or (name,))

@@ -1,4 +1,4 @@
-"""Records of earlier runs, held against the model that they are to serve."""
+"""Checks of scores and plans from earlier runs against the model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ..quantize.header import header_bytes
 from ..records import Model, Plan, PlannedTensor, Scores, Tensor, TensorCost
 from .settle import check_possible
 
-_SHARES = ("nsds", "zd")  # metrics that give numbers from 0 to 1
-_ABSURD = 1e30  # no score, sensitivity or relative error is near it; their products must not overflow
+_SHARES = ("nsds", "zd")  # metrics with values from 0 to 1
+_ABSURD = 1e30  # far above any score, sensitivity or relative error; products must not overflow
 
 
 def checked_plan(model: Model, plan: Plan) -> Plan:
-    """Return a plan read from a file, made consistent with the model: types count, bytes are computed again.
+    """Return a plan from a file, made consistent with the model: types are kept, bytes are computed again.
 
-    Raises ``RecordError`` when it is another model's or a type does not fit its tensor, ``PlanError`` when its recipe
-    is not known or edited types exceed its target.
+    Raises ``RecordError`` when it belongs to another model or a type does not fit its tensor, ``PlanError`` when its
+    recipe is unknown or edited types exceed its target.
     """
     if plan.model_id != model.model_id:
-        raise RecordError(f"the plan is of another model ({plan.model_name}); plan {model.name} again")
+        raise RecordError(f"the plan belongs to another model ({plan.model_name}); plan {model.name} again")
     if [_identity(tensor) for tensor in plan.tensors] != [_identity(tensor) for tensor in model.tensors]:
         raise RecordError("the plan does not list the model's tensors in their order and shapes; plan again")
     allocate.check_recipe(plan.recipe)
@@ -55,11 +55,11 @@ def _resized(planned: PlannedTensor, candidate: Candidate) -> PlannedTensor:
 
 
 def check_scores(model: Model, scores: Scores | None) -> None:
-    """Raise ``RecordError`` when scores read from a file are another model's, do not cover its layers or cannot be."""
+    """Raise ``RecordError`` for scores of another model, of other layers, or with impossible values."""
     if scores is None:
         return
     if scores.model_id != model.model_id:
-        raise RecordError(f"the scores are of another model ({scores.model_name}); score {model.name} again")
+        raise RecordError(f"the scores belong to another model ({scores.model_name}); score {model.name} again")
     check_possible(model, scores.recipe)
     metric = scores.recipe.metric
     wanted = list(range(model.hparams.n_layers)) if metric is not None else []
@@ -68,7 +68,7 @@ def check_scores(model: Model, scores: Scores | None) -> None:
     low, high = (0.0, 1.0) if metric in _SHARES else (-_ABSURD, _ABSURD)
     for layer in scores.layers:
         if not low <= layer.score <= high:
-            raise RecordError(f"the score of layer {layer.layer} is beyond what {metric} gives; score again")
+            raise RecordError(f"the score of layer {layer.layer} is out of range for {metric}; score again")
         if not all(part is None or 0 <= part <= 1 for part in (layer.p_nv, layer.p_se)):
             raise RecordError(f"the parts of the score of layer {layer.layer} are damaged; score again")
     for cost in scores.costs:
@@ -82,6 +82,6 @@ def _check_cost(model: Model, cost: TensorCost) -> None:
     numbers = (cost.sensitivity, *cost.errors.values(), *cost.stderr.values())
     is_sound = cost.errors.keys() == cost.stderr.keys() and all(0 <= number < _ABSURD for number in numbers)
     is_sound &= 1 <= cost.n_rows_sampled <= tensor.n_rows
-    is_sound &= cost.n_rows_sampled < tensor.n_rows or not any(cost.stderr.values())  # nothing was left out
+    is_sound &= cost.n_rows_sampled < tensor.n_rows or not any(cost.stderr.values())  # all rows were measured
     if not is_sound:
         raise RecordError(f"the scores' costs of {cost.name} are damaged; score again")

@@ -1,4 +1,4 @@
-"""The original as a GGUF: of a model folder a temporary one, written when it is needed, of a GGUF that itself."""
+"""The original as a GGUF: a GGUF input itself, or a temporary file of a model folder."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLAIN = Recipe(
 
 
 def original_plan(model: Model) -> Plan:
-    """Return the plan of a file at the precision of the source: the type that all matrices share, if any, else F32."""
+    """Return the plan of a file at the source's precision: the type that all matrices share, else F32."""
     dtypes = {tensor.dtype for tensor in model.tensors if tensor.is_matrix}
     uniform = dtypes.pop() if len(dtypes) == 1 and dtypes <= set(ggml.TYPES) else "F32"
     recipe = replace(PLAIN, types=(uniform,))
@@ -37,19 +37,19 @@ def original_plan(model: Model) -> Plan:
 
 
 def is_own_original(model: Model) -> bool:
-    """Return whether the input is a GGUF that llama.cpp takes as it is."""
+    """Return whether the input is a GGUF that llama.cpp loads unchanged."""
     return bool(model.files) and not model.is_repaired
 
 
 def original_bytes(model: Model) -> int:
-    """Return the bytes of the file, or files, that the original is as a GGUF."""
+    """Return the bytes of the original as a GGUF, all parts together."""
     if is_own_original(model):
         return sum(state.n_bytes for state in model.inputs)
     return original_plan(model).file_bytes
 
 
 def with_original_at_hand(model: Model, options: VerifyOptions, is_written: bool) -> VerifyOptions:
-    """Return options that compare with the original where it is a GGUF anyway and nothing else was asked for."""
+    """Return options that compare with the original where it exists as a GGUF anyway and no reference is named."""
     is_at_hand = is_own_original(model) or is_written
     if options.enabled and options.reference is None and is_at_hand and predicts(model):
         return replace(options, reference=ORIGINAL)
@@ -57,6 +57,6 @@ def with_original_at_hand(model: Model, options: VerifyOptions, is_written: bool
 
 
 def reference_name(model: Model, options: VerifyOptions) -> str | None:
-    """Return what a file was compared with: ``ORIGINAL``, ``QUANTIZED_INPUT`` or the user's path."""
+    """Return the reference of a comparison: ``ORIGINAL``, ``QUANTIZED_INPUT`` or the user's path."""
     is_quantized = any(tensor.is_matrix and tensor.dtype not in SOURCE_TYPES for tensor in model.tensors)
     return QUANTIZED_INPUT if options.reference == ORIGINAL and model.files and is_quantized else options.reference

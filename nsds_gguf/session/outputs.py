@@ -1,4 +1,4 @@
-"""Where files go: their names, what may be replaced, and whether they can be written at all."""
+"""Output paths: names, what may be replaced, and whether they can be written."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..errors import GgmlError, OutputError, VerifyError, told_of
 from ..llamacpp import gguf_header
 from ..records import Model, Recipe
 
-# Letters that some file system refuses in a name, and how many of a name are kept: names may have 255 bytes.
+# Characters that some file systems refuse in names, and the longest name part: names may have 255 bytes.
 _NO_FILE_LETTERS = r'/\:*?"<>|'
 _NAME_LETTERS = 96
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where the file goes: a file, an existing folder, or ``None`` for the working directory."""
+    """The output path: a file, an existing folder, or ``None`` for the working directory."""
 
     path: Path | None = None
     force: bool = False
@@ -32,7 +32,7 @@ class Output:
 def default_name(model: Model, recipe: Recipe) -> str:
     """Return the file name by the GGUF naming convention, ``Name-Size-v1.0-FISHER_3_00BPW.gguf``.
 
-    What stands in place of a type says what decided the types, as ``allocate.decided_by``.
+    The encoding names what decided the types, as ``allocate.decided_by`` returns it.
     """
 
     def field(key: str) -> str | None:
@@ -51,13 +51,13 @@ def default_name(model: Model, recipe: Recipe) -> str:
 
 
 def _file_letters(text: str) -> str | None:
-    """Return text that any file's name may hold, ``None`` when nothing is left: a GGUF may say anything."""
+    """Return text that is valid in any file name, or ``None`` when nothing is left: a GGUF may hold anything."""
     safe = "".join(letter if letter.isprintable() and letter not in _NO_FILE_LETTERS else "-" for letter in text)
     return safe.strip(" .-")[:_NAME_LETTERS] or None
 
 
 def check_output_folder(output: Output) -> None:
-    """Raise ``OutputError`` when the output cannot be where it is wanted, whatever it will be called."""
+    """Raise ``OutputError`` when the output's folder is missing or not a folder."""
     path = output.path
     if path is not None:
         _check_name(path)
@@ -69,15 +69,15 @@ def check_output_folder(output: Output) -> None:
 
 
 def output_paths(names: Sequence[str], output: Output) -> list[Path]:
-    """Return one path per file; raises ``OutputError`` for a name that cannot be, or that several would share."""
+    """Return one path per file; raise ``OutputError`` for a name that cannot be, or that several share."""
     if output.path is not None and not output.path.is_dir():
         if len(names) > 1:
-            raise OutputError(f"{output.path}: one file cannot hold {len(names)} targets; give a folder")
+            raise OutputError(f"{output.path}: one file cannot hold {len(names)} targets; pass a folder")
         paths = [output.path]
     else:
         paths = [(output.path or Path.cwd()) / name for name in names]
     if len(set(paths)) < len(paths):
-        raise OutputError(f"two targets would both be written to {paths[0].name}; drop one")
+        raise OutputError(f"two targets share the file name {paths[0].name}; drop one")
     for path in paths:
         _check_name(path)
     return paths
@@ -87,23 +87,23 @@ def check_replaceable(paths: Sequence[Path], force: bool) -> None:
     """Raise ``OutputError`` when a path exists and is not to be replaced."""
     for path in filter(Path.exists, paths):
         if not _may_replace(path):
-            raise OutputError(f"{path}: exists and is no GGUF file, so it is not replaced; choose another name")
+            raise OutputError(f"{path}: exists and is not a GGUF file, so it is not replaced; choose another name")
         if not force:
             raise OutputError(f"{path}: exists already; pass --force to replace it")
 
 
 def check_not_input(paths: Sequence[Path], model: Model) -> None:
-    """Raise ``OutputError`` when an output is a file that the model is read from, by whatever name or link."""
+    """Raise ``OutputError`` when an output is one of the model's own files, under any name or link."""
     for path in filter(Path.exists, paths):
         if any(path.samefile(file) for file in model.files):
-            raise OutputError(f"{path}: is the input, which is never replaced; choose another name")
+            raise OutputError(f"{path}: is the input and is never replaced; choose another name")
 
 
 def _check_name(path: Path) -> None:
-    """Raise ``OutputError`` for a name that no file can have, or that leads to a missing file."""
+    """Raise ``OutputError`` for an impossible file name, or a link to a missing file."""
     try:
         found = path.lstat()
-    except (FileNotFoundError, NotADirectoryError):  # what the folder is, its own check says
+    except (FileNotFoundError, NotADirectoryError):  # the check of the folder reports that
         return
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}; choose another name or folder") from error
@@ -112,7 +112,7 @@ def _check_name(path: Path) -> None:
 
 
 def _may_replace(path: Path) -> bool:
-    """Return whether a path is a GGUF or an empty file: devices, weights and texts are not for ``--force``."""
+    """Return whether a path is a GGUF or an empty file: ``--force`` replaces nothing else."""
     if not path.is_file():
         return False
     with path.open("rb") as stream:
@@ -121,7 +121,7 @@ def _may_replace(path: Path) -> bool:
 
 @contextmanager
 def named(target: Path, temporary: Path, output: Output) -> Iterator[None]:
-    """Let a failed check speak of the file that the user asked for, and say what became of it."""
+    """Make the message of a failed check name the target, and say what happened to the file."""
     try:
         with told_of(target, temporary):
             yield

@@ -1,4 +1,4 @@
-"""The GGUF that a finished file is compared with."""
+"""The reference that a finished file is compared with, as a GGUF."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .source import Source, open_model
 
 @contextmanager
 def reference_file(session: Session, options: VerifyOptions) -> Iterator[Path | None]:
-    """Give the GGUF to compare with: a file of the user's, the original, or none; embeddings have one always."""
+    """Give the reference: the user's file, the original, or none; embedding models always have one."""
     if not options.enabled or (options.reference is None and not embeds(session.model)):
         yield None
     elif options.reference not in (None, ORIGINAL):
@@ -32,7 +32,7 @@ def reference_file(session: Session, options: VerifyOptions) -> Iterator[Path | 
 
 @contextmanager
 def reference_of(reference: Source | Path | None, file: Path, text: str, n_ctx: int, run: Run) -> Iterator[Path | None]:
-    """Give the GGUF to compare a finished file with: a GGUF itself, or of a model folder its original.
+    """Give the reference of a finished file: a GGUF itself, or the original of a model folder.
 
     The original is a temporary GGUF in the working directory, removed on every exit. The vocabulary, the disk and
     the memory are checked before it is written.
@@ -40,15 +40,15 @@ def reference_of(reference: Source | Path | None, file: Path, text: str, n_ctx: 
     Args:
         reference: a GGUF, a Hugging Face model folder, or ``None`` for no comparison.
         file: the finished file.
-        text: what both will read.
-        n_ctx: tokens of a chunk of it.
-        run: threads to write with, and who is told.
+        text: the text that both read.
+        n_ctx: tokens per chunk.
+        run: threads and reporter.
 
     Yields:
         The reference.
 
     Raises:
-        NsdsError: the folder holds no model that can be read, another vocabulary, or one too large for this machine.
+        NsdsError: the folder holds no readable model, another vocabulary, or a model too large for this machine.
 
     """
     if reference is None:

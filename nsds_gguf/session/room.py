@@ -26,12 +26,12 @@ THREAD_MEMORY_BYTES = 48 << 20
 
 
 def working_bytes(run: Run) -> int:
-    """Return the memory that a run works in, without models that llama.cpp loads."""
+    """Return the working memory of a run, without models that llama.cpp loads."""
     return BASE_MEMORY_BYTES + run.n_threads * THREAD_MEMORY_BYTES
 
 
 def largest_file_bytes(model: Model, recipe: Recipe) -> int:
-    """Return what the file of a recipe takes at most: the budget, or less where the types cannot use it all."""
+    """Return the largest size of a recipe's file: the budget, or less where the types cannot use it all."""
     n_header = header_bytes(model, recipe)
     found = allocate.checked_candidates(model, recipe, n_header)
     ceiling = n_header + sum(candidate.cost(candidate.types[-1], padded=True) for candidate in found)
@@ -49,11 +49,11 @@ def check_room(
     """Raise ``OutputError`` when disk or memory are too small for a conversion.
 
     Args:
-        model: what is converted.
-        run: with how many threads.
-        folder: where the files go.
-        sizes: bytes of each file at most.
-        verifying: how they are checked.
+        model: the model.
+        run: threads and reporter.
+        folder: the folder of the outputs.
+        sizes: largest bytes of each file.
+        verifying: how to check the files.
         generates: whether the model generates calibration text.
 
     """
@@ -75,12 +75,12 @@ def check_room(
 def lacks_room_for_original(model: Model, plan: Plan, n_ctx: int) -> tuple[str, ...]:
     """Return a note when the original does not fit in memory beside a finished file."""
     files = (plan.file_bytes, original_bytes(model))
-    lacking = lacks_memory(BASE_MEMORY_BYTES + needed_bytes(files, model.hparams.n_vocab, n_ctx))
-    return (f"The KL divergence from the original is not measured: it takes {lacking}.",) if lacking else ()
+    shortage = lacks_memory(BASE_MEMORY_BYTES + needed_bytes(files, model.hparams.n_vocab, n_ctx))
+    return (f"The KL divergence from the original is not measured: it takes {shortage}.",) if shortage else ()
 
 
 def tell_time(model: Model, run: Run, jobs: Sequence[Recipe | Plan], verifying: VerifyOptions, generates: bool) -> None:
-    """Tell how long a conversion will take, from a short trial on this machine."""
+    """Report the estimated time of a conversion, from a short trial on this machine."""
     n_tokens = verifying.n_ctx * (verifying.n_chunks or 0) * len(jobs) * (2 if verifying.reference else 1)
     job = jobs[0]
     recipe = job.recipe if isinstance(job, Plan) else job
@@ -99,11 +99,11 @@ def tell_time(model: Model, run: Run, jobs: Sequence[Recipe | Plan], verifying: 
         run.n_threads,
     )
     run.report.say(
-        f"{model.name}, {model.n_weights / 1e6:.1f} M parameters: about {duration(seconds)} with {run.n_threads} "
+        f"{model.name}, {model.n_weights / 1e6:.1f}M parameters: about {duration(seconds)} with {run.n_threads} "
         "threads."
     )
 
 
 def _quantized_types(plan: Plan) -> tuple[str, ...]:
-    """Return the types that ggml makes of weights in a plan; some tensors may be copied instead."""
+    """Return the types in a plan that ggml quantizes to; other tensors are copied."""
     return tuple(sorted({tensor.type for tensor in plan.tensors} & set(ggml.TYPES))) or ("F32",)

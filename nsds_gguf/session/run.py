@@ -1,4 +1,4 @@
-"""How a run goes about its work, and who is told: nothing here changes the bytes of an output."""
+"""Threads, reporter and resuming of a run: nothing here changes the bytes of an output."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ..records import Progress, no_progress
 
 
 class Reporter(Protocol):
-    """Who is told what happens; the command line draws it."""
+    """Receives stages and notes; the command line draws them."""
 
     def stage(self, name: str) -> AbstractContextManager[Progress]:
-        """Open a stage and return where its progress goes."""
+        """Open a stage and return its progress callback."""
         ...
 
     def say(self, text: str) -> None:
-        """Tell one fact."""
+        """Report one fact."""
         ...
 
 
 class Silent:
-    """A reporter that tells nobody."""
+    """A reporter that discards everything."""
 
     def stage(self, name: str) -> AbstractContextManager[Progress]:
-        """Return a progress that is ignored."""
+        """Return a progress callback that does nothing."""
         return nullcontext(no_progress)
 
     def say(self, text: str) -> None:
@@ -35,12 +35,12 @@ class Silent:
 
 @dataclass(frozen=True)
 class Run:
-    """How a run goes about its work.
+    """How to run.
 
     Attributes:
-        n_threads: CPU threads for everything.
-        report: who is told.
-        resume: whether a conversion goes on from the records of one that was interrupted.
+        n_threads: CPU threads of every stage.
+        report: receives stages and notes.
+        resume: whether a conversion resumes from the records of an interrupted one.
 
     """
 

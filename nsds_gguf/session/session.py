@@ -1,4 +1,4 @@
-"""A session: what one model yields in a run, each part computed once, when it is first needed."""
+"""A session: the results for one model in a run, each computed once, on demand."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..calibration.hessians import note as hessian_note
 from ..calibration.imatrix import Imatrix
 from ..errors import told_of
 from ..evaluate.embedding import EmbeddingCheck, check_close, compare_embeddings
-from ..evaluate.perplexity import Perplexity, check_sane, perplexity
+from ..evaluate.perplexity import Perplexity, Window, check_sane, perplexity
 from ..evaluate.structure import verify_structure
 from ..evaluate.texts import VerifyOptions, embeds
 from ..llamacpp import ggml
@@ -34,20 +34,20 @@ from .settle import GENERATED, Settled, weighs_columns
 
 
 class Session:
-    """The stages on one model, each told to the reporter.
+    """The stages of one model, each reported.
 
     Attributes:
         model: the opened model.
-        run: threads, and who is told.
+        run: threads and reporter.
         files: the folder for large temporary files.
-        calibrated: what calibration finds of the model.
-        store: records of finished work, where the run keeps any.
-        scores: those that the last plans were made from.
+        calibrated: the statistics of the model.
+        store: records of finished work; ``None`` where the run keeps none.
+        scores: the scores of the last plans.
 
     """
 
     def __init__(self, model: Model, run: Run, files: WorkFolder, imatrix: Imatrix | None = None) -> None:
-        """Take a model, how to work, where temporary files go, and an importance matrix that recipes name."""
+        """Take a model, the run, the folder for temporary files, and the importance matrix that recipes name."""
         self.model, self.run, self.files = model, run, files
         self.store: Store | None = None
         if files.has_records:
@@ -58,10 +58,10 @@ class Session:
 
     @contextmanager
     def original(self) -> Iterator[Path]:
-        """Give the original as a GGUF for the length of a ``with`` block; within one, another gives the same file.
+        """Give the original as a GGUF for the length of a ``with`` block; nested blocks share the file.
 
-        Of a folder, or a GGUF that was mended, it is a temporary file, removed on every exit, and messages name the
-        model in its place; any other GGUF is its own original.
+        For a folder or a repaired GGUF it is a temporary file, removed on every exit, and messages name the model
+        instead; any other GGUF is its own original.
         """
         if self._original is not None:
             with told_of(self.model.path, self._original):
@@ -135,7 +135,7 @@ class Session:
         return replace(scores, costs=in_order, notes=tuple(notes), versions=versions)
 
     def plans(self, settled: Sequence[Settled], scores: Scores | None) -> list[Plan]:
-        """Score once, unless scores are given, and allocate for every budget; the scores are kept."""
+        """Score once, or use ``scores``, and allocate for every budget; keep the scores."""
         recipe = settled[0].recipe
         allocator = ALLOCATORS[recipe.allocator]
         if scores is None and (allocator.needs_costs or allocator.needs_layers):
@@ -144,7 +144,7 @@ class Session:
         return [self.plan(each.recipe, scores, each.notes) for each in settled]
 
     def plan(self, recipe: Recipe, scores: Scores | None, notes: Sequence[str] = ()) -> Plan:
-        """Choose the types; ``notes`` are added to the plan's."""
+        """Choose the types; add ``notes`` to the plan's."""
         with self.run.report.stage(f"allocate for {recipe.target or 'no budget'}"):
             plan = allocate.make_plan(self.model, scores, recipe, header_bytes(self.model, recipe))
         if scores is None or not scores.costs:
@@ -152,7 +152,7 @@ class Session:
         return replace(plan, notes=(*plan.notes, *notes))
 
     def _calibration_notes(self, recipe: Recipe, types: set[str]) -> list[str]:
-        """Return what the user must know of column weights and Hessians."""
+        """Return the notes on column weights and Hessians."""
         notes = []
         factors = self.calibrated.factors(recipe)
         if factors is not None:
@@ -162,7 +162,7 @@ class Session:
         return [note for note in notes if note]
 
     def generates_text(self, recipe: Recipe, types: set[str]) -> bool:
-        """Return whether the model must generate calibration text for these types."""
+        """Return whether these types need calibration text that the model generates."""
         return recipe.calibration == GENERATED and weighs_columns(recipe, types)
 
     # --- files that are finished ----------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class Session:
     # --- the file -------------------------------------------------------------------------------------------------
 
     def write(self, plan: Plan, path: Path, name: str = "quantize and write", resumes: bool = False) -> None:
-        """Write the file; one that ``resumes`` goes on behind the last tensor that an interrupted run completed."""
+        """Write the file; ``resumes`` continues after the last tensor that an interrupted run completed."""
         recipe, types = plan.recipe, {tensor.type for tensor in plan.tensors}
         columns, factors = self.calibrated.column_weights(recipe, types), self.calibrated.factors(recipe)
         quantizers = TensorQuantizers(recipe.rounding, columns, factors)
@@ -200,7 +200,7 @@ class Session:
     def verify(
         self, plan: Plan, path: Path, options: VerifyOptions, text: str, reference: Path | None
     ) -> Perplexity | EmbeddingCheck | None:
-        """Check the file against its plan and, unless switched off, by perplexity or by its embeddings."""
+        """Check the file against its plan and, if enabled, by its perplexity or embeddings."""
         with self.run.report.stage("verify structure"):
             verify_structure(path, self.model, plan)
         if not options.enabled:
@@ -211,8 +211,7 @@ class Session:
             found = perplexity(
                 path,
                 text,
-                n_ctx=options.n_ctx,
-                n_chunks=options.n_chunks,
+                Window(options.n_ctx, options.n_chunks),
                 n_threads=self.run.n_threads,
                 reference=reference,
                 progress=progress,

@@ -1,4 +1,4 @@
-"""Options become a recipe: the one place where a choice that is left open is made, and where defaults are known."""
+"""From options to a recipe: the one place that knows defaults and makes the choices that users leave open."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..metrics import METRICS, SE_READINGS
 from ..quantize import ROUNDINGS
 from ..records import AUTO, UNQUANTIZED, Model, Options, Recipe, Scores
 
-# Models with more weights are rounded by GPTQ only on request: beyond, it takes hours on a laptop (docs/log.md,
+# Models with more weights are rounded by GPTQ only on request, since it takes hours on a laptop (docs/log.md,
 # 2026-11-26).
 GPTQ_WEIGHTS = 2 * 10**9
 
 DEFAULT_ALLOCATOR, DEFAULT_METRIC, DEFAULT_SE = "fisher", "nsds", "product"
-GENERATED, RANDOM = "generated", "random"  # calibrations: text that the model writes, random tokens
+GENERATED, RANDOM = "generated", "random"  # calibrations: text that the model generates, random tokens
 
 
 @dataclass(frozen=True)
 class Settled:
-    """A recipe, the importance matrix that it names, and what the user must know of choices that were left open."""
+    """A recipe, its importance matrix, and notes on the choices that the user left open."""
 
     recipe: Recipe
     imatrix: Imatrix | None = None
@@ -35,17 +35,16 @@ class Settled:
 
 
 def settle(options: Options, model: Model, scores: Scores | None = None, *, scores_layers: bool = False) -> Settled:
-    """Return the recipe of some options for a model.
+    """Return the recipe of options for a model.
 
     Args:
-        options: what was asked for.
+        options: the options.
         model: the opened model.
-        scores: scores of an earlier run: an open rounding and calibration are those that they were measured with, an
-            open metric is theirs.
-        scores_layers: whether layers are scored for their own sake, as by ``score``.
+        scores: scores of an earlier run; they decide an open rounding, calibration and metric.
+        scores_layers: whether to score layers in any case, as ``score`` does.
 
     Raises:
-        PlanError: options contradict one another, are not known, or cannot be had for this model.
+        PlanError: options contradict one another, are unknown, or do not apply to this model.
         RecordError: the importance matrix cannot be read, or is not the one that the scores were made with.
 
     """
@@ -77,7 +76,7 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
 
 
 def check_imatrix(model: Model, recipe: Recipe, imatrix: Imatrix | None) -> None:
-    """Raise ``RecordError`` for another importance matrix than a recipe names, or one of another model."""
+    """Raise ``RecordError`` for an importance matrix of another model, or another than the recipe names."""
     if imatrix is not None:
         imatrix.weights(model)
     if recipe.calibration.startswith(IMATRIX) and (imatrix is None or imatrix.name != recipe.calibration):
@@ -85,7 +84,7 @@ def check_imatrix(model: Model, recipe: Recipe, imatrix: Imatrix | None) -> None
 
 
 def check_possible(model: Model, recipe: Recipe) -> None:
-    """Raise ``PlanError`` for a recipe that is not known or that cannot be carried out for the model."""
+    """Raise ``PlanError`` for a recipe with unknown names, or one that does not work for the model."""
     rounding = ROUNDINGS[_known("rounding", recipe.rounding, ROUNDINGS)]
     from_file = recipe.calibration.startswith(IMATRIX)
     if not from_file:
@@ -96,10 +95,10 @@ def check_possible(model: Model, recipe: Recipe) -> None:
     if recipe.se is not None:
         _known("SE reading", recipe.se, SE_READINGS)
     if rounding.needs_hessians and (from_file or not CALIBRATIONS[recipe.calibration].has_hessians):
-        having = [name for name, calibration in CALIBRATIONS.items() if calibration.has_hessians]
+        with_hessians = [name for name, calibration in CALIBRATIONS.items() if calibration.has_hessians]
         raise PlanError(
             f"--rounding {recipe.rounding} needs Hessians, which --calibration {recipe.calibration.partition(':')[0]} "
-            f"does not have; pass --calibration {' or '.join(having)}"
+            f"does not have; pass --calibration {' or '.join(with_hessians)}"
         )
     missing = what_is_missing(model) if rounds_by_hessians(recipe) and recipe.calibration == RANDOM else ""
     if missing:
@@ -110,12 +109,12 @@ def check_possible(model: Model, recipe: Recipe) -> None:
 
 
 def rounds_by_hessians(recipe: Recipe) -> bool:
-    """Return whether any type is rounded to with Hessians."""
+    """Return whether the recipe rounds any type with Hessians."""
     return ROUNDINGS[recipe.rounding].needs_hessians and not set(recipe.types) <= set(UNQUANTIZED)
 
 
 def weighs_columns(recipe: Recipe, types: set[str]) -> bool:
-    """Return whether any of the types is rounded to with regard to what columns weigh."""
+    """Return whether the rounding to any of the types uses column weights."""
     weighing = {name for name, row in ggml.TYPES.items() if row.weighs_columns}
     if ROUNDINGS[recipe.rounding].needs_hessians:
         weighing = types - set(UNQUANTIZED)
@@ -124,7 +123,7 @@ def weighs_columns(recipe: Recipe, types: set[str]) -> bool:
 
 def _check_contradictions(options: Options) -> None:
     if options.target_bpw is not None and options.target_size is not None:
-        raise PlanError("--target-bpw and --target-size are two budgets; give one")
+        raise PlanError("--target-bpw and --target-size are two budgets; drop one")
     if options.uniform is not None:
         check_type(options.uniform, "--uniform")
         if options.allocator not in (AUTO, "uniform"):
@@ -147,34 +146,34 @@ def _metric(
 ) -> tuple[str | None, str | None]:
     """Return the layer metric and the reading of SE, ``None`` where nothing uses them.
 
-    A metric that is named and would decide nothing is refused.
+    A named metric that nothing would use is refused.
     """
     found = scores.recipe if scores is not None else None
-    for name, asked in (("metric", options.metric), ("se", options.se)):
-        if found is not None and asked not in (AUTO, getattr(found, name)):
+    for name, option in (("metric", options.metric), ("se", options.se)):
+        if found is not None and option not in (AUTO, getattr(found, name)):
             raise PlanError(
-                f"the scores were made with {name} {getattr(found, name) or 'none'}, --{name} {asked} is asked for; "
-                "score again or drop it"
+                f"the scores were made with {name} {getattr(found, name) or 'none'}, not --{name} {option}; "
+                "score again or drop the option"
             )
     if not scores_layers and not ALLOCATORS[allocator].uses_layers(options.score_weight):
         for option, value in (("--metric", options.metric), ("--se", options.se)):
             if value != AUTO and scores is None:
                 raise PlanError(
-                    f"{option} {value} decides nothing with allocator {allocator} and --score-weight "
-                    f"{options.score_weight:g}; drop it, give --score-weight, or choose --allocator paper"
+                    f"{option} {value} has no effect with allocator {allocator} and --score-weight "
+                    f"{options.score_weight:g}; drop it, pass --score-weight, or choose --allocator paper"
                 )
         return None, None
     metric = _open(options.metric, (found.metric if found else None) or DEFAULT_METRIC)
     _known("metric", metric, METRICS)
     if metric != "nsds":
         if options.se != AUTO:
-            raise PlanError(f"--se {options.se} is a reading of nsds, the metric is {metric}; drop one")
+            raise PlanError(f"--se {options.se} applies to metric nsds, the metric is {metric}; drop one")
         return metric, None
     return metric, _known("SE reading", _open(options.se, (found.se if found else None) or DEFAULT_SE), SE_READINGS)
 
 
 def _rounding(options: Options, model: Model, allocator: str, scores: Scores | None) -> tuple[str, str, str]:
-    """Return rounding and calibration, and a note where an open rounding is round-to-nearest for want of better."""
+    """Return rounding and calibration, and a note where an open rounding falls back to round-to-nearest."""
     if ALLOCATORS[allocator].needs_costs and scores is not None and scores.costs:
         return (
             _open(options.rounding, scores.recipe.rounding),
@@ -193,27 +192,27 @@ def _rtn_note(obstacle: str) -> str:
     if not obstacle:
         return ""
     return (
-        f"Weights are rounded to nearest (--rounding rtn), because {obstacle}; --rounding gptq loses less in the same "
+        f"Weights are rounded to nearest (--rounding rtn) because {obstacle}; --rounding gptq loses less in the same "
         "bytes."
     )
 
 
 def _against_gptq(options: Options, model: Model, allocator: str) -> str:
-    """Return why GPTQ is not chosen where rounding is left open, or nothing."""
+    """Return why an open rounding is not GPTQ; empty where it is."""
     if not ALLOCATORS[allocator].needs_costs:
         return f"the allocator is {allocator}"
     if options.imatrix is not None:
-        return "columns are weighed by an importance matrix"
+        return "an importance matrix sets the column weights"
     if options.calibration not in (AUTO, GENERATED):
         return f"the calibration is {options.calibration}"
     if set(options.types) <= set(UNQUANTIZED):
-        return "nothing is rounded"
+        return "no type is quantized"
     if embeds(model):
-        return "the model embeds text and generates none"
+        return "the model computes embeddings and generates no text"
     if not predicts(model) or "tokenizer.ggml.model" not in model.metadata:
         return "the model does not generate text"
     if model.n_weights > GPTQ_WEIGHTS:
-        return f"the model has {model.n_weights / 1e9:.1f} B parameters"
+        return f"the model has {model.n_weights / 1e9:.1f}B parameters"
     return ""
 
 

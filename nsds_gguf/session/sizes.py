@@ -1,4 +1,4 @@
-"""What sizes a model could have: plans over a grid of budgets, from one measurement, and nothing written."""
+"""The possible sizes of a model: plans over a grid of budgets, from one measurement; nothing is written."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from .source import Source, open_model
 
 SIZES_FORMAT = "nsds-gguf sizes 2"
 
-# Budgets in bits per weight: up to each of these in steps of so much.
+# Budgets in bits per weight: pairs of an upper limit and the step up to it.
 _STEPS = ((4.0, 0.25), (8.0, 0.5), (32.0, 1.0))
 _APART = 0.1  # bits per weight between the smallest or largest size and the next budget
 
-GOOD_DIVERGENCE = 0.05  # nats per token; the smallest budget below it is the one that is proposed
+GOOD_DIVERGENCE = 0.05  # nats per token; the smallest budget below it is proposed
 _USUAL_BPW = 4.5
 
 _PREDICTED_FOR_RTN = (
-    "Predicted for round-to-nearest. convert rounds this model by GPTQ (--rounding gptq), which divided the measured "
-    "divergence by 1.4 to 1.8 on average over the models of docs/quality.md."
+    "Predictions are for round-to-nearest. convert rounds this model by GPTQ (--rounding gptq), which divided the "
+    "measured divergence by 1.4 to 1.8 on average over the models of docs/quality.md."
 )
-_RELATIVE = "The divergence is relative to that of the smallest size: for this architecture it is not known in nats."
+_RELATIVE = "The divergence is relative to that of the smallest size: it is not known in nats for this architecture."
 
 
 @dataclass(frozen=True)
 class Size:
-    """One budget and the plan that spends it.
+    """One budget and its plan.
 
     Attributes:
         target_bpw: the budget, as ``--target-bpw`` takes it.
-        bpw: bits of all tensors over weights of all tensors.
-        file_bytes: of the whole file.
+        bpw: bits over the weights of all tensors.
+        file_bytes: size of the whole file.
         predicted: KL divergence from the original, nats per token, or relative to the first size.
         types: share of the weights by type, largest first.
-        preset: llama.cpp's preset nearest in bytes.
-        preset_bpw: its bits of all tensors over weights of all tensors.
+        preset: llama.cpp preset nearest in bytes.
+        preset_bpw: its bits over the weights of all tensors.
     """
 
     target_bpw: float
@@ -67,11 +67,11 @@ class Sizes:
 
     Attributes:
         model_name, model_id: of the model.
-        original_bytes: of the model at its own precision as a GGUF.
+        original_bytes: size of the original as a GGUF.
         in_nats: whether ``predicted`` is in nats per token; otherwise it is relative to the first size.
-        rounding, calibration: how the weights are rounded for which divergence is predicted.
+        rounding, calibration: those of the predictions.
         sizes: the rows.
-        notes: what to know of the numbers, one sentence each.
+        notes: notes on the numbers, one sentence each.
     """
 
     model_name: str
@@ -89,7 +89,7 @@ class Sizes:
 
     @property
     def proposed(self) -> Size:
-        """The smallest size below ``GOOD_DIVERGENCE``; where there is none, or none is known, that nearest 4.5 bpw."""
+        """The smallest size below ``GOOD_DIVERGENCE`` nats, if any; else the size nearest 4.5 bpw."""
         good = (size for size in self.sizes if self.in_nats and size.predicted < GOOD_DIVERGENCE)
         return next(good, min(self.sizes, key=lambda size: abs(size.bpw - _USUAL_BPW)))
 
@@ -97,15 +97,15 @@ class Sizes:
 def possible_sizes(
     source: str | Path | HubName | Source, options: Options, *, loaded: Scores | None = None, run: Run | None = None
 ) -> Sizes:
-    """Return what sizes a model could have.
+    """Return the possible sizes of a model.
 
-    Where rounding and calibration are left open, the divergence of round-to-nearest is predicted, which takes seconds.
+    Where rounding and calibration are open, predict the divergence of round-to-nearest, which takes seconds.
 
     Args:
         source: as for ``convert``.
-        options: without a budget.
-        loaded: scores from an earlier run, in place of measuring.
-        run: threads, and who is told.
+        options: options without a budget.
+        loaded: scores from an earlier run, instead of measuring.
+        run: threads and reporter.
 
     Raises:
         NsdsError: anything that a user can act on.
@@ -149,7 +149,7 @@ def possible_sizes(
 
 
 def possible_budgets(model: Model, recipe: Recipe) -> list[Target]:
-    """Return the smallest budget that a model can meet, round ones above it, and the largest that its types can use."""
+    """Return the smallest feasible budget, round ones above it, and the largest that the types can use."""
     found = allocate.candidates(model, recipe.types, recipe.tensor_types)
     floor, ceiling = (
         allocate.nearest_bpw(sum(candidate.n_bytes(candidate.types[i]) for candidate in found), model.n_weights)
@@ -168,7 +168,7 @@ def _tell_time(model: Model, run: Run, recipe: Recipe) -> None:
     work = Work(types=recipe.types, n_files=0, scores=recipe.metric is not None, measures=True)
     seconds = estimate_seconds(model, work, run.n_threads)
     run.report.say(
-        f"{model.name}, {model.n_weights / 1e6:.1f} M parameters: measuring takes about {duration(seconds)} with "
+        f"{model.name}, {model.n_weights / 1e6:.1f}M parameters: measuring takes about {duration(seconds)} with "
         f"{run.n_threads} threads."
     )
 

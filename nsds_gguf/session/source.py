@@ -1,4 +1,4 @@
-"""What is read: a model folder, a GGUF, or a name on the Hub, and how."""
+"""The source of a model: a folder, a GGUF, or a name on the Hub."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .run import Run
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model is, and how it is read.
+    """Where a model is, and how to read it.
 
     Attributes:
         path: Hugging Face model folder, GGUF file, or name of a model on the Hub.
-        pre_tokenizer: llama.cpp's pre-tokenizer, in place of the one that is recognised.
-        allow_requantize: whether to take a GGUF whose weights are quantized already to less than Q8_0.
+        pre_tokenizer: llama.cpp pre-tokenizer to use instead of the detected one.
+        allow_requantize: whether to accept a GGUF that is already quantized below Q8_0.
 
     """
 
@@ -28,7 +28,7 @@ class Source:
 
     @classmethod
     def of(cls, source: str | Path | HubName | Source) -> Source:
-        """Return a source as it is, or that of a path or of ``ORG/MODEL``, which names a model on the Hub."""
+        """Return a ``Source`` unchanged, or make one of a path or ``ORG/MODEL`` on the Hub."""
         if isinstance(source, Source):
             return source
         if isinstance(source, str):
@@ -37,14 +37,14 @@ class Source:
 
 
 def open_model(source: str | Path | HubName | Source, run: Run | None = None) -> Model:
-    """Open a model: its headers, numbers, keys and tokenizer; weights are read when they are needed.
+    """Open a model: headers, hparams, keys and tokenizer; weights are read on demand.
 
     Args:
         source: Hugging Face model folder, GGUF file, ``ORG/MODEL`` on the Hub, or a ``Source``.
-        run: who is told; the model's notes are.
+        run: its reporter receives the model's notes.
 
     Raises:
-        NsdsError: the model cannot be read, or is not supported.
+        NsdsError: the model cannot be read or is not supported.
 
     """
     run, wanted = run or Run(), Source.of(source)

@@ -38,7 +38,7 @@ from llama_perplexity_oracle import exact_scores, flat, rounded_scores, statisti
 from perplexity_cases import CASES, Case, case_file, case_text, scored_logits
 
 from nsds_gguf.errors import NsdsError
-from nsds_gguf.evaluate.perplexity import perplexity
+from nsds_gguf.evaluate.perplexity import Window, perplexity
 from nsds_gguf.llamacpp.llama import llama_build
 
 GOLDEN = ROOT / "tests" / "golden" / "perplexity.json"
@@ -160,9 +160,7 @@ def _check(tool: Path, folder: Path, text: str, case: Case) -> tuple[dict[str, P
     result = perplexity(
         folder / f"{case.model}.gguf",
         text,
-        n_ctx=case.n_ctx,
-        n_batch=case.n_batch,
-        n_chunks=case.n_chunks,
+        Window(n_ctx=case.n_ctx, n_batch=case.n_batch, n_chunks=case.n_chunks),
         reference=folder / f"{case.reference}.gguf" if case.reference else None,
         on_chunk=lambda run: running.append(run.ppl),
     )

@@ -144,14 +144,14 @@ def convert(
         for target, plan in zip(paths, plans, strict=True):
             notes = () if comparing is verifying else lacks_room_for_original(model, plan, verifying.n_ctx)
             compared_with = None if notes else reference
-            if session.has_finished(target, plan):  # in a run that was interrupted at a later file
-                found = session.verify(plan, target, verifying, text, compared_with)
-            else:
+            if not session.has_finished(target, plan):
                 with unfinished(target, files, output.keep_failed, True) as temporary, named(target, temporary, output):
                     session.write(plan, temporary, resumes=True)
                     found = session.verify(plan, temporary, verifying, text, compared_with)
                     check_unchanged(model.inputs)
                 session.note_finished(target, plan)
+            else:  # by a run that was interrupted at a later file
+                found = session.verify(plan, target, verifying, text, compared_with)
             ppl, embedding = (None, found) if isinstance(found, EmbeddingCheck) else (found, None)
             compared = reference_name(model, comparing) if ppl is not None and ppl.divergence is not None else None
             results.append(Converted(target, plan, ppl, session.scores, model.path, compared, notes, embedding))

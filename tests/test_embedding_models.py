@@ -138,7 +138,7 @@ def test_notes_say_length_and_prompts(folder):
         "sentence-transformers prepends a prompt to a text; for llama.cpp, add it yourself (query: 'Instruct: ').",
     )
     with_modules(folder, MODULES[:2])
-    assert "they are not to be normalised: pass --embd-normalize -1" in read.open_model(folder).notes[0]
+    assert "embeddings are not normalized: pass --embd-normalize -1" in read.open_model(folder).notes[0]
 
 
 def test_attention_both_ways_is_written(folder):

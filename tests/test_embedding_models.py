@@ -109,7 +109,7 @@ def test_pooling_counts_without_modules(folder):
     (folder / "modules.json").unlink()
     model = read.open_model(folder)
     assert model.metadata["qwen3.pooling_type"] == kv(3, GGUFValueType.UINT32)
-    assert any("1_Pooling/config.json, without modules.json): last pooling" in note for note in model.notes)
+    assert any("1_Pooling/config.json, without modules.json) with last pooling" in note for note in model.notes)
 
 
 def test_dense_module_is_refused(folder):

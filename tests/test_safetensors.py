@@ -85,8 +85,8 @@ def test_bf16_is_the_upper_half_of_float32(tmp_path):
 
 DAMAGED = {
     "lfs pointer": (LFS_POINTER, "git-lfs pointer.*git lfs pull"),
-    "empty": (b"", "0 bytes are no safetensors file"),
-    "shorter than its length": (b"\x08\0\0", "3 bytes are no safetensors file"),
+    "empty": (b"", "0 bytes are not a safetensors file"),
+    "shorter than its length": (b"\x08\0\0", "3 bytes are not a safetensors file"),
     "length beyond the file": (b"\xff" * 8 + b"{}", "header of 18446744073709551615 bytes in a file of 10"),
     "length one too long": ((3).to_bytes(8, "little") + b"{}", "header of 3 bytes in a file of 10"),
     "length zero": (b"\0" * 8, "damaged header: Expecting value"),

@@ -91,7 +91,7 @@ CHOICES = {
         {**TWO, shard(2, 3): tensor(9)},
         {"a": 1, "b": 2},
         f"Weights are read from {shard(1, 2)} … {shard(2, 2)}: all 2 shards are present, but no index; 1 file is "
-        f"aside: {shard(2, 3)}.",
+        f"ignored: {shard(2, 3)}.",
     ),
     "another name": (
         {"diffusion_pytorch_model.safetensors": tensor(4)},

@@ -199,8 +199,8 @@ def test_disk_that_is_too_small(tmp_path, files):
     with Hub(files, sizes={"model.safetensors": 10**15}) as hub:
         line = message(plan(hub, cwd=tmp_path), 5)
         assert re.fullmatch(
-            r"home/hub: the download of org/model to home/hub \(set HF_HOME to change the place\) takes 931322\.57 GiB, "
-            r"the disk has [\d.]+ GiB free: make room or choose another folder",
+            r"home/hub: the download of org/model to home/hub \(set HF_HOME to change the place\) takes "
+            r"931322\.57 GiB, the disk has [\d.]+ GiB free: make room or choose another folder",
             line,
         )
         assert "model.safetensors" not in hub.fetched()

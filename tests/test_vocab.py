@@ -353,7 +353,7 @@ def test_ids_of_a_unigram_model(options: dict[str, Any], note: str | None, strin
     expected = SentencePiece(folder).tokenize(texts, parse_special=False)
     pieces = stored(folder)
     vocab = open_vocab(folder, len(pieces.tokens), {})
-    assert vocab.notes == (() if note is None else (f"{note}, the original does.",))
+    assert vocab.notes == (() if note is None else (f"{note}; the original does.",))
     if note is not None:
         blank = {i for i, token in enumerate(pieces.tokens) if not token.strip("▁")}
         kept = [i for i, ids in enumerate(expected) if not blank.issuperset(ids[1:])]

@@ -109,7 +109,7 @@ def test_pooling_counts_without_modules(folder):
     (folder / "modules.json").unlink()
     model = read.open_model(folder)
     assert model.metadata["qwen3.pooling_type"] == kv(3, GGUFValueType.UINT32)
-    assert any("1_Pooling/config.json, without modules.json): last pooling" in note for note in model.notes)
+    assert any("1_Pooling/config.json, without modules.json) with last pooling" in note for note in model.notes)
 
 
 def test_dense_module_is_refused(folder):
@@ -138,7 +138,7 @@ def test_notes_say_length_and_prompts(folder):
         "sentence-transformers prepends a prompt to a text; for llama.cpp, add it yourself (query: 'Instruct: ').",
     )
     with_modules(folder, MODULES[:2])
-    assert "they are not to be normalised: pass --embd-normalize -1" in read.open_model(folder).notes[0]
+    assert "embeddings are not normalized: pass --embd-normalize -1" in read.open_model(folder).notes[0]
 
 
 def test_attention_both_ways_is_written(folder):

@@ -299,8 +299,8 @@ def test_tokens_beyond_the_embedding_are_left_out(tiny):
     assert "tokenizer.ggml.eot_token_id" not in model.metadata
     assert model.notes == (
         "The vocabulary has 262 tokens, the embedding 260 rows: the last 2 tokens ('more0', 'more1') are left out.",
-        "The vocabulary has 260 tokens, and these special ones are beyond: tokenizer.ggml.eot_token_id 260; left out, "
-        "as llama.cpp ignores them.",
+        "The vocabulary has 260 tokens; special token ids outside it are left out, as llama.cpp ignores them: "
+        "tokenizer.ggml.eot_token_id 260.",
     )
 
 

@@ -83,8 +83,8 @@ def test_a_link_to_a_file_elsewhere_is_refused(name: str, is_absolute: bool, mod
     with pytest.raises(ModelError) as caught:
         open_model(model)
     assert str(caught.value) == (
-        f"{model / name}: is a link to {secret}, outside the model folder: which is not read; if you trust "
-        "meant, copy it into the folder"
+        f"{model / name}: is a link to {secret}, outside the model folder, which is not read; if you trust it, "
+        "copy the file into the folder"
     )
 
 

@@ -113,7 +113,7 @@ def test_shards_that_the_index_names(tmp_path, files):
         assert not {"consolidated.safetensors", "pytorch_model.bin"} & set(hub.fetched())
     with Hub({**rest, "model.safetensors.index.json": json.dumps(index).encode()}) as hub:
         assert message(plan(hub, cwd=tmp_path / ".."), 3) == (
-            "org/model: model.safetensors.index.json names part-0.safetensors, which the repository does not hold"
+            "org/model: model.safetensors.index.json names part-0.safetensors, which is not in the repository"
         )
 
 
@@ -199,8 +199,8 @@ def test_disk_that_is_too_small(tmp_path, files):
     with Hub(files, sizes={"model.safetensors": 10**15}) as hub:
         line = message(plan(hub, cwd=tmp_path), 5)
         assert re.fullmatch(
-            r"home/hub: the download of org/model to home/hub \(HF_HOME says where\) takes 931322\.57 GiB, "
-            r"the disk has [\d.]+ GiB free: make room or choose another folder",
+            r"home/hub: the download of org/model to home/hub \(set HF_HOME to change the place\) takes "
+            r"931322\.57 GiB, the disk has [\d.]+ GiB free: make room or choose another folder",
             line,
         )
         assert "model.safetensors" not in hub.fetched()

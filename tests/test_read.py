@@ -414,7 +414,7 @@ def test_a_window_that_llama_cpp_does_not_have_is_told(
     model = open_model(changed(tmp_path, spec, config))
     told = (
         f"llama.cpp has no sliding window for {model.architecture}: beyond {n_window} tokens, attention is full, "
-        f"where the original looks back {n_window}."
+        f"where the original attends to {n_window}."
     )
     assert model.notes == ((told,) if n_window else ())
     assert not any("sliding" in key for key in model.metadata)

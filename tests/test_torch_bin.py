@@ -124,7 +124,7 @@ def test_without_torch(tmp_path, monkeypatch):
 
 FILES = {
     "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\n", ModelError, "is a git-lfs pointer"),
-    "old format": (pickle.dumps(0x1950A86A20F9469CFC6C, 2), UnsupportedError, "format of PyTorch before 1.6"),
+    "old format": (pickle.dumps(0x1950A86A20F9469CFC6C, 2), UnsupportedError, "has the format before PyTorch 1.6"),
     "empty": (b"", ModelError, "truncated or damaged: not a PyTorch zip archive"),
     "a web page": (b"<!DOCTYPE html>", ModelError, "truncated or damaged: not a PyTorch zip archive"),
 }

@@ -353,7 +353,7 @@ def test_ids_of_a_unigram_model(options: dict[str, Any], note: str | None, strin
     expected = SentencePiece(folder).tokenize(texts, parse_special=False)
     pieces = stored(folder)
     vocab = open_vocab(folder, len(pieces.tokens), {})
-    assert vocab.notes == (() if note is None else (f"{note}, the original does.",))
+    assert vocab.notes == (() if note is None else (f"{note}; the original does.",))
     if note is not None:
         blank = {i for i, token in enumerate(pieces.tokens) if not token.strip("▁")}
         kept = [i for i, ids in enumerate(expected) if not blank.issuperset(ids[1:])]
@@ -420,7 +420,7 @@ def test_keys_of_a_unigram_model(strings: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"byte_fallback": True}, "unigram model with byte fallback: llama.cpp has it for BPE only"),
+        ({"byte_fallback": True}, "unigram model with byte fallback: llama.cpp supports it for BPE only"),
         (
             {"add_dummy_prefix": False},
             "with remove_extra_whitespaces without a space prefix: not supported by llama.cpp",
@@ -442,7 +442,7 @@ def test_other_unigram_models_are_refused(
 def test_user_defined_symbols_of_a_unigram_model_are_noted(strings: list[str], tmp_path: Path) -> None:
     symbols = {"user_defined_symbols": ["abc"], "add_dummy_prefix": False, "remove_extra_whitespaces": False}
     train_sentencepiece(tmp_path, strings, **{**UNIGRAM, **symbols})
-    note = "llama.cpp does not normalize a character with which 'abc' or its like begins."
+    note = "llama.cpp does not normalize the first character of added tokens such as 'abc'."
     assert open_vocab(tmp_path, 1000, {}).notes == (note,)
     text = ["a\u0308", "o\u0308"]
     with LlamaCpp(write_vocab(tmp_path / "v.gguf", tmp_path, 1000)) as llama:
@@ -1089,7 +1089,7 @@ def test_no_tokenizer_names_the_files_looked_for(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError) as error:
         read_vocab(tmp_path, 10, {})
     assert str(error.value) == (
-        f"{tmp_path}: no tokenizer: neither tokenizer.model nor tokenizer.json is there; "
+        f"{tmp_path}: no tokenizer: neither tokenizer.model nor tokenizer.json exists; "
         "copy the tokenizer files of the original model"
     )
     (tmp_path / "vocab.json").write_text("{}", encoding="utf-8")

@@ -278,7 +278,7 @@ def test_special_tokens_that_no_template_uses_are_noted(converted: Path, tmp_pat
     folder = changed(converted, tmp_path / "model", files, list(enumerate(texts, 2048)))
     (note,) = open_vocab(folder, 2060, {}).notes
     assert note.startswith(
-        "2 special tokens that no chat template uses, such as '<custom_token_0>' (id 2048), will not"
+        "llama.cpp hides 2 special tokens that no chat template uses, such as '<custom_token_0>' (id 2048): it prints"
     )
     assert "--special" in note
 

@@ -91,7 +91,7 @@ CHOICES = {
         {**TWO, shard(2, 3): tensor(9)},
         {"a": 1, "b": 2},
         f"Weights are read from {shard(1, 2)} … {shard(2, 2)}: all 2 shards are present, but no index; 1 file is "
-        f"aside: {shard(2, 3)}.",
+        f"ignored: {shard(2, 3)}.",
     ),
     "another name": (
         {"diffusion_pytorch_model.safetensors": tensor(4)},
@@ -122,7 +122,7 @@ def test_a_file_that_config_names(tmp_path):
 
 
 def test_shards_of_different_saves(tmp_path):
-    with pytest.raises(ModelError, match=r"holds tensor a, and model-00001-of-00002\.safetensors another one"):
+    with pytest.raises(ModelError, match=r"holds tensor a, and model-00001-of-00002\.safetensors a different one"):
         read(tmp_path, {INDEX: TWO_INDEX, shard(1, 2): tensor(1), shard(2, 2): tensor(2)})
 
 
@@ -177,7 +177,7 @@ FOREIGN = {
         ("modules.json", "0_Transformer/config.json", "0_Transformer/model.safetensors"),
         "with its weights in a subfolder: pass {folder}/0_Transformer",
     ),
-    "the Hub's cache": (("snapshots/abc/config.json", "refs/main"), "the Hub's cache: pass {folder}/snapshots/abc"),
+    "the Hub's cache": (("snapshots/abc/config.json", "refs/main"), "the Hub cache: pass {folder}/snapshots/abc"),
     "a model below": (("final/config.json",), "holds no weights itself: pass {folder}/final"),
     "state of a training": (("optimizer.pt", "rng_state.pth"), r"holds a training state \(optimizer.pt\)"),
     "an ONNX model": (("model.onnx",), "holds model.onnx but no model.safetensors: an ONNX model"),

@@ -99,7 +99,7 @@ def test_a_model_whose_divergence_is_not_known_in_nats(models):
     assert found["notes"][-1] == (
         "The divergence is relative to that of the smallest size: it is not known in nats for this architecture."
     )
-    assert "Nothing was written. To convert to one of them:" in outcome.out
+    assert "Nothing was written. To convert to one of these sizes, run:" in outcome.out
 
 
 def test_one_type_is_one_size(models):

@@ -120,7 +120,7 @@ class TestCandidates:
                 assert found[name].types == (stays,)
                 assert (found[name].kind, found[name].reason) == ("unquantized", why)
             assert found["blk.0.ffn_gate_exps.weight"].types == ("Q2_K", "Q4_K")
-        with pytest.raises(PlanError, match=r"only position_embd\.weight and its like, which stay BF16"):
+        with pytest.raises(PlanError, match=r"only tensors that stay BF16, such as position_embd\.weight"):
             candidates(from_gguf, ("Q2_K",), [parse_tensor_type("position_embd.weight=Q4_K")])
 
     def test_rows_that_no_block_divides_stay_f16(self):
@@ -148,7 +148,7 @@ class TestCandidates:
             ("attn_q=Q4_K", "--tensor-type 'attn_q=Q4_K' matches no tensor (the pattern must match the whole name)"),
             (
                 ".*norm.*=Q4_K",
-                "--tensor-type '.*norm.*=Q4_K' matches only blk.0.attn_norm.weight and its like, which stay F32 "
+                "--tensor-type '.*norm.*=Q4_K' matches only tensors that stay F32, such as blk.0.attn_norm.weight "
                 "(the pattern must match the whole name)",
             ),
             (
@@ -397,7 +397,7 @@ class TestPlans:
             (
                 {"layers": ()},
                 {"score_weight": 1.0},
-                "the scores hold no layer scores, for --score-weight; score again with it",
+                "the scores hold no layer scores for --score-weight; score again with --score-weight",
             ),
             (
                 {},

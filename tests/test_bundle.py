@@ -120,7 +120,7 @@ def test_the_card_says_what_was_measured(folder):
         "language": ["en", "no"],
         "tags": ["gguf", "nsds-gguf", "tiny"],
     }
-    assert "made from [Some-Org/Some-Base](https://huggingface.co/Some-Org/Some-Base)" in body
+    assert "its metadata names [Some-Org/Some-Base](https://huggingface.co/Some-Org/Some-Base)" in body
     found = json.loads((folder / "out.json").read_text())[0]
     gguf = next((folder / "out").glob("*.gguf"))
     sums, measured = found["plan"]["sums"], found["perplexity"]
@@ -207,8 +207,8 @@ def test_a_file_is_linked_into_its_bundle(tiny):
     assert (out / "tiny.gguf").samefile(tiny)
     check_sums(out)
     head, body = front_matter(out)
-    assert "base_model" not in head and "names no base model" in body and "does not say what it was made with" in body
-    assert "--base-model ORG/NAME tells the model card" in outcome.out
+    assert "base_model" not in head and "names no base model" in body and "does not say how it was made" in body
+    assert "pass --base-model ORG/NAME for the model card" in outcome.out
     assert parse((out / "Modelfile").read_text(encoding="utf-8")).template is None
 
 
@@ -263,7 +263,7 @@ def test_plan_and_scores_come_along_when_they_are_the_files(folder):
     outcome = call("bundle", "b.gguf", "-o", "other", "--plan", "plan.json")
     assert message(outcome, 4) == "the plan is not that of b.gguf: tensors or types differ; pass its plan"
     outcome = call("bundle", "b.gguf", "-o", "other", "--scores", "scores.json")
-    assert message(outcome, 4) == "the scores are not those of b.gguf: their digest differs; give its own or none"
+    assert message(outcome, 4) == "the scores are not those of b.gguf: their digest differs; pass its scores"
     assert not (folder / "other").exists()
 
 
@@ -310,7 +310,7 @@ def test_a_template_that_is_no_format_is_left_out_and_said(folder):
     modelfile = parse((folder / "out" / "Modelfile").read_text(encoding="utf-8"))
     assert modelfile.template is None
     assert modelfile.comments[1].startswith("TEMPLATE is left out: chat template does not write every message")
-    assert "older ones send the prompt as it is" in outcome.out
+    assert "older ones send the bare prompt" in outcome.out
 
 
 # --- where a model comes from ----------------------------------------------------------------------------------------

@@ -400,7 +400,7 @@ CONTRADICTIONS = {
     "verification off and on": (
         (*PLAIN, "--no-verify", "--reference", "original"),
         4,
-        "--no-verify skips the check that --reference belongs to; drop one",
+        "--no-verify skips the check that uses --reference; drop one",
     ),
     "quiet and verbose": ((*PLAIN, "-q", "-v"), 2, "argument -v/--verbose: not allowed with argument -q/--quiet; see "
                                                    "nsds-gguf convert --help"),
@@ -441,7 +441,7 @@ def test_records_are_of_this_model_and_these_options(folder):
     assert call(*given, "--metric", "zd").code == 0
     for weight in ((), ("--score-weight", 1)):
         line = message(call(*given, *weight, "--metric", "mse"), 4)
-        assert line == "the scores were made with metric zd, --metric mse is asked for; score again or drop it"
+        assert line == "the scores were made with metric zd, not --metric mse; score again or drop the option"
     assert message(call(*given, "--calibration", "none"), 4) == (
         "the scores were measured with calibration random, the plan uses none; score again or pass --calibration random"
     )

@@ -240,7 +240,7 @@ def test_allocations_that_a_budget_cannot_have_are_told(model: Path, tmp_path: P
     found = compare(model, tmp_path, Budgets((3.5,), n_seeds=1), options, verifying=QUICK, run=Run(1))
     assert {r.kind for r in found.rows} == {OURS, PAPER, UNIFORM, RANDOM}
     (note,) = found.missing
-    assert note.startswith("3.5 bpw: no plan of ours at the bytes of paper: target ")
+    assert note.startswith("3.5 bpw: no fisher plan at the bytes of paper: target ")
 
 
 # The command

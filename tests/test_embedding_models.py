@@ -256,7 +256,7 @@ def test_gguf_with_pooling_is_checked_likewise(pooled):
 
 
 def test_perplexity_refuses(pooled):
-    with pytest.raises(VerifyError, match=r"is a model for embeddings \(last pooling\), of which perplexity says"):
+    with pytest.raises(VerifyError, match=r"is an embedding model \(last pooling\), which perplexity cannot measure"):
         perplexity(pooled(3), TEXT)
 
 

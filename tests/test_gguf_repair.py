@@ -244,7 +244,7 @@ OUTLINE = {
     "none": (
         {"tokenizer.ggml.model": None, TOKENS: None},
         (),
-        "has no tokenizer, without which llama.cpp loads",
+        "has no tokenizer, which llama.cpp needs to load",
     ),
 }
 

@@ -141,7 +141,7 @@ def test_revision(tmp_path, files):
             "org/model@v9: org/model has no such branch, tag or commit"
         )
     assert message(plan(hub, "plan", "config.json", *PLAIN, "--revision", "v1", cwd=tmp_path), 4) == (
-        "--revision v1 is for models on the Hub; config.json is a local path"
+        "--revision v1 applies to models on the Hub; config.json is a local path"
     )
 
 

@@ -281,7 +281,7 @@ def test_report_refuses_what_it_cannot_show(folder):
         message(call("report", "plan.json", "-o", "no/x.html"), 5)
         == "--report no/x.html: no folder no; create it first"
     )
-    assert "a GGUF goes without --scores" in message(
+    assert "--scores needs a plan, got a GGUF" in message(
         call("report", "tiny.gguf", "--scores", "scores.json", "-o", "."), 4
     )
     assert "cannot be read" in message(call("report", "no.json", "-o", "x.html"), 4)

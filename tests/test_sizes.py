@@ -71,7 +71,7 @@ def test_the_table_and_the_next_command(models, here):
     assert (
         "note: Predictions are for round-to-nearest. convert rounds this model by GPTQ (--rounding gptq)" in outcome.out
     )
-    assert lines[-2] == "Nothing was written. To convert to the smallest of them below 0.05 nats per token:"
+    assert lines[-2] == "Nothing was written. To convert to the smallest size below 0.05 nats per token, run:"
     command, bpw = lines[-1].rsplit(" ", 1)
     assert command == f"nsds-gguf convert {models}/wide --threads 1 --types Q2_K,Q4_K,Q8_0 --target-bpw"
     assert call(*lines[-1].split()[1:], "--no-verify", "-o", "out.gguf").code == 0
@@ -97,9 +97,9 @@ def test_a_model_whose_divergence_is_not_known_in_nats(models):
     found = json.loads(Path("sizes.json").read_text())
     assert not found["in_nats"] and found["sizes"][0]["predicted"] == 1 and found["sizes"][-1]["predicted"] < 0.1
     assert found["notes"][-1] == (
-        "The divergence is relative to that of the smallest size: for this architecture it is not known in nats."
+        "The divergence is relative to that of the smallest size: it is not known in nats for this architecture."
     )
-    assert "Nothing was written. To convert to one of them:" in outcome.out
+    assert "Nothing was written. To convert to one of these sizes, run:" in outcome.out
 
 
 def test_one_type_is_one_size(models):

@@ -177,7 +177,7 @@ def test_a_missing_key(file, model, plan):
 def test_a_key_of_another_value_or_type(key, old, new, file, model, plan):
     name = string(key) if old[:4] == struct.pack("<I", 4) else b""  # small numbers are everywhere
     edit(file, name + old, name + new)
-    assert refusal(file, model, plan) == f"metadata key {key} is not what the model says"
+    assert refusal(file, model, plan) == f"metadata key {key} differs from the model's"
 
 
 def test_the_file_of_another_plan(file, model, plan):
@@ -224,7 +224,7 @@ def test_values_are_compared_as_the_file_can_hold_them(tmp_path):
     write_gguf(model, plan, TensorQuantizers(), tmp_path / "model.gguf", n_threads=1)
     verify_structure(tmp_path / "model.gguf", model, plan)
     other = replace(model, metadata={**model.metadata, "test.third": kv(0.3333, GGUFValueType.FLOAT32)})
-    assert refusal(tmp_path / "model.gguf", other, plan) == "metadata key test.third is not what the model says"
+    assert refusal(tmp_path / "model.gguf", other, plan) == "metadata key test.third differs from the model's"
 
 
 # --- the reader of headers -------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ CASES = {
     "lying header": Case(
         3,
         "{tmp}/model/model.safetensors: tensor model.embed_tokens.weight: damaged header: F16 [386, 256] takes 197632 "
-        "bytes, its offsets 0 to 146432 say 146432: download it again",
+        "bytes, but its offsets 0 to 146432 span 146432: download it again",
         replaced("model.safetensors", '"model.embed_tokens.weight": {"dtype": "F16", "shape": [286',
                  '"model.embed_tokens.weight": {"dtype": "F16", "shape": [386'),
     ),
@@ -238,7 +238,7 @@ CASES = {
     ),
     "no tokenizer": Case(
         3,
-        "{tmp}/model: no tokenizer: neither tokenizer.model nor tokenizer.json is there; copy the tokenizer files of "
+        "{tmp}/model: no tokenizer: neither tokenizer.model nor tokenizer.json exists; copy the tokenizer files of "
         "the original model",
         without("tokenizer.json"),
     ),
@@ -726,7 +726,7 @@ TOKENIZERS = {
     ),
     "template with half a letter": (
         file("chat_template.json", json.dumps({"chat_template": "\ud800"})),
-        "{tmp}/model: tokenizer.chat_template is not UTF-8: '\\ud800'; correct it where it comes from: a file of the "
+        "{tmp}/model: tokenizer.chat_template is not UTF-8: '\\ud800'; correct it at its source: a file of the "
         "model, or the folder's name",
     ),
 }

@@ -257,7 +257,7 @@ def test_the_command_shows_table_and_writes_json_and_picture(model: Path, tmp_pa
     ours = data["rows"][0]
     assert f"{ours['tensor_bytes']:,}" in outcome.out
     assert f"{ours['kld']:.5f}" in outcome.out
-    assert "our divergence over that of random" in outcome.out
+    assert "our divergence / that of random" in outcome.out
 
 
 def test_a_picture_of_no_kind_is_refused_at_once(model: Path, tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ _TIME = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% en
         ("{{ 'x' * 10**10 }}", "it takes more than 512 MiB of memory"),
         ("{{ '%9999999999d' % 1 }}", "it takes more than 512 MiB of memory"),
         ("{{ 'x' | center(10**10) }}", "it takes more than 512 MiB of memory"),
-        ("{% for i in range(99999) %}{{ 'x' * 10**6 }}{% endfor %}", "it writes more than 1048576 letters"),
+        ("{% for i in range(99999) %}{{ 'x' * 10**6 }}{% endfor %}", "it writes more than 1048576 characters"),
         ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
         ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "maximum recursion depth exceeded"),
         ("{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "maximum recursion depth exceeded"),

@@ -156,7 +156,7 @@ def plan_report(
         metric=scores.recipe.metric if scores else plan.recipe.metric,
         layers=scores.layers if scores else (),
         check=check,
-        notes=(*plan.notes, *(scores.notes if scores else ()), *(check.notes if check else ())),
+        notes=tuple(dict.fromkeys((*plan.notes, *(scores.notes if scores else ()), *(check.notes if check else ())))),
         facts=_plan_facts(plan),
         given=given,
         command=command(plan, model),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import allocate
 from .calibration.imatrix import read_imatrix
-from .errors import TargetError
+from .errors import RecordError, TargetError
 from .evaluate.embedding import EmbeddingCheck
 from .evaluate.perplexity import Perplexity
 from .evaluate.texts import VerifyOptions, check_vocabulary, evaluation_text
@@ -207,6 +207,8 @@ def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | P
         checked = checked_plan(model, loaded)
         imatrix = next((read_imatrix(each.imatrix) for each in every if each.imatrix is not None), None)
         check_imatrix(model, checked.recipe, imatrix)
+        if imatrix is not None and imatrix.name != checked.recipe.calibration:
+            raise RecordError(f"the plan was made without {imatrix.name}: drop --imatrix, or plan again with it")
         return [_Job(Settled(checked.recipe, imatrix), checked)]
     check_scores(model, loaded)
     jobs = [_Job(settle(each, model, loaded)) for each in every]

@@ -184,6 +184,9 @@ def test_the_plan_says_where_column_weights_come_from(tmp_path: Path) -> None:
         DEMO, Options(imatrix=imatrix.path), loaded=made, verifying=UNCHECKED, output=tmp_path / "x.gguf", run=Run(1)
     )
     assert file.plan == made
+    without = plan(DEMO, replace(options, imatrix=None, rounding="rtn"), run=Run(1)).plans[0]
+    with pytest.raises(RecordError, match=f"made without {imatrix.name}"):
+        convert(DEMO, Options(imatrix=imatrix.path), loaded=without, verifying=UNCHECKED, output=tmp_path / "y.gguf")
     again = plan(DEMO, options, loaded=planned.scores, run=Run(1))
     assert again.plans == planned.plans
 

@@ -137,8 +137,6 @@ def convert(
         check_room(model, run, files.folder, [job.largest_bytes(model) for job in jobs], verifying, generates)
         comparing = with_original_at_hand(model, verifying, generates)
         tell_time(model, run, [job.plan or job.settled.recipe for job in jobs], comparing, generates)
-        if generates:  # before planning, which also needs it
-            stack.enter_context(session.original())
         plans = _plans(session, jobs, loaded)
         reference = stack.enter_context(reference_file(session, comparing))
         for target, plan in zip(paths, plans, strict=True):

@@ -451,7 +451,9 @@ def test_disk_space_is_asked_first(model, refused, monkeypatch):
     assert refused(5, "convert", "model", *PLAIN, *QUICK) == (
         f"{Path.cwd()}: the output takes 0.00 GiB, the disk has 0.00 GiB free: make room or choose another folder"
     )
-    assert "the output with the original takes" in refused(5, "convert", model, *PLAIN, "--reference", "original")
+    assert "the output with a temporary copy of the model takes" in refused(
+        5, "convert", model, *PLAIN, "--reference", "original"
+    )
 
 
 def test_memory_is_asked_first(model, refused, monkeypatch):

@@ -29,6 +29,8 @@ LENGTH = 256  # tokens of a sequence
 N_PARALLEL = 32  # sequences sampled in parallel
 SEED = 0
 
+_BLOCK = 512  # tokens of the vocabulary whose chances are summed first: the sums of one block decide
+
 _TABLES = ("token_embd", "position_embd", "token_types")  # lookup tables: multiplied only if tied
 
 
@@ -155,12 +157,18 @@ def draw(logits: Float32, temperature: float, banned: NDArray[np.intp], rng: np.
     """
     tokens = np.empty(len(logits), np.int32)
     for i, row in enumerate(logits):
-        chances = np.exp((row - row.max()) / temperature, dtype=np.float64)
+        chances = np.zeros(-(-len(row) // _BLOCK) * _BLOCK, np.float32)
+        chances[: len(row)] = np.exp((row - row.max()) / np.float32(temperature))
         chances[banned] = 0.0
-        sums = np.cumsum(chances)
+        blocks = chances.reshape(-1, _BLOCK)
+        sums = np.cumsum(blocks.sum(axis=1, dtype=np.float64))
         if not np.isfinite(sums[-1]) or sums[-1] <= 0:
             raise VerifyError("the model's logits are not finite; its weights are damaged")
-        tokens[i] = np.searchsorted(sums, rng.random() * sums[-1], side="right")
+        at = min(rng.random() * sums[-1], np.nextafter(sums[-1], 0))
+        block = int(np.searchsorted(sums, at, side="right"))
+        within = np.cumsum(blocks[block], dtype=np.float64)
+        place = np.searchsorted(within, at - sums[block] + within[-1], side="right")
+        tokens[i] = block * _BLOCK + min(int(place), int(np.flatnonzero(blocks[block])[-1]))  # sums round differently
     return tokens
 
 

@@ -35,7 +35,7 @@ from .finished import kept_moments, kept_sensitivities, kept_tokens
 from .run import Run
 from .settle import check_imatrix, rounds_by_hessians, weighs_columns
 
-Original = Callable[[], AbstractContextManager[Path]]
+FileOf = Callable[[], AbstractContextManager[Path]]
 
 _Source = tuple[str, int, str]  # whose tokens, of what seed, computed by what
 
@@ -52,7 +52,7 @@ class Calibrated:
         model: Model,
         run: Run,
         files: WorkFolder,
-        original: Original,
+        fast_copy: FileOf,
         imatrix: Imatrix | None = None,
         store: Store | None = None,
     ) -> None:
@@ -62,7 +62,7 @@ class Calibrated:
             model: the model.
             run: threads and reporter.
             files: folder for temporary files.
-            original: gives the original as a GGUF for the length of a ``with`` block.
+            fast_copy: gives the model as a GGUF that generates and reads text, for the length of a ``with`` block.
             imatrix: the importance matrix that recipes name; raises ``RecordError`` when it belongs to another model.
             store: records of finished work; ``None`` for no records.
 
@@ -70,7 +70,7 @@ class Calibrated:
         if imatrix is not None:
             imatrix.weights(model)
         self.model, self.imatrix = model, imatrix
-        self._run, self._files, self._original, self._store = run, files, original, store
+        self._run, self._files, self._fast_copy, self._store = run, files, fast_copy, store
         self._tokens: dict[tuple[str, int, bool], Tokens] = {}
         self._sensitivities: dict[_Source, Sensitivities] = {}
         self._callback_moments: dict[_Source, dict[str, Moments]] = {}
@@ -167,7 +167,7 @@ class Calibrated:
         key = kind.token_source, recipe.seed, for_hessians and not kind.is_generated
         if key not in self._tokens:
             request = TokenRequest(
-                self.model, self._original, for_hessians, n_threads=self._run.n_threads, seed=recipe.seed
+                self.model, self._fast_copy, for_hessians, n_threads=self._run.n_threads, seed=recipe.seed
             )
             if kind.is_generated:
                 store = self._keyed(kind, recipe)
@@ -184,7 +184,7 @@ class Calibrated:
             f"Generating {generated_text.N_TOKENS:,} tokens of calibration text: about {duration(seconds)}."
         )
         n_blas = self._run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
-        with self._original(), blas_threads(n_blas), self._run.report.stage("generate text") as progress:
+        with self._fast_copy(), blas_threads(n_blas), self._run.report.stage("generate text") as progress:
             return kind.tokens(replace(request, progress=progress))
 
     def _read_by_llama_cpp(self, kind: CalibrationKind, recipe: Recipe, tokens: Tokens) -> None:
@@ -193,7 +193,7 @@ class Calibrated:
         def compute() -> dict[str, Moments]:
             n_blas = self._run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
             stage = self._run.report.stage("read generated text")
-            with self._original() as path, blas_threads(n_blas), stage as progress:
+            with self._fast_copy() as path, blas_threads(n_blas), stage as progress:
                 return collect(path, tokens.astype(np.int32), n_threads=self._run.n_threads, progress=progress)
 
         store = self._keyed(kind, recipe)
@@ -230,7 +230,7 @@ class Calibrated:
         if _source(recipe) in self._hessians:
             return self._hessians.pop(_source(recipe)).take()
         moments, tokens = self._callback_moments.get(_source(recipe), {}), self._drawn(kind, recipe, True)
-        return callback_hessians(self._original, tokens, moments, multiplied(self.model), self._run.n_threads)
+        return callback_hessians(self._fast_copy, tokens, moments, multiplied(self.model), self._run.n_threads)
 
 
 def _kind(recipe: Recipe) -> CalibrationKind:

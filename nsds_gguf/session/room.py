@@ -16,7 +16,7 @@ from ..quantize.header import header_bytes
 from ..records import ALIGNMENT_BYTES, Model, Plan, Recipe
 from ..system.resources import check_disk, check_memory, lacks_memory
 from .estimate import Work, duration, estimate_seconds
-from .original import is_own_original, original_bytes
+from .original import fast_copy_bytes, is_own_original, original_bytes
 from .run import Run
 from .settle import rounds_by_hessians
 
@@ -59,14 +59,15 @@ def check_room(
     """
     needs_original = verifying.reference == ORIGINAL or (verifying.reference is None and embeds(model))
     compares = verifying.enabled and needs_original
-    original = original_bytes(model) if compares or generates else 0
-    reference = original if compares else 0
-    written = 0 if is_own_original(model) else original
-    check_disk(folder, sum(sizes) + written, "the output" + (" with the original" if written else ""))
+    reference = original_bytes(model) if compares else 0
+    written = 0 if is_own_original(model) else reference
+    copy = fast_copy_bytes(model) if generates else 0
+    beside = max(written, copy)  # never at the same time
+    check_disk(folder, sum(sizes) + beside, "the output" + (" with a temporary copy of the model" if beside else ""))
     working = working_bytes(run)
     check_memory(working, "converting", "close other programs or lower --threads")
     if generates:
-        check_memory(original + working, "generating calibration text", "choose another --calibration")
+        check_memory(copy + working, "generating calibration text", "choose another --calibration")
     if verifying.enabled:
         remedy = "pass --no-verify" + (" or leave out --reference" if reference else "")
         check_memory(max(sizes, default=0) + reference + BASE_MEMORY_BYTES, "verification", remedy)

@@ -28,7 +28,7 @@ from ..system.store import Store
 from ..system.workfolder import WorkFolder
 from .calibrated import Calibrated
 from .finished import keep_cost, kept_cost, kept_layers
-from .original import is_own_original, original_plan
+from .original import fast_plan, is_own_original, original_plan
 from .run import Run
 from .settle import GENERATED, Settled, weighs_columns
 
@@ -52,9 +52,9 @@ class Session:
         self.store: Store | None = None
         if files.has_records:
             self.store = Store(files.records, Store.key(model.inputs, model.model_id), run.report.say)
-        self.calibrated = Calibrated(model, run, files, self.original, imatrix, self.store)
+        self.calibrated = Calibrated(model, run, files, self.fast_copy, imatrix, self.store)
         self.scores: Scores | None = None
-        self._original: Path | None = None
+        self._open_files: set[Path] = set()
 
     @contextmanager
     def original(self) -> Iterator[Path]:
@@ -63,25 +63,43 @@ class Session:
         For a folder or a repaired GGUF it is a temporary file, removed on every exit, and messages name the model
         instead; any other GGUF is its own original.
         """
-        if self._original is not None:
-            with told_of(self.model.path, self._original):
-                yield self._original
-            return
         if is_own_original(self.model):
             yield self.model.files[0]
             return
-        plan = original_plan(self.model)
-        path = self.files.path / "original.gguf"
-        check_disk(self.files.folder, plan.file_bytes, "the original")
+        with self._temporary(original_plan(self.model), "original") as path:
+            yield path
+
+    @contextmanager
+    def fast_copy(self) -> Iterator[Path]:
+        """Give the model as a GGUF that llama.cpp evaluates fast, to generate and read text, in a ``with`` block.
+
+        It is a temporary file of Q8_0, or the original if its matrices are quantized already.
+        """
+        plan = fast_plan(self.model)
+        with self.original() if plan is None else self._temporary(plan, "fast copy") as path:
+            yield path
+
+    @contextmanager
+    def _temporary(self, plan: Plan, name: str) -> Iterator[Path]:
+        """Write a temporary file for the length of a ``with`` block, or share that of an outer one.
+
+        Messages name the model instead of the file.
+        """
+        path = self.files.path / f"{name.replace(' ', '-')}.gguf"
+        if path in self._open_files:
+            with told_of(self.model.path, path):
+                yield path
+            return
+        check_disk(self.files.folder, plan.file_bytes, f"the {name}")
         size = f"{plan.file_bytes / 2**20:.0f} MiB"
-        self.run.report.say(f"Writing the original as a temporary {plan.recipe.types[0]} GGUF of {size}: {path}")
+        self.run.report.say(f"Writing the {name} as a temporary {plan.recipe.types[0]} GGUF of {size}: {path}")
         try:
-            self.write(plan, path, "write original")
-            self._original = path
+            self.write(plan, path, f"write {name}")
+            self._open_files.add(path)
             with told_of(self.model.path, path):
                 yield path
         finally:
-            self._original = None
+            self._open_files.discard(path)
             path.unlink(missing_ok=True)
 
     # --- scores and plans -----------------------------------------------------------------------------------------

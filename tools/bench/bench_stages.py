@@ -1,0 +1,159 @@
+"""Measure every stage of a conversion: seconds, floating-point operations, and the ratio to sgemm.
+
+    python tools/bench/bench_stages.py MODEL [--target-bpw 4.5] [--rounding gptq] [--threads N] [--no-verify]
+
+Wall and CPU time of each stage, llama.cpp's process included, beside the operations that the stage needs at least and
+their time at the rate of sgemm on the same threads, measured in the same run. CPU time tells more on a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import threadpoolctl
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from nsds_gguf import Options, Run, VerifyOptions, convert
+from nsds_gguf.calibration.generated_text import N_TOKENS
+from nsds_gguf.calibration.hessians import multiplied
+from nsds_gguf.calibration.kinds import N_SEQUENCES_GENERATED
+from nsds_gguf.llamacpp.llama import default_threads
+from nsds_gguf.records import Model, Progress
+from nsds_gguf.session.source import open_model
+
+_SGEMM_SIZE = 1024
+
+
+@dataclass
+class Stage:
+    """A stage: wall and CPU seconds, summed over its runs."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+
+class Stages:
+    """A ``Reporter`` that measures."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, Stage] = {}
+        self._last = time.perf_counter(), _cpu_seconds()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Progress]:
+        """Measure a stage; what lies between stages counts as ``between``."""
+        self._add("between")
+        try:
+            yield lambda done, total: None
+        finally:
+            self._add("allocate" if name.startswith("allocate") else name)
+
+    def say(self, text: str) -> None:
+        """Print a note."""
+        print(f"  {text}", flush=True)
+
+    def _add(self, name: str) -> None:
+        now = time.perf_counter(), _cpu_seconds()
+        stage = self.found.setdefault(name, Stage())
+        stage.wall += now[0] - self._last[0]
+        stage.cpu += now[1] - self._last[1]
+        self._last = now
+
+
+def _cpu_seconds() -> float:
+    """Return the CPU time of this process and its living children."""
+    total = time.process_time()
+    for child in psutil.Process().children(recursive=True):
+        try:
+            times = child.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
+def sgemm_rate(n_threads: int) -> float:
+    """Return float32 operations per CPU second of a matrix product on ``n_threads``."""
+    a = np.random.default_rng(0).standard_normal((_SGEMM_SIZE, _SGEMM_SIZE), dtype=np.float32)
+    best = 0.0
+    with threadpoolctl.threadpool_limits(n_threads, user_api="blas"):
+        for _ in range(8):
+            start = time.process_time()
+            for _ in range(4):
+                a @ a
+            best = max(best, 8 * _SGEMM_SIZE**3 / (time.process_time() - start))
+    return best
+
+
+def operations(model: Model, n_types: float) -> dict[str, float]:
+    """Return the least operations of each stage of the default, by name."""
+    n_matrix = sum(
+        t.n_weights for t in model.tensors if t.is_matrix and (t.name != "token_embd.weight" or model.is_tied)
+    )
+    n_scored = N_SEQUENCES_GENERATED * 256 / N_TOKENS
+    inputs = sum(_shared(model, name) * model.by_name[name].n_cols ** 2 for name in multiplied(model))
+    forward = 2 * N_TOKENS * n_matrix
+    rounding = sum(model.by_name[name].n_weights * model.by_name[name].n_cols for name in multiplied(model))
+    return {
+        "generate text": forward,
+        "find sensitivities": forward + N_TOKENS * inputs + 3.5 * forward * n_scored,
+        "factor Hessians": sum(_shared(model, n) * model.by_name[n].n_cols ** 3 / 3 for n in multiplied(model)),
+        "measure tensors": n_types * rounding / 8,
+        "quantize and write": rounding,
+    }
+
+
+def _shared(model: Model, name: str) -> float:
+    """Return 1 over the matrices that share an input with this one."""
+    role = model.by_name[name].role
+    return {"attn_q": 1 / 3, "attn_k": 1 / 3, "attn_v": 1 / 3, "ffn_gate": 1 / 2, "ffn_up": 1 / 2}.get(role, 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--target-bpw", type=float, default=4.5)
+    parser.add_argument("--rounding", default="auto")
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--no-verify", action="store_true")
+    arguments = parser.parse_args()
+    rate = sgemm_rate(arguments.threads)
+    stages, options = Stages(), Options(target_bpw=arguments.target_bpw, rounding=arguments.rounding)
+    with tempfile.TemporaryDirectory() as folder:
+        (made,) = convert(
+            arguments.model, options, output=Path(folder) / "out.gguf",
+            verifying=VerifyOptions(enabled=not arguments.no_verify), run=Run(arguments.threads, stages),
+        )  # fmt: skip
+    model = open_model(arguments.model, Run())
+    least = operations(model, len(made.plan.recipe.types))
+    table = Table(title=f"{model.name}: {model.n_weights / 1e6:.1f}M parameters, {arguments.threads} threads, sgemm "
+                        f"{rate / 1e9:.0f} GFLOP per CPU second")  # fmt: skip
+    for column in ("stage", "wall s", "CPU s", "GFLOP", "CPU s / sgemm"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for name, stage in stages.found.items():
+        flops = least.get(name)
+        ratio = "" if not flops else f"{stage.cpu / (flops / rate):.1f}"
+        table.add_row(name, f"{stage.wall:.1f}", f"{stage.cpu:.1f}", "" if not flops else f"{flops / 1e9:.0f}", ratio)
+    wall, cpu = (sum(getattr(stage, part) for stage in stages.found.values()) for part in ("wall", "cpu"))
+    table.add_row("all", f"{wall:.1f}", f"{cpu:.1f}", f"{sum(least.values()) / 1e9:.0f}",
+                  f"{cpu / (sum(least.values()) / rate):.1f}", style="bold")  # fmt: skip
+    Console(width=110).print(table)
+    if made.perplexity is not None:
+        print(made.perplexity)
+
+
+if __name__ == "__main__":
+    main()

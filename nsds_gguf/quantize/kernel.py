@@ -39,8 +39,8 @@ def round_rows(
     s, m = (np.empty((n_rows, n_blocks, format.n_sub), dtype=np.int16) for _ in range(2))
     d, dmin = (np.empty((n_rows, n_blocks), dtype=np.float32) for _ in range(2))
     errors = np.zeros(n_rows)
-    inputs = (np.ascontiguousarray(x, dtype=np.float32) for x in (rows, factors.upper, factors.variances))
-    _rounding.round_rows(*inputs, type_name, n_descents, codes, s, m, d, dmin, errors, variant)
+    x, upper, variances = (np.ascontiguousarray(a, dtype=np.float32) for a in (rows, factors.upper, factors.variances))
+    _rounding.round_rows(x, upper, variances, type_name, n_descents, codes, s, m, d, dmin, errors, variant)
     return Blocks(codes, s, m, d, dmin), errors
 
 

@@ -1,17 +1,19 @@
-from typing_extensions import Buffer
+from typing import Any
+
+from numpy.typing import NDArray
 
 def round_rows(
-    rows: Buffer,
-    upper: Buffer,
-    variances: Buffer,
+    rows: NDArray[Any],
+    upper: NDArray[Any],
+    variances: NDArray[Any],
     type_name: str,
     n_descents: int,
-    codes: Buffer,
-    s: Buffer,
-    m: Buffer,
-    d: Buffer,
-    dmin: Buffer,
-    errors: Buffer,
+    codes: NDArray[Any],
+    s: NDArray[Any],
+    m: NDArray[Any],
+    d: NDArray[Any],
+    dmin: NDArray[Any],
+    errors: NDArray[Any],
     variant: str,
 ) -> None: ...
 def variants() -> list[str]: ...

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..records import Float32, Float64
-from . import _rounding
+from ._rounding import round_rows as _round_rows
+from ._rounding import variants as _variants
 from .formats import FORMATS, Blocks
 from .hessian_factors import HessianFactors
 
@@ -40,10 +41,10 @@ def round_rows(
     d, dmin = (np.empty((n_rows, n_blocks), dtype=np.float32) for _ in range(2))
     errors = np.zeros(n_rows)
     x, upper, variances = (np.ascontiguousarray(a, dtype=np.float32) for a in (rows, factors.upper, factors.variances))
-    _rounding.round_rows(x, upper, variances, type_name, n_descents, codes, s, m, d, dmin, errors, variant)
+    _round_rows(x, upper, variances, type_name, n_descents, codes, s, m, d, dmin, errors, variant)
     return Blocks(codes, s, m, d, dmin), errors
 
 
 def variants() -> list[str]:
     """Return the names of the instruction sets that this processor runs the loop with, best first."""
-    return _rounding.variants()
+    return _variants()

@@ -151,7 +151,8 @@ def cycle(imports):
         if name in done:
             return None
         done.add(name)
-        return next(filter(None, (follow(other, [*trail, name]) for other in sorted(imports[name]))), None)
+        compiled = ()  # such modules import none of ours
+        return next(filter(None, (follow(other, [*trail, name]) for other in sorted(imports.get(name, compiled)))), None)
 
     return next(filter(None, (follow(name, []) for name in sorted(imports))), None)
 

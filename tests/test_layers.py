@@ -151,7 +151,8 @@ def cycle(imports):
         if name in done:
             return None
         done.add(name)
-        return next(filter(None, (follow(other, [*trail, name]) for other in sorted(imports[name]))), None)
+        imported = sorted(imports.get(name, ()))  # compiled modules import none of ours
+        return next(filter(None, (follow(other, [*trail, name]) for other in imported)), None)
 
     return next(filter(None, (follow(name, []) for name in sorted(imports))), None)
 

@@ -7,11 +7,13 @@ WANTED = {"nsds_gguf/a.py", "nsds_gguf/page/a.html"}
 
 
 def test_a_wheel_holds_the_package_and_nothing_else():
-    names = {*WANTED, "nsds_gguf-0.1.0.dist-info/METADATA"}
+    library = "nsds_gguf/quantize/_rounding.cpython-311-x86_64-linux-gnu.so"
+    names = {*WANTED, library, "nsds_gguf-0.1.0.dist-info/METADATA"}
     assert check_packages.faults_of_wheel(names, WANTED) == []
     assert check_packages.faults_of_wheel(names - {"nsds_gguf/page/a.html"} | {"tests/test_a.py"}, WANTED) == [
         "wheel lacks nsds_gguf/page/a.html", "wheel holds tests/test_a.py",
     ]  # fmt: skip
+    assert check_packages.faults_of_wheel(names - {library}, WANTED) == ["wheel lacks the compiled rounding"]
 
 
 def test_an_sdist_holds_no_model_and_all_documents():

@@ -38,8 +38,6 @@ from numpy.typing import NDArray
 
 from ..records import Float32
 
-_DETERMINED = 1e-6  # a determinant below this share of the product of the diagonal counts as 0
-
 UInt8 = NDArray[np.uint8]
 Int16 = NDArray[np.int16]
 
@@ -241,23 +239,6 @@ class Format:
         """Whether adjacent levels are 1 apart."""
         return bool((np.diff(self.levels) == 1).all())
 
-    def to_levels(self, x: Float32) -> UInt8:
-        """Replace each value by the nearest level, in place, and return the codes."""
-        low, high = self.levels[0], self.levels[-1]
-        if not self.has_even_levels:
-            codes: UInt8 = np.searchsorted(self._midpoints, x).astype(np.uint8)
-            x[...] = self.levels[codes]
-            return codes
-        np.rint(x, out=x)
-        np.minimum(x, high, out=x)
-        np.maximum(x, low, out=x)  # keeps NaN, of weights beyond any scale
-        return (x - low).astype(np.uint8) if low else x.astype(np.uint8)
-
-    @cached_property
-    def _midpoints(self) -> Float32:
-        midpoints: Float32 = (self.levels[1:] + self.levels[:-1]) / np.float32(2)
-        return midpoints
-
     def unpack(self, data: UInt8) -> Blocks:
         """Unpack rows, ``(n_rows, row_bytes)`` uint8."""
         blocks = np.ascontiguousarray(data).reshape(-1, self.block_bytes)
@@ -300,22 +281,6 @@ class Format:
 def joined(parts: Sequence[Blocks]) -> Blocks:
     """Concatenate the blocks of parts, from left to right."""
     return Blocks(*(np.concatenate([getattr(part, f.name) for part in parts], axis=1) for f in fields(Blocks)))
-
-
-def inverse(scale: Float32) -> Float32:
-    """Return 1 / scale, and 0 where the scale is 0 and all levels are the same weight."""
-    return np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-
-
-def determined(aa: Float32, ab: Float32, bb: Float32) -> Float32:
-    """Return the determinants of normal equations in two unknowns, and 0 where they are nearly singular."""
-    determinant = aa * bb - ab * ab
-    return np.where(determinant > _DETERMINED * aa * bb, determinant, np.float32(0))
-
-
-def to_float16(x: Float32) -> Float32:
-    """Round to float16."""
-    return x.astype(np.float16).astype(np.float32)
 
 
 def _float16_at(blocks: UInt8, start: int) -> Float32:

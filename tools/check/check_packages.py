@@ -24,22 +24,30 @@ DATA = {
     f"{PACKAGE}/read/architectures/llama_cpp_classes.txt",
 }
 SDIST_ONLY = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md",
-              "SECURITY.md", "docs/index.md", "docs/demo-scores.png"}  # fmt: skip
+              "SECURITY.md", "docs/index.md", "docs/demo-scores.png", "setup.py", "native/rounding.h",
+              "native/module.cpp"}  # fmt: skip
+LIBRARY_SUFFIXES = (".so", ".pyd")
+COMPILED = f"{PACKAGE}/quantize/_rounding"  # followed by the name of Python's ABI and system
 ELSEWHERE = ("tests/", "examples/", "tools/", ".ci/", ".github/")
 
 
 def package_files() -> set[str]:
     """Return the files of the package in this tree."""
-    found = (path for path in (ROOT / PACKAGE).rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    found = (path for path in (ROOT / PACKAGE).rglob("*") if path.is_file() and "__pycache__" not in path.parts
+             and path.suffix not in LIBRARY_SUFFIXES)  # fmt: skip
     return {path.relative_to(ROOT).as_posix() for path in found}
 
 
 def faults_of_wheel(names: set[str], wanted: set[str]) -> list[str]:
     """Return what is wrong with the files of a wheel."""
     inside = {name for name in names if ".dist-info/" not in name}
-    return [f"wheel lacks {name}" for name in sorted(wanted - inside)] + [
-        f"wheel holds {name}" for name in sorted(inside - wanted)
-    ]
+    compiled = {name for name in inside if name.startswith(COMPILED) and name.endswith(LIBRARY_SUFFIXES)}
+    inside -= compiled
+    return (
+        ["wheel lacks the compiled rounding"] * (len(compiled) != 1)
+        + [f"wheel lacks {name}" for name in sorted(wanted - inside)]
+        + [f"wheel holds {name}" for name in sorted(inside - wanted)]
+    )
 
 
 def faults_of_sdist(names: set[str], wanted: set[str]) -> list[str]:

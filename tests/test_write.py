@@ -41,6 +41,7 @@ from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.records import Hparams, Scores, Target, kv
 from nsds_gguf.sensitivity.sensitivities import sensitivities
 from nsds_gguf.system.atomic import unfinished
+from nsds_gguf.system.workers import Threads
 
 HPARAMS = Hparams(1, 256, 512, 4, 2, 64, 300, 128, 1e-5)
 
@@ -81,7 +82,7 @@ def small_decoder(**changes):
 
 
 def written(model, plan, path, importance=None, n_threads=2):
-    write_gguf(model, plan, TensorQuantizers("rtn", importance or {}), path, n_threads=n_threads)
+    write_gguf(model, plan, TensorQuantizers("rtn", importance or {}), path, workers=Threads(n_threads))
     return path
 
 
@@ -302,7 +303,7 @@ def test_progress_counts_every_weight(tmp_path, monkeypatch):
     model, calls = small_decoder(), []
     plan = uniform_plan(model, "Q8_0")
     path = tmp_path / "model.gguf"
-    write_gguf(model, plan, TensorQuantizers(), path, n_threads=2, progress=lambda *call: calls.append(call))
+    write_gguf(model, plan, TensorQuantizers(), path, workers=Threads(2), progress=lambda *call: calls.append(call))
     done = [n for n, _ in calls]
     assert done == sorted(set(done))
     assert calls[-1] == (model.n_weights, model.n_weights)
@@ -329,7 +330,7 @@ def test_a_bounded_number_of_slabs_is_in_flight(tmp_path, monkeypatch):
     tensor = read_by(make_tensor("blk.0.attn_q.weight", np.ones((500, 256), np.float32)), read_rows)
     model = replace(writable_model({}, HPARAMS), tensors=(tensor,))
     plan, path = uniform_plan(model, "Q4_K"), tmp_path / "model.gguf"
-    write_gguf(model, plan, TensorQuantizers(), path, n_threads=3, progress=progress)
+    write_gguf(model, plan, TensorQuantizers(), path, workers=Threads(3), progress=progress)
     assert read_weights == 500 * 256
     assert max(ahead) <= 3 * 2 * 256
 

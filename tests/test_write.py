@@ -100,7 +100,7 @@ def test_every_byte_is_llama_cpps(type_name, with_importance, tmp_path, monkeypa
     patterns = name_patterns({tensor.name: tensor.type for tensor in plan.tensors})
     llama_quantize(source, theirs, patterns, per_expert(model, importance))
     assert_same_bytes(written(model, plan, tmp_path / "ours.gguf", importance), theirs)
-    monkeypatch.setattr(write, "_SLAB_BYTES", 4 * 5 * 512)  # slabs end within tensors, and within experts
+    monkeypatch.setattr(Threads, "slab_bytes", 4 * 5 * 512)  # slabs end within tensors, and within experts
     assert_same_bytes(written(model, plan, tmp_path / "slabs.gguf", importance, n_threads=3), theirs)
 
 
@@ -290,7 +290,7 @@ def test_tensors_are_padded_with_zeros(tmp_path):
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_SLAB_BYTES", 1 << 14)
+    monkeypatch.setattr(Threads, "slab_bytes", 1 << 14)
     model = small_decoder()
     plan, importance = plan_of(model, cycled_types(model)), random_importance(model)
     first = written(model, plan, tmp_path / "1.gguf", importance, n_threads=1).read_bytes()
@@ -299,7 +299,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, monkeypatch):
 
 
 def test_progress_counts_every_weight(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_SLAB_BYTES", 1 << 14)
+    monkeypatch.setattr(Threads, "slab_bytes", 1 << 14)
     model, calls = small_decoder(), []
     plan = uniform_plan(model, "Q8_0")
     path = tmp_path / "model.gguf"
@@ -311,7 +311,7 @@ def test_progress_counts_every_weight(tmp_path, monkeypatch):
 
 def test_a_bounded_number_of_slabs_is_in_flight(tmp_path, monkeypatch):
     """However long the model, reading never runs further ahead of the disk than two slabs a thread."""
-    monkeypatch.setattr(write, "_SLAB_BYTES", 4 * 256)
+    monkeypatch.setattr(Threads, "slab_bytes", 4 * 256)
     written_weights, ahead, lock = 0, [], threading.Lock()
     read_weights = 0
 
@@ -357,7 +357,7 @@ def damaged(value_by_index, type_name="Q4_K"):
     ],
 )
 def test_weights_that_are_no_numbers_are_counted(values, counts, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_SLAB_BYTES", 4 * 10 * 256)
+    monkeypatch.setattr(Threads, "slab_bytes", 4 * 10 * 256)
     model, plan = damaged(values)
     message = (
         f"tensor checkpoint.blk.0.ffn_up.weight: {counts} of 10240 weights; "
@@ -511,7 +511,7 @@ def test_a_name_that_cannot_be_given(tmp_path):
 
 def test_ctrl_c_in_the_middle_of_writing(tmp_path, monkeypatch):
     """A real signal, sent while the threads are busy: they end, and the file goes."""
-    monkeypatch.setattr(write, "_SLAB_BYTES", 1 << 14)
+    monkeypatch.setattr(Threads, "slab_bytes", 1 << 14)
     model = small_decoder()
     tensor = model.tensors[9]
 

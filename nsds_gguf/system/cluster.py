@@ -7,13 +7,15 @@ they have on the client, on shared storage. A task whose worker dies runs again 
 from __future__ import annotations
 
 import logging
+import os
 import pickle
+import signal
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
@@ -249,10 +251,15 @@ def connected(address: str, n_local: int, requirements: Requirements) -> Iterato
 
 @contextmanager
 def _local_cluster(n_processes: int) -> Iterator[distributed.LocalCluster]:
-    """Start processes of one thread, whose nannies replace those that die; they end with the block or this process."""
+    """Start processes of one thread, whose nannies replace those that die; they end with the block or this process.
+
+    A nanny that lost its process twice may be given up by Dask as lost within a few seconds; here it never is.
+    """
+    import dask
     from distributed import LocalCluster
 
     with (
+        dask.config.set({"distributed.deploy.lost-worker-timeout": "30 days"}),
         tempfile.TemporaryDirectory(prefix="nsds-gguf-cluster-", ignore_cleanup_errors=True) as folder,
         LocalCluster(
             n_workers=n_processes,
@@ -263,7 +270,18 @@ def _local_cluster(n_processes: int) -> Iterator[distributed.LocalCluster]:
             silence_logs=logging.CRITICAL,
         ) as cluster,
     ):
-        yield cluster
+        try:
+            yield cluster
+        finally:
+            _kill(cluster)
+
+
+def _kill(cluster: distributed.LocalCluster) -> None:
+    """End the processes at once, whatever they compute: after Ctrl-C the client has no time to wait for them."""
+    for nanny in cluster.workers.values():
+        nanny.auto_restart = False
+        with suppress(OSError, TypeError):  # it has none now
+            os.kill(nanny.pid, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from nsds_gguf.errors import ModelError, OutputError
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.llamacpp.llama import logits
 from nsds_gguf.publish.tensor_type_file import tensor_type_file
-from nsds_gguf.quantize import TensorQuantizers, header, write
+from nsds_gguf.quantize import TensorQuantizers, header
 from nsds_gguf.quantize.header import header_bytes
 from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.records import Hparams, Scores, Target, kv

@@ -17,7 +17,7 @@ from ..quantize.equalization import Equalization
 from ..quantize.hessian_factors import FactorStore
 from ..records import Float32, Float64, Model, Progress, no_progress
 from ..system.resources import available_memory_bytes
-from ..system.workers import Workers
+from ..system.workers import FAR_AHEAD, Workers
 from ..system.workfolder import output_error
 from .activations import collect
 
@@ -142,7 +142,7 @@ def factor_hessians(
             equalization = roles.equalization.only(names[0])
             yield _Factoring(names, hessian, looked_up, equalization, factors.only(), shrinkage)
 
-    with closing(workers.ordered(_factor, tasks(), ahead=1, is_large=True)) as factored:
+    with closing(workers.ordered(_factor, tasks(), ahead=FAR_AHEAD, is_large=True)) as factored:
         for task, path in factored:
             if path is not None:
                 factors.know(task.names, path)

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..compute.layers import Layer, view_layer
 from ..records import Float32, Float64, LayerScore, Model, Progress
-from ..system.workers import Workers
+from ..system.workers import FAR_AHEAD, Workers
 from .stats import matrix_kurtosis, matrix_mean, row_tiles
 
 # Value of one layer, from its matrices.
@@ -125,7 +125,7 @@ def baseline(measure: Measure, adjust: Callable[[Float64], Float64] = unchanged)
         scores: list[float] = []
         progress(0, n_layers)
         tasks = ((measure, view_layer(model, layer)) for layer in range(n_layers))
-        with closing(workers.ordered(_measured, tasks, is_large=True)) as measured:
+        with closing(workers.ordered(_measured, tasks, ahead=FAR_AHEAD, is_large=True)) as measured:
             for _, score in measured:
                 scores.append(score)
                 progress(len(scores), n_layers)

@@ -31,7 +31,7 @@ from scipy import linalg
 from ..compute.layers import Attention, FeedForward, Layer, view_layer
 from ..records import Float32, Float64, LayerScore, Model, Progress, Tensor
 from ..system.resources import blas_threads, n_blas_threads
-from ..system.workers import Workers
+from ..system.workers import FAR_AHEAD, Workers
 from .stats import (
     column_kurtosis,
     entropy,
@@ -387,7 +387,7 @@ def score_nsds(model: Model, se: str, workers: Workers, progress: Progress) -> t
     layers: list[dict[str, Sensitivity]] = []
     run = secrets.token_hex(8)
     tasks = (_LayerTask(view_layer(model, index), _unembedding(model), se, run) for index in range(n_layers))
-    with closing(workers.ordered(_layer, tasks, is_large=True)) as scored:
+    with closing(workers.ordered(_layer, tasks, ahead=FAR_AHEAD, is_large=True)) as scored:
         for _, components in scored:
             layers.append(components)
             progress(len(layers), n_layers)

@@ -18,14 +18,12 @@ from numpy.typing import NDArray
 
 from ..errors import ModelError
 from ..records import Float64, Progress, Tensor, TensorCost, no_progress
-from ..system.workers import Workers
+from ..system.workers import FAR_AHEAD, Workers
 from .quantizer import Quantizer, Quantizers
 
 WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
 SAMPLED_FRACTION = 1 / 8  # of the rows of larger ones: five types then cost less than one write
 SAMPLED_ROWS_MIN, SAMPLED_ROWS_MAX = 64, 1024
-
-_AHEAD = 64  # tensors in flight per slot: their results are a few numbers, and a large tensor must not hold up others
 
 _DIGITS = 7  # significant digits in records: the last bits of a BLAS do not change digests
 
@@ -62,7 +60,7 @@ def measure(
     costs, done = [], 0
     progress(0, total)
     tasks = (_Measuring(t, tuple(types), quantizers(t), sensitivity.get(t.name, 0.0)) for t, types in tensors)
-    with closing(workers.ordered(_measure_one, tasks, ahead=_AHEAD)) as measured:
+    with closing(workers.ordered(_measure_one, tasks, ahead=FAR_AHEAD)) as measured:
         for task, cost in measured:
             costs.append(cost)
             if on_cost is not None:

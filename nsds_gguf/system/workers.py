@@ -15,6 +15,7 @@ Result = TypeVar("Result")
 Covariant = TypeVar("Covariant", covariant=True)
 
 AHEAD = 2  # tasks in flight per slot: one runs, one waits
+FAR_AHEAD = 64  # where results take no memory, so that one long task does not hold up the others
 
 
 class Workers(Protocol):

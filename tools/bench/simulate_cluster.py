@@ -1,10 +1,10 @@
 """Simulate conversions on a cluster from task times recorded on this machine: 70 B and 671 B on 1, 4 and 16 machines.
 
-    python tools/bench/simulate_cluster.py [--record FILE | --times FILE]      about a minute; needs the extra cluster
+    python tools/bench/simulate_cluster.py [--record FILE | --times FILE]      20 s; needs the extra cluster
 
-Tasks are recorded on one thread, at the dimensions of TinyLlama and of Llama 3.1 8B where both are given below, and scaled
-to other dimensions by their weights and multiplications. The simulation submits tasks as ``system.cluster`` does: in
-order, a bounded number in flight per slot, results taken one after the other by the client. docs/cluster.md has the assumptions.
+Tasks are recorded on one thread at widths of TinyLlama (2048) and of Llama 3.1 8B (4096), and scaled to other
+dimensions by their weights and multiplications. The simulation submits tasks as ``system.cluster`` does: in order, a
+bounded number in flight per slot, results taken one after the other by the client. docs/cluster.md has the assumptions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +74,3 @@ def set_version(version: str) -> str:
 def no_package(needed: bytes) -> str:
     """Fail as a worker without nsds-gguf does."""
     raise ModuleNotFoundError("No module named 'nsds_gguf'")
-
-
-def n_bytes(value: object) -> int:
-    """Return the length of a pickle."""
-    return len(pickle.dumps(value))
-
-
-Fault = Callable[..., object]

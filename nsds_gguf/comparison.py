@@ -37,6 +37,7 @@ from .records.comparison import (
     Row,
     at_bytes_of,
 )
+from .session.cluster import open_workers
 from .session.original import original_plan
 from .session.run import Run
 from .session.session import Session
@@ -150,7 +151,7 @@ def compare(
         stack.enter_context(unchanged(model.inputs))
         files.open()
         check_vocabulary(model, verifying, text, files)
-        session = Session(model, run, files, settled.imatrix)
+        session = Session(model, run, files, settled.imatrix, stack.enter_context(open_workers(run, model)))
         check_disk(folder, 2 * original_plan(model).file_bytes, "the original and one file at a time")
         bench = _Bench(session, folder, verifying, text)
         reference = stack.enter_context(session.original())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from .evaluate.texts import VerifyOptions, check_vocabulary, evaluation_text
 from .quantize.header import header_bytes
 from .read.hub import HubName
 from .records import Model, Options, Plan, Recipe, Scores, Target
+from .session.cluster import open_workers
 from .session.loaded import check_scores, checked_plan
 from .session.original import reference_name, with_original_at_hand
 from .session.outputs import (
@@ -35,6 +36,7 @@ from .session.settle import Settled, check_imatrix, settle
 from .session.source import Source, open_model
 from .system.atomic import unfinished
 from .system.filestate import check_unchanged, unchanged
+from .system.workers import Workers
 from .system.workfolder import WorkFolder
 
 
@@ -130,13 +132,14 @@ def convert(
         )
         stack.enter_context(unchanged(model.inputs))
         files.open()
-        session = Session(model, run, files, jobs[0].settled.imatrix)
+        session = Session(model, run, files, jobs[0].settled.imatrix, stack.enter_context(open_workers(run, model)))
         check_replaceable([path for path in paths if not session.has_finished(path)], output.force)
         check_vocabulary(model, verifying, text, files)
         generates = any(job.generates_text(session) for job in jobs)
         check_room(model, run, files.folder, [job.largest_bytes(model) for job in jobs], verifying, generates)
         comparing = with_original_at_hand(model, verifying, generates)
-        tell_time(model, run, [job.plan or job.settled.recipe for job in jobs], comparing, generates)
+        if run.cluster is None:  # estimates are those of this machine
+            tell_time(model, run, [job.plan or job.settled.recipe for job in jobs], comparing, generates)
         plans = _plans(session, jobs, loaded)
         reference = stack.enter_context(reference_file(session, comparing))
         for target, plan in zip(paths, plans, strict=True):
@@ -167,8 +170,8 @@ def plan(
     run = run or Run()
     model = open_model(source, run)
     jobs = _jobs(model, options, loaded)
-    with WorkFolder(Path(), say=run.report.say) as files, unchanged(model.inputs):
-        session = Session(model, run, files, jobs[0].settled.imatrix)
+    with _temporary(run, model) as (files, workers):
+        session = Session(model, run, files, jobs[0].settled.imatrix, workers)
         return Planned(_plans(session, jobs, loaded), session.scores)
 
 
@@ -194,8 +197,19 @@ def score(
     run = run or Run()
     model = open_model(source, run)
     settled = settle(options or Options(), model, scores_layers=True)
-    with WorkFolder(Path(), say=run.report.say) as files, unchanged(model.inputs):
-        return Session(model, run, files, settled.imatrix).score(settled.recipe, measures)
+    with _temporary(run, model) as (files, workers):
+        return Session(model, run, files, settled.imatrix, workers).score(settled.recipe, measures)
+
+
+@contextmanager
+def _temporary(run: Run, model: Model) -> Iterator[tuple[WorkFolder, Workers]]:
+    """Give a work folder in the working directory, and workers, for a model that does not change meanwhile."""
+    with (
+        WorkFolder(Path(), say=run.report.say) as files,
+        unchanged(model.inputs),
+        open_workers(run, model) as workers,
+    ):
+        yield files, workers
 
 
 def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | Plan | None) -> list[_Job]:

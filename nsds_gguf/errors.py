@@ -12,7 +12,8 @@
     ├── OutputError           the output cannot be written (exists, no folder, disk full, no memory)
     ├── TextError             evaluation text missing or too short for the context
     ├── VerifyError           the finished file is not what the plan says, or does not work
-    └── GgmlError             the ggml / llama.cpp library is missing, too old or refuses
+    ├── GgmlError             the ggml / llama.cpp library is missing, too old or refuses
+    └── ClusterError          the cluster cannot be reached, or one of its workers does not fit
 
 A message says in one line what is wrong, in which file or tensor, what was wanted, what was found and what to do.
 Input is never checked by ``assert``.
@@ -83,6 +84,12 @@ class GgmlError(NsdsError):
     """The ggml or llama.cpp library is missing, too old or refuses."""
 
     exit_code = 8
+
+
+class ClusterError(NsdsError):
+    """The cluster cannot be reached, lost its workers, or one of its workers does not fit this run."""
+
+    exit_code = 9
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from nsds_gguf.llamacpp.gguf_header import read_gguf_header
 from nsds_gguf.quantize import TensorQuantizers
 from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.session.original import original_plan
+from nsds_gguf.system.workers import Threads
 
 GOLDEN = Path(__file__).parent / "golden" / "converter.json"
 TRAINED = Path(__file__).parent.parent / "examples" / "books-4.6m"
@@ -81,7 +82,7 @@ def _repository_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def convert_ours(folder: Path, path: Path) -> Path:
     """Write our GGUF at the precision of the folder and return its path."""
     model = read.open_model(folder)
-    write_gguf(model, original_plan(model), TensorQuantizers(), path, n_threads=1)
+    write_gguf(model, original_plan(model), TensorQuantizers(), path, workers=Threads(1))
     return path
 
 

@@ -34,6 +34,7 @@ from nsds_gguf.quantize.measure import measure, ratio_estimate, sample_rows
 from nsds_gguf.records import K_TYPES, UNQUANTIZED, LayerScore, Options, Plan, Scores, Target, Tensor, TensorType
 from nsds_gguf.sensitivity.moment_propagation import propagate
 from nsds_gguf.session.run import Run
+from nsds_gguf.system.workers import Threads
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
 
@@ -68,7 +69,7 @@ def weights_of(propagation):
 def measured(model, types, weights, sensitivity, n_threads=2):
     """Return the costs of a model's tensors, by ggml's rounding with column weights."""
     tensors = measurable(candidates(model, types))
-    return measure(tensors, TensorQuantizers("rtn", weights), sensitivity, n_threads)
+    return measure(tensors, TensorQuantizers("rtn", weights), sensitivity, Threads(n_threads))
 
 
 def floor_and_ceiling(model, types=K_TYPES):
@@ -218,7 +219,7 @@ class TestMeasure:
         name = "blk.0.ffn_down_exps.weight"
         _, hparams = random_arrays(seed=0)
         tensor = make_model({name: stack}, hparams).tensors[0]
-        (cost,) = measure([(tensor, ("Q4_K",))], TensorQuantizers("rtn", {name: weights}), {}, 1)
+        (cost,) = measure([(tensor, ("Q4_K",))], TensorQuantizers("rtn", {name: weights}), {}, Threads(1))
         rows = sample_rows(tensor)
         assert (len(rows) == 150) == (limit > 1) and len(rows) >= 64
         error = squared_norm = 0.0
@@ -237,9 +238,9 @@ class TestMeasure:
     def test_sampled_error_agrees_with_the_whole_within_its_standard_error(self, monkeypatch):
         model = make_model(*random_arrays(seed=6, **{**ALIGNED, "n_vocab": 4096}))
         output = [(model.by_name["output.weight"], ("Q2_K", "Q4_K"))]
-        (sampled,) = measure(output, TensorQuantizers(), {}, 1)
+        (sampled,) = measure(output, TensorQuantizers(), {}, Threads(1))
         monkeypatch.setattr("nsds_gguf.quantize.measure.WHOLE_BELOW_WEIGHTS", 1 << 30)
-        (whole,) = measure(output, TensorQuantizers(), {}, 1)
+        (whole,) = measure(output, TensorQuantizers(), {}, Threads(1))
         assert whole.n_rows_sampled == 4096 > sampled.n_rows_sampled
         for name in ("Q2_K", "Q4_K"):
             assert 0 < sampled.stderr[name] < 0.05 * whole.errors[name]

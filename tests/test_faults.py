@@ -22,13 +22,13 @@ from tiny_models import write_tiny
 from nsds_gguf import conversion as convert
 from nsds_gguf.cli import _is_lack_of_memory, run, signals
 from nsds_gguf.errors import ModelError, NsdsError, OutputError, notes_of
-from nsds_gguf.quantize import write
 from nsds_gguf.read import open_model
 from nsds_gguf.read.spans import read_spans, row_runs
 from nsds_gguf.system import atomic, folder_lock, leftovers, workfolder
 from nsds_gguf.system.filestate import check_unchanged, file_states, unchanged
 from nsds_gguf.system.folder_lock import LOCK, RECORDS
 from nsds_gguf.system.leftovers import remove_stale
+from nsds_gguf.system.workers import Threads
 from nsds_gguf.system.workfolder import WorkFolder, release_all
 
 
@@ -529,16 +529,16 @@ def test_weights_that_change_while_they_are_read(model, out, monkeypatch, kind, 
         source = weights = out.parent / "whole.gguf"
         assert call("convert", model, "--uniform", "F16", "--no-verify", "-o", source, "-q").code == 0
     source = model if kind == "folder" else source
-    real = write._quantized
+    real = Threads.ordered
 
-    def later(*arguments):
+    def later(*arguments, **options):
         if change == "shrinks":
             os.truncate(weights, weights.stat().st_size // 2)
         else:
             os.utime(weights, ns=(1, 1))
-        return real(*arguments)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(write, "_quantized", later)
+    monkeypatch.setattr(Threads, "ordered", later)
     n_bytes = weights.stat().st_size
     line = message(call("convert", source, *PLAIN, "--no-verify", "-o", out / "a.gguf"), 3)
     how = f"changed while it was read: it had {n_bytes} bytes, it has {n_bytes // 2}"

@@ -19,6 +19,7 @@ from nsds_gguf.quantize.rtn import RtnQuantizer
 from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.records import Hparams
 from nsds_gguf.system.resources import blas_threads
+from nsds_gguf.system.workers import Threads
 
 HPARAMS = Hparams(1, 256, 512, 4, 2, 64, 300, 128, 1e-5)
 PLAIN, STACK, UNSEEN = "blk.0.ffn_up.weight", "blk.0.ffn_gate_exps.weight", "blk.0.attn_q.weight"
@@ -68,13 +69,13 @@ def quantizers(tmp_path, weights, hessian):
 
 def measured(model, quantizers, type_name):
     """Return the relative error of every tensor in a type."""
-    costs = measure.measure([(tensor, (type_name,)) for tensor in model.tensors], quantizers, {}, 2)
+    costs = measure.measure([(tensor, (type_name,)) for tensor in model.tensors], quantizers, {}, Threads(2))
     return {cost.name: cost.errors[type_name] for cost in costs}
 
 
 def written(model, quantizers, type_name, path):
     """Return what the tensors of a written file hold, ``(n_rows, n_cols)`` float32."""
-    write_gguf(model, uniform_plan(model, type_name), quantizers, path, n_threads=2)
+    write_gguf(model, uniform_plan(model, type_name), quantizers, path, workers=Threads(2))
     read = {tensor.name: tensor.data.view(np.uint8) for tensor in GGUFReader(path).tensors}
     return {t.name: ggml.dequantize(read[t.name].reshape(t.n_rows, -1), type_name, t.n_cols) for t in model.tensors}
 
@@ -187,7 +188,7 @@ def test_a_rounding_of_ones_own_measures_and_writes(tmp_path, monkeypatch):
 def test_rounding_needs_no_hessian_but_gptq(model, quantizers):
     assert {name: rounding.needs_hessians for name, rounding in ROUNDINGS.items()} == {"rtn": False, "gptq": True}
     assert all(name == rounding.name and rounding.description for name, rounding in ROUNDINGS.items())
-    made = {tensor.name: quantizers["gptq"](tensor) for tensor in model.tensors}
+    made = {tensor.name: quantizers["gptq"](tensor).quantizer for tensor in model.tensors}
     assert isinstance(made[PLAIN], GptqQuantizer) and made[PLAIN].tile_rows == ROW_TILE
     assert all(isinstance(made[name], RtnQuantizer) and made[name].tile_rows == 1 for name in (STACK, UNSEEN))
 
@@ -203,7 +204,9 @@ def test_squared_norms_are_weighted_by_the_matrix(model, quantizers, weights):
 def test_costs_carry_sensitivities_in_order(model):
     tensors = [(model.by_name[name], ("Q4_K", "Q8_0")) for name in (UNSEEN, PLAIN)]
     calls = []
-    found = measure.measure(tensors, TensorQuantizers(), {PLAIN: 0.123456789}, 1, lambda *call: calls.append(call))
+    found = measure.measure(
+        tensors, TensorQuantizers(), {PLAIN: 0.123456789}, Threads(1), lambda *call: calls.append(call)
+    )
     assert [(cost.name, cost.sensitivity) for cost in found] == [(UNSEEN, 0.0), (PLAIN, 0.1234568)]
     assert all(list(cost.errors) == ["Q4_K", "Q8_0"] for cost in found)
     assert calls == [(0, 307 * 256), (7 * 256, 307 * 256), (307 * 256, 307 * 256)]

@@ -27,7 +27,7 @@ Register = Callable[[pytest.MonkeyPatch], None]
 
 
 def metric(patch: pytest.MonkeyPatch) -> None:
-    def first_layer(model: Any, _se: str, _progress: Any) -> tuple[LayerScore, ...]:
+    def first_layer(model: Any, _se: str, _workers: Any, _progress: Any) -> tuple[LayerScore, ...]:
         return tuple(LayerScore(i, float(i == 0)) for i in range(model.hparams.n_layers))
 
     patch.setitem(METRICS, "dummy", first_layer)

@@ -45,6 +45,7 @@ from nsds_gguf.records.transforms import (
     Transformed,
     Transpose,
 )
+from nsds_gguf.system.workers import Threads
 
 _READER = """
 import hashlib, json, pickle, sys
@@ -111,7 +112,7 @@ def test_every_class_reads_the_same_in_another_process(name: str, other: OtherPr
     equalized = find_equalization(model, inputs).applied(model)
     views = [matrix for i in range(model.hparams.n_layers) for matrix in view_layer(model, i).matrices()]
     plan = uniform_plan(model, "F16")
-    write_gguf(model, plan, TensorQuantizers(), tmp_path / "model.gguf", n_threads=1)
+    write_gguf(model, plan, TensorQuantizers(), tmp_path / "model.gguf", workers=Threads(1))
     again = open_model(tmp_path / "model.gguf")
     assert pickle.loads(pickle.dumps(again)) == again
     assert other.reads_the_same([*model.tensors, *views, *equalized.tensors, *again.tensors])

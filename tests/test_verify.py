@@ -18,6 +18,7 @@ from nsds_gguf.llamacpp.gguf_header import read_gguf_header
 from nsds_gguf.quantize import TensorQuantizers
 from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.records import Target, kv
+from nsds_gguf.system.workers import Threads
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def plan(model):
 @pytest.fixture
 def file(model, plan, tmp_path):
     path = tmp_path / "model.gguf"
-    write_gguf(model, plan, TensorQuantizers(), path, n_threads=2)
+    write_gguf(model, plan, TensorQuantizers(), path, workers=Threads(2))
     return path
 
 
@@ -203,7 +204,7 @@ def test_the_budget_is_checked_in_bytes(kind, excess, model, tmp_path):
     assert len(str(draft.file_bytes)) == 6
     value = (used - excess + 0.5) * 8 / draft.n_weights if kind == "bpw" else used - excess
     plan = plan_of(model, types, target=Target(kind, value))
-    write_gguf(model, plan, TensorQuantizers(), path, n_threads=1)
+    write_gguf(model, plan, TensorQuantizers(), path, workers=Threads(1))
     if excess:
         assert refusal(path, model, plan) == f"{used} bytes exceed the target {plan.recipe.target} ({used - 1} bytes)"
     else:
@@ -221,7 +222,7 @@ def test_values_are_compared_as_the_file_can_hold_them(tmp_path):
     }
     model = replace(model, metadata={**model.metadata, **extra})
     plan = uniform_plan(model, "F16")
-    write_gguf(model, plan, TensorQuantizers(), tmp_path / "model.gguf", n_threads=1)
+    write_gguf(model, plan, TensorQuantizers(), tmp_path / "model.gguf", workers=Threads(1))
     verify_structure(tmp_path / "model.gguf", model, plan)
     other = replace(model, metadata={**model.metadata, "test.third": kv(0.3333, GGUFValueType.FLOAT32)})
     assert refusal(tmp_path / "model.gguf", other, plan) == "metadata key test.third differs from the model's"

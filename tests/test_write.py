@@ -35,12 +35,13 @@ from nsds_gguf.errors import ModelError, OutputError
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.llamacpp.llama import logits
 from nsds_gguf.publish.tensor_type_file import tensor_type_file
-from nsds_gguf.quantize import TensorQuantizers, header, write
+from nsds_gguf.quantize import TensorQuantizers, header
 from nsds_gguf.quantize.header import header_bytes
 from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.records import Hparams, Scores, Target, kv
 from nsds_gguf.sensitivity.sensitivities import sensitivities
 from nsds_gguf.system.atomic import unfinished
+from nsds_gguf.system.workers import Threads
 
 HPARAMS = Hparams(1, 256, 512, 4, 2, 64, 300, 128, 1e-5)
 
@@ -81,7 +82,7 @@ def small_decoder(**changes):
 
 
 def written(model, plan, path, importance=None, n_threads=2):
-    write_gguf(model, plan, TensorQuantizers("rtn", importance or {}), path, n_threads=n_threads)
+    write_gguf(model, plan, TensorQuantizers("rtn", importance or {}), path, workers=Threads(n_threads))
     return path
 
 
@@ -99,7 +100,7 @@ def test_every_byte_is_llama_cpps(type_name, with_importance, tmp_path, monkeypa
     patterns = name_patterns({tensor.name: tensor.type for tensor in plan.tensors})
     llama_quantize(source, theirs, patterns, per_expert(model, importance))
     assert_same_bytes(written(model, plan, tmp_path / "ours.gguf", importance), theirs)
-    monkeypatch.setattr(write, "_SLAB_BYTES", 4 * 5 * 512)  # slabs end within tensors, and within experts
+    monkeypatch.setattr(Threads, "slab_bytes", 4 * 5 * 512)  # slabs end within tensors, and within experts
     assert_same_bytes(written(model, plan, tmp_path / "slabs.gguf", importance, n_threads=3), theirs)
 
 
@@ -289,7 +290,7 @@ def test_tensors_are_padded_with_zeros(tmp_path):
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_SLAB_BYTES", 1 << 14)
+    monkeypatch.setattr(Threads, "slab_bytes", 1 << 14)
     model = small_decoder()
     plan, importance = plan_of(model, cycled_types(model)), random_importance(model)
     first = written(model, plan, tmp_path / "1.gguf", importance, n_threads=1).read_bytes()
@@ -298,11 +299,11 @@ def test_the_same_input_gives_the_same_bytes(tmp_path, monkeypatch):
 
 
 def test_progress_counts_every_weight(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_SLAB_BYTES", 1 << 14)
+    monkeypatch.setattr(Threads, "slab_bytes", 1 << 14)
     model, calls = small_decoder(), []
     plan = uniform_plan(model, "Q8_0")
     path = tmp_path / "model.gguf"
-    write_gguf(model, plan, TensorQuantizers(), path, n_threads=2, progress=lambda *call: calls.append(call))
+    write_gguf(model, plan, TensorQuantizers(), path, workers=Threads(2), progress=lambda *call: calls.append(call))
     done = [n for n, _ in calls]
     assert done == sorted(set(done))
     assert calls[-1] == (model.n_weights, model.n_weights)
@@ -310,7 +311,7 @@ def test_progress_counts_every_weight(tmp_path, monkeypatch):
 
 def test_a_bounded_number_of_slabs_is_in_flight(tmp_path, monkeypatch):
     """However long the model, reading never runs further ahead of the disk than two slabs a thread."""
-    monkeypatch.setattr(write, "_SLAB_BYTES", 4 * 256)
+    monkeypatch.setattr(Threads, "slab_bytes", 4 * 256)
     written_weights, ahead, lock = 0, [], threading.Lock()
     read_weights = 0
 
@@ -329,7 +330,7 @@ def test_a_bounded_number_of_slabs_is_in_flight(tmp_path, monkeypatch):
     tensor = read_by(make_tensor("blk.0.attn_q.weight", np.ones((500, 256), np.float32)), read_rows)
     model = replace(writable_model({}, HPARAMS), tensors=(tensor,))
     plan, path = uniform_plan(model, "Q4_K"), tmp_path / "model.gguf"
-    write_gguf(model, plan, TensorQuantizers(), path, n_threads=3, progress=progress)
+    write_gguf(model, plan, TensorQuantizers(), path, workers=Threads(3), progress=progress)
     assert read_weights == 500 * 256
     assert max(ahead) <= 3 * 2 * 256
 
@@ -356,7 +357,7 @@ def damaged(value_by_index, type_name="Q4_K"):
     ],
 )
 def test_weights_that_are_no_numbers_are_counted(values, counts, tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_SLAB_BYTES", 4 * 10 * 256)
+    monkeypatch.setattr(Threads, "slab_bytes", 4 * 10 * 256)
     model, plan = damaged(values)
     message = (
         f"tensor checkpoint.blk.0.ffn_up.weight: {counts} of 10240 weights; "
@@ -510,7 +511,7 @@ def test_a_name_that_cannot_be_given(tmp_path):
 
 def test_ctrl_c_in_the_middle_of_writing(tmp_path, monkeypatch):
     """A real signal, sent while the threads are busy: they end, and the file goes."""
-    monkeypatch.setattr(write, "_SLAB_BYTES", 1 << 14)
+    monkeypatch.setattr(Threads, "slab_bytes", 1 << 14)
     model = small_decoder()
     tensor = model.tensors[9]
 

@@ -21,6 +21,7 @@ from nsds_gguf.quantize import TensorQuantizers
 from nsds_gguf.quantize.header import header_bytes
 from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.records import Float32, Model
+from nsds_gguf.system.workers import Threads
 
 GOLDEN = Path(__file__).parent / "golden" / "logits.npz"
 
@@ -57,7 +58,7 @@ def difference(rows: Float32, wanted: Float32, largest: float | None = None) -> 
 def model_logits(model: Model, path: Path, tokens: list[int]) -> Float32:
     """Write a model as F32 GGUF to ``path`` and return llama.cpp's logits."""
     plan = make_plan(model, None, F32, header_bytes(model, F32))
-    write_gguf(model, plan, TensorQuantizers(), path, n_threads=1)
+    write_gguf(model, plan, TensorQuantizers(), path, workers=Threads(1))
     return logits(path, tokens, n_threads=1)
 
 

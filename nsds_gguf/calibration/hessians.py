@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from ..compute.input_moments import Moments, NamedHessian
 from ..llamacpp.rules import kept_reason
 from ..quantize.equalization import Equalization
 from ..quantize.hessian_factors import FactorStore
-from ..records import Float64, Model, Progress, no_progress
+from ..records import Float32, Float64, Model, Progress, no_progress
 from ..system.resources import available_memory_bytes
+from ..system.workers import FAR_AHEAD, Workers
 from ..system.workfolder import output_error
 from .activations import collect
 
@@ -41,12 +43,10 @@ class HessianFiles:
         self._files[path] = names
 
     def take(self) -> Iterator[NamedHessian]:
-        """Yield the Hessians in the order of ``add``; remove each file once read."""
+        """Yield the Hessians in the order of ``add``, as read-only maps of their files, which the caller removes."""
         for path, names in list(self._files.items()):
-            hessian = np.load(path, allow_pickle=False)
-            path.unlink()
             del self._files[path]
-            yield names, hessian
+            yield names, np.load(path, allow_pickle=False, mmap_mode="r")
 
 
 def callback_hessians(
@@ -107,19 +107,20 @@ def factor_hessians(
     hessians: Iterable[NamedHessian],
     factors: FactorStore,
     shrinkage: float,
-    looked_up: float = 0.0,
-    equalization: Equalization | None = None,
+    roles: Roles,
+    workers: Workers,
     progress: Progress = no_progress,
 ) -> FactorStore:
-    """Factor the Hessians of a model's matrices, one at a time.
+    """Factor the Hessians of a model's matrices, one at a time in each process.
 
     Args:
         model: the model.
-        hessians: of the stored matrices; inputs that are all zero are skipped.
+        hessians: of the stored matrices; inputs that are all zero are skipped. The files of those that are maps are
+            removed once factored.
         factors: receives the factors, and is returned.
         shrinkage: of the off-diagonal; see ``factor_hessian``.
-        looked_up: for a tied embedding, the share of its sensitivity that is due to lookups.
-        equalization: if set, factor the Hessians of the equalized matrices.
+        roles: how the matrices are used and equalized.
+        workers: factor, an input per task.
         progress: called with (matrices done, total).
 
     Raises:
@@ -129,17 +130,68 @@ def factor_hessians(
     """
     total, head = len(multiplied(model)), model.unembedding().name
     progress(0, total)
-    for names, found in hessians:
-        hessian: Float64 = found.astype(np.float64)
-        if equalization is not None:
-            hessian = equalization.moments(names[0], hessian)
-        if model.is_tied and head in names:
-            hessian = mixed_roles(hessian, looked_up)
-        if hessian.diagonal().mean() > 0 and not factors.recall(names):
-            factors.add(names, hessian, shrinkage)
-        progress(len(factors.names), total)
+
+    def tasks() -> Iterator[_Factoring]:
+        for names, found in hessians:
+            hessian = Path(str(found.filename)) if isinstance(found, np.memmap) else found
+            del found  # the map of a file that will be removed
+            if factors.recall(names):
+                _remove(hessian)
+                continue
+            looked_up = roles.looked_up if model.is_tied and head in names else None
+            equalization = roles.equalization.only(names[0])
+            yield _Factoring(names, hessian, looked_up, equalization, factors.only(), shrinkage)
+
+    with closing(workers.ordered(_factor, tasks(), ahead=FAR_AHEAD, is_large=True)) as factored:
+        for task, path in factored:
+            if path is not None:
+                factors.know(task.names, path)
+            _remove(task.hessian)
+            progress(len(factors.names), total)
     progress(total, total)
     return factors
+
+
+@dataclass(frozen=True)
+class Roles:
+    """How matrices whose Hessians are factored are used.
+
+    Attributes:
+        looked_up: for a tied embedding, the share of its sensitivity that is due to lookups.
+        equalization: of the matrices: their Hessians are those of the equalized ones.
+
+    """
+
+    looked_up: float = 0.0
+    equalization: Equalization = field(default_factory=Equalization)
+
+
+@dataclass(frozen=True)
+class _Factoring:
+    """A Hessian or its file, what becomes of it, and where its factors go."""
+
+    names: tuple[str, ...]
+    hessian: Float32 | Path
+    looked_up: float | None
+    equalization: Equalization
+    factors: FactorStore
+    shrinkage: float
+
+
+def _remove(hessian: Float32 | Path) -> None:
+    if isinstance(hessian, Path):
+        hessian.unlink()
+
+
+def _factor(task: _Factoring) -> Path | None:
+    """Write the factors of a Hessian; return their file, or ``None`` for an input that is all zero."""
+    found = np.load(task.hessian, allow_pickle=False) if isinstance(task.hessian, Path) else task.hessian
+    hessian = task.equalization.moments(task.names[0], found.astype(np.float64))
+    if task.looked_up is not None:
+        hessian = mixed_roles(hessian, task.looked_up)
+    if hessian.diagonal().mean() <= 0:
+        return None
+    return task.factors.write(task.names, hessian, task.shrinkage)
 
 
 def mixed_roles(moments: Float64, looked_up: float) -> Float64:

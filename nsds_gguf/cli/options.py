@@ -39,7 +39,8 @@ def options_of(arguments: argparse.Namespace) -> list[Options]:
 def run_of(arguments: argparse.Namespace, screen: Screen) -> Run:
     """Return how to run."""
     chosen = {"n_threads": arguments.threads} if arguments.threads else {}
-    return Run(**chosen, report=screen, resume=not getattr(arguments, "no_resume", False))
+    resume, cluster = not getattr(arguments, "no_resume", False), getattr(arguments, "cluster", None)
+    return Run(**chosen, report=screen, resume=resume, cluster=cluster)
 
 
 def is_open(arguments: argparse.Namespace) -> bool:

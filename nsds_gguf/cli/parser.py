@@ -29,6 +29,7 @@ from ..session.settle import (
     GPTQ_WEIGHTS,
     RANDOM,
 )
+from ..system.cluster import LOCAL
 from .screen import Screen
 from .verbs import (
     run_bundle,
@@ -47,7 +48,8 @@ USAGE_EXIT = 2
 
 EXIT_CODES = """exit codes:
   0 done   2 wrong usage   3 model   4 plan, target or record   5 output, disk or memory
-  6 text   7 verification failed   8 ggml or llama.cpp   129 hung up   130 interrupted   143 terminated"""
+  6 text   7 verification failed   8 ggml or llama.cpp   9 cluster
+  129 hung up   130 interrupted   143 terminated"""
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?(?:([KMG])(i?))?B?", re.IGNORECASE)
 _SIZE_POWERS = {"K": 1, "M": 2, "G": 3}
@@ -179,6 +181,7 @@ def _add_convert(verbs: Any) -> None:
     )  # fmt: skip
     _add_model(parser)
     _add_requantize(parser)
+    _add_cluster(parser)
     parser.add_argument("-o", "--output", metavar="FILE", help="output file or existing folder")
     parser.add_argument("--force", action="store_true", help="replace an existing output")
     parser.add_argument(
@@ -216,6 +219,7 @@ def _add_plan(verbs: Any) -> None:
     )  # fmt: skip
     _add_model(parser)
     _add_requantize(parser)
+    _add_cluster(parser)
     parser.add_argument("--tensor-type-file", metavar="FILE", type=Path,
                         help="write the plan as a file for llama-quantize --tensor-type-file")  # fmt: skip
     parser.add_argument("--why", metavar="TENSOR", action="append", default=[],
@@ -233,6 +237,7 @@ def _add_score(verbs: Any) -> None:
                        "nsds-gguf score model/ --json scores.json --plot scores.png")  # fmt: skip
     _add_model(parser)
     _add_requantize(parser)
+    _add_cluster(parser)
     parser.add_argument("--layers-only", action="store_true", help="skip the tensor measurements that plans need")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a plot (.png, .svg or .pdf)")
     _add_types(parser)
@@ -264,6 +269,7 @@ def _add_compare(verbs: Any) -> None:
     )  # fmt: skip
     _add_model(parser)
     _add_requantize(parser)
+    _add_cluster(parser)
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, default=Path("comparison"),
                         help="folder for comparison.json and temporary files (default: %(default)s)")  # fmt: skip
     parser.add_argument("--target-bpw", metavar="X[,X]", type=_argument(parse_bpw_list, "numbers in (0, 32]"),
@@ -361,6 +367,13 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
 def _add_types(group: Any) -> None:
     group.add_argument("--types", metavar="LIST", type=_argument(parse_types, "some of " + ",".join(ggml.TYPES)),
                        help=f"types to choose from (default: {','.join(DEFAULTS.types)})")  # fmt: skip
+
+
+def _add_cluster(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cluster", metavar="ADDRESS", nargs="?", const=LOCAL,
+                        help="run the tasks of layers and tensors on a Dask cluster: the address of its scheduler, as "
+                        f"tcp://host:8786; without one, or '{LOCAL}', on worker processes of this machine, as many as "
+                        "--threads")  # fmt: skip
 
 
 def _add_rounding(parser: argparse.ArgumentParser) -> None:

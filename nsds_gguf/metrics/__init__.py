@@ -1,7 +1,8 @@
 """Layer metrics: one score per layer of a Model, higher = more sensitive.
 
 ``nsds`` is the method of the paper, ``baselines`` has the metrics it compares with, ``stats`` the shared statistics. To
-add a metric, write a function ``(model, se, progress) -> tuple[LayerScore, ...]`` and add one line to ``METRICS``.
+add a metric, write a function ``(model, se, workers, progress) -> tuple[LayerScore, ...]`` and add one line to
+``METRICS``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import scipy
 from .. import __version__
 from ..errors import PlanError
 from ..records import LayerScore, Model, Progress, no_progress
+from ..system.workers import Threads, Workers
 from .baselines import Metric, baseline, boost_jumps, ewq, mean_kurtosis, mse, zd
 from .nsds import SE_READINGS, rest_notes, score_nsds
 
@@ -33,7 +35,11 @@ STORED_DIGITS = 7
 
 
 def score_layers(
-    model: Model, metric: str = "nsds", se: str | None = "product", progress: Progress = no_progress
+    model: Model,
+    metric: str = "nsds",
+    se: str | None = "product",
+    workers: Workers | None = None,
+    progress: Progress = no_progress,
 ) -> tuple[tuple[LayerScore, ...], tuple[str, ...]]:
     """Return a score for every layer, to 7 significant digits, and notes on what the metric cannot see.
 
@@ -41,6 +47,7 @@ def score_layers(
         model: read one matrix at a time.
         metric: a key of ``METRICS``.
         se: reading of structural expressiveness, a key of ``SE_READINGS``; for ``nsds`` only.
+        workers: score, a layer per task; default: this thread.
         progress: called with (done, total).
 
     Raises:
@@ -51,7 +58,7 @@ def score_layers(
     _check_name("metric", metric, METRICS)
     reading = se or next(iter(SE_READINGS))
     _check_name("SE reading", reading, SE_READINGS)
-    layers = METRICS[metric](model, reading, progress)
+    layers = METRICS[metric](model, reading, workers or Threads(), progress)
     return tuple(_rounded(layer) for layer in layers), rest_notes(model) if metric == "nsds" else ()
 
 

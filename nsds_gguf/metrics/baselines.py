@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import numpy as np
 
 from ..compute.layers import Layer, view_layer
 from ..records import Float32, Float64, LayerScore, Model, Progress
+from ..system.workers import FAR_AHEAD, Workers
 from .stats import matrix_kurtosis, matrix_mean, row_tiles
 
 # Value of one layer, from its matrices.
 Measure = Callable[[Iterator[Float32]], float]
 
 # Scores every layer of a model; the name of the SE reading is for NSDS alone.
-Metric = Callable[[Model, str, Progress], tuple[LayerScore, ...]]
+Metric = Callable[[Model, str, Workers, Progress], tuple[LayerScore, ...]]
 
 # Largest quantized magnitude of the symmetric 2-bit quantizer of MSE: levels -1, 0, 1.
 MSE_QMAX = 1
@@ -116,16 +118,22 @@ def unchanged(scores: Float64) -> Float64:
 
 
 def baseline(measure: Measure, adjust: Callable[[Float64], Float64] = unchanged) -> Metric:
-    """Return the metric that computes ``measure`` for each layer, then applies ``adjust`` to all scores."""
+    """Return the metric that computes ``measure``, a function of this module, for each layer, then adjusts all."""
 
-    def metric(model: Model, _se: str, progress: Progress) -> tuple[LayerScore, ...]:
+    def metric(model: Model, _se: str, workers: Workers, progress: Progress) -> tuple[LayerScore, ...]:
         n_layers = model.hparams.n_layers
-        scores = np.zeros(n_layers)
-        for layer in range(n_layers):
-            progress(layer, n_layers)
-            view = view_layer(model, layer)
-            scores[layer] = 0.0 if view.is_empty else measure(layer_matrices(view))
-        progress(n_layers, n_layers)
-        return tuple(LayerScore(layer, float(score)) for layer, score in enumerate(adjust(scores)))
+        scores: list[float] = []
+        progress(0, n_layers)
+        tasks = ((measure, view_layer(model, layer)) for layer in range(n_layers))
+        with closing(workers.ordered(_measured, tasks, ahead=FAR_AHEAD, is_large=True)) as measured:
+            for _, score in measured:
+                scores.append(score)
+                progress(len(scores), n_layers)
+        return tuple(LayerScore(layer, float(score)) for layer, score in enumerate(adjust(np.array(scores))))
 
     return metric
+
+
+def _measured(task: tuple[Measure, Layer]) -> float:
+    measure, view = task
+    return 0.0 if view.is_empty else measure(layer_matrices(view))

@@ -17,17 +17,21 @@ Names: ``d`` is the width of the residual stream; ``u`` and ``v`` hold left and 
 
 from __future__ import annotations
 
+import functools
 import math
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import linalg
 
 from ..compute.layers import Attention, FeedForward, Layer, view_layer
-from ..records import Float32, Float64, LayerScore, Model, Progress
+from ..records import Float32, Float64, LayerScore, Model, Progress, Tensor
 from ..system.resources import blas_threads, n_blas_threads
+from ..system.workers import FAR_AHEAD, Workers
 from .stats import (
     column_kurtosis,
     entropy,
@@ -229,9 +233,18 @@ def output_projection(model: Model) -> Float32:
 
     Without an unembedding of the stream's width, return the identity: all directions count equally.
     """
-    unembedding = model.by_name.get("output.weight") or model.by_name.get("token_embd.weight")
-    if unembedding is None or unembedding.n_cols != model.hparams.n_embd:
-        return np.eye(model.hparams.n_embd, dtype=np.float32)
+    return _projection(_unembedding(model))
+
+
+def _unembedding(model: Model) -> Tensor | int:
+    """Return the unembedding, or the stream's width where there is none of it."""
+    found = model.by_name.get("output.weight") or model.by_name.get("token_embd.weight")
+    return model.hparams.n_embd if found is None or found.n_cols != model.hparams.n_embd else found
+
+
+def _projection(unembedding: Tensor | int) -> Float32:
+    if isinstance(unembedding, int):
+        return np.eye(unembedding, dtype=np.float32)
     gram = residual_gram((slab.astype(np.float64) for _, slab in unembedding.slabs(SLAB_BYTES)), unembedding.n_cols)
     return right_vectors(gram, at_least=1)[1].astype(np.float32)
 
@@ -360,22 +373,25 @@ def aggregate(raw: Sequence[Mapping[str, float]]) -> Float64:
     return np.array([soft_or(np.array(values)) if values else math.nan for values in standing])
 
 
-def score_nsds(model: Model, se: str, progress: Progress) -> tuple[LayerScore, ...]:
+def score_nsds(model: Model, se: str, workers: Workers, progress: Progress) -> tuple[LayerScore, ...]:
     """Score every layer by NSDS, higher = more sensitive.
 
     Args:
         model: read one matrix at a time.
         se: reading of structural expressiveness, a key of ``SE_READINGS``.
-        progress: counts the unembedding, then the layers.
+        workers: score, a layer per task.
+        progress: called with (layers done, total).
     """
     n_layers = model.hparams.n_layers
-    progress(0, n_layers + 1)
-    projection = output_projection(model)
-    layers = []
-    for index in range(n_layers):
-        progress(index + 1, n_layers + 1)
-        layers.append(layer_components(view_layer(model, index), projection, SE_READINGS[se]))
-    progress(n_layers + 1, n_layers + 1)
+    progress(0, n_layers)
+    layers: list[dict[str, Sensitivity]] = []
+    run = secrets.token_hex(8)
+    tasks = (_LayerTask(view_layer(model, index), _unembedding(model), se, run) for index in range(n_layers))
+    with closing(workers.ordered(_layer, tasks, ahead=FAR_AHEAD, is_large=True)) as scored:
+        for _, components in scored:
+            layers.append(components)
+            progress(len(layers), n_layers)
+    _projection_of_run.cache_clear()
     nv = [{name: value.nv for name, value in layer.items()} for layer in layers]
     structural = [{name: value.se for name, value in layer.items() if name != REST} for layer in layers]
     p_nv, p_se = aggregate(nv), aggregate(structural)
@@ -383,6 +399,27 @@ def score_nsds(model: Model, se: str, progress: Progress) -> tuple[LayerScore, .
         LayerScore(i, combined(p_nv[i], p_se[i]), nv[i], structural[i], _known(p_nv[i]), _known(p_se[i]))
         for i in range(n_layers)
     )
+
+
+@dataclass(frozen=True)
+class _LayerTask:
+    """A layer to score: its views, what it writes to, the reading of SE, and a name of the run."""
+
+    view: Layer
+    unembedding: Tensor | int
+    se: str
+    run: str
+
+
+def _layer(task: _LayerTask) -> dict[str, Sensitivity]:
+    projection = _projection_of_run(task.run, task.unembedding)
+    return layer_components(task.view, projection, SE_READINGS[task.se])
+
+
+@functools.lru_cache(maxsize=1)
+def _projection_of_run(_run: str, unembedding: Tensor | int) -> Float32:
+    """Return the output projection, once per run in each process: to compute it is less than to send it to all."""
+    return _projection(unembedding)
 
 
 def combined(p_nv: float, p_se: float) -> float:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from ..records import Float32, Tensor
 from . import gptq, rtn
+from .deferred import DeferredQuantizer
 from .hessian_factors import FactorStore
 from .quantizer import Quantizer, Quantizers, Rounding
 
@@ -39,7 +40,7 @@ class TensorQuantizers:
     column_weights: Mapping[str, Float32] = field(default_factory=dict)
     factors: FactorStore | None = None
 
-    def __call__(self, tensor: Tensor) -> Quantizer:
-        """Return the quantizer of a tensor; read its factors from disk."""
-        factors = self.factors.of(tensor.name) if self.factors is not None else None
-        return ROUNDINGS[self.rounding].make(tensor, self.column_weights.get(tensor.name), factors)
+    def __call__(self, tensor: Tensor) -> DeferredQuantizer:
+        """Return the quantizer of a tensor, which reads its factors from disk when it is first used."""
+        factors = None if self.factors is None else self.factors.only((tensor.name,))
+        return DeferredQuantizer(ROUNDINGS[self.rounding], tensor, self.column_weights.get(tensor.name), factors)

@@ -64,6 +64,10 @@ class Equalization:
             return model
         return replace(model, tensors=tuple(self._multiplied(tensor) for tensor in model.tensors))
 
+    def only(self, name: str) -> Equalization:
+        """Return what ``moments`` needs for one matrix, small enough to send."""
+        return Equalization({name: self.columns[name]} if name in self.columns else {})
+
     def _multiplied(self, tensor: Tensor) -> Tensor:
         columns, rows = self.columns.get(tensor.name), self.rows.get(tensor.name)
         if rows is not None and len(tensor.shape) == 1:

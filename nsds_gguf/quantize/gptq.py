@@ -95,4 +95,5 @@ def make_gptq(tensor: Tensor, weights: Float32 | None, factors: HessianFactors |
     return make_rtn(tensor, weights, None) if factors is None else GptqQuantizer(factors)
 
 
-ROUNDING = Rounding("gptq", "GPTQ: the columns to the right compensate each column's rounding error", True, make_gptq)
+ROUNDING = Rounding("gptq", "GPTQ: the columns to the right compensate each column's rounding error", True, make_gptq,
+                    ROW_TILE)  # fmt: skip

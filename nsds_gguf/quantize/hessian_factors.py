@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Lock
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import ModelError
 from ..records import Float32, Float64
-from ..system.store import Store
+from ..system.store import Store, file_name
 from ..system.workfolder import output_error
 
 _IN_MEMORY = 3  # factors in memory: of the current tensor, the next one, and one spare
@@ -84,37 +85,81 @@ def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, da
     )
 
 
+class _Recent:
+    """The factors last read from files; a pickle of it stands for those of the process that loads it."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[tuple[Path, int, int], HessianFactors] = OrderedDict()
+        self._lock = Lock()
+
+    def read(self, path: Path) -> HessianFactors:
+        """Return the factors in a file."""
+        state = path.stat()
+        key = path, state.st_size, state.st_mtime_ns
+        with self._lock:
+            if key not in self._found:
+                with np.load(path, allow_pickle=False) as arrays:
+                    self._found[key] = HessianFactors(**{name: arrays[name] for name in arrays.files})
+            self._found.move_to_end(key)
+            while len(self._found) > _IN_MEMORY:
+                self._found.popitem(last=False)
+            return self._found[key]
+
+    def __reduce__(self) -> tuple[Callable[[], _Recent], tuple[()]]:
+        return _recent_of_process, ()
+
+
+@functools.lru_cache(maxsize=1)
+def _recent_of_process() -> _Recent:
+    return _Recent()
+
+
 class FactorStore:
     """Hessian factors by tensor name, as files in a folder that the caller removes, or as records.
 
-    Records outlive the run: an input with recorded factors is not factored again.
+    Records outlive the run: an input with recorded factors is not factored again. A store pickles: another process
+    reads and writes the same files.
     """
 
     def __init__(self, folder: Path, records: Store | None = None) -> None:
         """Take an existing folder, and a store to use instead of it."""
         self._folder, self._records = folder, records
         self._files: dict[str, Path] = {}
-        self._recent: OrderedDict[Path, HessianFactors] = OrderedDict()
-        self._lock = Lock()
+        self._recent = _Recent()
 
     def add(self, names: Collection[str], hessian: NDArray[np.floating], shrinkage: float) -> None:
         """Factor the Hessian, ``(n_cols, n_cols)``, of an input that these tensors share; see ``factor_hessian``.
 
         Raises ``OutputError`` when the disk is full.
         """
+        self.know(names, self.write(names, hessian, shrinkage))
+
+    def write(self, names: Collection[str], hessian: NDArray[np.floating], shrinkage: float) -> Path:
+        """Do the work of ``add``, in any process, and return the file."""
         factors = factor_hessian(hessian, shrinkage=shrinkage)
         arrays = {f.name: getattr(factors, f.name) for f in fields(HessianFactors)}
+        name = _record_name(names)
         if self._records is not None:
-            with self._records.put_file(_record_name(names)) as path, path.open("wb") as stream:
+            with self._records.put_file(name) as path, path.open("wb") as stream:
                 np.savez(stream, **arrays)
-            self.recall(names)
-            return
-        path = self._folder / f"{len(self._files)}.npz"
+            return self._records.file_path(name)
+        path = self._folder / f"{file_name(name)}.npz"
         try:
             np.savez(path, **arrays)
         except OSError as error:
             raise output_error(path, error) from error
+        return path
+
+    def know(self, names: Collection[str], path: Path) -> None:
+        """Take the file that ``write`` returned for an input."""
         self._files.update(dict.fromkeys(names, path))
+
+    def only(self, names: Collection[str] = ()) -> FactorStore:
+        """Return the store of a few tensors, small enough to send."""
+        part = FactorStore(self._folder, self._records)
+        part._files = {name: self._files[name] for name in names if name in self._files}
+        part._recent = self._recent
+        return part
 
     def recall(self, names: Collection[str]) -> bool:
         """Load the factors of an input from the records; return whether there are any."""
@@ -126,16 +171,7 @@ class FactorStore:
     def of(self, name: str) -> HessianFactors | None:
         """Return the factors of a tensor, ``None`` where it has none."""
         path = self._files.get(name)
-        if path is None:
-            return None
-        with self._lock:
-            if path not in self._recent:
-                with np.load(path, allow_pickle=False) as arrays:
-                    self._recent[path] = HessianFactors(**{key: arrays[key] for key in arrays.files})
-            self._recent.move_to_end(path)
-            while len(self._recent) > _IN_MEMORY:
-                self._recent.popitem(last=False)
-            return self._recent[path]
+        return None if path is None else self._recent.read(path)
 
     @property
     def inputs(self) -> list[list[str]]:

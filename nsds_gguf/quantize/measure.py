@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError
 from ..records import Float64, Progress, Tensor, TensorCost, no_progress
+from ..system.workers import FAR_AHEAD, Workers
 from .quantizer import Quantizer, Quantizers
 
 WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
@@ -33,7 +35,7 @@ def measure(
     tensors: Sequence[tuple[Tensor, Sequence[str]]],
     quantizers: Quantizers,
     sensitivity: Mapping[str, float],
-    n_threads: int,
+    workers: Workers,
     progress: Progress = no_progress,
     on_cost: OnCost | None = None,
 ) -> tuple[TensorCost, ...]:
@@ -43,7 +45,7 @@ def measure(
         tensors: matrices, each with the names of the types to measure it in.
         quantizers: return the quantizer of each tensor, the one that will write it.
         sensitivity: by tensor name, copied into the costs; 0 for tensors that are absent.
-        n_threads: threads; each works on one tensor at a time.
+        workers: measure tensors, one per task.
         progress: called with weights done and weights in all.
         on_cost: called with each cost when it is measured, in order.
 
@@ -57,22 +59,25 @@ def measure(
     total = sum(tensor.n_weights for tensor, _ in tensors)
     costs, done = [], 0
     progress(0, total)
-    with ThreadPoolExecutor(n_threads) as pool:
-        jobs = [
-            pool.submit(_measure_one, tensor, types, quantizers, sensitivity.get(tensor.name, 0.0))
-            for tensor, types in tensors
-        ]
-        try:
-            for (tensor, _), job in zip(tensors, jobs, strict=True):
-                costs.append(job.result())
-                if on_cost is not None:
-                    on_cost(costs[-1])
-                done += tensor.n_weights
-                progress(done, total)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    tasks = (_Measuring(t, tuple(types), quantizers(t), sensitivity.get(t.name, 0.0)) for t, types in tensors)
+    with closing(workers.ordered(_measure_one, tasks, ahead=FAR_AHEAD)) as measured:
+        for task, cost in measured:
+            costs.append(cost)
+            if on_cost is not None:
+                on_cost(cost)
+            done += task.tensor.n_weights
+            progress(done, total)
     return tuple(costs)
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """A tensor, the types to measure it in, what will round it, and its sensitivity."""
+
+    tensor: Tensor
+    types: tuple[str, ...]
+    quantizer: Quantizer
+    sensitivity: float
 
 
 def sample_rows(tensor: Tensor) -> NDArray[np.intp]:
@@ -89,14 +94,15 @@ def sample_rows(tensor: Tensor) -> NDArray[np.intp]:
     return generator.integers(edges[:-1], edges[1:]).astype(np.intp)
 
 
-def _measure_one(tensor: Tensor, types: Sequence[str], quantizers: Quantizers, sensitivity: float) -> TensorCost:
+def _measure_one(task: _Measuring) -> TensorCost:
+    tensor = task.tensor
     rows = sample_rows(tensor)
-    squared_norms, squared_errors = _row_sums(tensor, rows, types, quantizers(tensor))
+    squared_norms, squared_errors = _row_sums(tensor, rows, task.types, task.quantizer)
     errors, stderr = {}, {}
-    for name in types:
+    for name in task.types:
         ratio, deviation = ratio_estimate(squared_errors[name], squared_norms, len(rows) / tensor.n_rows)
         errors[name], stderr[name] = _rounded(ratio), _rounded(deviation)
-    return TensorCost(tensor.name, _rounded(sensitivity), errors, stderr, len(rows))
+    return TensorCost(tensor.name, _rounded(task.sensitivity), errors, stderr, len(rows))
 
 
 def _row_sums(

@@ -46,8 +46,16 @@ class Quantizer(Protocol):
         ...
 
 
+class TensorQuantizer(Quantizer, Protocol):
+    """A quantizer that pickles, to be used by another process, and can be narrowed to one matrix of its tensor."""
+
+    def for_rows(self, first_row: int) -> Quantizer:
+        """Return a quantizer for rows of the matrix that ``first_row`` lies in, without what others need."""
+        ...
+
+
 # Returns the quantizer of a tensor.
-Quantizers = Callable[[Tensor], Quantizer]
+Quantizers = Callable[[Tensor], TensorQuantizer]
 
 # Makes a quantizer from a tensor, its column weights and its Hessian factors; ``None`` where there are none.
 Maker = Callable[[Tensor, Float32 | None, HessianFactors | None], Quantizer]
@@ -62,6 +70,7 @@ class Rounding:
         description: one line for ``--help``.
         needs_hessians: whether it needs Hessian factors.
         make: makes the quantizer of a tensor.
+        tile_rows: of its quantizers that have Hessian factors, known before these are read.
 
     """
 
@@ -69,3 +78,4 @@ class Rounding:
     description: str
     needs_hessians: bool
     make: Maker
+    tile_rows: int = 1

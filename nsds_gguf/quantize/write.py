@@ -8,9 +8,7 @@ written in slabs of rows, a bounded number of slabs in flight, so that memory ho
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +20,10 @@ from ..errors import ModelError, OutputError
 from ..llamacpp import ggml
 from ..records import Model, Plan, PlannedTensor, Progress, Tensor, no_progress
 from ..system.partfile import PartFile, PlainFile
+from ..system.workers import Workers
 from .header import plan_header
 from .quantizer import Quantizer, Quantizers
 
-_SLAB_BYTES = 2 << 20  # float32 rows of one job: fits the cache, hides Python's 0.1 ms per slab
-_IN_FLIGHT_PER_THREAD = 2
 _LARGEST_F16 = 65504.0  # scales are float16: only larger weights can overflow a type
 
 
@@ -53,20 +50,20 @@ def write_gguf(
     quantizers: Quantizers,
     path: Path,
     *,
-    n_threads: int,
+    workers: Workers,
     progress: Progress = no_progress,
     resume: Resume | None = None,
 ) -> None:
     """Write the file that the plan describes.
 
-    In memory: about four slabs of 2 MiB per thread, and the page cache of the source.
+    In memory: about four slabs per thread, 8 MiB, and the page cache of the source; with a cluster, one slab here.
 
     Args:
         model: where the weights come from.
         plan: type of every tensor; its ``header_bytes`` must be right.
         quantizers: return the quantizer of each tensor.
         path: file to create, usually from ``unfinished``.
-        n_threads: threads that read and quantize.
+        workers: read and quantize, a slab per task.
         progress: called with weights done and weights in all.
         resume: continue after the last complete tensor of an interrupted run, with a journal beside the file; ``None``
             writes the whole file.
@@ -85,9 +82,9 @@ def write_gguf(
             file.complete(_HEADER)
         done = set(file.names)
         n_written = sum(tensor.n_weights for tensor in plan.tensors if tensor.name in done)
-        slabs = _slabs(model, plan, quantizers, done)
-        with ThreadPoolExecutor(n_threads) as pool, closing(_quantized(pool, slabs, n_threads)) as quantized:
-            for data, slab in quantized:
+        slabs = _slabs(model, plan, quantizers, done, workers.slab_bytes)
+        with closing(workers.ordered(_quantize_slab, slabs)) as quantized:
+            for slab, data in quantized:
                 file.write(data.data)
                 if slab.is_last:
                     file.write(bytes(slab.planned.padded_bytes - slab.planned.n_bytes))
@@ -117,33 +114,14 @@ class _Slab:
         return self.stop == self.tensor.n_rows
 
 
-def _slabs(model: Model, plan: Plan, quantizers: Quantizers, done: Collection[str]) -> Iterator[_Slab]:
+def _slabs(model: Model, plan: Plan, quantizers: Quantizers, done: Collection[str], slab_bytes: int) -> Iterator[_Slab]:
     """Yield the slabs of all tensors but those ``done``, in the order of the file; make quantizers on demand."""
     for tensor, planned in zip(model.tensors, plan.tensors, strict=True):
         if tensor.name in done:
             continue
         quantizer = quantizers(tensor)
-        for rows in tensor.row_slices(_SLAB_BYTES, quantizer.tile_rows):
-            yield _Slab(tensor, planned, quantizer, rows.start, rows.stop)
-
-
-def _quantized(
-    pool: ThreadPoolExecutor, slabs: Iterator[_Slab], n_threads: int
-) -> Generator[tuple[NDArray[np.uint8], _Slab], None, None]:
-    """Quantize slabs in the pool and yield their bytes in order, a bounded number in flight."""
-    pending: deque[tuple[Future[NDArray[np.uint8]], _Slab]] = deque()
-    try:
-        for slab in slabs:
-            pending.append((pool.submit(_quantize_slab, slab), slab))
-            if len(pending) >= n_threads * _IN_FLIGHT_PER_THREAD:
-                job, oldest = pending.popleft()
-                yield job.result(), oldest
-        while pending:
-            job, oldest = pending.popleft()
-            yield job.result(), oldest
-    finally:
-        for job, _ in pending:
-            job.cancel()
+        for rows in tensor.row_slices(slab_bytes, quantizer.tile_rows):
+            yield _Slab(tensor, planned, quantizer.for_rows(rows.start), rows.start, rows.stop)
 
 
 def _quantize_slab(slab: _Slab) -> NDArray[np.uint8]:

@@ -12,6 +12,7 @@ from ..compute.activation_functions import UP_OFFSETS
 from ..compute.layers import ROUTED, SHARED, Attention, FeedForward, Linear, rows_of
 from ..compute.norms import Norm
 from ..records import Float64, Hparams, Tensor
+from ..system.workers import Workers
 from .moments import (
     Signal,
     centred_matrix_moments,
@@ -29,6 +30,8 @@ from .moments import (
 # Squared norm of a value averaged over the attended positions, over that of a single value; measured, not derived
 # (docs/log.md, 2026-11-23).
 ATTENTION_SHRINK = 0.3
+
+_ROUTER = "ffn_gate_inp_shexp"  # of a shared expert
 
 # ``(W ** 2) @ x2`` of a matrix that writes to the stream, as its consumers see it: ``(n_embd,)``.
 MatrixMoments = Callable[[Tensor, Float64], Float64]
@@ -212,7 +215,7 @@ def has_known_qk_norms(a: Attention, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def feed_forward_update(
-    blocks: Sequence[FeedForward], tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams
+    blocks: Sequence[FeedForward], tensors: Mapping[str, Tensor], x: Signal, hparams: Hparams, workers: Workers
 ) -> ResidualUpdate:
     """Return the sum of the residual updates of a layer's feed-forward blocks: dense, experts, or both.
 
@@ -221,19 +224,36 @@ def feed_forward_update(
         tensors: the layer's tensors by role: routers and inner norms.
         x: input of the blocks, ``(n_embd,)``.
         hparams: activation function (one of ``ACTIVATIONS``) and experts in use.
+        workers: compute the updates, a block or expert per task.
 
     """
     n_experts = sum(block.kind == ROUTED for block in blocks)
-    parts = [
-        block_update(block, tensors, x, hparams).scaled(*expected_use(block, tensors, x, hparams, n_experts))
-        for block in blocks
-    ]
+    vectors = {role: tensors[role] for role in (_ROUTER, "ffn_sub_norm") if role in tensors}
+    tasks = (_BlockTask(block, vectors, x, hparams, n_experts) for block in blocks)
+    parts = [part for _, part in workers.ordered(_used_update, tasks)]
     total = functools.reduce(ResidualUpdate.plus, parts)
     routed = [(block.down.name, part) for block, part in zip(blocks, parts, strict=True) if block.kind == ROUTED]
     if not routed:
         return total
     name = routed[0][0]
     return replace(total, inputs={**total.inputs, name: np.stack([part.inputs[name] for _, part in routed])})
+
+
+@dataclass(frozen=True)
+class _BlockTask:
+    """The arguments of ``block_update`` and ``expected_use``."""
+
+    block: FeedForward
+    tensors: Mapping[str, Tensor]
+    x: Signal
+    hparams: Hparams
+    n_experts: int
+
+
+def _used_update(task: _BlockTask) -> ResidualUpdate:
+    """Return the residual update of a block, weighted by its expected use."""
+    use = expected_use(task.block, task.tensors, task.x, task.hparams, task.n_experts)
+    return block_update(task.block, task.tensors, task.x, task.hparams).scaled(*use)
 
 
 def expected_use(
@@ -247,7 +267,7 @@ def expected_use(
     if block.kind == ROUTED:
         n_used, scale = min(hparams.n_experts_used or n_experts, n_experts), hparams.experts_scale
         return scale**2 / (n_used * n_experts), scale / n_experts
-    router = tensors.get("ffn_gate_inp_shexp")
+    router = tensors.get(_ROUTER)
     if block.kind != SHARED or router is None:
         return 1.0, 1.0
     weight = sigmoid_moments(product(Linear(rows_of(router, 0, 1)), x))

@@ -35,6 +35,7 @@ from ..compute.norms import Norm
 from ..errors import ModelError
 from ..llamacpp.rules import kept_reason
 from ..records import Float64, Model, Progress, Tensor, no_progress
+from ..system.workers import Threads, Workers
 from .blocks import (
     ResidualUpdate,
     attention_update,
@@ -56,12 +57,13 @@ _OTHER_ATTENTION = ("laguna", "minimax-01")
 MAX_SHOWN_ROLES = 4  # in the note on tensors that propagation does not reach
 
 
-def propagate(model: Model, progress: Progress = no_progress) -> Sensitivities:
+def propagate(model: Model, progress: Progress = no_progress, workers: Workers | None = None) -> Sensitivities:
     """Propagate second moments through the model.
 
     Args:
         model: any model; the result degrades block by block where the theory does not apply.
         progress: called with (layers done, total).
+        workers: compute the feed-forward blocks and experts of a layer; default: one thread.
 
     Returns:
         Sensitivities of all matrices that may be quantized, and column moments where the theory applies.
@@ -70,7 +72,7 @@ def propagate(model: Model, progress: Progress = no_progress) -> Sensitivities:
         ModelError: the moments overflow or are not finite: the weights are damaged.
 
     """
-    propagation = _Propagation(model)
+    propagation = _Propagation(model, workers or Threads())
     n_layers = model.hparams.n_layers
     progress(0, n_layers)
     for index in range(n_layers):
@@ -90,8 +92,8 @@ class _Propagation:
     norms read the stream, which is where models have biases.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, workers: Workers) -> None:
+        self.model, self.workers = model, workers
         self.hparams = model.hparams
         self.centred = model.hparams.norm == "layer"
         self.sensitivity: dict[str, float] = {}
@@ -157,7 +159,8 @@ class _Propagation:
         if not view.feed_forward or self.hparams.activation not in ACTIVATIONS or not has_plain_experts(view.tensors):
             return []
         x = self.block_input(norms, stream)
-        return [self.finished(feed_forward_update(view.feed_forward, view.tensors, x, self.hparams), norms, x)]
+        update = feed_forward_update(view.feed_forward, view.tensors, x, self.hparams, self.workers)
+        return [self.finished(update, norms, x)]
 
     def block_input(self, norms: BlockNorms, stream: Signal) -> Signal:
         """Return the input of a block: the stream, through its norm if it has one."""

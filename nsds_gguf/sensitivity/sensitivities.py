@@ -14,13 +14,18 @@ from ..compute.decoder import what_is_missing
 from ..compute.walk import WalkOptions, walk
 from ..llamacpp.rules import kept_reason
 from ..records import Model, Progress, no_progress
+from ..system.workers import Threads, Workers
 from .fisher import Fisher, steps_back, walk_back
 from .moment_propagation import propagate, typical_sensitivities
 from .result import Sensitivities
 
 
 def sensitivities(
-    model: Model, tokens: Tokens, options: WalkOptions, progress: Progress = no_progress
+    model: Model,
+    tokens: Tokens,
+    options: WalkOptions,
+    progress: Progress = no_progress,
+    workers: Workers | None = None,
 ) -> Sensitivities:
     """Return the sensitivity of every matrix that may be quantized and the moments of its columns.
 
@@ -31,6 +36,7 @@ def sensitivities(
         tokens: ``(n_sequences, n_positions)`` ids.
         options: of the walk; sensitivities and ``inputs`` come from the first batch, ``moments`` from all.
         progress: called with (steps done, total).
+        workers: compute the local parts of moment propagation; default: the threads of ``options``.
 
     Raises:
         ModelError: activations or moments are not finite: the weights are damaged.
@@ -39,7 +45,7 @@ def sensitivities(
     """
     missing = what_is_missing(model)
     if missing:
-        propagated = propagate(model, progress)
+        propagated = propagate(model, progress, workers or Threads(options.n_threads))
         note = f"Sensitivities come from moment propagation: the Fisher pass does not support {missing}."
         return replace(propagated, notes=(note, *propagated.notes))
     n_back = steps_back(model)

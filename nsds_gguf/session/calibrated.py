@@ -13,7 +13,7 @@ from ..allocate import ALLOCATORS
 from ..calibration import generated_text
 from ..calibration.activations import collect
 from ..calibration.evidence import Calibration, Evidence, TokenRequest, column_weights
-from ..calibration.hessians import HessianFiles, callback_hessians, disk_bytes, factor_hessians, multiplied
+from ..calibration.hessians import HessianFiles, Roles, callback_hessians, disk_bytes, factor_hessians, multiplied
 from ..calibration.imatrix import IMATRIX, Imatrix
 from ..calibration.kinds import CalibrationKind, find_calibration
 from ..compute.backend import Tokens
@@ -29,6 +29,7 @@ from ..sensitivity.result import Sensitivities
 from ..sensitivity.sensitivities import sensitivities
 from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
 from ..system.store import Store
+from ..system.workers import Threads, Workers
 from ..system.workfolder import WorkFolder
 from .estimate import duration, generation_seconds
 from .finished import kept_moments, kept_sensitivities, kept_tokens
@@ -55,6 +56,7 @@ class Calibrated:
         fast_copy: FileOf,
         imatrix: Imatrix | None = None,
         store: Store | None = None,
+        workers: Workers | None = None,
     ) -> None:
         """Take a model and its run.
 
@@ -65,12 +67,14 @@ class Calibrated:
             fast_copy: gives the model as a GGUF that generates and reads text, for the length of a ``with`` block.
             imatrix: the importance matrix that recipes name; raises ``RecordError`` when it belongs to another model.
             store: records of finished work; ``None`` for no records.
+            workers: run the tasks of stages; default: the threads of ``run``.
 
         """
         if imatrix is not None:
             imatrix.weights(model)
         self.model, self.imatrix = model, imatrix
         self._run, self._files, self._fast_copy, self._store = run, files, fast_copy, store
+        self._workers = workers or Threads(run.n_threads)
         self._tokens: dict[tuple[str, int, bool], Tokens] = {}
         self._sensitivities: dict[_Source, Sensitivities] = {}
         self._callback_moments: dict[_Source, dict[str, Moments]] = {}
@@ -89,7 +93,7 @@ class Calibrated:
             def compute() -> Sensitivities:
                 options = self._walk_options(kind, recipe, for_hessians)
                 with self._run.report.stage("find sensitivities") as progress, blas_threads(1):
-                    return sensitivities(self.model, tokens, options, progress)
+                    return sensitivities(self.model, tokens, options, progress, self._workers)
 
             store = self._keyed(kind, recipe, recipe.device, for_hessians)
             self._sensitivities[key] = kept_sensitivities(store, f"sensitivities on {kind.name} tokens", compute)
@@ -126,8 +130,9 @@ class Calibrated:
         looked_up, equalization = self.sensitivities(recipe).looked_up, self.equalization(recipe)
         key = _source(recipe), bool(equalization)
         if key not in self._factors:
-            folder = self._files.path / f"factors-{len(self._factors)}"
+            folder = self._files.path.absolute() / f"factors-{len(self._factors)}"
             folder.mkdir(exist_ok=True)
+            self._workers.check_sees(folder)
             check_disk(folder, disk_bytes(self.model), "the Hessian factors")
             store = self._keyed(kind, recipe, recipe.device, "factors", key)
             self._factors[key] = factors = FactorStore(folder, store)
@@ -135,9 +140,9 @@ class Calibrated:
             if recorded is not None and all(factors.recall(names) for names in recorded):
                 return factors
             self._find_hessians(kind, recipe)
-            hessians = self.calibration(recipe).hessians()
+            hessians, roles = self.calibration(recipe).hessians(), Roles(looked_up, equalization)
             with self._run.report.stage("factor Hessians") as progress, blas_threads(1):
-                factor_hessians(self.model, hessians, factors, kind.shrinkage, looked_up, equalization, progress)
+                factor_hessians(self.model, hessians, factors, kind.shrinkage, roles, self._workers, progress)
             if store is not None:
                 store.put("Hessian factors", factors.inputs)
         return self._factors[key]
@@ -210,7 +215,7 @@ class Calibrated:
         )
         if not for_hessians or what_is_missing(self.model):
             return options
-        folder = self._files.path / f"hessians-{kind.name}-{recipe.seed}"
+        folder = self._files.path.absolute() / f"hessians-{kind.name}-{recipe.seed}"
         folder.mkdir(exist_ok=True)
         check_disk(folder, disk_bytes(self.model), "the Hessians")
         self._hessians[_source(recipe)] = files = HessianFiles(folder)

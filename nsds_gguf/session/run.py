@@ -1,4 +1,4 @@
-"""Threads, reporter and resuming of a run: nothing here changes the bytes of an output."""
+"""Threads, cluster, reporter and resuming of a run: nothing here changes the bytes of an output."""
 
 from __future__ import annotations
 
@@ -41,9 +41,11 @@ class Run:
         n_threads: CPU threads of every stage.
         report: receives stages and notes.
         resume: whether a conversion resumes from the records of an interrupted one.
+        cluster: address of a Dask scheduler, ``local`` for processes of this machine; ``None`` for threads.
 
     """
 
     n_threads: int = field(default_factory=llama.default_threads)
     report: Reporter = field(default_factory=Silent)
     resume: bool = True
+    cluster: str | None = None

@@ -25,6 +25,7 @@ from ..records import Model, Plan, Recipe, Scores
 from ..system.filestate import check_unchanged, file_states
 from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
 from ..system.store import Store
+from ..system.workers import Threads, Workers
 from ..system.workfolder import WorkFolder
 from .calibrated import Calibrated
 from .finished import keep_cost, kept_cost, kept_layers
@@ -40,19 +41,37 @@ class Session:
         model: the opened model.
         run: threads and reporter.
         files: the folder for large temporary files.
+        workers: run the tasks of stages.
         calibrated: the statistics of the model.
         store: records of finished work; ``None`` where the run keeps none.
         scores: the scores of the last plans.
 
     """
 
-    def __init__(self, model: Model, run: Run, files: WorkFolder, imatrix: Imatrix | None = None) -> None:
-        """Take a model, the run, the folder for temporary files, and the importance matrix that recipes name."""
+    def __init__(
+        self,
+        model: Model,
+        run: Run,
+        files: WorkFolder,
+        imatrix: Imatrix | None = None,
+        workers: Workers | None = None,
+    ) -> None:
+        """Take a model and its run.
+
+        Args:
+            model: the model.
+            run: threads and reporter.
+            files: folder for temporary files.
+            imatrix: the importance matrix that recipes name.
+            workers: run the tasks of stages; default: the threads of ``run``.
+
+        """
         self.model, self.run, self.files = model, run, files
+        self.workers = workers or Threads(run.n_threads)
         self.store: Store | None = None
         if files.has_records:
-            self.store = Store(files.records, Store.key(model.inputs, model.model_id), run.report.say)
-        self.calibrated = Calibrated(model, run, files, self.fast_copy, imatrix, self.store)
+            self.store = Store(files.records.absolute(), Store.key(model.inputs, model.model_id), run.report.say)
+        self.calibrated = Calibrated(model, run, files, self.fast_copy, imatrix, self.store, self.workers)
         self.scores: Scores | None = None
         self._open_files: set[Path] = set()
 
@@ -113,7 +132,7 @@ class Session:
             with self.run.report.stage(f"score layers ({recipe.metric})") as progress, blas_threads(n_threads):
                 layers, notes = kept_layers(
                     self.store and self.store.keyed(recipe.metric, recipe.se),
-                    lambda: metrics.score_layers(self.model, str(recipe.metric), recipe.se, progress),
+                    lambda: metrics.score_layers(self.model, str(recipe.metric), recipe.se, self.workers, progress),
                 )
         scores = Scores(
             recipe=replace(recipe, target=None),
@@ -139,7 +158,7 @@ class Session:
                 unknown,
                 quantizers,
                 found.sensitivity,
-                self.run.n_threads,
+                self.workers,
                 progress,
                 lambda cost: keep_cost(store, cost),
             )
@@ -212,7 +231,7 @@ class Session:
         model = self.calibrated.equalization(recipe).applied(self.model)
         with self.run.report.stage(name) as progress, blas_threads(1):
             resume = Resume(Store.key(plan.digest, ggml.version()), self.run.report.say) if resumes else None
-            write_gguf(model, plan, quantizers, path, n_threads=self.run.n_threads, progress=progress, resume=resume)
+            write_gguf(model, plan, quantizers, path, workers=self.workers, progress=progress, resume=resume)
         check_unchanged(model.inputs)
 
     def verify(

@@ -14,6 +14,7 @@ from ..quantize.header import header_bytes
 from ..read.hub import HubName
 from ..records import AUTO, Model, Options, Plan, Recipe, Scores, Target
 from ..system.workfolder import WorkFolder
+from .cluster import open_workers
 from .estimate import Work, duration, estimate_seconds
 from .loaded import check_scores
 from .original import original_bytes
@@ -121,12 +122,12 @@ def possible_sizes(
     settled = settle(anyone, model, loaded)
     recipe = settled.recipe
     budgets = possible_budgets(model, recipe)
-    with WorkFolder(Path(), say=run.report.say) as files:
-        session = Session(model, run, files, settled.imatrix)
-        scores = loaded
-        if scores is None:
-            _tell_time(model, run, recipe)
-            scores = session.score(recipe)
+    scores = loaded
+    if scores is None:
+        with WorkFolder(Path(), say=run.report.say) as files, open_workers(run, model) as workers:
+            if run.cluster is None:
+                _tell_time(model, run, recipe)
+            scores = Session(model, run, files, settled.imatrix, workers).score(recipe)
     with run.report.stage("try budgets") as progress:
         plans = []
         for target in budgets:

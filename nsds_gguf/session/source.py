@@ -52,6 +52,8 @@ def open_model(source: str | Path | HubName | Source, run: Run | None = None) ->
     if isinstance(path, HubName):
         with run.report.stage(f"download {path}") as progress:
             path = fetch(path, progress)
+    if run.cluster is not None:  # whose workers have other working directories
+        path = path.absolute()
     with run.report.stage("read headers"):
         model = read.open_model(path, wanted.pre_tokenizer, wanted.allow_requantize)
     for note in model.notes:

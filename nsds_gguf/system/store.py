@@ -127,11 +127,19 @@ class Store:
         with self._payload(name, "file", {}) as path:
             yield path
 
+    def file_path(self, name: str) -> Path:
+        """Return where the file of a record lies, unchecked."""
+        return self._path(name, PAYLOADS["file"])
+
     def remove(self, name: str) -> None:
         """Remove a record, the head first; none need be there."""
         for suffix in (HEAD, *PAYLOADS.values()):
             with suppress(OSError):  # whoever puts it next is told
                 self._path(name, suffix).unlink()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without what hears of records, for another process."""
+        return {**self.__dict__, "_say": None, "_said": set()}
 
     def _path(self, name: str, suffix: str) -> Path:
         return self._folder / (file_name(name) + suffix)

@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Lock
 from types import TracebackType
 
-from ..errors import GgmlError, NsdsError, OutputError, add_note
+from ..errors import ClusterError, GgmlError, NsdsError, OutputError, add_note
 from .folder_lock import (
     LOCK,
     NO_LOCKS,
@@ -189,7 +189,7 @@ def release_all() -> str:
 
 def _would_recur(error: BaseException | None) -> bool:
     """Tell whether the same command would end the same way: neither stopped nor short of disk, memory or a process."""
-    if not isinstance(error, NsdsError) or isinstance(error, OutputError | GgmlError):
+    if not isinstance(error, NsdsError) or isinstance(error, OutputError | GgmlError | ClusterError):
         return False
     while error is not None and not isinstance(error, OSError):  # the system could not read the model just now
         error = error.__cause__

@@ -33,6 +33,7 @@ from nsds_gguf.read.mapping import rope_row_order
 from nsds_gguf.read.safetensors import SafetensorsTensor
 from nsds_gguf.records import Float32, Hparams, Model, Plan, Tensor
 from nsds_gguf.records.transforms import TakeRows
+from nsds_gguf.system.workers import Threads
 
 N_PAIRS = 3
 HPARAMS = Hparams(
@@ -69,7 +70,7 @@ def bench(n_pairs: int = N_PAIRS, n_threads: int | None = None) -> dict[str, flo
         folder = Path(name)
         model = synthetic_model(folder, HPARAMS)
         source = folder / "source-BF16.gguf"
-        write_gguf(model, uniform_plan(model, "BF16"), TensorQuantizers(), source, n_threads=n_threads)
+        write_gguf(model, uniform_plan(model, "BF16"), TensorQuantizers(), source, workers=Threads(n_threads))
         plan = plan_of(model, cycled_types(model, ggml.K_TYPES))
         importance = random_importance(model)
         found = {"n_weights": float(model.n_weights), "n_threads": float(n_threads)}
@@ -102,7 +103,7 @@ def compare(
     columns = per_expert(model, importance)
 
     def write_ours() -> None:
-        write_gguf(model, plan, TensorQuantizers("rtn", importance), ours, n_threads=n_threads)
+        write_gguf(model, plan, TensorQuantizers("rtn", importance), ours, workers=Threads(n_threads))
 
     def write_theirs() -> None:
         llama_quantize(source, theirs, patterns, columns, n_threads)

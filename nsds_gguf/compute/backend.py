@@ -22,6 +22,7 @@ from ..errors import PlanError
 from ..records import Float32, Float64, Model
 from .input_moments import InputSums, NamedHessian, Recording
 from .numpy_backend import open_numpy
+from .torch_device import CPU, CUDA, missing_cuda, missing_torch, open_cuda, open_torch_cpu
 
 Tokens = NDArray[np.int64]
 
@@ -109,6 +110,7 @@ class BackendEntry:
         description: one line for ``--help``.
         missing: returns why it cannot run on this machine, or an empty string.
         open: opens it.
+        torch_device: PyTorch's name of the device, for roundings and decompositions there; empty for numpy.
 
     """
 
@@ -116,12 +118,14 @@ class BackendEntry:
     description: str
     missing: Callable[[], str]
     open: Open
+    torch_device: str = ""
 
 
-BACKENDS = {
-    entry.name: entry
-    for entry in (BackendEntry("cpu", "numpy on the CPU, float32", lambda: "", open_numpy),)
-}  # fmt: skip
+BACKENDS = {entry.name: entry for entry in (
+    BackendEntry("cpu", "numpy on the CPU, float32", lambda: "", open_numpy),
+    BackendEntry("cuda", "PyTorch on an NVIDIA GPU, float32 (extra torch)", missing_cuda, open_cuda, CUDA),
+    BackendEntry("torch-cpu", "PyTorch on the CPU, float32 (extra torch)", missing_torch, open_torch_cpu, CPU),
+)}  # fmt: skip
 
 DEFAULT_BACKEND = "cpu"
 

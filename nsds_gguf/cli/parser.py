@@ -373,8 +373,9 @@ def _add_rounding(parser: argparse.ArgumentParser) -> None:
                        f"(default: {GENERATED} with gptq, {RANDOM} with rtn)")  # fmt: skip
     group.add_argument("--imatrix", metavar="FILE", type=Path,
                        help="take column weights from a llama.cpp importance matrix (GGUF or .dat)")  # fmt: skip
-    group.add_argument("--device", choices=tuple(BACKENDS),
-                       help=f"compute backend: {_choices(BACKENDS)} (default: {DEFAULTS.device})")  # fmt: skip
+    group.add_argument("--device", choices=(AUTO, *BACKENDS),
+                       help=f"{_choices(BACKENDS)}; {AUTO}: cuda where PyTorch finds a GPU with room, else cpu "
+                       f"(default: {DEFAULTS.device})")  # fmt: skip
     group.add_argument("--seed", metavar="N", type=_integer_from(0),
                        help=f"seed for random tokens and random types (default: {DEFAULTS.seed})")  # fmt: skip
 

@@ -133,8 +133,8 @@ DEFAULT_BACKEND = "cpu"
 def find_backend(name: str) -> BackendEntry:
     """Return a backend; raise ``PlanError`` when it is unknown or cannot run on this machine."""
     if name not in BACKENDS:
-        raise PlanError(f"backend {name!r} is not known; wanted one of {', '.join(BACKENDS)}")
+        raise PlanError(f"device {name!r} is not known; wanted one of {', '.join(BACKENDS)}")
     missing = BACKENDS[name].missing()
     if missing:
-        raise PlanError(f"backend {name} cannot run here: {missing}")
+        raise PlanError(f"device {name} cannot run here: {missing}")
     return BACKENDS[name]

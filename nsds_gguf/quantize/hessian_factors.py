@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Lock
@@ -84,15 +84,19 @@ def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, da
     )
 
 
+# Factors a Hessian; takes ``hessian`` and the keyword ``shrinkage``.
+Factoring = Callable[..., HessianFactors]
+
+
 class FactorStore:
     """Hessian factors by tensor name, as files in a folder that the caller removes, or as records.
 
     Records outlive the run: an input with recorded factors is not factored again.
     """
 
-    def __init__(self, folder: Path, records: Store | None = None) -> None:
-        """Take an existing folder, and a store to use instead of it."""
-        self._folder, self._records = folder, records
+    def __init__(self, folder: Path, records: Store | None = None, factoring: Factoring = factor_hessian) -> None:
+        """Take an existing folder, a store to use instead of it, and the function that factors."""
+        self._folder, self._records, self._factoring = folder, records, factoring
         self._files: dict[str, Path] = {}
         self._recent: OrderedDict[Path, HessianFactors] = OrderedDict()
         self._lock = Lock()
@@ -102,7 +106,7 @@ class FactorStore:
 
         Raises ``OutputError`` when the disk is full.
         """
-        factors = factor_hessian(hessian, shrinkage=shrinkage)
+        factors = self._factoring(hessian, shrinkage=shrinkage)
         arrays = {f.name: getattr(factors, f.name) for f in fields(HessianFactors)}
         if self._records is not None:
             with self._records.put_file(_record_name(names)) as path, path.open("wb") as stream:

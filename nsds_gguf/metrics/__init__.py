@@ -13,6 +13,7 @@ import numpy as np
 import scipy
 
 from .. import __version__
+from ..compute.backend import BACKENDS, DEFAULT_BACKEND
 from ..errors import PlanError
 from ..records import LayerScore, Model, Progress, no_progress
 from .baselines import Metric, baseline, boost_jumps, ewq, mean_kurtosis, mse, zd
@@ -33,7 +34,11 @@ STORED_DIGITS = 7
 
 
 def score_layers(
-    model: Model, metric: str = "nsds", se: str | None = "product", progress: Progress = no_progress
+    model: Model,
+    metric: str = "nsds",
+    se: str | None = "product",
+    progress: Progress = no_progress,
+    device: str = DEFAULT_BACKEND,
 ) -> tuple[tuple[LayerScore, ...], tuple[str, ...]]:
     """Return a score for every layer, to 7 significant digits, and notes on what the metric cannot see.
 
@@ -42,6 +47,7 @@ def score_layers(
         metric: a key of ``METRICS``.
         se: reading of structural expressiveness, a key of ``SE_READINGS``; for ``nsds`` only.
         progress: called with (done, total).
+        device: a key of ``compute.BACKENDS``: where the heavy parts of ``nsds`` run.
 
     Raises:
         PlanError: unknown metric or reading.
@@ -51,7 +57,11 @@ def score_layers(
     _check_name("metric", metric, METRICS)
     reading = se or next(iter(SE_READINGS))
     _check_name("SE reading", reading, SE_READINGS)
-    layers = METRICS[metric](model, reading, progress)
+    torch_device = BACKENDS[device].torch_device
+    if METRICS[metric] is score_nsds and torch_device:
+        layers = score_nsds(model, reading, progress, torch_device)
+    else:
+        layers = METRICS[metric](model, reading, progress)
     return tuple(_rounded(layer) for layer in layers), rest_notes(model) if metric == "nsds" else ()
 
 

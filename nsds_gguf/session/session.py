@@ -94,8 +94,8 @@ class Session:
             n_threads = self.run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
             with self.run.report.stage(f"score layers ({recipe.metric})") as progress, blas_threads(n_threads):
                 layers, notes = kept_layers(
-                    self.store and self.store.keyed(recipe.metric, recipe.se),
-                    lambda: metrics.score_layers(self.model, str(recipe.metric), recipe.se, progress),
+                    self.store and self.store.keyed(recipe.metric, recipe.se, recipe.device),
+                    lambda: metrics.score_layers(self.model, str(recipe.metric), recipe.se, progress, recipe.device),
                 )
         scores = Scores(
             recipe=replace(recipe, target=None),

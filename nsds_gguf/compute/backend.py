@@ -10,6 +10,7 @@ Shapes: ``n = n_sequences * n_positions`` rows, sequence after sequence; ``x`` a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ..errors import PlanError
 from ..records import Float32, Float64, Model
 from .input_moments import InputSums, NamedHessian, Recording
 from .numpy_backend import open_numpy
-from .torch_device import CPU, CUDA, missing_cuda, missing_torch, open_cuda, open_torch_cpu
+from .torch_device import CPU, CUDA, missing_cuda, missing_torch
 
 Tokens = NDArray[np.int64]
 
@@ -121,10 +122,18 @@ class BackendEntry:
     torch_device: str = ""
 
 
+def _open_torch(device: str, model: Model, n_positions: int, n_threads: int) -> AbstractContextManager[Backend]:
+    from .torch_backend import open_torch
+
+    return open_torch(device, model, n_positions, n_threads)
+
+
 BACKENDS = {entry.name: entry for entry in (
     BackendEntry("cpu", "numpy on the CPU, float32", lambda: "", open_numpy),
-    BackendEntry("cuda", "PyTorch on an NVIDIA GPU, float32 (extra torch)", missing_cuda, open_cuda, CUDA),
-    BackendEntry("torch-cpu", "PyTorch on the CPU, float32 (extra torch)", missing_torch, open_torch_cpu, CPU),
+    BackendEntry("cuda", "PyTorch on an NVIDIA GPU, float32 (extra torch)", missing_cuda,
+                 functools.partial(_open_torch, CUDA), CUDA),
+    BackendEntry("torch-cpu", "PyTorch on the CPU, float32 (extra torch)", missing_torch,
+                 functools.partial(_open_torch, CPU), CPU),
 )}  # fmt: skip
 
 DEFAULT_BACKEND = "cpu"

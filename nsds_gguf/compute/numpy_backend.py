@@ -210,7 +210,7 @@ class InputRecorder:
             return
         sums, is_first = self._of(group, x.shape[1], name), tokens % self._backend.n_positions == 0
         for part, mask in enumerate((is_first, ~is_first)):
-            rows = x[mask]
+            rows = self._taken(x, mask)
             sums.squares[part, expert] += self._squares(rows)
             sums.counts[part, expert] += len(rows)
 
@@ -225,6 +225,10 @@ class InputRecorder:
         if group not in self._products:
             self._products[group] = np.zeros((n_cols, n_cols), np.float32)
         return self._products[group]
+
+    def _taken(self, x: Float32, mask: NDArray[np.bool_]) -> Float32:
+        """Return some rows."""
+        return x[mask]
 
     def _squares(self, rows: Float32) -> Float64:
         """Return the squared norms of columns."""

@@ -21,6 +21,7 @@ from .input_moments import Recording
 from .layers import view_layer
 from .numpy_backend import InputRecorder, NumpyBackend, NumpyLayer, NumpyOutput
 from .output import Head, Scan, drawn_signs, output_norm, sampled
+from .torch_device import free_device_bytes
 from .torch_tape import TorchTape, squared_gradient_norm, tensor_of
 from .weights import HELD_SHARE, LayerWeights, Slab, held_bytes, slabs
 
@@ -37,7 +38,7 @@ def memory_told() -> Iterator[None]:
     """Raise ``OutputError`` where the device runs out of memory while the context is open."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except torch.cuda.OutOfMemoryError as error:
         said = str(error).split(". ")[0]
         raise OutputError(f"the GPU's memory is too small: {said}; pass --device cpu") from error
 
@@ -79,7 +80,7 @@ class TorchBackend(NumpyBackend):
         n_weights = sum(tensor.n_weights for tensor in tensors)
         is_held = held_bytes(n_weights) > 0
         if self.device != "cpu":
-            is_held = 4 * n_weights <= HELD_SHARE * torch.cuda.mem_get_info()[0]
+            is_held = 4 * n_weights <= HELD_SHARE * free_device_bytes()
         return DeviceWeights(self.device, self.pool, is_held)
 
     def recorder(self, groups: Sequence[tuple[str, ...]], recording: Recording | None) -> InputRecorder:
@@ -233,6 +234,9 @@ class TorchRecorder(InputRecorder):
         if group not in self._products:
             self._products[group] = torch.zeros(n_cols, n_cols, device=self._backend.device)
         return self._products[group]
+
+    def _taken(self, x: Any, mask: NDArray[np.bool_]) -> Any:
+        return x[torch.from_numpy(mask).to(x.device)]
 
     def _squares(self, rows: Any) -> Float64:
         squares: Float64 = _array(_squares(rows))

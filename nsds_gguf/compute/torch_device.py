@@ -1,19 +1,11 @@
-"""Devices that PyTorch runs on (extra ``torch``): whether they can be used, their memory, and the ``auto`` device.
+"""The devices of PyTorch (extra ``torch``): whether they can be used here, and their memory.
 
-torch is imported only when a device of its is asked for.
+torch is imported only when somebody asks about a GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
-
-from ..records import Model
-
-if TYPE_CHECKING:
-    from .torch_backend import TorchBackend
 
 CUDA, CPU = "cuda", "cpu"  # PyTorch's names
 
@@ -38,29 +30,17 @@ def missing_cuda() -> str:
     return "" if torch.cuda.is_available() else "PyTorch finds no CUDA device"
 
 
-def lacks_device_memory(n_bytes: int) -> str:
-    """Return what is wanted and what there is when the CUDA device has less free memory, or an empty string."""
+def free_device_bytes() -> int:
+    """Return the free memory of the CUDA device, what PyTorch holds in reserve included."""
     import torch
 
-    free = int(torch.cuda.mem_get_info()[0])
+    reserve = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(torch.cuda.mem_get_info()[0]) + int(reserve)
+
+
+def lacks_device_memory(n_bytes: int) -> str:
+    """Return what is wanted and what there is when the CUDA device has less free memory, or an empty string."""
+    free = free_device_bytes()
     if free >= n_bytes:
         return ""
     return f"{n_bytes / _GIB:.1f} GiB of memory on the device, {free / _GIB:.1f} GiB are free"
-
-
-def open_cuda(model: Model, n_positions: int, n_threads: int) -> AbstractContextManager[TorchBackend]:
-    """Open the backend on a CUDA device; see ``BackendEntry.open``."""
-    return _open(CUDA, model, n_positions, n_threads)
-
-
-def open_torch_cpu(model: Model, n_positions: int, n_threads: int) -> AbstractContextManager[TorchBackend]:
-    """Open the backend on the CPU; see ``BackendEntry.open``."""
-    return _open(CPU, model, n_positions, n_threads)
-
-
-@contextmanager
-def _open(device: str, model: Model, n_positions: int, n_threads: int) -> Iterator[TorchBackend]:
-    from .torch_backend import open_torch
-
-    with open_torch(device, model, n_positions, n_threads) as backend:
-        yield backend

@@ -59,7 +59,10 @@ def score_layers(
     _check_name("SE reading", reading, SE_READINGS)
     torch_device = BACKENDS[device].torch_device
     if METRICS[metric] is score_nsds and torch_device:
-        layers = score_nsds(model, reading, progress, torch_device)
+        from ..compute.torch_backend import exact_products
+
+        with exact_products():
+            layers = score_nsds(model, reading, progress, torch_device)
     else:
         layers = METRICS[metric](model, reading, progress)
     return tuple(_rounded(layer) for layer in layers), rest_notes(model) if metric == "nsds" else ()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..compute.torch_backend import exact_products, memory_told
+from ..compute.torch_backend import memory_told
 from ..records import Float64
 from .stats import Matrix
 
@@ -39,7 +39,7 @@ class TorchAlgebra:
 
     def fourth_powers(self, left: Matrix, right: Matrix) -> float:
         """Return ``sum((left @ right)**4)``, products in the dtype of the factors, sums in float64."""
-        with memory_told(), exact_products():
+        with memory_told():
             a, b = (torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in (left, right))
             parts = ((rows @ b).square_().double().square_().sum() for rows in a.split(_ROWS))
             return float(sum(parts))

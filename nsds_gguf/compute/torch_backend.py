@@ -144,7 +144,7 @@ class TorchOutput(NumpyOutput):
         backend, tape = self._backend, self._backend.torch_tape(self._weights)
         entry, at = tape.input(x), tape.on_device(scored)
         read = output_norm(backend.model, backend.decoder, tape, entry)
-        if not torch.isfinite(read.value).all():
+        if not is_finite(read.value):
             raise ModelError("tensor output_norm.weight: its output is not finite; the weights are damaged")
         head = TorchHead(backend.model, tensor_of(read).detach()[at], seed, self._weights)
         with torch.no_grad():
@@ -236,7 +236,7 @@ class TorchRecorder(InputRecorder):
         return self._products[group]
 
     def _taken(self, x: Any, mask: NDArray[np.bool_]) -> Any:
-        return x[torch.from_numpy(mask).to(x.device)]
+        return x[torch.from_numpy(np.flatnonzero(mask)).to(x.device)]
 
     def _squares(self, rows: Any) -> Float64:
         squares: Float64 = _array(_squares(rows))
@@ -251,6 +251,11 @@ class TorchRecorder(InputRecorder):
     def _mirrored(self, products: Any) -> Float32:
         mirrored: Float32 = _array((products + products.T) / 2)
         return mirrored
+
+
+def is_finite(tensor: Any) -> bool:
+    """Return whether all values are finite."""
+    return bool(torch.isfinite(tensor).all())
 
 
 def _squares(rows: Any) -> Any:

@@ -2,7 +2,8 @@
 
     python tools/check/check_torch.py [--cuda] [--models MODEL ...] [NAME ...]
 
-Needs the extra ``torch``. Runs on PyTorch's CPU, with ``--cuda`` on the GPU, and fails where that cannot run.
+Needs the extra ``torch``. Runs on PyTorch's CPU, with ``--cuda`` on the GPU, and fails where that cannot run. Without
+``--cuda`` it first lets ``meta_device.py`` look for tensors that would miss a GPU.
 
 Every random model of ``tests/zoo_specs.py`` that the passes support, or those named: streams, sensitivities, Hessians,
 column sums, NSDS scores and the plan of a GPTQ conversion. Every trained model in ``examples``, or those given: the
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import subprocess
 import sys
 import tempfile
 import time
@@ -79,9 +81,12 @@ def main() -> int:
     except PlanError as error:
         print(error)
         return 1
+    n_wrong = 0
+    if not arguments.cuda:
+        n_wrong += subprocess.run([sys.executable, ROOT / "tools" / "check" / "meta_device.py"], check=False).returncode
     runs_all = not arguments.names and not arguments.models
     models = [ROOT / "examples" / name for name in TRAINED] if runs_all else arguments.models
-    n_wrong = sum(compare_spec(name, device) for name in (SPECS if runs_all else arguments.names))
+    n_wrong += sum(compare_spec(name, device) for name in (SPECS if runs_all else arguments.names))
     ratios = []
     for model in models:
         is_wrong, ratio = compare_conversions(model, device)

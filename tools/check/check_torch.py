@@ -6,10 +6,11 @@ Needs the extra ``torch``. Runs on PyTorch's CPU, with ``--cuda`` on the GPU, an
 ``--cuda`` it first lets ``meta_device.py`` look for tensors that would miss a GPU.
 
 Every random model of ``tests/zoo_specs.py`` that the passes support, or those named: streams, sensitivities, Hessians,
-column sums, NSDS scores, and the predicted divergence of a GPTQ conversion. Every trained model in ``examples``, or those given: the
-whole conversion on generated text; types must be equal, predicted divergences within 0.5 %, and the KL divergence from
-the original at most 1 % worse in the geometric mean over the models: a change of the last bits of the Hessian factors
-moves that of a single model by up to 1.6 % (docs/log.md, 2026-11-28). The exit code is 1 when anything is off.
+column sums, NSDS scores, and the predicted divergence of a GPTQ conversion. Every trained model in ``examples``, or
+those given: the whole conversion on generated text; types must be equal, predicted divergences within 0.5 %, and the KL
+divergence from the original at most 1 % worse in the geometric mean over the models: a change of the last bits of the
+Hessian factors moves that of a single model by up to 1.6 % (docs/log.md, 2026-11-28). The exit code is 1 when anything
+is off.
 """
 
 from __future__ import annotations

@@ -184,10 +184,7 @@ class _Columns:
         """Round from left to right and propagate the errors by the ``(block, block)`` part of U."""
         for sub, (first, last) in enumerate(self._subs):
             aims = self._targets[first:last] + triangle[:first, first:last].T @ self.errors[:first]
-            scales = self._scales(sub)
-            for j in range(first, last):
-                aim = torch.addmv(aims[j - first], self.errors[first:j].T, triangle[first:j, j])
-                self._round_column(j, aim, scales)
+            self._round_sub(sub, aims, triangle[first:last, first:last].T, torch.zeros_like(aims))
 
     def descend(self, form: Any) -> None:
         """Lower ``e^T S e``: d and dmin, then in each sub-block s and m, and code after code."""
@@ -197,12 +194,8 @@ class _Columns:
             within, pulls = form[first:last, first:last], form[first:last] @ self.errors
             if self._format.has_s:
                 pulls += within @ self._move_sub_scales(sub, within, pulls)
-            scales, before = self._scales(sub), self.errors[first:last].clone()
-            for j in range(first, last):
-                moved = self.errors[first:j] - before[: j - first]
-                aim = torch.addmv(pulls[j - first], moved.T, form[j, first:j]) * over_diagonal[j]
-                aim += self._targets[j] - self.errors[j]
-                self._round_column(j, aim, scales)
+            over, before = over_diagonal[first:last, None], self.errors[first:last].clone()
+            self._round_sub(sub, pulls * over + self._targets[first:last] - before, within * over, before)
 
     def _move_block_scales(self, form: Any) -> None:
         """Fit d and dmin by least squares under the form, all else fixed; keep float16 values that are better."""
@@ -243,23 +236,41 @@ class _Columns:
         self.errors[first:last] += change
         return change
 
-    def _scales(self, sub: int) -> tuple[Any, Any, Any]:
-        """Return scale, offset and 1 / scale of a sub-block, ``(n_rows,)`` each."""
-        scale = self.d * self.s[sub]
-        return scale, self.dmin * self.m[sub], _inverse(scale)
+    def _round_sub(self, sub: int, aims: Any, feedback: Any, before: Any) -> None:
+        """Round the columns of a sub-block from left to right: j to ``aim_j + sum_{i < j} feedback_ji (e_i - before_i)``.
 
-    def _round_column(self, j: int, aim: Any, scales: tuple[Any, Any, Any]) -> None:
-        """Set column j to the codes nearest to ``aim``, ``(n_rows,)``."""
-        scale, offset, over_scale = scales
-        aim = (aim + offset) * over_scale
+        The loop computes in units of the scale, so that it takes few operations: starting them is what a GPU waits for.
+
+        Args:
+            sub: number of the sub-block.
+            aims: ``(sub, n_rows)``.
+            feedback: ``(sub, sub)``, of which the part left of the diagonal counts.
+            before: ``(sub, n_rows)``.
+
+        """
+        first, last = self._subs[sub]
+        scale, offset = self.d * self.s[sub], self.dmin * self.m[sub]
+        over, shifted = _inverse(scale), self._targets[first:last] + offset
+        aims, moved, levels = (aims + offset) * over, torch.empty_like(aims), torch.empty_like(aims)
+        columns = zip(aims, (shifted - before) * over, levels, moved, strict=True)
+        for j, (aim, centre, level, move) in enumerate(columns):
+            self._nearest(torch.addmv(aim, moved[:j].T, feedback[j, :j]), level)
+            torch.sub(centre, level, out=move)
+        self.errors[first:last] = torch.where(scale != 0, moved * scale + before, shifted)
+        self.codes[first:last] = self._codes_of(levels)
+
+    def _nearest(self, values: Any, out: Any) -> None:
+        """Write the level nearest to each value."""
         if self._format.has_even_levels:
-            low, high = float(self._format.levels[0]), float(self._format.levels[-1])
-            level = torch.round(aim).clamp(low, high)
-            self.codes[j] = (level - low).to(torch.uint8)
+            torch.clamp(values.round_(), float(self._format.levels[0]), float(self._format.levels[-1]), out=out)
         else:
-            codes = torch.bucketize(aim, self._midpoints)
-            level, self.codes[j] = self._levels[codes], codes.to(torch.uint8)
-        self.errors[j] = self._targets[j] - (level * scale - offset)
+            torch.index_select(self._levels, 0, torch.bucketize(values, self._midpoints), out=out)
+
+    def _codes_of(self, levels: Any) -> Any:
+        """Return the numbers of levels, uint8."""
+        if self._format.has_even_levels:
+            return (levels - self._levels[0]).to(torch.uint8)
+        return torch.bucketize(levels.contiguous(), self._midpoints).to(torch.uint8)
 
 
 def _dots(a: Any, b: Any) -> Any:

@@ -237,7 +237,7 @@ class _Columns:
         return change
 
     def _round_sub(self, sub: int, aims: Any, feedback: Any, before: Any) -> None:
-        """Round the columns of a sub-block from left to right: j to ``aim_j + sum_{i < j} feedback_ji (e_i - before_i)``.
+        """Round columns of a sub-block from left to right: j to ``aim_j + sum_{i < j} feedback_ji (e_i - before_i)``.
 
         The loop computes in units of the scale, so that it takes few operations: starting them is what a GPU waits for.
 

@@ -268,7 +268,7 @@ def test_convert_writes_a_report_of_what_it_made(folder):
     assert data["tensors"]["type"] == [tensor["type"] for tensor in made["plan"]["tensors"]]
     assert data["file_bytes"] == Path(made["path"]).stat().st_size
     assert data["given"].startswith("nsds-gguf convert model --uniform Q8_0")
-    assert data["command"] == "nsds-gguf convert model --uniform Q8_0 --rounding rtn --calibration random"
+    assert data["command"] == "nsds-gguf convert model --uniform Q8_0 --rounding rtn --calibration random --device cpu"
     done = call("convert", "model", *PLAIN, "--dry-run", "--report", "planned.html")
     assert done.code == 0 and Page(Path("planned.html").read_text(encoding="utf-8")).data["perplexity"] is None
 

@@ -195,7 +195,7 @@ def test_scores_bring_their_metric(model: Model) -> None:
         ({"allocator": "x"}, "allocator 'x' is not known; wanted one of fisher, paper, random, uniform"),
         ({"calibration": "x"}, f"calibration 'x' is not known; wanted one of {', '.join(CALIBRATIONS)}"),
         ({"rounding": "x"}, f"rounding 'x' is not known; wanted one of {', '.join(ROUNDINGS)}"),
-        ({"device": "x"}, "device 'x' is not known; wanted one of cpu"),
+        ({"device": "x"}, "device 'x' is not known; wanted one of cpu, cuda, torch-cpu"),
         ({"metric": "x", "score_weight": 1.0}, "metric 'x' is not known; wanted one of nsds, zd, mse, ewq, kurtboost"),
         ({"se": "x", "score_weight": 1.0}, "SE reading 'x' is not known; wanted one of ratio, product"),
         (

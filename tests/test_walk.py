@@ -295,9 +295,9 @@ def test_a_backend_that_is_registered_is_used(monkeypatch):
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
     entry = BackendEntry("cuda", "on a GPU", lambda: "there is no GPU", open_numpy)
     monkeypatch.setitem(BACKENDS, "cuda", entry)
-    with pytest.raises(PlanError, match="backend cuda cannot run here: there is no GPU"):
+    with pytest.raises(PlanError, match="device cuda cannot run here: there is no GPU"):
         find_backend("cuda")
-    with pytest.raises(PlanError, match="backend 'abacus' is not known; wanted one of cpu, cuda"):
+    with pytest.raises(PlanError, match="device 'abacus' is not known; wanted one of cpu, cuda"):
         find_backend("abacus")
 
 

@@ -256,6 +256,7 @@ def _add_perplexity(verbs: Any) -> None:
     parser.add_argument("--reference", metavar="REF", type=Path,
                         help="measure the KL divergence from REF: a GGUF file, or a model folder, which is written as "
                         "a temporary GGUF to the working directory")  # fmt: skip
+    _add_gpu_layers(parser)
     _add_pre_tokenizer(parser)
     _add_general(parser)
 
@@ -386,10 +387,18 @@ def _add_rounding(parser: argparse.ArgumentParser) -> None:
                        f"(default: {GENERATED} with gptq, {RANDOM} with rtn)")  # fmt: skip
     group.add_argument("--imatrix", metavar="FILE", type=Path,
                        help="take column weights from a llama.cpp importance matrix (GGUF or .dat)")  # fmt: skip
-    group.add_argument("--device", choices=tuple(BACKENDS),
-                       help=f"compute backend: {_choices(BACKENDS)} (default: {DEFAULTS.device})")  # fmt: skip
+    group.add_argument("--device", choices=(AUTO, *BACKENDS),
+                       help=f"{_choices(BACKENDS)}; {AUTO}: cuda where PyTorch finds a GPU with room, else cpu "
+                       f"(default: {DEFAULTS.device})")  # fmt: skip
+    _add_gpu_layers(group)
     group.add_argument("--seed", metavar="N", type=_integer_from(0),
                        help=f"seed for random tokens and random types (default: {DEFAULTS.seed})")  # fmt: skip
+
+
+def _add_gpu_layers(group: Any) -> None:
+    group.add_argument("--gpu-layers", metavar="N", type=_integer_from(0),
+                       help="layers that llama.cpp computes on a GPU, where its build has one: for generated text, "
+                       "statistics and perplexity (default: 0)")  # fmt: skip
 
 
 def _add_scoring(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import NsdsError, OutputError, notes_of
+from ..llamacpp.llama import gpu_layers
 from .options import check_destinations
 from .parser import build_parser
 from .screen import Screen, drop_output, standard_output
@@ -50,7 +51,8 @@ def _run(given: list[str]) -> int:
         logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
         screen = Screen(quiet=arguments.quiet, json_to_stdout=arguments.json == "-", verbose=arguments.verbose)
         check_destinations(arguments)
-        arguments.run(arguments, screen)
+        with gpu_layers(getattr(arguments, "gpu_layers", None) or 0):
+            arguments.run(arguments, screen)
         with standard_output():  # a full disk or a closed pipe shows here, not at exit
             print(end="", flush=True)
     except NsdsError as error:

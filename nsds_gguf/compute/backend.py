@@ -10,6 +10,7 @@ Shapes: ``n = n_sequences * n_positions`` rows, sequence after sequence; ``x`` a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ..errors import PlanError
 from ..records import Float32, Float64, Model
 from .input_moments import InputSums, NamedHessian, Recording
 from .numpy_backend import open_numpy
+from .torch_device import CPU, CUDA, missing_cuda, missing_torch
 
 Tokens = NDArray[np.int64]
 
@@ -109,6 +111,7 @@ class BackendEntry:
         description: one line for ``--help``.
         missing: returns why it cannot run on this machine, or an empty string.
         open: opens it.
+        torch_device: PyTorch's name of the device, for roundings and decompositions there; empty for numpy.
 
     """
 
@@ -116,12 +119,22 @@ class BackendEntry:
     description: str
     missing: Callable[[], str]
     open: Open
+    torch_device: str = ""
 
 
-BACKENDS = {
-    entry.name: entry
-    for entry in (BackendEntry("cpu", "numpy on the CPU, float32", lambda: "", open_numpy),)
-}  # fmt: skip
+def _open_torch(device: str, model: Model, n_positions: int, n_threads: int) -> AbstractContextManager[Backend]:
+    from .torch_backend import open_torch
+
+    return open_torch(device, model, n_positions, n_threads)
+
+
+BACKENDS = {entry.name: entry for entry in (
+    BackendEntry("cpu", "numpy on the CPU, float32", lambda: "", open_numpy),
+    BackendEntry("cuda", "PyTorch on an NVIDIA GPU, float32 (extra torch)", missing_cuda,
+                 functools.partial(_open_torch, CUDA), CUDA),
+    BackendEntry("torch-cpu", "PyTorch on the CPU, float32 (extra torch)", missing_torch,
+                 functools.partial(_open_torch, CPU), CPU),
+)}  # fmt: skip
 
 DEFAULT_BACKEND = "cpu"
 
@@ -129,8 +142,8 @@ DEFAULT_BACKEND = "cpu"
 def find_backend(name: str) -> BackendEntry:
     """Return a backend; raise ``PlanError`` when it is unknown or cannot run on this machine."""
     if name not in BACKENDS:
-        raise PlanError(f"backend {name!r} is not known; wanted one of {', '.join(BACKENDS)}")
+        raise PlanError(f"device {name!r} is not known; wanted one of {', '.join(BACKENDS)}")
     missing = BACKENDS[name].missing()
     if missing:
-        raise PlanError(f"backend {name} cannot run here: {missing}")
+        raise PlanError(f"device {name} cannot run here: {missing}")
     return BACKENDS[name]

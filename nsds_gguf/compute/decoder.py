@@ -93,7 +93,7 @@ class Decoder:
             fed = self.feed_forward(tape, view, self.block_input(tape, placement.feed_forward, x))
         x = self.add_update(tape, placement.feed_forward, x, fed)
         scale = view.tensors.get("layer_output_scale")
-        return x if scale is None else tape.add(Node(np.zeros_like(x.value)), x, float(scale.load().ravel()[0]))
+        return x if scale is None else tape.times(x, tape.node(scale.load().ravel()[:1, np.newaxis]))
 
     def block_input(self, tape: Tape, norms: BlockNorms, x: Node) -> Node:
         """Return the input of a block: the stream, through its norm if it has one."""
@@ -141,11 +141,10 @@ class Decoder:
 
     def routed(self, tape: Tape, experts: Sequence[FeedForward], tensors: Mapping[str, Tensor], x: Node) -> Node:
         """Return the residual update of the experts that the router chooses; a score bias affects the choice only."""
-        h, bias = self.hparams, tensors.get("exp_probs_b.bias")
+        h = self.hparams
         logits = tape.linear(Linear(tensors["ffn_gate_inp"], tensors.get("ffn_gate_inp.bias")), x)
         scores = tape.scores(logits, h.expert_scores)
-        ranked = scores.value if bias is None else scores.value + bias.load().ravel()
-        chosen = np.argsort(-ranked, axis=1, kind="stable")[:, : h.n_experts_used]
+        chosen = tape.chosen(scores, tensors.get("exp_probs_b.bias"), h.n_experts_used)
         weights = tape.chosen_weights(scores, chosen, h.norm_topk_prob, h.experts_scale)
 
         def write(inner: Tape, expert: int, read: Node) -> Node:

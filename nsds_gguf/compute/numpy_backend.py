@@ -57,6 +57,10 @@ class NumpyBackend:
         """Return the rows of these matrices, cached if they fit in memory."""
         return LayerWeights(held_bytes(sum(tensor.n_weights for tensor in tensors)) > 0)
 
+    def recorder(self, groups: Sequence[tuple[str, ...]], recording: Recording | None) -> InputRecorder:
+        """Return the sums over inputs of matrices, grouped by shared input; without a recording they stay empty."""
+        return InputRecorder(self, groups, recording or Recording())
+
     def column_squares(self, matrices: Iterable[Tensor], weights: LayerWeights) -> dict[str, Float64]:
         """Return the squared norms of columns; views of one stored tensor add up."""
         found: dict[str, Float64] = {}
@@ -96,7 +100,7 @@ class NumpyLayer:
         self._backend, self._view = backend, view
         self._weights = backend.weights_of([*view.matrices()])
         groups = view.input_groups(backend.model.hparams) if recording is not None else []
-        self._recorder = InputRecorder(backend, groups, recording or Recording())
+        self._recorder = backend.recorder(groups, recording)
 
     def forward(self, x: Float32) -> Float32:
         """Return the output stream of the layer."""
@@ -131,7 +135,7 @@ class NumpyOutput:
         self._backend = backend
         self._name = backend.model.unembedding().name
         self._weights = backend.weights_of([backend.model.unembedding()])
-        self._recorder = InputRecorder(backend, [(self._name,)] if recording else [], recording or Recording())
+        self._recorder = backend.recorder([(self._name,)] if recording else [], recording)
 
     def forward(self, x: Float32) -> None:
         """Add the input of the output matrix to the sums."""
@@ -179,10 +183,9 @@ class InputRecorder:
     def hessians(self) -> Iterator[NamedHessian]:
         """Yield ``E[x x^T]`` so far."""
         for names, products in self._products.items():
-            _mirror(products)
             counts = self._sums[names].counts[:, 0]
             n_rows = int(counts.sum() if self._recording.first_positions else counts[1])
-            yield names, products / np.float32(max(n_rows, 1))
+            yield names, self._mirrored(products) / np.float32(max(n_rows, 1))
 
     def add(self, name: str, x: Float32) -> None:
         """Add the input of a matrix, ``(n, n_cols)``; only the first matrix of a group counts."""
@@ -207,8 +210,8 @@ class InputRecorder:
             return
         sums, is_first = self._of(group, x.shape[1], name), tokens % self._backend.n_positions == 0
         for part, mask in enumerate((is_first, ~is_first)):
-            rows = x[mask]
-            sums.squares[part, expert] += _squares(rows)
+            rows = self._taken(x, mask)
+            sums.squares[part, expert] += self._squares(rows)
             sums.counts[part, expert] += len(rows)
 
     def _of(self, group: tuple[str, ...], n_cols: int, stack: str | None = None) -> InputSums:
@@ -222,6 +225,14 @@ class InputRecorder:
         if group not in self._products:
             self._products[group] = np.zeros((n_cols, n_cols), np.float32)
         return self._products[group]
+
+    def _taken(self, x: Float32, mask: NDArray[np.bool_]) -> Float32:
+        """Return some rows."""
+        return x[mask]
+
+    def _squares(self, rows: Float32) -> Float64:
+        """Return the squared norms of columns."""
+        return _squares(rows)
 
     def _add_squares(self, total: Float64, rows: Float32) -> None:
         """Add the squares of ``(n_sequences, n_positions, n_cols)`` to ``(n_cols,)``."""
@@ -244,6 +255,12 @@ class InputRecorder:
 
         self._each_stripe(add, len(total))
 
+    def _mirrored(self, products: Float32) -> Float32:
+        """Copy the stripes of rows left of the diagonal to the columns above it, in place."""
+        for start in range(_STRIPE, len(products), _STRIPE):
+            products[:start, start : start + _STRIPE] = products[start : start + _STRIPE, :start].T
+        return products
+
     def _each_stripe(self, add: Callable[[int], None], n_cols: int) -> None:
         """Run a job for every stripe of columns, last (longest) first."""
 
@@ -259,9 +276,3 @@ def _squares(rows: Float32) -> Float64:
     """Return the squared norms of columns."""
     squares: Float64 = np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
     return squares
-
-
-def _mirror(products: Float32) -> None:
-    """Copy the stripes of rows left of the diagonal to the columns above it."""
-    for start in range(_STRIPE, len(products), _STRIPE):
-        products[:start, start : start + _STRIPE] = products[start : start + _STRIPE, :start].T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,10 +48,8 @@ def loss_gradient(
         raise ModelError("tensor output_norm.weight: its output is not finite; the weights are damaged")
     head = Head(model, read.value[scored], seed, tape.weights)
     found = list(tape.each(head.scan, head.slabs))
-    log_sum = np.logaddexp.reduce([part.log_sum for part in found])
-    best = np.argmax([part.best for part in found], axis=0)
-    drawn = np.array([part.drawn for part in found])[best, np.arange(len(best))]
-    signs = np.random.default_rng(seed).choice(np.array([-1, 1], dtype=np.float32), len(scored))
+    log_sum, drawn = sampled(found)
+    signs = drawn_signs(seed, len(scored))
     grad, squared_norm = np.zeros_like(stream), 0.0
     length = len(scored) * tape.n_positions // len(stream)
     for by_input, part in tape.each(lambda slab: head.derivative(slab, log_sum, drawn, signs, length), head.slabs):
@@ -70,6 +69,18 @@ class Scan:
     log_sum: Float64
     best: Float64
     drawn: NDArray[np.int64]
+
+
+def sampled(found: Sequence[Scan]) -> tuple[Float64, NDArray[np.int64]]:
+    """Return ``log sum exp`` of the logits and the sampled token of every position, from the scans of all slabs."""
+    best = np.argmax([part.best for part in found], axis=0)
+    drawn = np.array([part.drawn for part in found])[best, np.arange(len(best))]
+    return np.logaddexp.reduce([part.log_sum for part in found]), drawn
+
+
+def drawn_signs(seed: int, n: int) -> Float32:
+    """Return ``n`` random signs, float32."""
+    return np.random.default_rng(seed).choice(np.array([-1, 1], dtype=np.float32), n)
 
 
 class Head:
@@ -100,11 +111,14 @@ class Head:
             logits, slope = bent * np.float32(h.final_logit_softcapping), slope * (1 - bent**2)
         return rows, logits, slope
 
+    def noise(self, slab: Slab, n_scored: int) -> Float64:
+        """Return Gumbel noise for the logits of a slab, ``(n_scored, n_rows)``."""
+        return np.random.default_rng([self.seed, slab[0]]).gumbel(size=(n_scored, slab[1] - slab[0]))
+
     def scan(self, slab: Slab) -> Scan:
         """Return the scan of a slab."""
         _, logits, _ = self.logits(slab)
-        noise = np.random.default_rng([self.seed, slab[0]]).gumbel(size=logits.shape)
-        perturbed = logits + noise
+        perturbed = logits + self.noise(slab, len(logits))
         largest = logits.max(axis=1, keepdims=True)
         log_sum = np.log(np.exp(logits - largest).sum(axis=1, dtype=np.float64)) + largest[:, 0]
         at = perturbed.argmax(axis=1)

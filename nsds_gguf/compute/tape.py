@@ -77,6 +77,10 @@ class Tape:
         if self.keeps_values:
             self._undo.append(undo)
 
+    def node(self, value: Float32) -> Node:
+        """Return a node of values that the caller computed."""
+        return Node(value)
+
     def edges(self, n: int) -> list[int]:
         """Return the first row of every sequence, and ``n``."""
         if self.tokens is None:
@@ -311,6 +315,11 @@ class Tape:
 
         self.keep(undo)
         return out
+
+    def chosen(self, scores: Node, bias: Tensor | None, n_chosen: int) -> Ids:
+        """Return the columns of the largest scores of each row, ``(n, n_chosen)``; a bias affects the choice only."""
+        ranked = scores.value if bias is None else scores.value + bias.load().ravel()
+        return np.argsort(-ranked, axis=1, kind="stable")[:, :n_chosen]
 
     def chosen_weights(self, scores: Node, chosen: Ids, normed: bool, scale: float) -> Node:
         """Return the weights of the chosen experts, ``(n, n_chosen)``: their scores, ``normed`` to sum 1, and scaled.

@@ -130,12 +130,17 @@ class Engine:
         features = re.findall(r"(\w+) = 1", binding.llama_print_system_info().decode())
         return f"{version} (llama-cpp-python {binding.__version__}; {' '.join(features)})"
 
+    def supports_gpu(self) -> bool:
+        """Return whether this build of llama.cpp can hand layers to a GPU that is here."""
+        return bool(self._binding.llama_supports_gpu_offload())
+
     # --- models ---
 
-    def load(self, file: Path, path: str, vocab_only: bool) -> ModelFacts:
+    def load(self, file: Path, path: str, vocab_only: bool, n_gpu_layers: int) -> ModelFacts:
         """Load the model at ``path``, called ``file`` in messages; raises ``VerifyError`` with llama.cpp's reason."""
         binding = self._binding
         params = binding.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
         params.vocab_only = vocab_only
         params.use_extra_bufts = _AMX not in binding.llama_print_system_info().decode()
         params.progress_callback = binding.llama_progress_callback(lambda _fraction, _data: self._is_alive())
@@ -148,7 +153,7 @@ class Engine:
             binding.llama_model_free(pointer)
             raise VerifyError(f"{file}: holds no vocabulary; wanted a GGUF with tokenizer.ggml keys")
         number = next(self._numbers)
-        self._models[number] = _Model(file, pointer, vocab, binding.llama_vocab_n_tokens(vocab))
+        self._models[number] = _Model(file, pointer, vocab, binding.llama_vocab_n_tokens(vocab), n_gpu_layers > 0)
         return ModelFacts(
             number=number,
             n_vocab=self._models[number].n_vocab,
@@ -229,6 +234,7 @@ class Engine:
         params = binding.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = n_longest  # pooling needs a text in one physical batch
         params.n_threads = params.n_threads_batch = n_threads
+        params.offload_kqv = params.op_offload = found.uses_gpu
         params.embeddings = True
         params.flash_attn_type, params.type_k, params.type_v = _FLASH_ATTN_DISABLED, _GGML_TYPE_F32, _GGML_TYPE_F32
         abort_callback = params.abort_callback = binding.ggml_abort_callback(lambda _: not self._is_alive())
@@ -266,7 +272,7 @@ class Engine:
         """Load a model without its weights and build what it computes; raises ``VerifyError`` where that fails."""
         binding = self._binding
         params = binding.llama_model_default_params()
-        params.no_alloc, params.load_mode = True, _LOAD_MODE_NONE
+        params.no_alloc, params.load_mode, params.n_gpu_layers = True, _LOAD_MODE_NONE, 0
         self._messages.clear()
         model = binding.llama_model_load_from_file(os.fsencode(path), params)
         if not model:
@@ -321,6 +327,7 @@ class _Model:
     pointer: Any
     vocab: Any
     n_vocab: int
+    uses_gpu: bool
 
 
 class _Context:
@@ -340,6 +347,7 @@ class _Context:
         params.n_batch = options.n_batch
         params.n_seq_max = options.n_seq
         params.n_threads = params.n_threads_batch = options.n_threads
+        params.offload_kqv = params.op_offload = self._model.uses_gpu  # else a GPU would still take large products
         if options.exact:
             params.flash_attn_type = _FLASH_ATTN_DISABLED
             params.type_k = params.type_v = _GGML_TYPE_F32

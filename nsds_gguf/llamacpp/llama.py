@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from ..errors import OutputError, TextError, VerifyError
+from ..errors import OutputError, PlanError, TextError, VerifyError
 from ..records import Float32
 from ..system.resources import n_blas_threads
 from .binding import N_PHYSICAL_BATCH, ContextOptions, Int32, ModelFacts, Observer
@@ -28,17 +28,40 @@ from .process import LlamaProcess, end_process, llama_process
 
 __all__ = [
     "N_PHYSICAL_BATCH", "Int32", "LlamaContext", "LlamaModel", "Observer", "check_loads", "complete", "default_threads",
-    "embed", "end_process", "llama_build", "logits", "open_context", "open_model", "quantize_preset",
+    "embed", "end_process", "gpu_layers", "llama_build", "logits", "open_context", "open_model", "quantize_preset",
 ]  # fmt: skip
 
 # llama_tokenize counts bytes and tokens in int32.
 _MAX_TEXT_BYTES = 2**31 - 1
 
 
+_n_gpu_layers = 0  # of every model that is opened
+
+
 def llama_build() -> str:
-    """Return llama.cpp's version, that of the binding, and the CPU features in use, in one line."""
+    """Return llama.cpp's version, that of the binding, the features in use, and the layers on a GPU, in one line."""
     build: str = llama_process().call("llama.cpp", "build")
-    return build
+    return f"{build}; {_n_gpu_layers} layers on the GPU" if _n_gpu_layers else build
+
+
+@contextmanager
+def gpu_layers(n_layers: int) -> Iterator[None]:
+    """Hand the last ``n_layers`` layers of every model that is opened in the ``with`` block to a GPU.
+
+    The output counts as one more layer; a number beyond a model's layers means all of it. Without this, or with 0,
+    llama.cpp computes on the CPU, whatever its build. Raises ``PlanError`` where llama.cpp has no GPU to use.
+    """
+    global _n_gpu_layers
+    if n_layers and not llama_process().call("llama.cpp", "supports_gpu"):
+        raise PlanError(
+            f"--gpu-layers {n_layers}: this build of llama.cpp has no GPU backend, or finds no GPU; drop the option, "
+            "or install llama-cpp-python built for the GPU: CMAKE_ARGS=-DGGML_CUDA=on pip install llama-cpp-python"
+        )
+    before, _n_gpu_layers = _n_gpu_layers, n_layers
+    try:
+        yield
+    finally:
+        _n_gpu_layers = before
 
 
 def quantize_preset(
@@ -189,7 +212,8 @@ def open_model(file: Path, *, vocab_only: bool = False) -> Iterator[LlamaModel]:
     if not file.is_file():
         raise VerifyError(f"{file}: no such GGUF file")
     process = llama_process()
-    facts: ModelFacts = process.call(str(file), "load", file, os.path.abspath(file), vocab_only)  # noqa: PTH100
+    path = os.path.abspath(file)  # noqa: PTH100
+    facts: ModelFacts = process.call(str(file), "load", file, path, vocab_only, _n_gpu_layers)
     try:
         yield LlamaModel(file, process, facts)
     finally:

@@ -14,6 +14,7 @@ import numpy as np
 import scipy
 
 from .. import __version__
+from ..compute.backend import BACKENDS, DEFAULT_BACKEND
 from ..errors import PlanError
 from ..records import LayerScore, Model, Progress, no_progress
 from ..system.workers import Threads, Workers
@@ -40,6 +41,7 @@ def score_layers(
     se: str | None = "product",
     workers: Workers | None = None,
     progress: Progress = no_progress,
+    device: str = DEFAULT_BACKEND,
 ) -> tuple[tuple[LayerScore, ...], tuple[str, ...]]:
     """Return a score for every layer, to 7 significant digits, and notes on what the metric cannot see.
 
@@ -49,6 +51,7 @@ def score_layers(
         se: reading of structural expressiveness, a key of ``SE_READINGS``; for ``nsds`` only.
         workers: score, a layer per task; default: this thread.
         progress: called with (done, total).
+        device: a key of ``compute.BACKENDS``: where the heavy parts of ``nsds`` run.
 
     Raises:
         PlanError: unknown metric or reading.
@@ -58,7 +61,14 @@ def score_layers(
     _check_name("metric", metric, METRICS)
     reading = se or next(iter(SE_READINGS))
     _check_name("SE reading", reading, SE_READINGS)
-    layers = METRICS[metric](model, reading, workers or Threads(), progress)
+    workers, torch_device = workers or Threads(), BACKENDS[device].torch_device
+    if METRICS[metric] is score_nsds and torch_device:
+        from ..compute.torch_backend import exact_products
+
+        with exact_products():
+            layers = score_nsds(model, reading, workers, progress, torch_device)
+    else:
+        layers = METRICS[metric](model, reading, workers, progress)
     return tuple(_rounded(layer) for layer in layers), rest_notes(model) if metric == "nsds" else ()
 
 

@@ -33,6 +33,7 @@ from ..records import Float32, Float64, LayerScore, Model, Progress, Tensor
 from ..system.resources import blas_threads, n_blas_threads
 from ..system.workers import FAR_AHEAD, Workers
 from .stats import (
+    Matrix,
     column_kurtosis,
     entropy,
     matrix_kurtosis,
@@ -41,6 +42,7 @@ from .stats import (
     row_tiles,
     sigmoid,
     soft_or,
+    sum_of_fourth_powers,
 )
 
 FFN_COMPONENTS = ("gate", "up", "down")
@@ -150,17 +152,52 @@ def residual_gram(slabs: Iterable[Float64], d: int) -> Float64:
     return gram
 
 
-def right_vectors(gram: Float64, at_least: int = MIN_TRIPLETS) -> tuple[Float64, Float64]:
+def symmetric_eigen(gram: Float64) -> tuple[Float64, Float64]:
+    """Return eigenvalues, ascending, and eigenvectors, columns, of a symmetric matrix given by its upper triangle."""
+    eigenvalues, vectors = linalg.eigh(gram, lower=False, overwrite_a=True, check_finite=False, driver="evd")
+    return eigenvalues, vectors
+
+
+@dataclass(frozen=True)
+class Algebra:
+    """The heavy parts of NSDS: by LAPACK and BLAS, or elsewhere.
+
+    Attributes:
+        gram: see ``residual_gram``.
+        eigh: see ``symmetric_eigen``.
+        fourth_powers: see ``stats.sum_of_fourth_powers``.
+    """
+
+    gram: Callable[[Iterable[Float64], int], Float64] = residual_gram
+    eigh: Callable[[Float64], tuple[Float64, Float64]] = symmetric_eigen
+    fourth_powers: Callable[[Matrix, Matrix], float] = sum_of_fourth_powers
+
+
+CPU = Algebra()
+
+
+def algebra_on(torch_device: str) -> Algebra:
+    """Return the algebra of a PyTorch device, ``CPU`` for an empty name."""
+    if not torch_device:
+        return CPU
+    from .nsds_torch import TorchAlgebra
+
+    there = TorchAlgebra(torch_device)
+    return Algebra(there.gram, there.eigh, there.fourth_powers)
+
+
+def right_vectors(gram: Float64, at_least: int = MIN_TRIPLETS, algebra: Algebra = CPU) -> tuple[Float64, Float64]:
     """Return the leading singular values and right singular vectors of the matrix with this Gram matrix.
 
     Args:
         gram: upper triangle of ``W^T W``, float64 (d, d); overwritten.
         at_least: minimum number of triplets to retain.
+        algebra: what computes it.
 
     Returns:
         Singular values (k,), largest first, and vectors (d, k).
     """
-    eigenvalues, vectors = linalg.eigh(gram, lower=False, overwrite_a=True, check_finite=False, driver="evd")
+    eigenvalues, vectors = algebra.eigh(gram)
     sigma = np.sqrt(np.maximum(eigenvalues[::-1], 0.0))
     n_retained = n_leading(sigma, at_least)
     return sigma[:n_retained], vectors[:, ::-1][:, :n_retained]
@@ -228,12 +265,12 @@ def _cholesky_qr(a: Float64) -> tuple[Float64, Float64]:
     return q, r
 
 
-def output_projection(model: Model) -> Float32:
+def output_projection(model: Model, algebra: Algebra = CPU) -> Float32:
     """Return P, float32 (d, r): the leading right singular vectors of the unembedding, with 99 % of its squared norm.
 
     Without an unembedding of the stream's width, return the identity: all directions count equally.
     """
-    return _projection(_unembedding(model))
+    return _projection(_unembedding(model), algebra)
 
 
 def _unembedding(model: Model) -> Tensor | int:
@@ -242,11 +279,11 @@ def _unembedding(model: Model) -> Tensor | int:
     return model.hparams.n_embd if found is None or found.n_cols != model.hparams.n_embd else found
 
 
-def _projection(unembedding: Tensor | int) -> Float32:
+def _projection(unembedding: Tensor | int, algebra: Algebra) -> Float32:
     if isinstance(unembedding, int):
         return np.eye(unembedding, dtype=np.float32)
-    gram = residual_gram((slab.astype(np.float64) for _, slab in unembedding.slabs(SLAB_BYTES)), unembedding.n_cols)
-    return right_vectors(gram, at_least=1)[1].astype(np.float32)
+    gram = algebra.gram((slab.astype(np.float64) for _, slab in unembedding.slabs(SLAB_BYTES)), unembedding.n_cols)
+    return right_vectors(gram, 1, algebra)[1].astype(np.float32)
 
 
 # --- components -----------------------------------------------------------------------------------------------
@@ -260,7 +297,9 @@ class Sensitivity:
     se: float
 
 
-def attention_component(lefts: Float32, rights: Float32, weight: HeadWeight, reading: Reading) -> Sensitivity:
+def attention_component(
+    lefts: Float32, rights: Float32, weight: HeadWeight, reading: Reading, algebra: Algebra = CPU
+) -> Sensitivity:
     """Return NV and SE of QK or OV: the means over the heads.
 
     Heads run in parallel, each with one BLAS thread: their matrices are too small for more.
@@ -270,6 +309,7 @@ def attention_component(lefts: Float32, rights: Float32, weight: HeadWeight, rea
         rights: (n_kv_heads, head_dim, d); head h uses ``h // (n_heads // n_kv_heads)``, factored once per group.
         weight: returns the weight of each singular value from its vectors.
         reading: of structural expressiveness.
+        algebra: what computes the products of full size.
     """
     n_per_group = len(lefts) // len(rights)
     n_threads = n_blas_threads()
@@ -278,7 +318,7 @@ def attention_component(lefts: Float32, rights: Float32, weight: HeadWeight, rea
         group = index // n_per_group
         head = decompose_head(lefts[index], rights[group], right_factors[group])
         se = structural_expressiveness(head.sigma, weight(head.u, head.v), reading)
-        return Sensitivity(product_kurtosis(head.left, head.right, head.squared_norm), se)
+        return Sensitivity(product_kurtosis(head.left, head.right, head.squared_norm, algebra.fourth_powers), se)
 
     with blas_threads(1), ThreadPoolExecutor(n_threads) as pool:
         right_factors = list(pool.map(thin_qr, [right.T for right in rights]))
@@ -286,50 +326,56 @@ def attention_component(lefts: Float32, rights: Float32, weight: HeadWeight, rea
     return Sensitivity(float(np.mean([head.nv for head in found])), float(np.mean([head.se for head in found])))
 
 
-def qk_component(attention: Attention, reading: Reading) -> Sensitivity:
+def qk_component(attention: Attention, reading: Reading, algebra: Algebra = CPU) -> Sensitivity:
     """Return NV and SE of ``W_Q[h]^T @ W_K[g(h)]``, a detector on both sides.
 
     GGUF permutes the rows of q and k within each head in the same way, which a sum over those rows does not see.
     """
     q = attention.q.weight.rows(slice(None)).reshape(attention.n_heads, attention.head_dim, -1)
     k = attention.k.weight.rows(slice(None)).reshape(attention.n_kv_heads, attention.head_dim, -1)
-    return attention_component(q.transpose(0, 2, 1), k, detector_qk_weight, reading)
+    return attention_component(q.transpose(0, 2, 1), k, detector_qk_weight, reading, algebra)
 
 
-def ov_component(attention: Attention, projection: Float32, reading: Reading) -> Sensitivity:
+def ov_component(attention: Attention, projection: Float32, reading: Reading, algebra: Algebra = CPU) -> Sensitivity:
     """Return NV and SE of ``W_O[:, h] @ W_V[g(h)]``, a writer."""
     o = attention.o.weight.rows(slice(None)).reshape(-1, attention.n_heads, attention.value_dim)
     v = attention.v.weight.rows(slice(None)).reshape(attention.n_kv_heads, attention.value_dim, -1)
-    return attention_component(o.transpose(1, 0, 2), v, lambda u, _: writer_weight(u, projection), reading)
+    return attention_component(o.transpose(1, 0, 2), v, lambda u, _: writer_weight(u, projection), reading, algebra)
 
 
-def ffn_component(matrix: Float32, weight: FfnWeight, reading: Reading) -> Sensitivity:
+def ffn_component(matrix: Float32, weight: FfnWeight, reading: Reading, algebra: Algebra = CPU) -> Sensitivity:
     """Return NV and SE of an FFN ``matrix`` (n_ff, d), the residual stream last.
 
     A matrix with ``n_ff < d``, such as an expert's, is decomposed from its other side, which is smaller: ``v_i = W^T
     u_i / sigma_i``.
     """
     if matrix.shape[0] >= matrix.shape[1]:
-        sigma, vectors = right_vectors(residual_gram(row_tiles(matrix, GRAM_ENTRIES), matrix.shape[1]))
+        gram = algebra.gram(row_tiles(matrix, GRAM_ENTRIES), matrix.shape[1])
+        sigma, vectors = right_vectors(gram, algebra=algebra)
     else:
-        sigma, left = right_vectors(residual_gram(row_tiles(matrix.T, GRAM_ENTRIES), matrix.shape[0]))
+        gram = algebra.gram(row_tiles(matrix.T, GRAM_ENTRIES), matrix.shape[0])
+        sigma, left = right_vectors(gram, algebra=algebra)
         images = matrix.T.astype(np.float64) @ left
         vectors = np.divide(images, sigma, out=np.zeros_like(images), where=sigma > 0)
     return Sensitivity(matrix_kurtosis(matrix), structural_expressiveness(sigma, weight(vectors), reading))
 
 
-def ffn_components(block: FeedForward, projection: Float32, reading: Reading) -> dict[str, Sensitivity]:
+def ffn_components(
+    block: FeedForward, projection: Float32, reading: Reading, algebra: Algebra = CPU
+) -> dict[str, Sensitivity]:
     """Return NV and SE of the gate, up and down matrices of one feed-forward block or expert."""
     components = {}
     for name, part in (("gate", block.gate), ("up", block.up)):
         if part is not None:
-            components[name] = ffn_component(part.weight.rows(slice(None)), detector_ffn_weight, reading)
+            components[name] = ffn_component(part.weight.rows(slice(None)), detector_ffn_weight, reading, algebra)
     down = block.down.weight.rows(slice(None))
-    components["down"] = ffn_component(down.T, lambda u: writer_weight(u, projection), reading)
+    components["down"] = ffn_component(down.T, lambda u: writer_weight(u, projection), reading, algebra)
     return components
 
 
-def layer_components(layer: Layer, projection: Float32, reading: Reading) -> dict[str, Sensitivity]:
+def layer_components(
+    layer: Layer, projection: Float32, reading: Reading, algebra: Algebra = CPU
+) -> dict[str, Sensitivity]:
     """Return NV and SE of every component of the layer, by component; biases and gains do not count.
 
     Experts are averaged; a shared expert counts as one more. Matrices outside the components have no SE (which of
@@ -337,9 +383,9 @@ def layer_components(layer: Layer, projection: Float32, reading: Reading) -> dic
     """
     components = {}
     if layer.attention is not None:
-        components["qk"] = qk_component(layer.attention, reading)
-        components["ov"] = ov_component(layer.attention, projection, reading)
-    experts = [ffn_components(block, projection, reading) for block in layer.feed_forward]
+        components["qk"] = qk_component(layer.attention, reading, algebra)
+        components["ov"] = ov_component(layer.attention, projection, reading, algebra)
+    experts = [ffn_components(block, projection, reading, algebra) for block in layer.feed_forward]
     for name in FFN_COMPONENTS:
         found = [expert[name] for expert in experts if name in expert]
         if found:
@@ -373,7 +419,9 @@ def aggregate(raw: Sequence[Mapping[str, float]]) -> Float64:
     return np.array([soft_or(np.array(values)) if values else math.nan for values in standing])
 
 
-def score_nsds(model: Model, se: str, workers: Workers, progress: Progress) -> tuple[LayerScore, ...]:
+def score_nsds(
+    model: Model, se: str, workers: Workers, progress: Progress, torch_device: str = ""
+) -> tuple[LayerScore, ...]:
     """Score every layer by NSDS, higher = more sensitive.
 
     Args:
@@ -381,12 +429,13 @@ def score_nsds(model: Model, se: str, workers: Workers, progress: Progress) -> t
         se: reading of structural expressiveness, a key of ``SE_READINGS``.
         workers: score, a layer per task.
         progress: called with (layers done, total).
+        torch_device: PyTorch's name of a device for the heavy parts; default: numpy and LAPACK.
     """
-    n_layers = model.hparams.n_layers
+    n_layers, unembedding = model.hparams.n_layers, _unembedding(model)
     progress(0, n_layers)
     layers: list[dict[str, Sensitivity]] = []
     run = secrets.token_hex(8)
-    tasks = (_LayerTask(view_layer(model, index), _unembedding(model), se, run) for index in range(n_layers))
+    tasks = (_LayerTask(view_layer(model, index), unembedding, se, run, torch_device) for index in range(n_layers))
     with closing(workers.ordered(_layer, tasks, ahead=FAR_AHEAD, is_large=True)) as scored:
         for _, components in scored:
             layers.append(components)
@@ -403,23 +452,24 @@ def score_nsds(model: Model, se: str, workers: Workers, progress: Progress) -> t
 
 @dataclass(frozen=True)
 class _LayerTask:
-    """A layer to score: its views, what it writes to, the reading of SE, and a name of the run."""
+    """A layer to score: its views, what it writes to, the reading of SE, a name of the run, and the device."""
 
     view: Layer
     unembedding: Tensor | int
     se: str
     run: str
+    torch_device: str
 
 
 def _layer(task: _LayerTask) -> dict[str, Sensitivity]:
-    projection = _projection_of_run(task.run, task.unembedding)
-    return layer_components(task.view, projection, SE_READINGS[task.se])
+    projection = _projection_of_run(task.run, task.unembedding, task.torch_device)
+    return layer_components(task.view, projection, SE_READINGS[task.se], algebra_on(task.torch_device))
 
 
 @functools.lru_cache(maxsize=1)
-def _projection_of_run(_run: str, unembedding: Tensor | int) -> Float32:
+def _projection_of_run(_run: str, unembedding: Tensor | int, torch_device: str) -> Float32:
     """Return the output projection, once per run in each process: to compute it is less than to send it to all."""
-    return _projection(unembedding)
+    return _projection(unembedding, algebra_on(torch_device))
 
 
 def combined(p_nv: float, p_se: float) -> float:

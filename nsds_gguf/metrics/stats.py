@@ -7,7 +7,7 @@ their full size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -95,7 +95,9 @@ def column_kurtosis(vectors: Float64) -> Float64:
     return np.concatenate(parts)
 
 
-def product_kurtosis(left: Float32, right: Float32, squared_norm: float) -> float:
+def product_kurtosis(
+    left: Float32, right: Float32, squared_norm: float, fourth_powers: Callable[[Matrix, Matrix], float] | None = None
+) -> float:
     """Return the excess kurtosis over all entries of ``left @ right`` without storing the product.
 
     Column sums give the mean, ``squared_norm`` the variance; with a column appended to the factors, every tile of the
@@ -105,6 +107,7 @@ def product_kurtosis(left: Float32, right: Float32, squared_norm: float) -> floa
         left: float32 (n, r).
         right: float32 (r, m).
         squared_norm: ``sum((left @ right)**2)``, the sum of its squared singular values.
+        fourth_powers: returns ``sum((left @ right)**4)``; default: by numpy.
     """
     n_entries = left.shape[0] * right.shape[1]
     mean = float(left.sum(axis=0, dtype=np.float64) @ right.sum(axis=1, dtype=np.float64)) / n_entries
@@ -115,7 +118,7 @@ def product_kurtosis(left: Float32, right: Float32, squared_norm: float) -> floa
     dtype = product_dtype(left, right, std)
     scaled: Matrix = np.column_stack([left.astype(dtype), np.full(left.shape[0], -mean, dtype)]) / std
     padded: Matrix = np.vstack([right.astype(dtype), np.ones(right.shape[1], dtype)])
-    m4 = _sum_of_fourth_powers(scaled, padded) / n_entries
+    m4 = (fourth_powers or sum_of_fourth_powers)(scaled, padded) / n_entries
     return excess_kurtosis(0.0, 1.0, m4)
 
 
@@ -130,7 +133,7 @@ def product_dtype(left: Float32, right: Float32, std: float) -> np.dtype[np.floa
     return np.dtype(np.float32 if noise <= MAX_RELATIVE_NOISE * std else np.float64)
 
 
-def _sum_of_fourth_powers(left: Matrix, right: Matrix) -> float:
+def sum_of_fourth_powers(left: Matrix, right: Matrix) -> float:
     """Return ``sum((left @ right)**4)`` over row tiles, accumulated in float64."""
     n_rows = max(1, TILE_ENTRIES // right.shape[1])
     buffer = np.empty((n_rows, right.shape[1]), dtype=left.dtype)

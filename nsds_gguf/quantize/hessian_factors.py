@@ -114,6 +114,10 @@ def _recent_of_process() -> _Recent:
     return _Recent()
 
 
+# Factors a Hessian; takes ``hessian`` and the keyword ``shrinkage``. It pickles.
+Factoring = Callable[..., HessianFactors]
+
+
 class FactorStore:
     """Hessian factors by tensor name, as files in a folder that the caller removes, or as records.
 
@@ -121,9 +125,9 @@ class FactorStore:
     reads and writes the same files.
     """
 
-    def __init__(self, folder: Path, records: Store | None = None) -> None:
-        """Take an existing folder, and a store to use instead of it."""
-        self._folder, self._records = folder, records
+    def __init__(self, folder: Path, records: Store | None = None, factoring: Factoring = factor_hessian) -> None:
+        """Take an existing folder, a store to use instead of it, and the function that factors."""
+        self._folder, self._records, self._factoring = folder, records, factoring
         self._files: dict[str, Path] = {}
         self._recent = _Recent()
 
@@ -136,7 +140,7 @@ class FactorStore:
 
     def write(self, names: Collection[str], hessian: NDArray[np.floating], shrinkage: float) -> Path:
         """Do the work of ``add``, in any process, and return the file."""
-        factors = factor_hessian(hessian, shrinkage=shrinkage)
+        factors = self._factoring(hessian, shrinkage=shrinkage)
         arrays = {f.name: getattr(factors, f.name) for f in fields(HessianFactors)}
         name = _record_name(names)
         if self._records is not None:

@@ -77,7 +77,7 @@ class Options:
     score_weight: float = 0.0
     prefer: str = "quality"
     seed: int = 0
-    device: str = "cpu"
+    device: str = AUTO
 
     @property
     def target(self) -> Target | None:

@@ -22,6 +22,7 @@ from ..compute.input_moments import Moments, NamedHessian, Recording
 from ..compute.walk import WalkOptions, walk
 from ..errors import PlanError
 from ..llamacpp import llama
+from ..quantize import factoring
 from ..quantize.equalization import Equalization, find_equalization
 from ..quantize.hessian_factors import FactorStore
 from ..records import Float32, Model, Recipe
@@ -135,7 +136,7 @@ class Calibrated:
             self._workers.check_sees(folder)
             check_disk(folder, disk_bytes(self.model), "the Hessian factors")
             store = self._keyed(kind, recipe, recipe.device, "factors", key)
-            self._factors[key] = factors = FactorStore(folder, store)
+            self._factors[key] = factors = FactorStore(folder, store, factoring(recipe.device))
             recorded = None if store is None else store.get("Hessian factors")
             if recorded is not None and all(factors.recall(names) for names in recorded):
                 return factors

@@ -131,8 +131,10 @@ class Session:
             n_threads = self.run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
             with self.run.report.stage(f"score layers ({recipe.metric})") as progress, blas_threads(n_threads):
                 layers, notes = kept_layers(
-                    self.store and self.store.keyed(recipe.metric, recipe.se),
-                    lambda: metrics.score_layers(self.model, str(recipe.metric), recipe.se, self.workers, progress),
+                    self.store and self.store.keyed(recipe.metric, recipe.se, recipe.device),
+                    lambda: metrics.score_layers(
+                        self.model, str(recipe.metric), recipe.se, self.workers, progress, recipe.device
+                    ),
                 )
         scores = Scores(
             recipe=replace(recipe, target=None),
@@ -149,7 +151,8 @@ class Session:
         found, equalization = self.calibrated.sensitivities(recipe), self.calibrated.equalization(recipe)
         candidates = allocate.candidates(equalization.applied(self.model), recipe.types, recipe.tensor_types)
         columns, factors = self.calibrated.column_weights(recipe, set(recipe.types)), self.calibrated.factors(recipe)
-        quantizers, tensors = TensorQuantizers(recipe.rounding, columns, factors), allocate.measurable(candidates)
+        quantizers = TensorQuantizers(recipe.rounding, columns, factors, recipe.device)
+        tensors = allocate.measurable(candidates)
         store = self.store and self.store.keyed(recipe.to(None), ggml.version())
         known = {tensor.name: kept_cost(store, tensor.name) for tensor, _ in tensors}
         unknown = [each for each in tensors if known[each[0].name] is None]
@@ -227,7 +230,7 @@ class Session:
         """Write the file; ``resumes`` continues after the last tensor that an interrupted run completed."""
         recipe, types = plan.recipe, {tensor.type for tensor in plan.tensors}
         columns, factors = self.calibrated.column_weights(recipe, types), self.calibrated.factors(recipe)
-        quantizers = TensorQuantizers(recipe.rounding, columns, factors)
+        quantizers = TensorQuantizers(recipe.rounding, columns, factors, recipe.device)
         model = self.calibrated.equalization(recipe).applied(self.model)
         with self.run.report.stage(name) as progress, blas_threads(1):
             resume = Resume(Store.key(plan.digest, ggml.version()), self.run.report.say) if resumes else None

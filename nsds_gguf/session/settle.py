@@ -16,6 +16,7 @@ from ..llamacpp import ggml
 from ..metrics import METRICS, SE_READINGS
 from ..quantize import ROUNDINGS
 from ..records import AUTO, UNQUANTIZED, Model, Options, Recipe, Scores
+from .device import choose_device
 
 # Models with more weights are rounded by GPTQ only on request, since it takes hours on a laptop (docs/log.md,
 # 2026-11-26).
@@ -55,6 +56,7 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
     types = (options.uniform.upper(),) if options.uniform is not None else types
     metric, se = _metric(options, allocator, scores, scores_layers)
     rounding, calibration, note = _rounding(options, model, allocator, scores)
+    device, device_note = choose_device(options.device, model)
     recipe = Recipe(
         target=options.target,
         allocator=allocator,
@@ -68,11 +70,11 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
         prefer=options.prefer,
         seed=options.seed,
         allocation_seed=options.seed,
-        device=_known("device", options.device, BACKENDS),
+        device=device,
     )
     check_possible(model, recipe)
     check_imatrix(model, recipe, imatrix)
-    return Settled(recipe, imatrix, (note,) if note else ())
+    return Settled(recipe, imatrix, tuple(each for each in (note, device_note) if each))
 
 
 def check_imatrix(model: Model, recipe: Recipe, imatrix: Imatrix | None) -> None:

@@ -156,8 +156,8 @@ def test_columns_that_stay_zero_weigh_little(folder):
 # The way to a file
 
 
-def test_one_original_serves_text_and_check(folder, tmp_path, monkeypatch):
-    """The temporary GGUF is written once, before planning, and is gone afterwards; a plan can be carried out again."""
+def test_one_copy_generates_text_and_one_original_is_compared(folder, tmp_path, monkeypatch):
+    """Temporary GGUFs are written once and are gone afterwards; a plan can be carried out again."""
     source = write_tiny(folder / "wide", WIDE)
     written = []
     real = session.write_gguf
@@ -165,7 +165,7 @@ def test_one_original_serves_text_and_check(folder, tmp_path, monkeypatch):
     options = [Options(target_bpw=bpw, **GENERATED) for bpw in (4, 6)]
     checked = VerifyOptions(reference="original", n_chunks=1, n_ctx=64)
     done = convert(source, options, verifying=checked, output=tmp_path, run=Run(1))
-    assert len(written) == 3
+    assert written[:2] == ["fast-copy.gguf", "original.gguf"] and len(written) == 4
     assert sorted(tmp_path.iterdir()) == sorted(item.path for item in done)
     made = done[0].plan
     assert made.recipe.calibration == "generated"
@@ -204,7 +204,7 @@ def test_the_command(folder, tmp_path, monkeypatch):
     )
     assert outcome.code == 0
     assert re.search(r"Generating 512 tokens of calibration text: about \d+ s\.", outcome.err.replace("\n", " "))
-    assert "Writing the original as a temporary F32 GGUF" in outcome.err
+    assert "Writing the fast copy as a temporary Q8_0 GGUF" in outcome.err
     assert json.loads((tmp_path / "plan.json").read_text())["recipe"]["calibration"] == "generated"
     assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
     assert call("convert", source, "--plan", "plan.json", "-o", "x.gguf", "--no-verify", "--threads", 1).code == 0
@@ -227,7 +227,7 @@ def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch):
         def progress(self, done, total):
             """Stop when tokens are being written: before, threadpoolctl looks for libraries, whose callback eats it."""
             if not timers:
-                assert list(tmp_path.glob(".nsds-gguf-*/original.gguf"))
+                assert list(tmp_path.glob(".nsds-gguf-*/fast-copy.gguf"))
                 timers.append(threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)))
                 timers[0].start()
 
@@ -236,7 +236,7 @@ def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room_for_the_original(folder, monkeypatch):
+def test_no_room_for_the_copy(folder, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(OutputError, match="the original takes"):
+    with pytest.raises(OutputError, match="the fast copy takes"):
         plan(write_tiny(folder / "wide5", WIDE), Options(target_bpw=4, **GENERATED), run=Run(1))

@@ -186,9 +186,9 @@ def _remove(hessian: Float32 | Path) -> None:
 def _factor(task: _Factoring) -> Path | None:
     """Write the factors of a Hessian; return their file, or ``None`` for an input that is all zero."""
     found = np.load(task.hessian, allow_pickle=False) if isinstance(task.hessian, Path) else task.hessian
-    hessian = task.equalization.moments(task.names[0], found.astype(np.float64))
+    hessian: NDArray[np.floating] = task.equalization.moments(task.names[0], found)
     if task.looked_up is not None:
-        hessian = mixed_roles(hessian, task.looked_up)
+        hessian = mixed_roles(hessian.astype(np.float64), task.looked_up)
     if hessian.diagonal().mean() <= 0:
         return None
     return task.factors.write(task.names, hessian, task.shrinkage)

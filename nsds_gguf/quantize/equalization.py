@@ -84,12 +84,13 @@ class Equalization:
             weights[name] = (scaled / scaled.mean(axis=-1, keepdims=True)).astype(np.float32)
         return weights
 
-    def moments(self, name: str, full: Float64) -> Float64:
-        """Return the second moments ``(n_cols, n_cols)`` of a matrix's input once the matrix is equalized."""
+    def moments(self, name: str, full: Float32) -> Float32:
+        """Return the second moments ``(n_cols, n_cols)`` of a matrix's input once the matrix is equalized: exact."""
         if name not in self.columns:
             return full
-        factors = np.ldexp(np.ones(len(full)), -self.columns[name])
-        equalized: Float64 = full * factors * factors[:, np.newaxis]
+        factors = np.ldexp(np.ones(len(full), np.float32), -self.columns[name])
+        equalized: Float32 = full * factors
+        equalized *= factors[:, np.newaxis]
         return equalized
 
     @property

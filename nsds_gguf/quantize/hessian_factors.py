@@ -11,6 +11,7 @@ from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import lapack
 
 from ..errors import ModelError
 from ..records import Float32, Float64
@@ -49,7 +50,7 @@ class HessianFactors:
 def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, damping: float = 1e-3) -> HessianFactors:
     """Factor a Hessian.
 
-    In memory: two float64 matrices of its size, and one of float32 that stays.
+    In memory: one float64 matrix of its size, and one of float32 that stays.
 
     Args:
         hessian: ``(n_cols, n_cols)``, symmetric, positive semidefinite up to rounding. It may have low rank and columns
@@ -63,26 +64,27 @@ def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, da
         ModelError: the Hessian is not finite, is zero, or is not positive definite after both.
 
     """
-    h: Float64 = np.array(hessian, dtype=np.float64)
-    diagonal = h.diagonal().copy()
+    n_cols = len(hessian)
+    reverse: Float64 = np.array(hessian[::-1, ::-1], dtype=np.float64, order="F")
+    diagonal = reverse.diagonal().copy()
     mean = float(diagonal.mean())
-    if not np.isfinite(h).all() or mean <= 0:
+    if not np.isfinite(reverse).all() or mean <= 0:
         raise ModelError(f"Hessian: wanted finite numbers and a positive diagonal, got a diagonal of mean {mean:g}")
     diagonal += damping * mean
-    h *= 1 - shrinkage
-    np.fill_diagonal(h, diagonal)
-    try:
-        upper = np.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    except np.linalg.LinAlgError as error:
+    reverse *= 1 - shrinkage
+    np.fill_diagonal(reverse, diagonal)
+    lower, info = lapack.dpotrf(reverse, lower=1, clean=1, overwrite_a=1)
+    if info:
         raise ModelError(
-            f"Hessian: not positive definite with shrinkage {shrinkage:g} and damping {damping:g}: {error}"
-        ) from error
-    pivots = upper.diagonal().copy()
-    return HessianFactors(
-        np.ascontiguousarray(upper / pivots, dtype=np.float32),
-        np.square(pivots).astype(np.float32),
-        diagonal.astype(np.float32),
-    )
+            f"Hessian: not positive definite with shrinkage {shrinkage:g} and damping {damping:g} (column "
+            f"{n_cols - info})"
+        )
+    pivots = lower.diagonal()[::-1].copy()
+    upper = np.empty((n_cols, n_cols), dtype=np.float32)
+    for start in range(0, n_cols, _PANEL):
+        stop = min(start + _PANEL, n_cols)
+        upper[:, start:stop] = lower[::-1, n_cols - stop : n_cols - start][:, ::-1] / pivots[start:stop]
+    return HessianFactors(upper, np.square(pivots).astype(np.float32), diagonal[::-1].astype(np.float32))
 
 
 class _Recent:

@@ -185,7 +185,7 @@ class Calibrated:
         return self._tokens[key]
 
     def _generated(self, kind: CalibrationKind, request: TokenRequest) -> Tokens:
-        seconds = generation_seconds(self.model, generated_text.N_TOKENS)
+        seconds = generation_seconds(self.model, generated_text.N_TOKENS, self._run.n_threads)
         self._run.report.say(
             f"Generating {generated_text.N_TOKENS:,} tokens of calibration text: about {duration(seconds)}."
         )

@@ -1,29 +1,37 @@
 """An estimate of the time that a conversion takes on this machine, from a trial of a fraction of a second.
 
-The trial measures two rates: quantizing one weight with ggml, in each type, and multiplying matrices. The operation
-counts below are leading terms; their constants fit measured runs (tools/bench/bench.py).
+The trial measures two rates: rounding one weight, in each type, and multiplying float32 matrices. The operation counts
+below are leading terms; their constants fit runs of tools/bench/bench_stages.py (docs/log.md, 2026-11-28).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from ..calibration.generated_text import LENGTH
+from ..calibration.hessians import multiplied
+from ..calibration.kinds import N_SEQUENCES_GENERATED
 from ..calibration.random_tokens import N_POSITIONS, n_sequences_for
 from ..llamacpp import ggml
+from ..quantize.formats import FORMATS
+from ..quantize.hessian_factors import HessianFactors
+from ..quantize.kernel import round_rows
 from ..records import Model
+from ..system.resources import blas_threads
 
-_TRIAL_ROWS, _TRIAL_SIZE = 128, 512
+_TRIAL_ROWS, _TRIAL_COLS, _TRIAL_SIZE, _N_TRIALS = 64, 512, 768, 3
 _EIGEN_OPERATIONS = 30.0  # per d^3, in terms of matrix products
-_PASS_OPERATIONS = 8  # per weight and token, of a forward and backward pass that recomputes the forward
-_GPTQ_FACTOR = 5  # GPTQ over ggml's quantizers
+_BACKWARD_OPERATIONS = 6  # per weight and token: the layer again, and the derivatives by inputs and weights
+_HEAD_OPERATIONS = 4  # per weight and token of which half are scored: logits twice, and both derivatives
+_FACTOR_SLOWER = 4.0  # float64 on one thread, with reading and writing, over float32
 _MEASURED_SHARE = 1 / 8  # of the rows, in every type
-_DECODE_EFFICIENCY = 0.5  # share of the matrix product's rate in a forward pass
-_GENERATE_EFFICIENCY = 0.3  # the same when generating, a few tokens at a time
+_DECODE_EFFICIENCY = 0.9  # share of the matrix product's rate when llama.cpp reads
+_GENERATE_EFFICIENCY = 0.6  # the same when it generates
 
 
 @dataclass(frozen=True)
@@ -53,30 +61,33 @@ class Work:
 def estimate_seconds(model: Model, work: Work, n_threads: int) -> float:
     """Return the total seconds of scoring, measuring, writing and verification."""
     n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
-    per_weight = sum(_quantize_seconds(name) for name in work.types) / len(work.types) / n_threads
-    per_weight *= _GPTQ_FACTOR if work.n_hessian_tokens else 1
-    rate = _product_rate()
-    seconds = work.n_files * n_matrix * per_weight + 2 * work.n_tokens * n_matrix / (rate * _DECODE_EFFICIENCY)
+    rate, is_gptq = product_rate(n_threads), bool(work.n_hessian_tokens)
+    per_weight = sum(_rounding_seconds(model, name, is_gptq, rate / n_threads) for name in work.types)
+    per_weight /= len(work.types) * n_threads
+    seconds = work.n_files * n_matrix * per_weight
+    seconds += 2 * work.n_tokens * n_matrix / (rate * _DECODE_EFFICIENCY)
     if work.scores:
         seconds += score_operations(model) / rate
     if work.measures:
         seconds += n_matrix * _MEASURED_SHARE * per_weight * len(work.types)
-        seconds += _PASS_OPERATIONS * n_sequences_for(model) * N_POSITIONS * n_matrix / rate
-    if work.n_hessian_tokens:
-        n_products = n_matrix + sum(t.n_cols**2 for t in model.tensors if t.is_matrix)
-        seconds += work.n_hessian_tokens * 2 * n_products / rate
-    return seconds + generation_seconds(model, work.n_generated_tokens, rate)
+        n_scored = N_SEQUENCES_GENERATED * LENGTH if work.n_generated_tokens else n_sequences_for(model) * N_POSITIONS
+        seconds += pass_operations(model, work.n_hessian_tokens or n_scored, n_scored) / rate
+    if is_gptq:
+        inputs = input_widths(model)
+        seconds += work.n_hessian_tokens * sum(n**2 for n in inputs) / rate
+        seconds += sum(n**3 for n in inputs) / 3 * _FACTOR_SLOWER * n_threads / rate
+    return seconds + generation_seconds(model, work.n_generated_tokens, n_threads, rate)
 
 
-def generation_seconds(model: Model, n_tokens: int, rate: float | None = None) -> float:
-    """Return the seconds in which the model generates tokens and reads them again.
+def generation_seconds(model: Model, n_tokens: int, n_threads: int, rate: float | None = None) -> float:
+    """Return the seconds in which the model generates tokens.
 
     ``rate`` is in floating-point operations per second; default: measured.
     """
     if not n_tokens:
         return 0.0
     n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
-    return 2 * n_tokens * n_matrix / (rate or _product_rate()) * (1 / _GENERATE_EFFICIENCY + 1 / _DECODE_EFFICIENCY)
+    return 2 * n_tokens * n_matrix / ((rate or product_rate(n_threads)) * _GENERATE_EFFICIENCY)
 
 
 def duration(seconds: float) -> str:
@@ -84,6 +95,21 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def pass_operations(model: Model, n_tokens: int, n_scored: int) -> float:
+    """Return the operations of the pass over tokens: all forward through the layers, some backward and at the head."""
+    n_layers = sum(tensor.n_weights for tensor in model.tensors if tensor.layer is not None and tensor.is_matrix)
+    n_head = model.unembedding().n_weights
+    return (2 * n_tokens + _BACKWARD_OPERATIONS * n_scored) * n_layers + _HEAD_OPERATIONS * n_scored * n_head
+
+
+def input_widths(model: Model) -> list[int]:
+    """Return the columns of every input that has a Hessian, as most architectures share them."""
+    shared = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
+    tensors = [model.by_name[name] for name in multiplied(model)]
+    found = {(tensor.layer, shared.get(tensor.role, tensor.role)): tensor.n_cols for tensor in tensors}
+    return list(found.values())
 
 
 def score_operations(model: Model) -> float:
@@ -103,19 +129,32 @@ def score_operations(model: Model) -> float:
     return operations + h.n_layers * attention
 
 
-def _quantize_seconds(type_name: str) -> float:
-    """Return the seconds that one thread takes per weight."""
-    rows = np.random.default_rng(0).standard_normal((_TRIAL_ROWS, 256), dtype=np.float32)
-    ggml.quantize(rows[:1], type_name)  # the first call sets up ggml's tables
-    start = time.perf_counter()
-    ggml.quantize(rows, type_name)
-    return (time.perf_counter() - start) / rows.size
+def _rounding_seconds(model: Model, type_name: str, is_gptq: bool, rate: float) -> float:
+    """Return the seconds that one thread takes per weight; ``rate`` is that of products on one thread."""
+    rows = np.random.default_rng(0).standard_normal((_TRIAL_ROWS, _TRIAL_COLS), dtype=np.float32)
+    if not is_gptq or type_name not in FORMATS:
+        ggml.quantize(rows[:1], type_name)  # the first call sets up ggml's tables
+        return _seconds(lambda: ggml.quantize(rows, type_name, np.ones(_TRIAL_COLS, np.float32))) / rows.size
+    ones = np.ones(_TRIAL_COLS, np.float32)
+    factors = HessianFactors(np.eye(_TRIAL_COLS, dtype=np.float32), ones, ones)
+    n_weights = max(1, sum(model.by_name[name].n_weights for name in multiplied(model)))
+    n_cols = sum(model.by_name[name].n_weights * model.by_name[name].n_cols for name in multiplied(model)) / n_weights
+    trial = _seconds(lambda: round_rows(rows, type_name, factors, 1)) / rows.size
+    return trial + max(0.0, n_cols - _TRIAL_COLS) / rate  # the columns to the left of a block
 
 
-def _product_rate() -> float:
-    """Return the floating-point operations per second of a float64 matrix product with numpy's threads."""
-    a = np.random.default_rng(0).standard_normal((_TRIAL_SIZE, _TRIAL_SIZE))
-    a @ a
-    start = time.perf_counter()
-    a @ a
-    return 2 * _TRIAL_SIZE**3 / (time.perf_counter() - start)
+def product_rate(n_threads: int) -> float:
+    """Return the operations per second of a float32 matrix product on ``n_threads``."""
+    a = np.random.default_rng(0).standard_normal((_TRIAL_SIZE, _TRIAL_SIZE), dtype=np.float32)
+    with blas_threads(n_threads):
+        return 2 * _TRIAL_SIZE**3 / _seconds(lambda: a @ a)
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    """Return the least seconds of some calls."""
+    times = []
+    for _ in range(_N_TRIALS):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -27,11 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from nsds_gguf import Options, Run, VerifyOptions, convert
-from nsds_gguf.calibration.generated_text import N_TOKENS
+from nsds_gguf.calibration.generated_text import LENGTH, N_TOKENS
 from nsds_gguf.calibration.hessians import multiplied
 from nsds_gguf.calibration.kinds import N_SEQUENCES_GENERATED
 from nsds_gguf.llamacpp.llama import default_threads
 from nsds_gguf.records import Model, Progress
+from nsds_gguf.session.estimate import input_widths, pass_operations
 from nsds_gguf.session.source import open_model
 
 _SGEMM_SIZE = 1024
@@ -98,28 +99,20 @@ def sgemm_rate(n_threads: int) -> float:
     return best
 
 
-def operations(model: Model, n_types: float) -> dict[str, float]:
-    """Return the least operations of each stage of the default, by name."""
-    n_matrix = sum(
-        t.n_weights for t in model.tensors if t.is_matrix and (t.name != "token_embd.weight" or model.is_tied)
-    )
-    n_scored = N_SEQUENCES_GENERATED * 256 / N_TOKENS
-    inputs = sum(_shared(model, name) * model.by_name[name].n_cols ** 2 for name in multiplied(model))
-    forward = 2 * N_TOKENS * n_matrix
-    rounding = sum(model.by_name[name].n_weights * model.by_name[name].n_cols for name in multiplied(model))
+def operations(model: Model, n_types: int) -> dict[str, float]:
+    """Return the least operations of each stage of a conversion with GPTQ rounding, by name."""
+    n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
+    tensors = [model.by_name[name] for name in multiplied(model)]
+    rounding = sum(tensor.n_weights * tensor.n_cols for tensor in tensors)
+    inputs = input_widths(model)
     return {
-        "generate text": forward,
-        "find sensitivities": forward + N_TOKENS * inputs + 3.5 * forward * n_scored,
-        "factor Hessians": sum(_shared(model, n) * model.by_name[n].n_cols ** 3 / 3 for n in multiplied(model)),
+        "generate text": 2 * N_TOKENS * n_matrix,
+        "find sensitivities": pass_operations(model, N_TOKENS, N_SEQUENCES_GENERATED * LENGTH)
+        + N_TOKENS * sum(n**2 for n in inputs),
+        "factor Hessians": sum(n**3 for n in inputs) / 3,
         "measure tensors": n_types * rounding / 8,
         "quantize and write": rounding,
     }
-
-
-def _shared(model: Model, name: str) -> float:
-    """Return 1 over the matrices that share an input with this one."""
-    role = model.by_name[name].role
-    return {"attn_q": 1 / 3, "attn_k": 1 / 3, "attn_v": 1 / 3, "ffn_gate": 1 / 2, "ffn_up": 1 / 2}.get(role, 1.0)
 
 
 def main() -> None:

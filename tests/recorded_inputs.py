@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 
 from nsds_gguf.compute.decoder import Decoder
@@ -21,12 +19,11 @@ def recorded_inputs(model, tokens):
     def add_expert(name, expert, routed, x):
         stacks.setdefault(name, {})[expert] = routed, x
 
-    with ThreadPoolExecutor(1) as pool:
-        tape = Tape(pool, n_positions, {}, plain.setdefault, False, add_expert)
-        stream = embed(model, decoder, tape, tokens)[1]
-        for index in range(model.hparams.n_layers):
-            stream = decoder.layer(tape, view_layer(model, index), Node(stream.value))
-        plain[model.unembedding().name] = output_norm(model, decoder, tape, stream).value
+    tape = Tape(None, n_positions, {}, plain.setdefault, False, add_expert)
+    stream = embed(model, decoder, tape, tokens)[1]
+    for index in range(model.hparams.n_layers):
+        stream = decoder.layer(tape, view_layer(model, index), Node(stream.value))
+    plain[model.unembedding().name] = output_norm(model, decoder, tape, stream).value
     return plain, stacks
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tracemalloc
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -73,17 +72,15 @@ def test_derivatives_are_those_of_differences(name, tmp_path):
     x, along, by_output = (rng.standard_normal((n, width), dtype=np.float32) for _ in range(3))
     decoder, view = Decoder.of(model, n // 2), view_layer(model, 0)
 
-    with ThreadPoolExecutor(1) as pool:
+    def layer(value):
+        tape, node = Tape(None, n // 2, {}), Node(value)
+        return tape, node, decoder.layer(tape, view, node)
 
-        def layer(value):
-            tape, node = Tape(pool, n // 2, {}), Node(value)
-            return tape, node, decoder.layer(tape, view, node)
-
-        tape, node, out = layer(x)
-        out.receive(by_output)
-        tape.backward()
-        step = 3e-3
-        ahead, back = (layer(x + sign * step * along)[2].value.astype(np.float64) for sign in (1, -1))
+    tape, node, out = layer(x)
+    out.receive(by_output)
+    tape.backward()
+    step = 3e-3
+    ahead, back = (layer(x + sign * step * along)[2].value.astype(np.float64) for sign in (1, -1))
     wanted = float(((ahead - back) * by_output).sum()) / (2 * step)
     assert float((node.grad * along).sum()) == pytest.approx(wanted, rel=1e-2)
 
@@ -132,7 +129,7 @@ def test_memory_is_asked_first(monkeypatch):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    wanted = working_bytes(model, tokens.size)
+    wanted = working_bytes(model, tokens.shape, Recording(), 1)
     assert 0.5 * wanted < peak < 1.3 * wanted, (peak, wanted)
     monkeypatch.setattr("nsds_gguf.system.resources.available_memory_bytes", lambda: wanted - 1)
     with pytest.raises(OutputError, match=r"the pass over tokens takes 0\.01 GiB of memory"):
@@ -190,9 +187,8 @@ def test_experts_are_chosen_and_weighed_as_told(scores, normed, biased):
         arrays["blk.0.exp_probs_b.bias"] = rng.standard_normal(8).astype("f4") / 4
     model, x = make_model(arrays, hparams), rng.standard_normal((12, 32), dtype=np.float32)
     told = {}
-    with ThreadPoolExecutor(1) as pool:
-        tape = Tape(pool, 6, {}, on_expert=lambda name, expert, tokens, x: told.setdefault((name, expert), x))
-        written = Decoder.of(model, 6).feed_forward(tape, view_layer(model, 0), Node(x)).value
+    tape = Tape(None, 6, {}, on_expert=lambda name, expert, tokens, x: told.setdefault((name, expert), x))
+    written = Decoder.of(model, 6).feed_forward(tape, view_layer(model, 0), Node(x)).value
     wanted, squares = retold(arrays, hparams, x)
     assert what_is_missing(model) == ""
     np.testing.assert_allclose(written, wanted, rtol=1e-4, atol=1e-5)

@@ -1,7 +1,8 @@
-"""The numpy backend: a tape per batch, slabs of rows as jobs of a thread pool.
+"""The numpy backend: a tape per sequence, sequences as jobs of a thread pool.
 
-Every job uses one BLAS thread (the caller sets that, ``resources.blas_threads``). Neither block sizes nor the order of
-sums depend on the number of threads, so results do not either.
+Where there are fewer sequences than threads, slabs of matrices are jobs too. Every job uses one BLAS thread (the caller
+sets that, ``resources.blas_threads``). Neither block sizes nor the order of sums depend on the number of threads, so
+results do not either.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,38 +21,59 @@ from .embedding import embed, lookup_squared_norm
 from .input_moments import InputSums, NamedHessian, Recording
 from .layers import Layer, view_layer
 from .output import loss_gradient, output_norm
-from .tape import Ids, Node, Tape
+from .tape import Ids, Node, Tape, each
 from .weights import LayerWeights, held_bytes, slabs
 
 _STRIPE = 512  # columns per job of a sum of squares or products
+
+Result = TypeVar("Result")
+ExpertSums = tuple[Float64, NDArray[np.int64]]  # squares (2, n_cols) and counts (2,): first positions, all others
 
 
 @contextmanager
 def open_numpy(model: Model, n_positions: int, n_threads: int) -> Iterator[NumpyBackend]:
     """Open the backend for a model; see ``BackendEntry.open``."""
-    with ThreadPoolExecutor(n_threads) as pool:
-        yield NumpyBackend(model, n_positions, pool)
+    with ThreadPoolExecutor(n_threads) as pool, ThreadPoolExecutor(n_threads) as slab_pool:
+        yield NumpyBackend(model, n_positions, pool, slab_pool, n_threads)
 
 
 class NumpyBackend:
     """A ``Backend``.
 
-    In memory: the activations of one batch in one layer, the sums of that layer's inputs, and its weights in float32
-    if they fit in a quarter of the available memory; otherwise every batch decodes them again.
+    In memory: in one layer, the activations of one sequence per thread and the inputs of the matrices for one batch;
+    the sums of those inputs; the weights of the layer in float32 if they fit in a quarter of the available memory;
+    otherwise every sequence decodes them again.
     """
 
-    def __init__(self, model: Model, n_positions: int, pool: Executor) -> None:
-        """Take a model that ``Decoder`` supports (``decoder.what_is_missing``), and the pool that runs the jobs."""
+    def __init__(
+        self, model: Model, n_positions: int, pool: Executor, slab_pool: Executor | None = None, n_threads: int = 1
+    ) -> None:
+        """Take a model and the threads.
+
+        Args:
+            model: a model that ``Decoder`` supports (``decoder.what_is_missing``).
+            n_positions: tokens of a sequence.
+            pool: runs the jobs.
+            slab_pool: runs slabs of matrices where there are fewer sequences than threads; ``None``: they run in turn.
+            n_threads: threads of ``pool``.
+
+        """
         self.model, self.n_positions, self.pool = model, n_positions, pool
+        self._slab_pool, self._n_threads = slab_pool, n_threads
         self.decoder = Decoder.of(model, n_positions)
 
-    def tape(self, weights: LayerWeights | None = None, recorder: InputRecorder | None = None) -> Tape:
-        """Return an empty tape; with a recorder, for a forward pass only."""
+    def tape(self, weights: LayerWeights | None = None, inputs: SequenceInputs | None = None, n_jobs: int = 1) -> Tape:
+        """Return an empty tape for one of ``n_jobs`` jobs at a time; with ``inputs``, for a forward pass only."""
         weights = LayerWeights() if weights is None else weights
-        if recorder is None:
-            return Tape(self.pool, self.n_positions, {}, weights=weights)
-        return Tape(
-            self.pool, self.n_positions, {}, recorder.add, False, on_expert=recorder.add_expert, weights=weights
+        pool = self._slab_pool if n_jobs < self._n_threads else None
+        if inputs is None:
+            return Tape(pool, self.n_positions, {}, weights=weights)
+        return Tape(pool, self.n_positions, {}, inputs.add, False, on_expert=inputs.add_expert, weights=weights)
+
+    def each_sequence(self, function: Callable[[slice], Result], n_rows: int) -> Iterator[Result]:
+        """Yield the results of a function of the rows of each sequence, in order; the function runs in the pool."""
+        return each(
+            self.pool, function, (slice(at, at + self.n_positions) for at in range(0, n_rows, self.n_positions))
         )
 
     def weights_of(self, tensors: Collection[Tensor]) -> LayerWeights:
@@ -104,15 +127,36 @@ class NumpyLayer:
 
     def forward(self, x: Float32) -> Float32:
         """Return the output stream of the layer."""
-        tape = self._backend.tape(self._weights, self._recorder.of_batch())
-        return self._backend.decoder.layer(tape, self._view, Node(x)).value
+        backend, out, n_jobs = self._backend, np.empty_like(x), len(x) // self._backend.n_positions
+        self._weights.decode(self._view.matrices(), backend.pool)
+
+        def job(rows: slice) -> SequenceInputs:
+            inputs = SequenceInputs(self._recorder)
+            tape = backend.tape(self._weights, inputs, n_jobs)
+            out[rows] = backend.decoder.layer(tape, self._view, Node(x[rows])).value
+            return inputs
+
+        self._recorder.add_batch(list(backend.each_sequence(job, len(x))))
+        return out
 
     def backward(self, x: Float32, grad: Float32) -> tuple[Float32, Mapping[str, float]]:
         """Return the derivative with respect to the input, and the squared norms."""
-        tape, entry = self._backend.tape(self._weights), Node(x)
-        self._backend.decoder.layer(tape, self._view, entry).receive(grad)
-        tape.backward()
-        return np.zeros_like(grad) if entry.grad is None else entry.grad, tape.squared_norms
+        backend, by_x, n_jobs = self._backend, np.zeros_like(grad), len(x) // self._backend.n_positions
+        self._weights.decode(self._view.matrices(), backend.pool)
+
+        def job(rows: slice) -> Mapping[str, float]:
+            tape, entry = backend.tape(self._weights, n_jobs=n_jobs), Node(x[rows])
+            backend.decoder.layer(tape, self._view, entry).receive(grad[rows])
+            tape.backward()
+            if entry.grad is not None:
+                by_x[rows] = entry.grad
+            return tape.squared_norms
+
+        squared_norms: dict[str, float] = {}
+        for found in backend.each_sequence(job, len(x)):
+            for name, squared in found.items():
+                squared_norms[name] = squared_norms.get(name, 0.0) + squared
+        return by_x, squared_norms
 
     def input_sums(self) -> Sequence[InputSums]:
         """Return the sums."""
@@ -139,13 +183,21 @@ class NumpyOutput:
 
     def forward(self, x: Float32) -> None:
         """Add the input of the output matrix to the sums."""
-        read = output_norm(self._backend.model, self._backend.decoder, self._backend.tape(), Node(x))
-        self._recorder.of_batch().add(self._name, read.value)
+        backend = self._backend
+        if not self._recorder.sums_input_of(self._name):
+            return
+
+        def job(rows: slice) -> Float32:
+            return output_norm(backend.model, backend.decoder, backend.tape(), Node(x[rows])).value
+
+        self._recorder.add(self._name, np.concatenate(list(backend.each_sequence(job, len(x)))))
 
     def backward(self, x: Float32, scored: NDArray[np.intp], seed: int) -> tuple[Float32, float]:
         """Return the derivative with respect to the stream, and the squared norm."""
         backend = self._backend
-        return loss_gradient(backend.model, backend.decoder, backend.tape(self._weights), x, scored, seed)
+        self._weights.decode([backend.model.unembedding()], backend.pool)
+        tape = backend.tape(self._weights)
+        return loss_gradient(backend.model, backend.decoder, tape, x, scored, seed, backend.pool)
 
     def input_sums(self) -> Sequence[InputSums]:
         """Return the sums."""
@@ -160,21 +212,35 @@ class NumpyOutput:
         return self._backend.column_squares([self._backend.model.unembedding()], self._weights)
 
 
+class SequenceInputs:
+    """The inputs of the matrices of a layer in one job; a tape reports them."""
+
+    def __init__(self, recorder: InputRecorder) -> None:
+        """Take the recorder that will add them up."""
+        self._recorder = recorder
+        self.inputs: dict[str, Float32] = {}
+        self.of_experts: list[tuple[str, int, ExpertSums]] = []
+
+    def add(self, name: str, x: Float32) -> None:
+        """Keep the input of a matrix, ``(n, n_cols)``, if the recorder sums it; only the first use counts."""
+        if self._recorder.sums_input_of(name):
+            self.inputs.setdefault(name, x)
+
+    def add_expert(self, name: str, expert: int, tokens: Ids, x: Float32) -> None:
+        """Sum the input of one matrix of a stack, ``(n_routed, n_cols)``, for the tokens routed to it."""
+        if self._recorder.sums_input_of(name):
+            self.of_experts.append((name, expert, self._recorder.expert_sums(tokens, x)))
+
+
 class InputRecorder:
-    """Sums over the inputs of matrices; an input shared by several matrices counts once per batch."""
+    """Sums over the inputs of matrices; an input shared by several matrices counts once, for the first of them."""
 
     def __init__(self, backend: NumpyBackend, groups: Sequence[tuple[str, ...]], recording: Recording) -> None:
         """Take the names grouped by shared input, and the recording."""
         self._backend, self._recording = backend, recording
-        self._group_of = {name: group for group in groups for name in group}
+        self._group_of = {group[0]: group for group in groups}
         self._sums: dict[tuple[str, ...], InputSums] = {}
         self._products: dict[tuple[str, ...], Float32] = {}
-        self._seen: set[str] = set()
-
-    def of_batch(self) -> InputRecorder:
-        """Prepare for the next batch; return itself."""
-        self._seen = set()
-        return self
 
     def sums(self) -> list[InputSums]:
         """Return the sums so far."""
@@ -187,12 +253,22 @@ class InputRecorder:
             n_rows = int(counts.sum() if self._recording.first_positions else counts[1])
             yield names, self._mirrored(products) / np.float32(max(n_rows, 1))
 
+    def sums_input_of(self, name: str) -> bool:
+        """Return whether a matrix is the first of a group that shares an input."""
+        return name in self._group_of
+
+    def add_batch(self, parts: Sequence[SequenceInputs]) -> None:
+        """Add the inputs of a batch, sequence after sequence."""
+        for name in list(parts[0].inputs):
+            inputs = [part.inputs.pop(name) for part in parts]
+            self.add(name, np.concatenate(inputs) if len(inputs) > 1 else inputs[0])
+        for part in parts:
+            for name, expert, sums in part.of_experts:
+                self.add_expert_sums(name, expert, sums)
+
     def add(self, name: str, x: Float32) -> None:
-        """Add the input of a matrix, ``(n, n_cols)``; only the first matrix of a group counts."""
-        group = self._group_of.get(name)
-        if group is None or group[0] != name or name in self._seen:
-            return
-        self._seen.add(name)
+        """Add the input of the first matrix of a group, ``(n, n_cols)``."""
+        group = self._group_of[name]
         sums = self._of(group, x.shape[1])
         shaped = x.reshape(-1, self._backend.n_positions, x.shape[1])
         for part, rows in enumerate((shaped[:, :1], shaped[:, 1:])):
@@ -203,16 +279,18 @@ class InputRecorder:
             products = self._products_of(group, x.shape[1])
             self._add_products(products, rows)
 
-    def add_expert(self, name: str, expert: int, tokens: Ids, x: Float32) -> None:
-        """Add the input of one matrix of a stack, ``(n_routed, n_cols)``, for the tokens routed to it."""
-        group = self._group_of.get(name)
-        if group is None or group[0] != name:
-            return
-        sums, is_first = self._of(group, x.shape[1], name), tokens % self._backend.n_positions == 0
-        for part, mask in enumerate((is_first, ~is_first)):
-            rows = self._taken(x, mask)
-            sums.squares[part, expert] += self._squares(rows)
-            sums.counts[part, expert] += len(rows)
+    def expert_sums(self, tokens: Ids, x: Float32) -> ExpertSums:
+        """Return the sums over the input of a matrix of a stack, ``(n_routed, n_cols)``."""
+        is_first = tokens % self._backend.n_positions == 0
+        parts = [self._taken(x, mask) for mask in (is_first, ~is_first)]
+        return np.stack([self._squares(rows) for rows in parts]), np.array([len(rows) for rows in parts], np.int64)
+
+    def add_expert_sums(self, name: str, expert: int, sums: ExpertSums) -> None:
+        """Add the sums over the input of one matrix of a stack."""
+        squares, counts = sums
+        total = self._of(self._group_of[name], squares.shape[1], name)
+        total.squares[:, expert] += squares
+        total.counts[:, expert] += counts
 
     def _of(self, group: tuple[str, ...], n_cols: int, stack: str | None = None) -> InputSums:
         if group not in self._sums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from ..errors import ModelError
 from ..records import Float32, Float64, Model
 from .decoder import Decoder
 from .norms import Norm
-from .tape import Node, Tape, weighted_gradient_norm
+from .tape import Node, Tape, each, weighted_gradient_norm
 from .weights import LayerWeights, Slab, slabs
 
 
@@ -26,7 +27,7 @@ def output_norm(model: Model, decoder: Decoder, tape: Tape, x: Node) -> Node:
 
 
 def loss_gradient(
-    model: Model, decoder: Decoder, tape: Tape, stream: Float32, scored: NDArray[np.intp], seed: int
+    model: Model, decoder: Decoder, tape: Tape, stream: Float32, scored: NDArray[np.intp], seed: int, pool: Executor
 ) -> tuple[Float32, float]:
     """Return the derivative of ``sum signs * log p(sampled)`` by the stream, and the output's ``sum (W dL/dW)^2``.
 
@@ -37,6 +38,7 @@ def loss_gradient(
         stream: ``(n, n_embd)``, output of the last layer.
         scored: rows at which to sample a token from the prediction, equally many in every sequence.
         seed: of tokens and signs.
+        pool: runs the slabs of the vocabulary.
 
     Raises:
         ModelError: activations are not finite: the weights are damaged.
@@ -47,12 +49,13 @@ def loss_gradient(
     if not np.isfinite(read.value).all():
         raise ModelError("tensor output_norm.weight: its output is not finite; the weights are damaged")
     head = Head(model, read.value[scored], seed, tape.weights)
-    found = list(tape.each(head.scan, head.slabs))
+    found = list(each(pool, head.scan, head.slabs))
     log_sum, drawn = sampled(found)
     signs = drawn_signs(seed, len(scored))
     grad, squared_norm = np.zeros_like(stream), 0.0
     length = len(scored) * tape.n_positions // len(stream)
-    for by_input, part in tape.each(lambda slab: head.derivative(slab, log_sum, drawn, signs, length), head.slabs):
+    derivatives = each(pool, lambda slab: head.derivative(slab, log_sum, drawn, signs, length), head.slabs)
+    for by_input, part in derivatives:
         grad[scored] += by_input
         squared_norm += part
     read.receive(grad)

@@ -46,7 +46,7 @@ class Tape:
     """Operations so far, for ``backward`` to differentiate.
 
     Attributes:
-        pool: runs the jobs of an operation.
+        pool: runs the jobs of an operation; ``None``: they run in turn.
         n_positions: tokens of a sequence; rows of one sequence lie together.
         squared_norms: by stored tensor name, ``sum (W dL/dW)^2`` summed over sequences; filled by ``backward``.
         on_input: called forward for every matrix that is not part of a stack: stored name and input, ``(n, n_cols)``.
@@ -57,7 +57,7 @@ class Tape:
         weights: source of the rows of matrices.
     """
 
-    pool: Executor
+    pool: Executor | None
     n_positions: int
     squared_norms: dict[str, float]
     on_input: Callable[[str, Float32], None] | None = None
@@ -90,12 +90,7 @@ class Tape:
 
     def each(self, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
         """Yield the results of jobs in order; the caller checks for overflow."""
-
-        def quietly(job: Job) -> Result:
-            with np.errstate(over="ignore", invalid="ignore"):  # every thread has its own
-                return function(job)
-
-        return self.pool.map(quietly, jobs)
+        return each(self.pool, function, jobs)
 
     def linear(self, linear: Linear, x: Node) -> Node:
         """Return ``x W^T + b``."""
@@ -417,6 +412,16 @@ class Tape:
 
         self.keep(undo)
         return out
+
+
+def each(pool: Executor | None, function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+    """Yield the results of jobs in order, from a pool if there is one; the caller checks for overflow."""
+
+    def quietly(job: Job) -> Result:
+        with np.errstate(over="ignore", invalid="ignore"):  # every thread has its own
+            return function(job)
+
+    return map(quietly, jobs) if pool is None else pool.map(quietly, jobs)
 
 
 def weighted_gradient_norm(rows: Float32, grad: Float32, x: Float32, edges: Sequence[int]) -> float:

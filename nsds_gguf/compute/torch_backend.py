@@ -19,7 +19,7 @@ from ..errors import ModelError, OutputError
 from ..records import Float32, Float64, Model, Tensor
 from .input_moments import Recording
 from .layers import view_layer
-from .numpy_backend import InputRecorder, NumpyBackend, NumpyLayer, NumpyOutput
+from .numpy_backend import InputRecorder, NumpyBackend, NumpyLayer, NumpyOutput, SequenceInputs
 from .output import Head, Scan, drawn_signs, output_norm, sampled
 from .torch_device import free_device_bytes
 from .torch_tape import TorchTape, squared_gradient_norm, tensor_of
@@ -66,12 +66,12 @@ class TorchBackend(NumpyBackend):
         super().__init__(model, n_positions, pool)
         self.device = device
 
-    def torch_tape(self, weights: LayerWeights, recorder: InputRecorder | None = None) -> TorchTape:
-        """Return an empty tape on the device; with a recorder, for a forward pass only."""
-        if recorder is None:
-            return TorchTape(self.pool, self.n_positions, {}, weights=weights, device=self.device)
+    def torch_tape(self, weights: LayerWeights, inputs: SequenceInputs | None = None) -> TorchTape:
+        """Return an empty tape on the device; with ``inputs``, for a forward pass only."""
+        if inputs is None:
+            return TorchTape(None, self.n_positions, {}, weights=weights, device=self.device)
         return TorchTape(
-            self.pool, self.n_positions, {}, recorder.add, False, on_expert=recorder.add_expert, weights=weights,
+            None, self.n_positions, {}, inputs.add, False, on_expert=inputs.add_expert, weights=weights,
             device=self.device,
         )  # fmt: skip
 
@@ -113,8 +113,10 @@ class TorchLayer(NumpyLayer):
     def forward(self, x: Float32) -> Float32:
         """Return the output stream of the layer."""
         with torch.no_grad():
-            tape = self._backend.torch_tape(self._weights, self._recorder.of_batch())
+            inputs = SequenceInputs(self._recorder)
+            tape = self._backend.torch_tape(self._weights, inputs)
             out: Float32 = _array(self._backend.decoder.layer(tape, self._view, tape.node(x)).value)
+            self._recorder.add_batch([inputs])
             return out
 
     def backward(self, x: Float32, grad: Float32) -> tuple[Float32, Mapping[str, float]]:
@@ -134,10 +136,12 @@ class TorchOutput(NumpyOutput):
 
     def forward(self, x: Float32) -> None:
         """Add the input of the output matrix to the sums."""
+        if not self._recorder.sums_input_of(self._name):
+            return
         with torch.no_grad():
             tape = self._backend.torch_tape(self._weights)
             read = output_norm(self._backend.model, self._backend.decoder, tape, tape.node(x))
-            self._recorder.of_batch().add(self._name, read.value)
+            self._recorder.add(self._name, read.value)
 
     def backward(self, x: Float32, scored: NDArray[np.intp], seed: int) -> tuple[Float32, float]:
         """Return the derivative with respect to the stream, and the squared norm; see ``output.loss_gradient``."""

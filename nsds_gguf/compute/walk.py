@@ -23,9 +23,10 @@ from .layers import view_layer
 from .stream_file import StreamFile, stream_file
 from .weights import held_bytes
 
-# Peak copies of the stream and of the hidden units in one layer: 14 + 7 (of the width of keys and values) and 8.6 were
-# measured (docs/log.md, 2026-11-25).
+# Peak copies of the stream and of the hidden units of one sequence in one layer: 14 + 7 (of the width of keys and
+# values) and 8.6 were measured (docs/log.md, 2026-11-25).
 _WIDTHS, _HIDDEN_WIDTHS = 21, 9
+_STREAMS = 4  # of a batch: before and after the layer, and their derivatives
 
 OnHessian = Callable[[tuple[str, ...], Float32], None]
 
@@ -81,8 +82,8 @@ class Walk:
 def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress = no_progress) -> Iterator[Walk]:
     """Run tokens forward through a model.
 
-    In memory: what the backend holds of one layer for one batch; the Hessians of one layer. In a temporary file:
-    ``(n_layers + 1) * n_first * n_positions + n_tokens`` rows of the stream at most.
+    In memory: what the backend holds of one layer; the inputs of one batch in one layer; the Hessians of one layer. In
+    a temporary file: ``(n_layers + 1) * n_first * n_positions + n_tokens`` rows of the stream at most.
 
     Args:
         model: a model that ``Decoder`` supports (``decoder.what_is_missing``).
@@ -100,7 +101,7 @@ def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress 
     batches = [tokens[start : start + options.n_first] for start in range(0, len(tokens), options.n_first)]
     if options.recording.hessians and options.on_hessian is None:
         raise ValueError("the recording asks for Hessians, but on_hessian is None")
-    n_bytes = working_bytes(model, batches[0].size, options.recording)
+    n_bytes = working_bytes(model, batches[0].shape, options.recording, options.n_threads)
     check_memory(n_bytes, "the pass over tokens", "close other programs")
     slot_bytes = 4 * batches[0].size * model.hparams.n_embd
     with ExitStack() as stack:
@@ -113,16 +114,32 @@ def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress 
         yield Walk(model, batches[0], backend, forward.inputs, forward.first_inputs, forward.column_squares, file)
 
 
-def working_bytes(model: Model, n_tokens: int, recording: Recording | None = None) -> int:
-    """Estimate the memory of one layer: activations of ``n_tokens`` forward and backward, weights, Hessians."""
-    h, weights, hessians = model.hparams, 0, 0
+def working_bytes(
+    model: Model, shape: tuple[int, ...], recording: Recording | None = None, n_jobs: int | None = None
+) -> int:
+    """Estimate the memory of one layer: activations forward and backward, inputs, weights, Hessians.
+
+    Args:
+        model: the model.
+        shape: (sequences, positions) of a batch.
+        recording: of inputs; ``None``: they are not collected.
+        n_jobs: sequences whose activations are in memory at a time; ``None``: all.
+
+    """
+    h, weights, hessians, inputs = model.hparams, 0, 0, 0
     for index in range(h.n_layers):
         view = view_layer(model, index)
         weights = max(weights, sum(matrix.n_weights for matrix in view.matrices()))
         groups = view.input_groups(h) if recording else []
+        widths = [model.by_name[names[0]].n_cols for names in groups]
         wanted = [names for names in groups if recording and not recording.hessians.isdisjoint(names)]
         hessians = max(hessians, sum(model.by_name[names[0]].n_cols ** 2 for names in wanted))
-    return 4 * (n_tokens * (_WIDTHS * h.n_embd + _HIDDEN_WIDTHS * h.n_ff) + hessians) + held_bytes(weights)
+        inputs = max(inputs, sum(widths) + max(widths, default=0))
+    n_sequences, n_positions = shape
+    n_active = n_positions * (n_sequences if n_jobs is None else min(n_jobs, n_sequences))
+    activations = n_active * (_WIDTHS * h.n_embd + _HIDDEN_WIDTHS * h.n_ff)
+    activations += n_sequences * n_positions * (_STREAMS * h.n_embd + inputs)
+    return 4 * (activations + hessians) + held_bytes(weights)
 
 
 class _ForwardPass:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from concurrent.futures import Executor
+
 from ..records import Float32, Tensor
 from ..system.resources import available_memory_bytes
 
@@ -24,8 +27,7 @@ def slabs(tensor: Tensor) -> list[Slab]:
 class LayerWeights:
     """Rows of matrices while one layer is computed.
 
-    With ``is_held``, every slab is decoded on first use and cached (4 bytes per weight); without, on every use.
-    Threads may request different slabs at the same time.
+    With ``is_held``, every slab is decoded once and cached (4 bytes per weight); without, on every use.
     """
 
     def __init__(self, is_held: bool = False) -> None:
@@ -33,6 +35,16 @@ class LayerWeights:
         # By the id of the view, not its name, which views of one stored tensor share; the entry keeps the view alive,
         # so that its id stays unique.
         self._decoded: dict[tuple[int, Slab], tuple[Tensor, Float32]] = {}
+
+    def decode(self, weights: Iterable[Tensor], pool: Executor) -> None:
+        """Decode the slabs of matrices that are not cached yet, in the threads of a pool; nothing without ``is_held``.
+
+        Threads that need the same slab at the same time would each decode it.
+        """
+        if self._is_held:
+            wanted = [(weight, slab) for weight in weights for slab in slabs(weight)]
+            for _ in pool.map(lambda part: self.rows(*part), wanted):
+                pass
 
     def rows(self, weight: Tensor, slab: Slab) -> Float32:
         """Return a slab of a matrix, ``(stop - start, n_cols)`` float32; read-only."""

@@ -31,4 +31,4 @@ def device_bytes(model: Model) -> int:
     """Estimate the memory that a model takes on a device: the pass over tokens, or factoring its largest Hessian."""
     recording = Recording(frozenset(tensor.name for tensor in model.tensors))
     largest = max((tensor.n_cols for tensor in model.tensors if tensor.is_matrix), default=0)
-    return max(working_bytes(model, N_SEQUENCES * N_POSITIONS, recording), _FACTORING_BYTES * largest**2)
+    return max(working_bytes(model, (N_SEQUENCES, N_POSITIONS), recording), _FACTORING_BYTES * largest**2)

@@ -30,7 +30,7 @@ from nsds_gguf.errors import ModelError, PlanError, RecordError, TargetError
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.quantize import TensorQuantizers
 from nsds_gguf.quantize import measure as measuring
-from nsds_gguf.quantize.measure import measure, ratio_estimate, sample_rows
+from nsds_gguf.quantize.measure import RatioEstimate, measure, ratio_estimate, sample_rows
 from nsds_gguf.records import K_TYPES, UNQUANTIZED, LayerScore, Options, Plan, Scores, Target, Tensor, TensorType
 from nsds_gguf.sensitivity.moment_propagation import propagate
 from nsds_gguf.session.run import Run
@@ -231,8 +231,8 @@ class TestMeasure:
 
     def test_sample_of_rows_is_fixed_and_stratified(self):
         model = make_model(*random_arrays(seed=5, **{**ALIGNED, "n_vocab": 4096}))
-        rows = sample_rows(model.by_name["token_embd.weight"])
-        assert len(rows) == 512 and (rows == sample_rows(model.by_name["token_embd.weight"])).all()
+        rows = sample_rows(model.by_name["token_embd.weight"], 512)
+        assert len(rows) == 512 and (rows == sample_rows(model.by_name["token_embd.weight"], 512)).all()
         assert (rows // 8 == np.arange(512)).all()
 
     def test_sampled_error_agrees_with_the_whole_within_its_standard_error(self, monkeypatch):
@@ -243,15 +243,36 @@ class TestMeasure:
         (whole,) = measure(output, TensorQuantizers(), {}, Threads(1))
         assert whole.n_rows_sampled == 4096 > sampled.n_rows_sampled
         for name in ("Q2_K", "Q4_K"):
-            assert 0 < sampled.stderr[name] < 0.05 * whole.errors[name]
+            assert 0 < sampled.stderr[name] < 0.025 * whole.errors[name]
             assert abs(sampled.errors[name] - whole.errors[name]) < 4 * sampled.stderr[name]
+
+    def test_uneven_rows_take_a_larger_sample(self):
+        """Rows of equal error need few; where three of four rows have none, a sample of 128 is too small."""
+        arrays, hparams = random_arrays(seed=6, **{**ALIGNED, "n_vocab": 4096})
+        half = arrays["output.weight"].copy()
+        half[np.arange(len(half)) % 4 > 0] = 1.0
+        found = [
+            measure([(make_model({**arrays, "output.weight": rows}, hparams).by_name["output.weight"], ("Q4_K",))],
+                    TensorQuantizers(), {}, Threads(1))[0]
+            for rows in (arrays["output.weight"], half)
+        ]  # fmt: skip
+        assert found[0].n_rows_sampled < 1000 < found[1].n_rows_sampled < 4096
+        for cost in found:
+            assert 0 < cost.stderr["Q4_K"] < 0.025 * cost.errors["Q4_K"]
 
     def test_ratio_estimate_by_hand(self):
         # rows (1, 2), (2, 2): ratio 3/4; residuals -1/2, 1/2; variance 1/2; half the rows sampled
-        ratio, error = ratio_estimate(np.array([1.0, 2.0]), np.array([2.0, 2.0]), 0.5)
-        assert ratio == 0.75 and error == pytest.approx(math.sqrt(2 * 0.5 * 0.5) / 4)
-        assert ratio_estimate(np.array([1.0, 2.0]), np.array([2.0, 2.0]), 1.0) == (0.75, 0.0)
-        assert ratio_estimate(np.zeros(3), np.zeros(3), 0.1) == (0.0, 0.0)
+        estimate = ratio_estimate(np.array([1.0, 2.0]), np.array([2.0, 2.0]), 4)
+        assert estimate.ratio == 0.75 and estimate.stderr == pytest.approx(math.sqrt(2 * 0.5 * 0.5) / 4)
+        assert ratio_estimate(np.array([1.0, 2.0]), np.array([2.0, 2.0]), 2).stderr == 0
+        assert ratio_estimate(np.zeros(3), np.zeros(3), 30).ratio == 0
+
+    def test_rows_that_a_standard_error_takes(self):
+        """Deviation 0.5 of the ratio: of very many rows (0.5 / 0.01)^2; of as many again as that, half."""
+        assert RatioEstimate(2.0, 1.0, 128, 10**12).n_wanted(0.01) == 2500
+        assert RatioEstimate(2.0, 1.0, 128, 2500).n_wanted(0.01) == 1250
+        assert RatioEstimate(2.0, 1.0, 1250, 2500).stderr == pytest.approx(0.02)
+        assert RatioEstimate(2.0, 0.0, 128, 2500).n_wanted(0.01) == 0
 
     def test_nan_is_named(self, model):
         arrays, hparams = random_arrays(seed=1, **ALIGNED)

@@ -134,7 +134,7 @@ def test_of_a_sample_too(type_name, model, quantizers, tmp_path, monkeypatch):
     errors = measured(model, quantizers["gptq"], type_name)
     y, tensor = written(model, quantizers["gptq"], type_name, tmp_path / "model.gguf")[PLAIN], model.by_name[PLAIN]
     rows, factors = sample_rows(tensor), quantizers["gptq"].factors.of(PLAIN)
-    assert len(rows) == 64
+    assert len(rows) == 128
     x = tensor.load()[rows]
     expected = factors.row_errors(x - y[rows]).sum() / (np.square(x) @ factors.diagonal).sum()
     assert errors[PLAIN] == pytest.approx(expected, rel=1e-3)

@@ -2,7 +2,8 @@
 
 Small tensors are measured whole. For large ones a stratified sample is drawn, one row from each of equally long
 stretches, by a generator seeded with the tensor's name: the same rows every time. The relative error is a ratio
-of two sums over rows, so its standard error is that of a ratio estimator (Cochran, Sampling Techniques, eq. 6.9).
+of two sums over rows, so its standard error is that of a ratio estimator (Cochran, Sampling Techniques, eq. 6.9). Where
+that of a first, small sample is above ``WANTED_STDERR`` in some type, a second sample is as large as it takes.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from ..system.workers import FAR_AHEAD, Workers
 from .quantizer import Quantizer, Quantizers
 
 WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
-SAMPLED_FRACTION = 1 / 8  # of the rows of larger ones: five types then cost less than one write
-SAMPLED_ROWS_MIN, SAMPLED_ROWS_MAX = 64, 1024
+FIRST_SAMPLE = 128  # rows of larger ones
+WANTED_STDERR = 0.02  # of the error in each type, relative to it; types differ by factors of 1.3 to 4
 
 _DIGITS = 7  # significant digits in records: the last bits of a BLAS do not change digests
 
@@ -80,29 +81,32 @@ class _Measuring:
     sensitivity: float
 
 
-def sample_rows(tensor: Tensor) -> NDArray[np.intp]:
-    """Return the row numbers that are measured, ascending."""
+def sample_rows(tensor: Tensor, n_wanted: int = FIRST_SAMPLE) -> NDArray[np.intp]:
+    """Return the row numbers of a sample of at least ``n_wanted``, ascending; all rows of a small tensor."""
     n_rows = tensor.n_rows
-    n_sampled = n_rows
-    if tensor.n_weights > WHOLE_BELOW_WEIGHTS:
-        wanted = math.ceil(n_rows * SAMPLED_FRACTION)
-        n_sampled = min(n_rows, max(SAMPLED_ROWS_MIN, min(SAMPLED_ROWS_MAX, wanted)))
-    if n_sampled == n_rows:
+    if tensor.n_weights <= WHOLE_BELOW_WEIGHTS or n_wanted >= n_rows:
         return np.arange(n_rows, dtype=np.intp)
-    edges = np.linspace(0, n_rows, n_sampled + 1).astype(np.intp)
+    edges = np.linspace(0, n_rows, n_wanted + 1).astype(np.intp)
     generator = np.random.default_rng(zlib.crc32(tensor.name.encode()))
     return generator.integers(edges[:-1], edges[1:]).astype(np.intp)
 
 
 def _measure_one(task: _Measuring) -> TensorCost:
-    tensor = task.tensor
-    rows = sample_rows(tensor)
-    squared_norms, squared_errors = _row_sums(tensor, rows, task.types, task.quantizer)
-    errors, stderr = {}, {}
-    for name in task.types:
-        ratio, deviation = ratio_estimate(squared_errors[name], squared_norms, len(rows) / tensor.n_rows)
-        errors[name], stderr[name] = _rounded(ratio), _rounded(deviation)
-    return TensorCost(tensor.name, _rounded(task.sensitivity), errors, stderr, len(rows))
+    rows = sample_rows(task.tensor)
+    estimates = _estimates(task, rows)
+    n_wanted = max((estimate.n_wanted(WANTED_STDERR) for estimate in estimates.values()), default=0)
+    if n_wanted > len(rows):
+        rows = sample_rows(task.tensor, n_wanted)
+        estimates = _estimates(task, rows)
+    errors = {name: _rounded(estimate.ratio) for name, estimate in estimates.items()}
+    stderr = {name: _rounded(estimate.stderr) for name, estimate in estimates.items()}
+    return TensorCost(task.tensor.name, _rounded(task.sensitivity), errors, stderr, len(rows))
+
+
+def _estimates(task: _Measuring, rows: NDArray[np.intp]) -> dict[str, RatioEstimate]:
+    """Return the relative error in each type, from some rows."""
+    squared_norms, squared_errors = _row_sums(task.tensor, rows, task.types, task.quantizer)
+    return {name: ratio_estimate(squared_errors[name], squared_norms, task.tensor.n_rows) for name in task.types}
 
 
 def _row_sums(
@@ -135,21 +139,44 @@ def _slabs(tensor: Tensor, rows: NDArray[np.intp]) -> Iterator[tuple[int, NDArra
             yield int(some[0]) if is_whole else first, some
 
 
-def ratio_estimate(numerator: Float64, denominator: Float64, sampled_share: float) -> tuple[float, float]:
-    """Return the ratio of sums over a sample of rows and its standard error.
+@dataclass(frozen=True)
+class RatioEstimate:
+    """The ratio of two sums over all rows, estimated from a sample.
 
-    ``sampled_share`` is the sample size over the population; 1 means no sampling error.
+    Attributes:
+        ratio: the estimate.
+        deviation: standard deviation of a row's residual over its mean denominator.
+        n: rows of the sample.
+        n_rows: rows in all.
+
     """
-    total = float(denominator.sum())
+
+    ratio: float
+    deviation: float
+    n: int
+    n_rows: int
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the ratio; 0 when the sample is all rows."""
+        return self.deviation * math.sqrt(max(0.0, 1 / self.n - 1 / self.n_rows))
+
+    def n_wanted(self, relative: float) -> int:
+        """Return the rows of a sample whose standard error is ``relative`` times the ratio."""
+        if not self.deviation or not self.ratio:
+            return 0
+        return math.ceil(1 / ((relative * self.ratio / self.deviation) ** 2 + 1 / self.n_rows))
+
+
+def ratio_estimate(numerator: Float64, denominator: Float64, n_rows: int) -> RatioEstimate:
+    """Estimate a ratio of sums over ``n_rows`` rows from those of a sample, ``(n,)`` each."""
+    total, n = float(denominator.sum()), len(numerator)
     if total <= 0:
-        return 0.0, 0.0
+        return RatioEstimate(0.0, 0.0, n, n_rows)
     ratio = float(numerator.sum()) / total
-    n = len(numerator)
-    if n < 2 or sampled_share >= 1:
-        return ratio, 0.0
     residual = numerator - ratio * denominator
-    variance = float((residual**2).sum()) / (n - 1)
-    return ratio, math.sqrt(n * variance * (1 - sampled_share)) / total
+    variance = float((residual**2).sum()) / max(n - 1, 1)
+    return RatioEstimate(ratio, math.sqrt(variance) * n / total, n, n_rows)
 
 
 def _rounded(value: float) -> float:

@@ -27,7 +27,7 @@ from models import make_model
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.quantize.gptq import ROW_TILE, GptqQuantizer
 from nsds_gguf.quantize.hessian_factors import factor_hessian
-from nsds_gguf.quantize.measure import SAMPLED_FRACTION, SAMPLED_ROWS_MAX
+from nsds_gguf.quantize.measure import FIRST_SAMPLE
 from nsds_gguf.records import Float32, Hparams
 from nsds_gguf.sensitivity.fisher import fisher
 from nsds_gguf.system.cluster import SLAB_BYTES
@@ -216,7 +216,7 @@ def per_weight(matrix: Matrix, times: Times, gptq: bool) -> float:
 
 def measuring(matrices: Sequence[Matrix], times: Times, gptq: bool) -> Iterator[Task]:
     for m in matrices:
-        n = min(m.rows * m.n * SAMPLED_FRACTION, SAMPLED_ROWS_MAX) * m.cols
+        n = min(m.rows * m.n, FIRST_SAMPLE) * m.cols
         yield Task(n * (times.decode + N_TYPES * per_weight(m, times, gptq)), 2 * n, 200)
 
 

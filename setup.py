@@ -13,7 +13,7 @@ setup(
         Extension(
             "nsds_gguf.quantize._rounding",
             sources=[f"native/{name}.cpp" for name in ("module", "rounding_avx512", "rounding_avx2", "rounding_plain")],
-            depends=[f"native/{name}.h" for name in ("formats", "lanes", "rounding", "search", "variants")],
+            depends=[f"native/{name}.h" for name in ("formats", "lanes", "nearest", "rounding", "search", "variants")],
             extra_compile_args=(MSVC if sys.platform == "win32" else GCC).split(),
             language="c++",
         )

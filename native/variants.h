@@ -19,14 +19,20 @@ struct Output {
 typedef bool Round(const char* type, const float* rows, int n_rows, int64_t n, const float* upper, const float* variances,
                    int n_descents, const Output& out);
 
+// Round rows to nearest in `type`, a K-quant, with weights of columns, (n,). Returns whether there is such a type.
+typedef bool Nearest(const char* type, const float* rows, int n_rows, int64_t n, const float* columns, const Output& out);
+
 namespace avx512 {
 Round round;
+Nearest nearest;
 }
 namespace avx2 {
 Round round;
+Nearest nearest;
 }
 namespace plain {
 Round round;
+Nearest nearest;
 }
 
 #if defined(__GNUC__) && defined(__x86_64__)

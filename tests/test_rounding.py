@@ -170,7 +170,7 @@ def test_instruction_sets_agree(name):
 
 def test_the_compiled_loop_refuses_arrays_that_do_not_match():
     factors = factor_hessian(random_hessian())
-    with pytest.raises(ValueError, match=r"^arrays of rows, factors and results have sizes that do not match$"):
+    with pytest.raises(ValueError, match=r"^arrays of rows, columns and results have sizes that do not match$"):
         kernel.round_rows(random_rows(2, 256), "Q4_K", factors, 1)
     with pytest.raises(ValueError, match=r"^no variant sse9 for this processor$"):
         kernel.round_rows(random_rows(2), "Q4_K", factors, 1, "sse9")

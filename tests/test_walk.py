@@ -184,9 +184,9 @@ def counted(model):
     return replace(model, tensors=tuple(count(tensor) for tensor in model.tensors)), counts
 
 
-@pytest.mark.parametrize(("available", "wanted"), [(None, 1), (1 << 40, 1), (1 << 16, 4)])
+@pytest.mark.parametrize(("available", "wanted"), [(None, 1), (1 << 40, 1), (1 << 16, 8)])
 def test_a_layer_is_decoded_once_forward_and_once_back(available, wanted, monkeypatch):
-    """For all batches together; where the weights of a layer do not fit in memory, once for each of four batches."""
+    """For all batches together; where the weights of a layer do not fit in memory, once for each of eight sequences."""
     monkeypatch.setattr(weights, "available_memory_bytes", lambda: available)
     model, counts = counted(make_model(*random_arrays(5, n_layers=2)))
     matrices = [tensor for tensor in model.tensors if tensor.is_matrix and tensor.layer is not None]

@@ -16,4 +16,16 @@ def round_rows(
     errors: NDArray[Any],
     variant: str,
 ) -> None: ...
+def nearest_rows(
+    rows: NDArray[Any],
+    columns: NDArray[Any],
+    type_name: str,
+    codes: NDArray[Any],
+    s: NDArray[Any],
+    m: NDArray[Any],
+    d: NDArray[Any],
+    dmin: NDArray[Any],
+    errors: NDArray[Any],
+    variant: str,
+) -> None: ...
 def variants() -> list[str]: ...

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from ..records import Float32, Float64
+from ._rounding import nearest_rows as _nearest_rows
 from ._rounding import round_rows as _round_rows
 from ._rounding import variants as _variants
 from .formats import FORMATS, Blocks
 from .hessian_factors import HessianFactors
+
+NEAREST_TYPES = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"})
 
 
 def round_rows(
@@ -33,16 +39,50 @@ def round_rows(
         ValueError: arrays of sizes that do not match.
 
     """
+    blocks, errors = _empty(rows, type_name)
+    x, upper, variances = (np.ascontiguousarray(a, dtype=np.float32) for a in (rows, factors.upper, factors.variances))
+    _round_rows(x, upper, variances, type_name, n_descents, *_arrays(blocks), errors, variant)
+    return blocks, errors
+
+
+def nearest_rows(rows: Float32, type_name: str, columns: Float32, variant: str = "") -> tuple[Blocks, Float64]:
+    """Round rows to nearest in a K-quant, to the scales and codes of ggml's quantizer with column weights.
+
+    Rows with a scale of 0, or of no finite value, may have other codes than ggml's (``FORMATS`` packs them to other
+    bytes of the same value). Releases the GIL; uses one thread.
+
+    Args:
+        rows: ``(n_rows, n_cols)`` float32, whole blocks of the type.
+        type_name: one of ``NEAREST_TYPES``.
+        columns: ``(n_cols,)`` float32 column weights.
+        variant: one of ``variants()``; empty for the best.
+
+    Returns:
+        The blocks, and ``sum columns (x - q)^2`` of every row, ``(n_rows,)`` float64.
+
+    Raises:
+        ValueError: arrays of sizes that do not match.
+
+    """
+    blocks, errors = _empty(rows, type_name)
+    x, weights = (np.ascontiguousarray(a, dtype=np.float32) for a in (rows, columns))
+    _nearest_rows(x, weights, type_name, *_arrays(blocks), errors, variant)
+    return blocks, errors
+
+
+def _empty(rows: Float32, type_name: str) -> tuple[Blocks, Float64]:
+    """Return blocks to be filled, and errors of 0."""
     format = FORMATS[type_name]
     n_rows, n_cols = rows.shape
     n_blocks = n_cols // format.block
     codes = np.empty((n_rows, n_blocks, format.n_sub, format.sub), dtype=np.uint8)
     s, m = (np.empty((n_rows, n_blocks, format.n_sub), dtype=np.int16) for _ in range(2))
     d, dmin = (np.empty((n_rows, n_blocks), dtype=np.float32) for _ in range(2))
-    errors = np.zeros(n_rows)
-    x, upper, variances = (np.ascontiguousarray(a, dtype=np.float32) for a in (rows, factors.upper, factors.variances))
-    _round_rows(x, upper, variances, type_name, n_descents, codes, s, m, d, dmin, errors, variant)
-    return Blocks(codes, s, m, d, dmin), errors
+    return Blocks(codes, s, m, d, dmin), np.zeros(n_rows)
+
+
+def _arrays(blocks: Blocks) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
+    return blocks.codes, blocks.s, blocks.m, blocks.d, blocks.dmin
 
 
 def variants() -> list[str]:

@@ -147,14 +147,14 @@ class RatioEstimate:
         ratio: the estimate.
         deviation: standard deviation of a row's residual over its mean denominator.
         n: rows of the sample.
-        n_rows: rows in all.
+        n_rows: rows in all; infinite where the sample is of a process.
 
     """
 
     ratio: float
     deviation: float
     n: int
-    n_rows: int
+    n_rows: float
 
     @property
     def stderr(self) -> float:
@@ -168,8 +168,8 @@ class RatioEstimate:
         return math.ceil(1 / ((relative * self.ratio / self.deviation) ** 2 + 1 / self.n_rows))
 
 
-def ratio_estimate(numerator: Float64, denominator: Float64, n_rows: int) -> RatioEstimate:
-    """Estimate a ratio of sums over ``n_rows`` rows from those of a sample, ``(n,)`` each."""
+def ratio_estimate(numerator: Float64, denominator: Float64, n_rows: float = math.inf) -> RatioEstimate:
+    """Estimate a ratio of sums over ``n_rows`` rows from the values of a sample of rows, ``(n,)`` each."""
     total, n = float(denominator.sum()), len(numerator)
     if total <= 0:
         return RatioEstimate(0.0, 0.0, n, n_rows)

@@ -1,6 +1,8 @@
-"""Round to nearest: ggml's own quantizers, with column weights in the search for scales.
+"""Round to nearest: the result of ggml's own quantizers, with column weights in the search for scales.
 
-Each column is rounded on its own. The bytes equal those of llama-quantize with the same importance matrix.
+Each column is rounded on its own. The bytes equal those of llama-quantize with the same importance matrix. ggml's own
+functions make them, except K-quants with column weights: the compiled loop (``kernel``) makes the same bytes in about
+an eighth of the time.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from numpy.typing import NDArray
 
 from ..llamacpp import ggml
 from ..records import Float32, Float64, Tensor
+from .formats import FORMATS
 from .hessian_factors import HessianFactors
+from .kernel import NEAREST_TYPES, nearest_rows
 from .quantizer import Rounding
 
 
@@ -33,10 +37,18 @@ class RtnQuantizer:
 
     def quantize(self, rows: Float32, type_name: str, first_row: int = 0) -> NDArray[np.uint8]:
         """See ``Quantizer``."""
-        return ggml.quantize(rows, type_name, self._weights_at(first_row))
+        weights = self._weights_at(first_row)
+        if weights is None or type_name not in NEAREST_TYPES:
+            return ggml.quantize(rows, type_name, weights)
+        ggml.row_bytes(type_name, rows.shape[1])
+        return _packed(rows, type_name, weights)
 
     def errors(self, rows: Float32, type_name: str, first_row: int = 0) -> Float64:
         """See ``Quantizer``."""
+        weights = self._weights_at(first_row)
+        if weights is not None and type_name in NEAREST_TYPES:
+            ggml.row_bytes(type_name, rows.shape[1])
+            return nearest_rows(rows, type_name, weights)[1]
         delta = ggml.dequantize(self.quantize(rows, type_name, first_row), type_name, rows.shape[1])
         delta -= rows
         return self._weighted(np.square(delta, out=delta), first_row)
@@ -55,6 +67,19 @@ class RtnQuantizer:
         weights = self._weights_at(row)
         sums = squares @ (np.ones(squares.shape[1], dtype=np.float32) if weights is None else weights)
         return sums.astype(np.float64)
+
+
+def _packed(rows: Float32, type_name: str, weights: Float32) -> NDArray[np.uint8]:
+    """Return the bytes of rows in a K-quant; ggml rounds the blocks whose codes it takes from an earlier step."""
+    format, blocks = FORMATS[type_name], nearest_rows(rows, type_name, weights)[0]
+    with np.errstate(over="ignore", invalid="ignore"):  # scales beyond float16 become infinite
+        data = format.pack(blocks)
+    left = (blocks.scale == 0).any(axis=2) | ~np.isfinite(blocks.d + blocks.dmin)  # (n_rows, n_blocks)
+    shaped = data.reshape(*left.shape, -1)
+    for index in np.flatnonzero(left.any(axis=0)):
+        some, columns = np.flatnonzero(left[:, index]), slice(index * format.block, (index + 1) * format.block)
+        shaped[some, index] = ggml.quantize(np.ascontiguousarray(rows[some, columns]), type_name, weights[columns])
+    return data
 
 
 def make_rtn(tensor: Tensor, weights: Float32 | None, factors: HessianFactors | None) -> RtnQuantizer:

@@ -21,6 +21,7 @@ from ..llamacpp import ggml
 from ..quantize.formats import FORMATS
 from ..quantize.hessian_factors import HessianFactors
 from ..quantize.kernel import round_rows
+from ..quantize.rtn import RtnQuantizer
 from ..records import Model
 from ..system.resources import blas_threads
 
@@ -132,10 +133,10 @@ def score_operations(model: Model) -> float:
 def _rounding_seconds(model: Model, type_name: str, is_gptq: bool, rate: float) -> float:
     """Return the seconds that one thread takes per weight; ``rate`` is that of products on one thread."""
     rows = np.random.default_rng(0).standard_normal((_TRIAL_ROWS, _TRIAL_COLS), dtype=np.float32)
+    ones = np.ones(_TRIAL_COLS, np.float32)
     if not is_gptq or type_name not in FORMATS:
         ggml.quantize(rows[:1], type_name)  # the first call sets up ggml's tables
-        return _seconds(lambda: ggml.quantize(rows, type_name, np.ones(_TRIAL_COLS, np.float32))) / rows.size
-    ones = np.ones(_TRIAL_COLS, np.float32)
+        return _seconds(lambda: RtnQuantizer(ones, _TRIAL_ROWS).quantize(rows, type_name)) / rows.size
     factors = HessianFactors(np.eye(_TRIAL_COLS, dtype=np.float32), ones, ones)
     n_weights = max(1, sum(model.by_name[name].n_weights for name in multiplied(model)))
     n_cols = sum(model.by_name[name].n_weights * model.by_name[name].n_cols for name in multiplied(model)) / n_weights

@@ -18,7 +18,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 def paired_ratio(ours: Sequence[float], others: Sequence[float]) -> tuple[float, float]:
     """Return the ratio of two means over the same chunks and its standard error, from the chunks' differences."""
-    return ratio_estimate(np.asarray(ours, dtype=np.float64), np.asarray(others, dtype=np.float64), 0.0)
+    estimate = ratio_estimate(np.asarray(ours, dtype=np.float64), np.asarray(others, dtype=np.float64))
+    return estimate.ratio, estimate.stderr
 
 
 def geometric_mean(values: Sequence[float]) -> float:

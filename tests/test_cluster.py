@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +62,9 @@ class Watching(Silent):
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
         yield lambda done, total: self.step() if name == self.name else None
+
+    def expect(self, stages: Sequence[tuple[str, float]]) -> None:
+        pass
 
     def say(self, text: str) -> None:
         self.said.append(text)

@@ -12,7 +12,7 @@ import pytest
 from command import call, listing, message, start
 from perplexity_cases import DEMO, case_file
 from rich.console import Console
-from rich.progress import Task, TaskID
+from rich.progress import Progress, Task, TaskID
 from tiny_gguf import N_VOCAB, tiny_text, tiny_weights, write_tiny_gguf
 
 from nsds_gguf.cli import display, screen, verbs
@@ -268,3 +268,39 @@ def test_time_left_is_known_from_the_first_step(completed, total, elapsed, shown
     task = Task(TaskID(0), "perplexity", total, completed, lambda: float(elapsed))
     task.start_time = 0.0
     assert screen._TimeLeftColumn().render(task).plain == shown
+
+
+# --- the bar of a whole run ---
+
+
+def test_stages_that_were_skipped_count_for_nothing():
+    whole = screen.WholeRun([("generate text", 20.0), ("find sensitivities", 30.0), ("write", 4.0), ("write", 4.0)])
+    assert (whole.total, whole.begin("read headers")) == (58.0, 0.0)
+    assert (whole.begin("find sensitivities"), whole.total) == (30.0, 38.0)  # the text was kept by an earlier run
+    assert [whole.begin("write a.gguf"), whole.begin("write b.gguf"), whole.begin("write c.gguf")] == [4.0, 4.0, 0.0]
+    assert whole.total == 38.0
+
+
+class EagerBars(Progress):
+    """Bars that are drawn at every step."""
+
+    def update(self, *arguments, **values):
+        super().update(*arguments, **values)
+        self.refresh()
+
+
+def test_a_stage_moves_the_bar_of_the_whole_run(monkeypatch):
+    monkeypatch.setattr(screen, "Bars", EagerBars)
+    shown = screen.Screen(quiet=False, json_to_stdout=False, verbose=False)
+    file = io.StringIO()
+    shown.notes = Console(file=file, force_terminal=True, width=100)
+    shown.draws_bars = True
+    shown.expect([("generate text", 30.0), ("find sensitivities", 60.0), ("write", 10.0)])
+    with shown.stage("generate text") as progress:
+        progress(1, 2)
+    with shown.stage("find sensitivities") as progress:
+        progress(1, 2)
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).replace("\r", "\n").splitlines()
+    whole = [int(re.search(r"(\d+)%", line)[1]) for line in lines if line.startswith("all stages")]
+    assert list(dict.fromkeys(whole)) == [0, 15, 30, 60]
+    assert not lines[-1].startswith("all stages")  # only the bars of stages stay

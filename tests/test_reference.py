@@ -97,7 +97,7 @@ def test_asked_for_it_is_no_longer_given_up(monkeypatch):
 
 def test_the_time_told_counts_both(monkeypatch):
     tokens = []
-    monkeypatch.setattr(room, "estimate_seconds", lambda _, work, __: tokens.append(work.n_tokens) or 1.0)
+    monkeypatch.setattr(room, "estimate_stages", lambda _, work, __: tokens.append(work.n_tokens) or [("write", 1.0)])
     converted("tiny.gguf", "--uniform", "Q4_0")
     converted("model", "--uniform", "Q8_0")
     assert tokens == [2 * 2 * 64, 2 * 64]

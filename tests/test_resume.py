@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +50,9 @@ class Stopping(Silent):
         yield progress
         if name == self.name and self.at_end:
             raise KeyboardInterrupt
+
+    def expect(self, stages: Sequence[tuple[str, float]]) -> None:
+        pass
 
     def say(self, text: str) -> None:
         self.said.append(text)

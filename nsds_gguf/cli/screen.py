@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -45,6 +45,29 @@ class _TimeLeftColumn(ProgressColumn):
         return Text(str(timedelta(seconds=round(left))), style="progress.remaining")
 
 
+class WholeRun:
+    """The stages of a run and their estimated seconds: how much of the run is done.
+
+    A stage that the run does not expect counts for nothing. Expected stages before the one that starts have been
+    skipped: an earlier run kept their results.
+    """
+
+    def __init__(self, stages: Sequence[tuple[str, float]]) -> None:
+        self._left = list(stages)
+        self.total = sum(seconds for _, seconds in stages)
+        self.done = 0.0
+        self.start = time.monotonic()
+
+    def begin(self, name: str) -> float:
+        """Return the estimated seconds of the stage that starts; 0 if it is not expected."""
+        for index, (start, seconds) in enumerate(self._left):
+            if name.startswith(start):
+                self.total -= sum(skipped for _, skipped in self._left[:index])
+                del self._left[: index + 1]
+                return seconds
+        return 0.0
+
+
 class Screen:
     """Draws bars on a terminal, notes on standard error, results on standard output."""
 
@@ -57,6 +80,7 @@ class Screen:
         self.verbose = verbose
         self.draws_bars = self.notes.is_terminal and not quiet
         self._annotate: Callable[[str], None] | None = None
+        self._whole: WholeRun | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Progress]:
@@ -69,12 +93,28 @@ class Screen:
             return
         columns = (TextColumn("{task.description:<24}"), BarColumn(None), TaskProgressColumn(), TimeElapsedColumn(),
                    _TimeLeftColumn())  # fmt: skip
+        whole, expected = self._whole, self._whole.begin(name) if self._whole is not None else 0.0
         with Bars(*columns, console=self.notes) as bars:
             task = bars.add_task(name, total=None)
             self._annotate = lambda text: bars.update(task, description=text)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+            show_whole = _bar_of(whole, bars) if whole is not None and expected else lambda share: None
+            show_whole(0.0)
+
+            def show(done: int, total: int) -> None:
+                bars.update(task, completed=done, total=total)
+                show_whole(expected * done / total if total else 0.0)
+
+            yield show
             bars.update(task, completed=1, total=1)
+            for other in bars.task_ids[1:]:
+                bars.remove_task(other)
+        if whole is not None:
+            whole.done += expected
         self._annotate = None
+
+    def expect(self, stages: Sequence[tuple[str, float]]) -> None:
+        """Draw a second bar, over all these stages, while they run."""
+        self._whole = WholeRun(stages)
 
     def annotate(self, text: str) -> None:
         """Show a running figure in place of the open bar's name; without a terminal, with ``verbose``, as a line."""
@@ -96,6 +136,13 @@ class Screen:
         """Show a result; text stays on one line, however long."""
         with standard_output():
             self.results.print(view, soft_wrap=isinstance(view, Text))
+
+
+def _bar_of(whole: WholeRun, bars: Bars) -> Callable[[float], None]:
+    """Add the bar of a whole run; return what shows it with some seconds of the open stage done."""
+    task = bars.add_task("all stages", total=whole.total)
+    bars.tasks[-1].completed, bars.tasks[-1].start_time = whole.done, whole.start
+    return lambda seconds: bars.update(task, completed=whole.done + seconds)
 
 
 @contextmanager

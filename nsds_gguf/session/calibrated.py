@@ -32,7 +32,7 @@ from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
 from ..system.store import Store
 from ..system.workers import Threads, Workers
 from ..system.workfolder import WorkFolder
-from .estimate import duration, generation_seconds
+from .estimate import FACTOR, GENERATE, SENSITIVITIES, duration, generation_seconds
 from .finished import kept_moments, kept_sensitivities, kept_tokens
 from .run import Run
 from .settle import check_imatrix, rounds_by_hessians, weighs_columns
@@ -93,7 +93,7 @@ class Calibrated:
 
             def compute() -> Sensitivities:
                 options = self._walk_options(kind, recipe, for_hessians)
-                with self._run.report.stage("find sensitivities") as progress, blas_threads(1):
+                with self._run.report.stage(SENSITIVITIES) as progress, blas_threads(1):
                     return sensitivities(self.model, tokens, options, progress, self._workers)
 
             store = self._keyed(kind, recipe, recipe.device, for_hessians)
@@ -142,7 +142,7 @@ class Calibrated:
                 return factors
             self._find_hessians(kind, recipe)
             hessians, roles = self.calibration(recipe).hessians(), Roles(looked_up, equalization)
-            with self._run.report.stage("factor Hessians") as progress, blas_threads(1):
+            with self._run.report.stage(FACTOR) as progress, blas_threads(1):
                 factor_hessians(self.model, hessians, factors, kind.shrinkage, roles, self._workers, progress)
             if store is not None:
                 store.put("Hessian factors", factors.inputs)
@@ -190,7 +190,7 @@ class Calibrated:
             f"Generating {generated_text.N_TOKENS:,} tokens of calibration text: about {duration(seconds)}."
         )
         n_blas = self._run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
-        with self._fast_copy(), blas_threads(n_blas), self._run.report.stage("generate text") as progress:
+        with self._fast_copy(), blas_threads(n_blas), self._run.report.stage(GENERATE) as progress:
             return kind.tokens(replace(request, progress=progress))
 
     def _read_by_llama_cpp(self, kind: CalibrationKind, recipe: Recipe, tokens: Tokens) -> None:

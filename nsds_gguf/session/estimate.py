@@ -21,6 +21,7 @@ from ..llamacpp import ggml
 from ..quantize.formats import FORMATS
 from ..quantize.hessian_factors import HessianFactors
 from ..quantize.kernel import round_rows
+from ..quantize.measure import sample_rows
 from ..quantize.rtn import RtnQuantizer
 from ..records import Model
 from ..system.resources import blas_threads
@@ -30,7 +31,7 @@ _EIGEN_OPERATIONS = 30.0  # per d^3, in terms of matrix products
 _BACKWARD_OPERATIONS = 6  # per weight and token: the layer again, and the derivatives by inputs and weights
 _HEAD_OPERATIONS = 4  # per weight and token of which half are scored: logits twice, and both derivatives
 _FACTOR_SLOWER = 4.0  # float64 on one thread, with reading and writing, over float32
-_MEASURED_SHARE = 1 / 8  # of the rows, in every type
+_PASS_EFFICIENCY = 0.7  # share of the matrix product's rate in the pass over tokens
 _DECODE_EFFICIENCY = 0.9  # share of the matrix product's rate when llama.cpp reads
 _GENERATE_EFFICIENCY = 0.6  # the same when it generates
 
@@ -59,25 +60,47 @@ class Work:
     n_hessian_tokens: int = 0
 
 
-def estimate_seconds(model: Model, work: Work, n_threads: int) -> float:
-    """Return the total seconds of scoring, measuring, writing and verification."""
+# Names of the stages that take time, in the order in which they run; a stage's name starts with one of them.
+SCORE, GENERATE, SENSITIVITIES, FACTOR, MEASURE, WRITE, VERIFY = (
+    "score layers", "generate text", "find sensitivities", "factor Hessians", "measure tensors", "quantize and write",
+    "verify perplexity",
+)  # fmt: skip
+
+
+def estimate_stages(model: Model, work: Work, n_threads: int) -> list[tuple[str, float]]:
+    """Return the name and the seconds of each stage, in order; files are written and verified one by one."""
     n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
     rate, is_gptq = product_rate(n_threads), bool(work.n_hessian_tokens)
     per_weight = sum(_rounding_seconds(model, name, is_gptq, rate / n_threads) for name in work.types)
     per_weight /= len(work.types) * n_threads
-    seconds = work.n_files * n_matrix * per_weight
-    seconds += 2 * work.n_tokens * n_matrix / (rate * _DECODE_EFFICIENCY)
-    if work.scores:
-        seconds += score_operations(model) / rate
+    stages = [(SCORE, score_operations(model) / rate)] if work.scores else []
+    if work.n_generated_tokens:
+        stages.append((GENERATE, generation_seconds(model, work.n_generated_tokens, n_threads, rate)))
     if work.measures:
-        seconds += n_matrix * _MEASURED_SHARE * per_weight * len(work.types)
-        n_scored = N_SEQUENCES_GENERATED * LENGTH if work.n_generated_tokens else n_sequences_for(model) * N_POSITIONS
-        seconds += pass_operations(model, work.n_hessian_tokens or n_scored, n_scored) / rate
+        stages.append((SENSITIVITIES, _pass_seconds(model, work, rate)))
     if is_gptq:
-        inputs = input_widths(model)
-        seconds += work.n_hessian_tokens * sum(n**2 for n in inputs) / rate
-        seconds += sum(n**3 for n in inputs) / 3 * _FACTOR_SLOWER * n_threads / rate
-    return seconds + generation_seconds(model, work.n_generated_tokens, n_threads, rate)
+        stages.append((FACTOR, sum(n**3 for n in input_widths(model)) / 3 * _FACTOR_SLOWER * n_threads / rate))
+    if work.measures:
+        stages.append((MEASURE, _n_measured(model) * per_weight * len(work.types)))
+    verifying = work.n_tokens / max(work.n_files, 1) * 2 * n_matrix / (rate * _DECODE_EFFICIENCY)
+    for _ in range(work.n_files):
+        stages.append((WRITE, n_matrix * per_weight))
+        if work.n_tokens:
+            stages.append((VERIFY, verifying))
+    return stages
+
+
+def _pass_seconds(model: Model, work: Work, rate: float) -> float:
+    n_scored = N_SEQUENCES_GENERATED * LENGTH if work.n_generated_tokens else n_sequences_for(model) * N_POSITIONS
+    operations = pass_operations(model, work.n_hessian_tokens or n_scored, n_scored)
+    operations += work.n_hessian_tokens * sum(n**2 for n in input_widths(model)) if work.n_hessian_tokens else 0
+    return operations / (rate * _PASS_EFFICIENCY)
+
+
+def _n_measured(model: Model) -> int:
+    """Return the weights that are measured: those of the first sample."""
+    matrices = [tensor for tensor in model.tensors if tensor.is_matrix]
+    return sum(len(sample_rows(tensor)) * tensor.n_cols for tensor in matrices)
 
 
 def generation_seconds(model: Model, n_tokens: int, n_threads: int, rate: float | None = None) -> float:

@@ -15,7 +15,7 @@ from ..llamacpp import ggml
 from ..quantize.header import header_bytes
 from ..records import ALIGNMENT_BYTES, Model, Plan, Recipe
 from ..system.resources import check_disk, check_memory, lacks_memory
-from .estimate import Work, duration, estimate_seconds
+from .estimate import Work, duration, estimate_stages
 from .original import fast_copy_bytes, is_own_original, original_bytes
 from .run import Run
 from .settle import rounds_by_hessians
@@ -81,12 +81,12 @@ def lacks_room_for_original(model: Model, plan: Plan, n_ctx: int) -> tuple[str, 
 
 
 def tell_time(model: Model, run: Run, jobs: Sequence[Recipe | Plan], verifying: VerifyOptions, generates: bool) -> None:
-    """Report the estimated time of a conversion, from a short trial on this machine."""
+    """Report the estimated time of a conversion and of its stages, from a short trial on this machine."""
     n_tokens = verifying.n_ctx * (verifying.n_chunks or 0) * len(jobs) * (2 if verifying.reference else 1)
     job = jobs[0]
     recipe = job.recipe if isinstance(job, Plan) else job
     allocator = ALLOCATORS[recipe.allocator]
-    seconds = estimate_seconds(
+    stages = estimate_stages(
         model,
         Work(
             types=_quantized_types(job) if isinstance(job, Plan) else recipe.types,
@@ -100,9 +100,10 @@ def tell_time(model: Model, run: Run, jobs: Sequence[Recipe | Plan], verifying: 
         run.n_threads,
     )
     run.report.say(
-        f"{model.name}, {model.n_weights / 1e6:.1f}M parameters: about {duration(seconds)} with {run.n_threads} "
-        "threads."
+        f"{model.name}, {model.n_weights / 1e6:.1f}M parameters: about {duration(sum(s for _, s in stages))} with "
+        f"{run.n_threads} threads."
     )
+    run.report.expect(stages)
 
 
 def _quantized_types(plan: Plan) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +18,10 @@ class Reporter(Protocol):
         """Open a stage and return its progress callback."""
         ...
 
+    def expect(self, stages: Sequence[tuple[str, float]]) -> None:
+        """Receive the stages that take time, in order: how their names start, and the estimated seconds."""
+        ...
+
     def say(self, text: str) -> None:
         """Report one fact."""
         ...
@@ -28,6 +33,9 @@ class Silent:
     def stage(self, name: str) -> AbstractContextManager[Progress]:
         """Return a progress callback that does nothing."""
         return nullcontext(no_progress)
+
+    def expect(self, stages: Sequence[tuple[str, float]]) -> None:
+        """Ignore the stages."""
 
     def say(self, text: str) -> None:
         """Ignore the fact."""

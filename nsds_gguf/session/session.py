@@ -28,6 +28,7 @@ from ..system.store import Store
 from ..system.workers import Threads, Workers
 from ..system.workfolder import WorkFolder
 from .calibrated import Calibrated
+from .estimate import MEASURE, SCORE, VERIFY, WRITE
 from .finished import keep_cost, kept_cost, kept_layers
 from .original import fast_plan, is_own_original, original_plan
 from .run import Run
@@ -129,7 +130,7 @@ class Session:
         notes: tuple[str, ...] = ()
         if recipe.metric is not None:
             n_threads = self.run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
-            with self.run.report.stage(f"score layers ({recipe.metric})") as progress, blas_threads(n_threads):
+            with self.run.report.stage(f"{SCORE} ({recipe.metric})") as progress, blas_threads(n_threads):
                 layers, notes = kept_layers(
                     self.store and self.store.keyed(recipe.metric, recipe.se, recipe.device),
                     lambda: metrics.score_layers(
@@ -156,7 +157,7 @@ class Session:
         store = self.store and self.store.keyed(recipe.to(None), ggml.version())
         known = {tensor.name: kept_cost(store, tensor.name) for tensor, _ in tensors}
         unknown = [each for each in tensors if known[each[0].name] is None]
-        with self.run.report.stage("measure tensors") as progress, blas_threads(1):
+        with self.run.report.stage(MEASURE) as progress, blas_threads(1):
             costs = measure(
                 unknown,
                 quantizers,
@@ -226,7 +227,7 @@ class Session:
 
     # --- the file -------------------------------------------------------------------------------------------------
 
-    def write(self, plan: Plan, path: Path, name: str = "quantize and write", resumes: bool = False) -> None:
+    def write(self, plan: Plan, path: Path, name: str = WRITE, resumes: bool = False) -> None:
         """Write the file; ``resumes`` continues after the last tensor that an interrupted run completed."""
         recipe, types = plan.recipe, {tensor.type for tensor in plan.tensors}
         columns, factors = self.calibrated.column_weights(recipe, types), self.calibrated.factors(recipe)
@@ -247,7 +248,7 @@ class Session:
             return None
         if embeds(self.model) and reference is not None:
             return self._verify_embeddings(path, options, text, reference)
-        with self.run.report.stage("verify perplexity") as progress:
+        with self.run.report.stage(VERIFY) as progress:
             found = perplexity(
                 path,
                 text,

@@ -15,7 +15,7 @@ from ..read.hub import HubName
 from ..records import AUTO, Model, Options, Plan, Recipe, Scores, Target
 from ..system.workfolder import WorkFolder
 from .cluster import open_workers
-from .estimate import Work, duration, estimate_seconds
+from .estimate import Work, duration, estimate_stages
 from .loaded import check_scores
 from .original import original_bytes
 from .run import Run
@@ -167,11 +167,12 @@ def possible_budgets(model: Model, recipe: Recipe) -> list[Target]:
 
 def _tell_time(model: Model, run: Run, recipe: Recipe) -> None:
     work = Work(types=recipe.types, n_files=0, scores=recipe.metric is not None, measures=True)
-    seconds = estimate_seconds(model, work, run.n_threads)
+    stages = estimate_stages(model, work, run.n_threads)
     run.report.say(
-        f"{model.name}, {model.n_weights / 1e6:.1f}M parameters: measuring takes about {duration(seconds)} with "
-        f"{run.n_threads} threads."
+        f"{model.name}, {model.n_weights / 1e6:.1f}M parameters: measuring takes about "
+        f"{duration(sum(seconds for _, seconds in stages))} with {run.n_threads} threads."
     )
+    run.report.expect(stages)
 
 
 def _rows(model: Model, plans: list[Plan], in_nats: bool) -> tuple[Size, ...]:

@@ -2,8 +2,9 @@
 
     python tools/bench/bench_stages.py MODEL [--target-bpw 4.5] [--rounding gptq] [--threads N] [--no-verify]
 
-Wall and CPU time of each stage, llama.cpp's process included, beside the operations that the stage needs at least and
-their time at the rate of sgemm on the same threads, measured in the same run. CPU time tells more on a busy machine.
+Wall and CPU time of each stage, llama.cpp's process included, beside the estimate told
+before it starts, and the operations that the stage needs at least and their time at the rate of sgemm on the same
+threads, measured in the same run. CPU time tells more on a busy machine.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,7 @@ class Stages:
 
     def __init__(self) -> None:
         self.found: dict[str, Stage] = {}
+        self.expected: dict[str, float] = {}
         self._last = time.perf_counter(), _cpu_seconds()
 
     @contextmanager
@@ -61,6 +63,11 @@ class Stages:
             yield lambda done, total: None
         finally:
             self._add("allocate" if name.startswith("allocate") else name)
+
+    def expect(self, stages: Sequence[tuple[str, float]]) -> None:
+        """Keep the estimates, by stage."""
+        for name, seconds in stages:
+            self.expected[name] = self.expected.get(name, 0.0) + seconds
 
     def say(self, text: str) -> None:
         """Print a note."""
@@ -115,6 +122,12 @@ def operations(model: Model, n_types: int) -> dict[str, float]:
     }
 
 
+def row(stage: Stage, expected: float | None, operations: float | None, rate: float) -> list[str]:
+    """Return the cells of a stage: estimate, wall and CPU time, operations, ratio to sgemm."""
+    cells = ["" if expected is None else f"{expected:.1f}", f"{stage.wall:.1f}", f"{stage.cpu:.1f}"]
+    return [*cells, f"{operations / 1e9:.0f}", f"{stage.cpu / (operations / rate):.1f}"] if operations else cells
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -134,15 +147,13 @@ def main() -> None:
     least = operations(model, len(made.plan.recipe.types))
     table = Table(title=f"{model.name}: {model.n_weights / 1e6:.1f}M parameters, {arguments.threads} threads, sgemm "
                         f"{rate / 1e9:.0f} GFLOP per CPU second")  # fmt: skip
-    for column in ("stage", "wall s", "CPU s", "GFLOP", "CPU s / sgemm"):
+    for column in ("stage", "estimate s", "wall s", "CPU s", "GFLOP", "CPU s / sgemm"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for name, stage in stages.found.items():
-        flops = least.get(name)
-        ratio = "" if not flops else f"{stage.cpu / (flops / rate):.1f}"
-        table.add_row(name, f"{stage.wall:.1f}", f"{stage.cpu:.1f}", "" if not flops else f"{flops / 1e9:.0f}", ratio)
-    wall, cpu = (sum(getattr(stage, part) for stage in stages.found.values()) for part in ("wall", "cpu"))
-    table.add_row("all", f"{wall:.1f}", f"{cpu:.1f}", f"{sum(least.values()) / 1e9:.0f}",
-                  f"{cpu / (sum(least.values()) / rate):.1f}", style="bold")  # fmt: skip
+        table.add_row(name, *row(stage, stages.expected.get(name), least.get(name), rate))
+    parts = stages.found.values()
+    whole = Stage(sum(stage.wall for stage in parts), sum(stage.cpu for stage in parts))
+    table.add_row("all", *row(whole, sum(stages.expected.values()), sum(least.values()), rate), style="bold")
     Console(width=110).print(table)
     if made.perplexity is not None:
         print(made.perplexity)

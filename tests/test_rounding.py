@@ -12,6 +12,7 @@ import pytest
 from nsds_gguf.errors import GgmlError, ModelError
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.quantize import formats, kernel
+from nsds_gguf.quantize.cholesky import cholesky
 from nsds_gguf.quantize.formats import FORMATS
 from nsds_gguf.quantize.gptq import GptqQuantizer
 from nsds_gguf.quantize.hessian_factors import HessianFactors, factor_hessian
@@ -290,6 +291,23 @@ def test_rows_of_zeros_and_huge_weights(name):
     assert np.isfinite(found[[0, 1, 3, 4, 5]]).all()
     assert not np.isfinite(found[2]).all()
     assert (found[0] == 0).all()
+
+
+@pytest.mark.parametrize("n", [3, 512, 1300])
+def test_cholesky_is_lapacks_in_any_number_of_threads(n):
+    x = np.random.default_rng(n).standard_normal((n, n))
+    matrix = x @ x.T / n + 0.1 * np.eye(n)
+    one, three = matrix.copy(), matrix.copy()
+    assert cholesky(one, 1) == cholesky(three, 3) == 0
+    np.testing.assert_array_equal(one, three)
+    np.testing.assert_allclose(one, np.linalg.cholesky(matrix), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("column", [1, 600, 1300])
+def test_cholesky_names_the_column(column):
+    matrix = np.eye(1300)
+    matrix[column - 1, column - 1] = -1
+    assert cholesky(matrix, 2) == column
 
 
 def test_refusals():

@@ -62,11 +62,11 @@ def rounding_on(device: str, name: str) -> Rounding:
     return replace(gptq.ROUNDING, make=make, tile_rows=gptq_torch.ROW_TILE)
 
 
-def factoring(device: str) -> Factoring:
-    """Return the function that factors Hessians on a device, a key of ``compute.BACKENDS``."""
+def factoring(device: str, n_threads: int = 1) -> Factoring:
+    """Return the function that factors Hessians on a device, a key of ``compute.BACKENDS``, or in CPU threads."""
     torch_device = BACKENDS[device].torch_device
     if not torch_device:
-        return factor_hessian
+        return functools.partial(factor_hessian, n_threads=n_threads)
     from .gptq_torch import factor_hessian_on
 
     return functools.partial(factor_hessian_on, torch_device)

@@ -18,8 +18,8 @@ coordinate descent lowers this form further, over d and dmin, then s and m of ea
 
 A type without an entry in ``formats.FORMATS``, and a tensor without Hessian factors, are rounded to nearest.
 
-The loop over columns is compiled (``kernel``). Cost per row: ``n_cols ** 2 / 2`` multiplications, and about 640 per weight
-within blocks of 256 columns.
+The loop over columns is compiled (``kernel``). Cost per row: ``n_cols ** 2 / 2`` multiplications, and about 640 per
+weight within blocks of 256 columns.
 """
 
 from __future__ import annotations

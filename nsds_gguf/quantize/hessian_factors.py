@@ -11,12 +11,12 @@ from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import lapack
 
 from ..errors import ModelError
 from ..records import Float32, Float64
 from ..system.store import Store, file_name
 from ..system.workfolder import output_error
+from .cholesky import cholesky
 
 _IN_MEMORY = 3  # factors in memory: of the current tensor, the next one, and one spare
 _PANEL = 256  # columns of one matrix product over a triangle
@@ -47,7 +47,9 @@ class HessianFactors:
         return total
 
 
-def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, damping: float = 1e-3) -> HessianFactors:
+def factor_hessian(
+    hessian: NDArray[np.floating], *, shrinkage: float = 0.05, damping: float = 1e-3, n_threads: int = 1
+) -> HessianFactors:
     """Factor a Hessian.
 
     In memory: one float64 matrix of its size, and one of float32 that stays.
@@ -59,13 +61,14 @@ def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, da
             8000 tokens and more, 0.2 those of 2000 (docs/log.md, 2026-11-25). Unlike damping it treats columns of small
             and large moments alike.
         damping: share of the mean of the diagonal that is added to the diagonal, for dead columns.
+        n_threads: CPU threads; they do not change the result.
 
     Raises:
         ModelError: the Hessian is not finite, is zero, or is not positive definite after both.
 
     """
     n_cols = len(hessian)
-    reverse: Float64 = np.array(hessian[::-1, ::-1], dtype=np.float64, order="F")
+    reverse: Float64 = np.array(hessian[::-1, ::-1], dtype=np.float64, order="C")
     diagonal = reverse.diagonal().copy()
     mean = float(diagonal.mean())
     if not np.isfinite(reverse).all() or mean <= 0:
@@ -73,17 +76,17 @@ def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, da
     diagonal += damping * mean
     reverse *= 1 - shrinkage
     np.fill_diagonal(reverse, diagonal)
-    lower, info = lapack.dpotrf(reverse, lower=1, clean=1, overwrite_a=1)
-    if info:
+    failed = cholesky(reverse, n_threads)
+    if failed:
         raise ModelError(
             f"Hessian: not positive definite with shrinkage {shrinkage:g} and damping {damping:g} (column "
-            f"{n_cols - info})"
+            f"{n_cols - failed})"
         )
-    pivots = lower.diagonal()[::-1].copy()
+    pivots = reverse.diagonal()[::-1].copy()
     upper = np.empty((n_cols, n_cols), dtype=np.float32)
     for start in range(0, n_cols, _PANEL):
         stop = min(start + _PANEL, n_cols)
-        upper[:, start:stop] = lower[::-1, n_cols - stop : n_cols - start][:, ::-1] / pivots[start:stop]
+        upper[:, start:stop] = reverse[::-1, n_cols - stop : n_cols - start][:, ::-1] / pivots[start:stop]
     return HessianFactors(upper, np.square(pivots).astype(np.float32), diagonal[::-1].astype(np.float32))
 
 

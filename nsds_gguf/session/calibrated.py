@@ -136,7 +136,8 @@ class Calibrated:
             self._workers.check_sees(folder)
             check_disk(folder, disk_bytes(self.model), "the Hessian factors")
             store = self._keyed(kind, recipe, recipe.device, "factors", key)
-            self._factors[key] = factors = FactorStore(folder, store, factoring(recipe.device))
+            n_threads = self._run.n_threads if self._run.cluster is None else 1  # workers are processes of one thread
+            self._factors[key] = factors = FactorStore(folder, store, factoring(recipe.device, n_threads))
             recorded = None if store is None else store.get("Hessian factors")
             if recorded is not None and all(factors.recall(names) for names in recorded):
                 return factors

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..quantize.rtn import RtnQuantizer
 from ..records import Model
 from ..system.resources import blas_threads
 
-_TRIAL_ROWS, _TRIAL_COLS, _TRIAL_SIZE, _N_TRIALS = 64, 512, 768, 3
+_TRIAL_ROWS, _TRIAL_COLS, _TRIAL_SIZE, _N_TRIALS = 64, 512, 768, 5
 _EIGEN_OPERATIONS = 30.0  # per d^3, in terms of matrix products
 _BACKWARD_OPERATIONS = 6  # per weight and token: the layer again, and the derivatives by inputs and weights
 _HEAD_OPERATIONS = 4  # per weight and token of which half are scored: logits twice, and both derivatives
@@ -168,10 +169,11 @@ def _rounding_seconds(model: Model, type_name: str, is_gptq: bool, rate: float) 
 
 
 def product_rate(n_threads: int) -> float:
-    """Return the operations per second of a float32 matrix product on ``n_threads``."""
+    """Return the operations per second of float32 matrix products, one on each thread as in the pass over tokens."""
     a = np.random.default_rng(0).standard_normal((_TRIAL_SIZE, _TRIAL_SIZE), dtype=np.float32)
-    with blas_threads(n_threads):
-        return 2 * _TRIAL_SIZE**3 / _seconds(lambda: a @ a)
+    with blas_threads(1), ThreadPoolExecutor(n_threads) as pool:
+        least = _seconds(lambda: list(pool.map(lambda _: a @ a, range(n_threads))))
+    return 2 * n_threads * _TRIAL_SIZE**3 / least
 
 
 def _seconds(function: Callable[[], object]) -> float:

@@ -18,9 +18,9 @@ from ..quantize import ROUNDINGS
 from ..records import AUTO, UNQUANTIZED, Model, Options, Recipe, Scores
 from .device import choose_device
 
-# Models with more weights are rounded by GPTQ only on request: about nine minutes per billion parameters on two cores,
-# and 4 GB of disk for Hessians (docs/log.md, 2026-11-28).
-GPTQ_WEIGHTS = 4 * 10**9
+# Models with more weights are rounded by GPTQ only on request. A billion parameters take about eight minutes on two
+# cores, and 4 GB of disk for Hessians (docs/log.md, 2026-11-28).
+GPTQ_WEIGHTS = 10 * 10**9
 
 DEFAULT_ALLOCATOR, DEFAULT_METRIC, DEFAULT_SE = "fisher", "nsds", "product"
 GENERATED, RANDOM = "generated", "random"  # calibrations: text that the model generates, random tokens

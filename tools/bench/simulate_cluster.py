@@ -28,6 +28,7 @@ from nsds_gguf.llamacpp import ggml
 from nsds_gguf.quantize.gptq import ROW_TILE, GptqQuantizer
 from nsds_gguf.quantize.hessian_factors import factor_hessian
 from nsds_gguf.quantize.measure import FIRST_SAMPLE
+from nsds_gguf.quantize.rtn import RtnQuantizer
 from nsds_gguf.records import Float32, Hparams
 from nsds_gguf.sensitivity.fisher import fisher
 from nsds_gguf.system.cluster import SLAB_BYTES
@@ -111,7 +112,8 @@ def record() -> Times:
         wide = (rng.standard_normal((512, 4096)) / 64).astype(np.float32)
         stored = ggml.quantize(wide, "BF16")
         decode = seconds(lambda: np.isfinite(ggml.dequantize(stored, "BF16", 4096)).all()) / wide.size
-        rtn = [seconds(lambda name=name: ggml.quantize(wide, name, np.ones(4096, np.float32))) for name in RTN_TYPES]
+        nearest = RtnQuantizer(np.ones(4096, np.float32), len(wide))
+        rtn = [seconds(lambda name=name: nearest.quantize(wide, name)) for name in RTN_TYPES]
         square = rng.standard_normal((2048, 2048)).astype(np.float32)
         sgemm = seconds(lambda: square @ square) / (2 * 2048**3)
         factors = {n: factored(rng, n) for n in (2048, 4096)}  # the widths of TinyLlama and of 8 B

@@ -212,6 +212,33 @@ def test_the_command(folder, tmp_path, monkeypatch):
     assert message(outcome, 4) == "--imatrix and --calibration generated contradict each other; drop one"
 
 
+@pytest.mark.parametrize("options", [{}, {"rounding": "rtn", "score_weight": 1.0}], ids=["gptq", "rtn with scores"])
+def test_every_stage_that_is_expected_runs_in_that_order(options, folder, tmp_path):
+    """For two files; stages that are not expected take no time worth telling."""
+    expected, ran = [], []
+
+    class Listener(Silent):
+        def expect(self, stages):
+            expected.extend(stages)
+
+        def stage(self, name):
+            ran.append(name)
+            return super().stage(name)
+
+    source, short = write_tiny(folder / "wide5", WIDE), VerifyOptions(n_ctx=64, n_chunks=1)
+    both = [Options(target_bpw=bpw, **options) for bpw in (4.0, 5.0)]
+    convert(source, both, verifying=short, output=tmp_path, run=Run(1, Listener()))
+    starts = tuple(start for start, _ in expected)
+    assert [next(start for start in starts if name.startswith(start)) for name in ran if name.startswith(starts)] == [
+        *starts
+    ]
+    assert all(seconds > 0 for _, seconds in expected)
+    gptq = ["generate text", "find sensitivities", "factor Hessians", "measure tensors"]
+    scored = ["score layers", "find sensitivities", "measure tensors"]
+    files = ["quantize and write", "verify perplexity"] * 2
+    assert [*starts] == [*(scored if options else gptq), *files]
+
+
 def test_ctrl_c_leaves_nothing(folder, tmp_path, monkeypatch):
     source = write_tiny(folder / "wide4", WIDE)
     monkeypatch.chdir(tmp_path)

@@ -32,6 +32,7 @@ from nsds_gguf.calibration.generated_text import LENGTH, N_TOKENS
 from nsds_gguf.calibration.hessians import multiplied
 from nsds_gguf.calibration.kinds import N_SEQUENCES_GENERATED
 from nsds_gguf.llamacpp.llama import default_threads
+from nsds_gguf.quantize.measure import sample_rows
 from nsds_gguf.records import Model, Progress
 from nsds_gguf.session.estimate import input_widths, pass_operations
 from nsds_gguf.session.source import open_model
@@ -111,13 +112,14 @@ def operations(model: Model, n_types: int) -> dict[str, float]:
     n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
     tensors = [model.by_name[name] for name in multiplied(model)]
     rounding = sum(tensor.n_weights * tensor.n_cols for tensor in tensors)
+    measuring = sum(len(sample_rows(tensor)) * tensor.n_cols**2 for tensor in tensors)
     inputs = input_widths(model)
     return {
         "generate text": 2 * N_TOKENS * n_matrix,
         "find sensitivities": pass_operations(model, N_TOKENS, N_SEQUENCES_GENERATED * LENGTH)
         + N_TOKENS * sum(n**2 for n in inputs),
         "factor Hessians": sum(n**3 for n in inputs) / 3,
-        "measure tensors": n_types * rounding / 8,
+        "measure tensors": n_types * measuring,
         "quantize and write": rounding,
     }
 

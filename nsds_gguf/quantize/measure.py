@@ -25,6 +25,8 @@ WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
 SAMPLED_FRACTION = 1 / 8  # of the rows of larger ones: five types then cost less than one write
 SAMPLED_ROWS_MIN, SAMPLED_ROWS_MAX = 64, 1024
 
+_OVERFLOW = 1e12  # relative error where a type cannot hold the weights
+
 _DIGITS = 7  # significant digits in records: the last bits of a BLAS do not change digests
 
 
@@ -138,11 +140,14 @@ def _slabs(tensor: Tensor, rows: NDArray[np.intp]) -> Iterator[tuple[int, NDArra
 def ratio_estimate(numerator: Float64, denominator: Float64, sampled_share: float) -> tuple[float, float]:
     """Return the ratio of sums over a sample of rows and its standard error.
 
-    ``sampled_share`` is the sample size over the population; 1 means no sampling error.
+    ``sampled_share`` is the sample size over the population; 1 means no sampling error. Errors that are not finite, in
+    a type that cannot hold the weights, give ``_OVERFLOW``.
     """
     total = float(denominator.sum())
     if total <= 0:
         return 0.0, 0.0
+    if not np.isfinite(numerator).all():  # weights beyond the range of the type
+        return _OVERFLOW, 0.0
     ratio = float(numerator.sum()) / total
     n = len(numerator)
     if n < 2 or sampled_share >= 1:

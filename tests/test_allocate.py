@@ -30,10 +30,12 @@ from nsds_gguf.errors import ModelError, PlanError, RecordError, TargetError
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.quantize import TensorQuantizers
 from nsds_gguf.quantize import measure as measuring
+from nsds_gguf.quantize.hessian_factors import FactorStore
 from nsds_gguf.quantize.measure import RatioEstimate, measure, ratio_estimate, sample_rows
 from nsds_gguf.records import K_TYPES, UNQUANTIZED, LayerScore, Options, Plan, Scores, Target, Tensor, TensorType
 from nsds_gguf.sensitivity.moment_propagation import propagate
 from nsds_gguf.session.run import Run
+from nsds_gguf.session.settle import settle
 from nsds_gguf.system.workers import Threads
 
 DEMO = Path(__file__).parent.parent / "examples" / "books-4.6m"
@@ -259,6 +261,26 @@ class TestMeasure:
         assert found[0].n_rows_sampled < 1000 < found[1].n_rows_sampled < 4096
         for cost in found:
             assert 0 < cost.stderr["Q4_K"] < 0.025 * cost.errors["Q4_K"]
+
+    @pytest.mark.parametrize("has_factors", [False, True], ids=["rtn", "gptq"])
+    def test_weights_beyond_f16_take_bf16(self, tmp_path, has_factors):
+        """Floats of 16 bits are measured like any type: F16 loses less, BF16 has the range."""
+        arrays, hparams = random_arrays(seed=1, **ALIGNED)
+        large, small = "blk.1.ffn_up.weight", "blk.0.ffn_up.weight"
+        arrays[large] *= np.float32(1e6 / np.abs(arrays[large]).max())
+        model = make_model(arrays, hparams)
+        factors = FactorStore(tmp_path)
+        factors.add([large, small], np.eye(256), 0.05)
+        quantizers = TensorQuantizers("gptq", factors=factors) if has_factors else TensorQuantizers()
+        types = settle(Options(target_bpw=17), model).recipe.types
+        costs = measure(measurable(candidates(model, types)), quantizers, dict.fromkeys(arrays, 1.0), Threads(1))
+        of_large, of_small = ({cost.name: cost.errors for cost in costs}[name] for name in (large, small))
+        assert of_large["F16"] == 1e12 and 1e-7 < of_large["BF16"] < 1e-5
+        assert 1e-9 < of_small["F16"] < 1e-7 < of_small["BF16"] < 1e-5 < of_small["Q8_0"] < 1e-4
+        scores = Scores(recipe(types=types), (), model.model_id, "tiny", costs=costs)
+        plan = make_plan(model, scores, recipe(17, types=types), HEADER)
+        planned = {tensor.name: tensor.type for tensor in plan.tensors}
+        assert planned[large] == "BF16" and planned[small] == "F16"
 
     def test_ratio_estimate_by_hand(self):
         # rows (1, 2), (2, 2): ratio 3/4; residuals -1/2, 1/2; variance 1/2; half the rows sampled

@@ -234,3 +234,41 @@ def test_gptq_on_random_tokens_wants_a_model_that_can_be_followed(tmp_path: Path
         check_possible(model, recipe(4, rounding="gptq"))
     check_possible(model, recipe(4, rounding="gptq", calibration="generated"))
     check_possible(model, recipe(4))
+
+
+# --- candidate types --------------------------------------------------------------------------------------------------
+
+WITH_Q8 = (*K_TYPES, "Q8_0")
+WIDEST = (*WITH_Q8, "F16", "BF16")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (Options(target_bpw=5.5), K_TYPES),  # 5.5 bits for matrices, 32 for norms
+        (Options(target_bpw=5.6), WITH_Q8),
+        (Options(target_bpw=6.5), WITH_Q8),
+        (Options(target_bpw=6.7), WIDEST),
+        (Options(), WIDEST),
+        (Options(target_bpw=float("nan")), K_TYPES),
+        (Options(target_bpw=6.7, types=("Q4_K", "Q6_K")), ("Q4_K", "Q6_K")),
+        (Options(target_bpw=6.7, allocator="random"), K_TYPES),
+        (Options(target_bpw=6.7, allocator="paper"), ("Q2_K", "Q4_K")),
+    ],
+)
+def test_types_widen_where_the_budget_comes_near_the_largest(model, options, expected):
+    assert settle(options, model).recipe.types == expected
+
+
+def test_types_widen_for_a_budget_of_bytes(model):
+    recipe_bytes = settle(Options(target_size=10**9), model).recipe
+    assert recipe_bytes.types == WIDEST
+    assert settle(Options(target_size=model.n_weights * 5 // 8), model).recipe.types == K_TYPES
+
+
+def test_open_types_are_those_that_scores_measured(model):
+    near = Options(target_bpw=6.7)
+    assert settle(near, model, scores_of(model, recipe(types=K_TYPES))).recipe.types == K_TYPES
+    assert settle(near, model, scores_of(model, recipe(types=WIDEST))).recipe.types == WIDEST
+    assert settle(OPEN, model, scores_of(model, recipe(types=WIDEST))).recipe.types == K_TYPES
+    assert settle(near, model, scores_of(model, recipe(types=("Q4_0",)))).recipe.types == ("Q4_0",)

@@ -45,7 +45,7 @@ def test_rows_are_the_plans_of_their_budgets(models, here):
     found = table("convert", models / "wide")
     assert listing(here) == {} and found["format"] == "nsds-gguf sizes 2"
     assert [row["target_bpw"] for row in found["sizes"]] == [
-        2.666, 3, 3.25, 3.5, 3.75, 4, 4.5, 5, 5.5, 6, 6.598
+        2.666, 3, 3.25, 3.5, 3.75, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7.5, 8, 12, 16.022
     ]  # fmt: skip
     budgets = ",".join(str(row["target_bpw"]) for row in found["sizes"])
     assert call("plan", models / "wide", "--target-bpw", budgets, *RTN, "--json", "plans.json").code == 0
@@ -57,7 +57,9 @@ def test_rows_are_the_plans_of_their_budgets(models, here):
         (r["predicted"] for r in found["sizes"]), reverse=True
     )
     assert max(found["sizes"][0]["types"], key=found["sizes"][0]["types"].get) == "Q2_K"
-    assert set(found["sizes"][0]["types"]) == {"Q2_K", "F32"} and set(found["sizes"][-1]["types"]) == {"Q6_K", "F32"}
+    assert set(found["sizes"][0]["types"]) == {"Q2_K", "F32"} and set(found["sizes"][-1]["types"]) == {"F16", "F32"}
+    at_six = next(row["types"] for row in found["sizes"] if row["target_bpw"] == 6)
+    assert "Q8_0" in at_six and "F16" not in at_six
 
 
 def test_the_table_and_the_next_command(models, here):
@@ -83,7 +85,7 @@ def test_the_table_and_the_next_command(models, here):
 def test_a_gguf_whose_rows_fit_no_k_quant(models):
     found = table("plan", models / "narrow.gguf")
     first, *inner, last = (row["target_bpw"] for row in found["sizes"])
-    assert inner == [5, 5.5, 6, 6.5, 7, 7.5, 8] and set(found["sizes"][-1]["types"]) == {"Q8_0", "F32"}
+    assert inner == [5, 5.5, 6, 6.5, 7, 7.5, 8, 12] and set(found["sizes"][-1]["types"]) == {"F16", "F32"}
     assert call("plan", models / "narrow.gguf", "--target-bpw", first, *RTN).code == 0
     line = message(call("plan", models / "narrow.gguf", "--target-bpw", first - 0.001, *RTN), 4)
     assert line.endswith(f"nearest feasible: --target-bpw {first:g}")

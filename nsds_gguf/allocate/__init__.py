@@ -4,11 +4,22 @@ A new allocator is a function ``(Problem) -> Choice`` and one entry in ``ALLOCAT
 """
 
 from .allocators import ALLOCATORS, PREFERENCES, Allocator, Choice, Problem, decided_by, layer_factors
-from .candidates import Candidate, candidates, check_type, fitting_type, measurable, nearest_bpw, parse_tensor_type
+from .candidates import (
+    LARGER_TYPES,
+    Candidate,
+    candidates,
+    check_type,
+    default_types,
+    fitting_type,
+    measurable,
+    nearest_bpw,
+    parse_tensor_type,
+)
 from .planning import check_recipe, checked_candidates, make_plan
 
 __all__ = [
     "ALLOCATORS",
+    "LARGER_TYPES",
     "PREFERENCES",
     "Allocator",
     "Candidate",
@@ -19,6 +30,7 @@ __all__ = [
     "check_type",
     "checked_candidates",
     "decided_by",
+    "default_types",
     "fitting_type",
     "layer_factors",
     "make_plan",

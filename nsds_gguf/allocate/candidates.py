@@ -15,7 +15,11 @@ from dataclasses import dataclass
 from ..errors import PlanError, TargetError
 from ..llamacpp import ggml
 from ..llamacpp.rules import kept_reason, needs_f32
-from ..records import ALIGNMENT_BYTES, COPIED_TYPES, Model, Target, Tensor, TensorKind, TensorType
+from ..records import ALIGNMENT_BYTES, COPIED_TYPES, K_TYPES, Model, Target, Tensor, TensorKind, TensorType
+
+# Types that budgets near the largest K-quants add to them, step by step. The two floats have the same bytes: a tensor
+# takes the one with less error, F16 unless its weights leave that range or are stored as BF16.
+LARGER_TYPES = (("Q8_0",), ("F16", "BF16"))
 
 LAST_RESORT = "F16"  # for rows that no block divides, as in llama.cpp
 
@@ -85,6 +89,28 @@ def candidates(model: Model, types: Sequence[str], fixed: Sequence[TensorType] =
             why = f"only tensors that stay {stays}, such as {matched[0].name}" if matched else "no tensor"
             raise PlanError(f"--tensor-type '{one}' matches {why} (the pattern must match the whole name)")
     return [_candidate(model, tensor, types, fixed) for tensor in model.tensors]
+
+
+def default_types(
+    model: Model, target: Target | None, fixed: Sequence[TensorType], header_bytes: int
+) -> tuple[str, ...]:
+    """Return the candidate types of a budget: the K-quants, and ``LARGER_TYPES`` where it comes near their sizes.
+
+    A step is added where the budget holds every tensor at the second largest of the types so far: below that, bytes
+    reduce more divergence elsewhere. Without a budget all are added.
+    """
+    types: tuple[str, ...] = K_TYPES
+    if target is None:
+        return types + tuple(name for larger in LARGER_TYPES for name in larger)
+    if not math.isfinite(target.value):
+        return types
+    budget, padded = budget_bytes(target, model.n_weights, header_bytes) or 0, target.kind == "size"
+    for larger in LARGER_TYPES:
+        found = candidates(model, types, fixed)
+        if budget < sum(each.cost(each.types[-2 if each.is_open else 0], padded) for each in found):
+            break
+        types += larger
+    return types
 
 
 def measurable(found: Sequence[Candidate]) -> list[tuple[Tensor, tuple[str, ...]]]:

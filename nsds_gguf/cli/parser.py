@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..allocate import ALLOCATORS, PREFERENCES, parse_tensor_type
+from ..allocate import ALLOCATORS, LARGER_TYPES, PREFERENCES, parse_tensor_type
 from ..calibration import CALIBRATIONS
 from ..comparison import DEFAULT_PRESETS, N_SEEDS
 from ..compute import BACKENDS
@@ -20,7 +20,7 @@ from ..llamacpp import ggml, llama
 from ..metrics import METRICS, SE_READINGS
 from ..publish.model_card import is_repo
 from ..quantize import ROUNDINGS
-from ..records import AUTO, Options
+from ..records import AUTO, K_TYPES, Options
 from ..session.settle import (
     DEFAULT_ALLOCATOR,
     DEFAULT_METRIC,
@@ -367,7 +367,8 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
 
 def _add_types(group: Any) -> None:
     group.add_argument("--types", metavar="LIST", type=_argument(parse_types, "some of " + ",".join(ggml.TYPES)),
-                       help=f"types to choose from (default: {','.join(DEFAULTS.types)})")  # fmt: skip
+                       help=f"types to choose from (default: {','.join(K_TYPES)}; budgets near the largest of them add "
+                            f"{', then '.join(' and '.join(names) for names in LARGER_TYPES)})")  # fmt: skip
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:

@@ -73,7 +73,8 @@ class GptqQuantizer:
         if type_name in FORMATS:
             return self._round(rows, type_name)[1]
         data = ggml.quantize(rows, type_name, self.factors.diagonal)
-        return self.factors.row_errors(rows - ggml.dequantize(data, type_name, rows.shape[1]))
+        with np.errstate(invalid="ignore"):  # weights beyond the range of F16 have infinite errors
+            return self.factors.row_errors(rows - ggml.dequantize(data, type_name, rows.shape[1]))
 
     def squared_norms(self, rows: Float32, first_row: int = 0) -> Float64:
         """See ``Quantizer``."""

@@ -18,13 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ModelError
+from ..llamacpp import ggml
 from ..records import Float64, Progress, Tensor, TensorCost, no_progress
 from ..system.workers import FAR_AHEAD, Workers
 from .quantizer import Quantizer, Quantizers
 
 WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
 FIRST_SAMPLE = 128  # rows of larger ones
-WANTED_STDERR = 0.02  # of the error in each type, relative to it; types differ by factors of 1.3 to 4
+WANTED_STDERR = 0.02  # of the error in each quantized type, relative to it; types differ by factors of 1.3 to 4
+
+_OVERFLOW = 1e12  # relative error where a type cannot hold the weights
 
 _DIGITS = 7  # significant digits in records: the last bits of a BLAS do not change digests
 
@@ -94,7 +97,8 @@ def sample_rows(tensor: Tensor, n_wanted: int = FIRST_SAMPLE) -> NDArray[np.intp
 def _measure_one(task: _Measuring) -> TensorCost:
     rows = sample_rows(task.tensor)
     estimates = _estimates(task, rows)
-    n_wanted = max((estimate.n_wanted(WANTED_STDERR) for estimate in estimates.values()), default=0)
+    rounded = [estimates[name] for name in task.types if name not in ggml.FLOAT_TYPES]
+    n_wanted = max((estimate.n_wanted(WANTED_STDERR) for estimate in rounded), default=0)
     if n_wanted > len(rows):
         rows = sample_rows(task.tensor, n_wanted)
         estimates = _estimates(task, rows)
@@ -169,10 +173,15 @@ class RatioEstimate:
 
 
 def ratio_estimate(numerator: Float64, denominator: Float64, n_rows: float = math.inf) -> RatioEstimate:
-    """Estimate a ratio of sums over ``n_rows`` rows from the values of a sample of rows, ``(n,)`` each."""
+    """Estimate a ratio of sums over ``n_rows`` rows from the values of a sample of rows, ``(n,)`` each.
+
+    Errors that are not finite, in a type that cannot hold the weights, give ``_OVERFLOW``.
+    """
     total, n = float(denominator.sum()), len(numerator)
     if total <= 0:
         return RatioEstimate(0.0, 0.0, n, n_rows)
+    if not np.isfinite(numerator).all():
+        return RatioEstimate(_OVERFLOW, 0.0, n, n_rows)
     ratio = float(numerator.sum()) / total
     residual = numerator - ratio * denominator
     variance = float((residual**2).sum()) / max(n - 1, 1)

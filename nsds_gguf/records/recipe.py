@@ -49,7 +49,7 @@ class Options:
         target_size: budget in bytes of the whole file.
         allocator: key of ``allocate.ALLOCATORS``; ``AUTO``: ``uniform`` if ``uniform`` is set, else ``fisher``.
         uniform: type of every matrix, for the allocator ``uniform``.
-        types: candidate types.
+        types: candidate types; ``None``: the K-quants, and larger types where the budget comes near their sizes.
         tensor_types: fixed types of some tensors; the first match counts.
         rounding: key of ``quantize.ROUNDINGS``.
         calibration: key of ``calibration.CALIBRATIONS``.
@@ -67,7 +67,7 @@ class Options:
     target_size: int | None = None
     allocator: str = AUTO
     uniform: str | None = None
-    types: tuple[str, ...] = K_TYPES
+    types: tuple[str, ...] | None = None
     tensor_types: tuple[TensorType, ...] = ()
     rounding: str = AUTO
     calibration: str = AUTO

@@ -180,7 +180,8 @@ class Session:
         recipe = settled[0].recipe
         allocator = ALLOCATORS[recipe.allocator]
         if scores is None and (allocator.needs_costs or allocator.needs_layers):
-            scores = self.score(recipe, measures=allocator.needs_costs)
+            types = tuple(dict.fromkeys(name for each in settled for name in each.recipe.types))
+            scores = self.score(replace(recipe, types=types), measures=allocator.needs_costs)
         self.scores = scores
         return [self.plan(each.recipe, scores, each.notes) for each in settled]
 

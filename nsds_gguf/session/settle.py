@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..allocate import ALLOCATORS, check_type
+from ..allocate import ALLOCATORS, check_type, default_types
 from ..calibration import CALIBRATIONS
 from ..calibration.imatrix import IMATRIX, Imatrix, read_imatrix
 from ..compute import BACKENDS
@@ -15,8 +15,10 @@ from ..evaluate.texts import embeds, predicts
 from ..llamacpp import ggml
 from ..metrics import METRICS, SE_READINGS
 from ..quantize import ROUNDINGS
-from ..records import AUTO, UNQUANTIZED, Model, Options, Recipe, Scores
+from ..quantize.header import header_bytes
+from ..records import AUTO, K_TYPES, UNQUANTIZED, Model, Options, Recipe, Scores
 from .device import choose_device
+from .original import PLAIN
 
 # Models with more weights are rounded by GPTQ only on request. A billion parameters take about eight minutes on two
 # cores, and 4 GB of disk for Hessians (docs/log.md, 2026-11-28).
@@ -52,10 +54,9 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
     _check_contradictions(options)
     imatrix = None if options.imatrix is None else read_imatrix(options.imatrix)
     allocator = _allocator(options)
-    types = ALLOCATORS[allocator].types or options.types
-    types = (options.uniform.upper(),) if options.uniform is not None else types
+    types = _types(options, model, allocator, scores)
     metric, se = _metric(options, allocator, scores, scores_layers)
-    rounding, calibration, note = _rounding(options, model, allocator, scores)
+    rounding, calibration, note = _rounding(replace(options, types=types), model, allocator, scores)
     device, device_note = choose_device(options.device, model)
     recipe = Recipe(
         target=options.target,
@@ -143,6 +144,23 @@ def _allocator(options: Options) -> str:
     return _known("allocator", name, ALLOCATORS)
 
 
+def _types(options: Options, model: Model, allocator: str, scores: Scores | None) -> tuple[str, ...]:
+    """Return the candidate types; open ones fit the budget, and are among those that the scores measured."""
+    if options.uniform is not None:
+        return (options.uniform.upper(),)
+    chosen = ALLOCATORS[allocator].types or options.types
+    if chosen is not None:
+        return chosen
+    if not ALLOCATORS[allocator].needs_costs:
+        return K_TYPES
+    target = options.target
+    n_header = header_bytes(model, PLAIN) if target is not None and target.kind == "size" else 0
+    types = default_types(model, target, options.tensor_types, n_header)
+    if scores is None or not scores.costs:
+        return types
+    return tuple(name for name in types if name in scores.recipe.types) or scores.recipe.types
+
+
 def _metric(
     options: Options, allocator: str, scores: Scores | None, scores_layers: bool
 ) -> tuple[str | None, str | None]:
@@ -207,7 +225,7 @@ def _against_gptq(options: Options, model: Model, allocator: str) -> str:
         return "an importance matrix sets the column weights"
     if options.calibration not in (AUTO, GENERATED):
         return f"the calibration is {options.calibration}"
-    if set(options.types) <= set(UNQUANTIZED):
+    if set(options.types or ()) <= set(UNQUANTIZED):
         return "no type is quantized"
     if embeds(model):
         return "the model computes embeddings and generates no text"

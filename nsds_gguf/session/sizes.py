@@ -26,7 +26,7 @@ from .source import Source, open_model
 SIZES_FORMAT = "nsds-gguf sizes 2"
 
 # Budgets in bits per weight: pairs of an upper limit and the step up to it.
-_STEPS = ((4.0, 0.25), (8.0, 0.5), (32.0, 1.0))
+_STEPS = ((4.0, 0.25), (8.0, 0.5), (32.0, 4.0))
 _APART = 0.1  # bits per weight between the smallest or largest size and the next budget
 
 GOOD_DIVERGENCE = 0.05  # nats per token; the smallest budget below it is proposed
@@ -131,7 +131,7 @@ def possible_sizes(
     with run.report.stage("try budgets") as progress:
         plans = []
         for target in budgets:
-            aimed = recipe.to(target)
+            aimed = settle(replace(anyone, target_bpw=target.value), model, scores).recipe
             plans.append(allocate.make_plan(model, scores, aimed, header_bytes(model, aimed)))
             progress(len(plans), len(budgets))
     in_nats = not what_is_missing(model)

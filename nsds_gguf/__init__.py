@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .errors import NsdsError
     from .evaluate.perplexity import Perplexity, Window, perplexity
     from .evaluate.texts import VerifyOptions
-    from .records import Model, Options, Plan, Recipe, Scores, Target, TensorType
+    from .records import Fit, Model, Options, Plan, Recipe, Scores, Target, TensorType
     from .records.comparison import Comparison
     from .session.outputs import Output
     from .session.run import Reporter, Run
@@ -31,6 +31,7 @@ __all__ = [
     "Budgets",
     "Comparison",
     "Converted",
+    "Fit",
     "Model",
     "NsdsError",
     "Options",
@@ -60,6 +61,7 @@ _HOMES = {
     "Budgets": "comparison",
     "Comparison": "records.comparison",
     "Converted": "conversion",
+    "Fit": "records",
     "Model": "records",
     "NsdsError": "errors",
     "Options": "records",

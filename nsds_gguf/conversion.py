@@ -17,6 +17,7 @@ from .quantize.header import header_bytes
 from .read.hub import HubName
 from .records import Model, Options, Plan, Recipe, Scores, Target
 from .session.cluster import open_workers
+from .session.fit import Fitted, fitted
 from .session.loaded import check_scores, checked_plan
 from .session.original import reference_name, with_original_at_hand
 from .session.outputs import (
@@ -53,6 +54,7 @@ class Converted:
         reference: the reference of the check: ``ORIGINAL``, ``QUANTIZED_INPUT``, a path, or ``None``.
         notes: notes on the check.
         embedding: the result of the check of an embedding model.
+        fitted: the memory that the file fits, where options name one.
 
     """
 
@@ -64,22 +66,31 @@ class Converted:
     reference: str | None = None
     notes: tuple[str, ...] = ()
     embedding: EmbeddingCheck | None = None
+    fitted: Fitted | None = None
 
 
 @dataclass(frozen=True)
 class Planned:
-    """Plans, one per budget, and the scores that they were made from (``None`` for a plan from a file)."""
+    """Plans, one per budget, and the scores that they were made from (``None`` for a plan from a file).
+
+    ``fitted`` has the memory that each plan fits, ``None`` for a plan without one.
+    """
 
     plans: list[Plan]
     scores: Scores | None = None
+    fitted: tuple[Fitted | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One file to make: its settled recipe, and its plan where one was loaded."""
+    """One file to make: its settled recipe, its plan where one was loaded, and the memory that it must fit."""
 
     settled: Settled
     plan: Plan | None = None
+    fitted: Fitted | None = None
+
+    def holding(self, plan: Plan) -> Fitted | None:
+        return None if self.fitted is None else self.fitted.holding(plan)
 
     def largest_bytes(self, model: Model) -> int:
         return self.plan.file_bytes if self.plan is not None else largest_file_bytes(model, self.settled.recipe)
@@ -122,7 +133,7 @@ def convert(
     text = evaluation_text(verifying) if verifying.enabled else ""
     check_output_folder(output)
     model = open_model(source, run)
-    jobs = _jobs(model, options, loaded)
+    jobs = _jobs(model, options, loaded, run)
     paths = output_paths([default_name(model, job.settled.recipe) for job in jobs], output)
     check_not_input(paths, model)
     results = []
@@ -142,7 +153,7 @@ def convert(
             tell_time(model, run, [job.plan or job.settled.recipe for job in jobs], comparing, generates)
         plans = _plans(session, jobs, loaded)
         reference = stack.enter_context(reference_file(session, comparing))
-        for target, plan in zip(paths, plans, strict=True):
+        for target, plan, job in zip(paths, plans, jobs, strict=True):
             notes = () if comparing is verifying else lacks_room_for_original(model, plan, verifying.n_ctx)
             compared_with = None if notes else reference
             if not session.has_finished(target, plan):
@@ -155,7 +166,8 @@ def convert(
                 found = session.verify(plan, target, verifying, text, compared_with)
             ppl, embedding = (None, found) if isinstance(found, EmbeddingCheck) else (found, None)
             compared = reference_name(model, comparing) if ppl is not None and ppl.divergence is not None else None
-            results.append(Converted(target, plan, ppl, session.scores, model.path, compared, notes, embedding))
+            fits = job.holding(plan)
+            results.append(Converted(target, plan, ppl, session.scores, model.path, compared, notes, embedding, fits))
     return results
 
 
@@ -169,10 +181,12 @@ def plan(
     """Return the plans of ``convert``; arguments and errors are the same."""
     run = run or Run()
     model = open_model(source, run)
-    jobs = _jobs(model, options, loaded)
+    jobs = _jobs(model, options, loaded, run)
     with _temporary(run, model) as (files, workers):
         session = Session(model, run, files, jobs[0].settled.imatrix, workers)
-        return Planned(_plans(session, jobs, loaded), session.scores)
+        plans = _plans(session, jobs, loaded)
+        fits = tuple(job.holding(plan) for job, plan in zip(jobs, plans, strict=True))
+        return Planned(plans, session.scores, fits)
 
 
 def score(
@@ -212,7 +226,7 @@ def _temporary(run: Run, model: Model) -> Iterator[tuple[WorkFolder, Workers]]:
         yield files, workers
 
 
-def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | Plan | None) -> list[_Job]:
+def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | Plan | None, run: Run) -> list[_Job]:
     """Return the files to make; refuse impossible targets and fixed types before any weight is read."""
     every = [options] if isinstance(options, Options) else list(options)
     if isinstance(loaded, Plan):
@@ -223,7 +237,10 @@ def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | P
             raise RecordError(f"the plan was made without {imatrix.name}: drop --imatrix, or plan again with it")
         return [_Job(Settled(checked.recipe, imatrix), checked)]
     check_scores(model, loaded)
-    jobs = [_Job(settle(each, model, loaded)) for each in every]
+    jobs = []
+    for each in every:
+        aimed, fits = fitted(model, each, run)
+        jobs.append(_Job(settle(aimed, model, loaded), fitted=fits))
     for job in jobs:
         _check_target(model, job.settled.recipe)
     return jobs

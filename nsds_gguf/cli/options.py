@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from ..errors import OutputError, PlanError
-from ..evaluate.texts import VerifyOptions
+from ..evaluate.texts import DEFAULT_CTX, VerifyOptions
 from ..llamacpp.gguf_header import is_gguf
 from ..publish.bundle import check_ollama
 from ..publish.plot import check_plot
@@ -21,6 +21,7 @@ from ..session.outputs import Output
 from ..session.run import Run
 from ..session.settle import DEFAULT_ALLOCATOR
 from ..session.source import Source
+from .fit import fit_of
 from .screen import Screen
 
 
@@ -31,8 +32,9 @@ def options_of(arguments: argparse.Namespace) -> list[Options]:
         for name in (field.name for field in fields(Options))
         if (value := getattr(arguments, name, None)) is not None
     }
-    budgets = named.pop("target_bpw", None)
-    asked = Options(**{**named, "tensor_types": tuple(named.get("tensor_types", ()))})
+    budgets, fit = named.pop("target_bpw", None), fit_of(arguments)
+    named.pop("fit", None)
+    asked = Options(**{**named, "tensor_types": tuple(named.get("tensor_types", ()))}, fit=fit)
     return [replace(asked, target_bpw=value) for value in budgets] if budgets else [asked]
 
 
@@ -45,7 +47,7 @@ def run_of(arguments: argparse.Namespace, screen: Screen) -> Run:
 
 def is_open(arguments: argparse.Namespace) -> bool:
     """Return whether a conversion or plan names no size: neither a budget, a plan nor a type."""
-    has_budget = bool(arguments.target_bpw) or arguments.target_size is not None
+    has_budget = bool(arguments.target_bpw) or arguments.target_size is not None or arguments.fit is not None
     has_types = arguments.plan is not None or arguments.uniform is not None
     return not has_budget and not has_types and arguments.allocator in (None, AUTO, DEFAULT_ALLOCATOR)
 
@@ -86,7 +88,7 @@ def verify_options(arguments: argparse.Namespace) -> VerifyOptions:
         raise PlanError("--no-verify skips the check that uses --reference; drop one")
     return VerifyOptions(
         text=arguments.text,
-        n_ctx=arguments.ctx_size,
+        n_ctx=DEFAULT_CTX if arguments.fit is not None else arguments.ctx_size or DEFAULT_CTX,
         n_chunks=arguments.chunks or None,
         reference=arguments.reference,
         enabled=not arguments.no_verify,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,11 +13,10 @@ from ..allocate import ALLOCATORS, LARGER_TYPES, PREFERENCES, parse_tensor_type
 from ..calibration import CALIBRATIONS
 from ..comparison import DEFAULT_PRESETS, N_SEEDS
 from ..compute import BACKENDS
-from ..errors import NsdsError
 from ..evaluate.perplexity import DEFAULT_BATCH, MIN_CTX
+from ..evaluate.texts import DEFAULT_CTX
 from ..llamacpp import ggml, llama
 from ..metrics import METRICS, SE_READINGS
-from ..publish.model_card import is_repo
 from ..quantize import ROUNDINGS
 from ..records import AUTO, K_TYPES, Options
 from ..session.settle import (
@@ -30,7 +28,12 @@ from ..session.settle import (
     RANDOM,
 )
 from ..system.cluster import LOCAL
+from .fit import DEFAULTS as FIT
+from .fit import add_fit
 from .screen import Screen
+from .values import argument as _argument
+from .values import integer_from as _integer_from
+from .values import parse_bpw_list, parse_repo, parse_size, parse_type, parse_types
 from .verbs import (
     run_bundle,
     run_compare,
@@ -50,74 +53,6 @@ EXIT_CODES = """exit codes:
   0 done   2 wrong usage   3 model   4 plan, target or record   5 output, disk or memory
   6 text   7 verification failed   8 ggml or llama.cpp   9 cluster
   129 hung up   130 interrupted   143 terminated"""
-
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?(?:([KMG])(i?))?B?", re.IGNORECASE)
-_SIZE_POWERS = {"K": 1, "M": 2, "G": 3}
-
-
-def parse_bpw_list(text: str) -> list[float]:
-    """Parse ``2.8,3.2,4``."""
-    values = [float(part) for part in text.split(",")]
-    if not all(0 < value <= 32 for value in values):
-        raise ValueError(text)
-    return values
-
-
-def parse_size(text: str) -> int:
-    """Parse bytes with an optional unit: ``1500000``, ``700M``, ``1.5GiB``."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(text)
-    number, letter, binary = match.groups()
-    size = float(number) * (1024 if binary else 1000) ** _SIZE_POWERS.get((letter or "").upper(), 0)
-    if not 1 <= size < 2**63:
-        raise ValueError(text)
-    return int(size)
-
-
-def parse_repo(text: str) -> str:
-    """Parse the name of a repository on the Hub."""
-    if not is_repo(text):
-        raise ValueError(text)
-    return text
-
-
-def parse_type(text: str) -> str:
-    """Parse the name of a type."""
-    name = text.strip().upper()
-    if name not in ggml.TYPES:
-        raise ValueError(text)
-    return name
-
-
-def parse_types(text: str) -> tuple[str, ...]:
-    """Parse a comma-separated list of types."""
-    return tuple(dict.fromkeys(parse_type(part) for part in text.split(",")))
-
-
-def _argument(parse: Callable[[str], Any], wanted: str) -> Callable[[str], Any]:
-    """Return a parser of one argument that reports what it wanted."""
-
-    def parsed(text: str) -> Any:
-        try:
-            return parse(text)
-        except NsdsError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"wanted {wanted}, got {text!r}") from error
-
-    return parsed
-
-
-def _integer_from(smallest: int) -> Callable[[str], Any]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < smallest:
-            raise ValueError(text)
-        return value
-
-    return _argument(parse, f"an integer from {smallest} up")
-
 
 # --- the parser ------------------------------------------------------------------------------------------------------
 
@@ -192,11 +127,12 @@ def _add_convert(verbs: Any) -> None:
                         help="start over instead of resuming an interrupted run")  # fmt: skip
     _add_page(parser)
     _add_budget(parser)
+    add_fit(parser, has_ctx_size=True)
     _add_rounding(parser)
     _add_scoring(parser)
     _add_records(parser)
     group = parser.add_argument_group("verification")
-    _add_text(group, chunks=8)
+    _add_text(group, chunks=8, fits=True)
     group.add_argument("--reference", metavar="REF",
                        help="measure the KL divergence from REF: 'original' (the GGUF input itself, or a temporary "
                        "GGUF of a model folder) or a GGUF file (default: the original for GGUF input or when the model "
@@ -226,6 +162,7 @@ def _add_plan(verbs: Any) -> None:
                         help="explain a tensor's type and the effect of the next smaller and larger one")  # fmt: skip
     _add_page(parser)
     _add_budget(parser)
+    add_fit(parser, has_ctx_size=False)
     _add_rounding(parser)
     _add_scoring(parser)
     _add_records(parser)
@@ -428,10 +365,13 @@ def _add_records(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--plan", metavar="FILE", type=Path, help="plan written by 'plan --json'")
 
 
-def _add_text(group: Any, chunks: int) -> None:
+def _add_text(group: Any, chunks: int, fits: bool = False) -> None:
     group.add_argument("--text", metavar="FILE", type=Path, help="evaluation text (default: a chapter of Dickens)")
-    group.add_argument("--ctx-size", metavar="N", type=_integer_from(MIN_CTX), default=512,
-                       help="tokens per chunk (default: %(default)s)")  # fmt: skip
+    meaning = f"tokens per chunk (default: {DEFAULT_CTX})"
+    if fits:
+        meaning += f"; with --fit, tokens of the context to make room for (default: {FIT.n_ctx})"
+    group.add_argument("--ctx-size", metavar="N", type=_integer_from(MIN_CTX), default=None if fits else DEFAULT_CTX,
+                       help=meaning)  # fmt: skip
     group.add_argument("--chunks", metavar="N", type=_integer_from(0), default=chunks,
                        help="number of chunks, 0 for all (default: %(default)s)")  # fmt: skip
 

@@ -29,6 +29,7 @@ from ..session.reference import reference_of
 from ..session.sizes import possible_sizes
 from ..session.source import Source
 from . import display
+from .fit_view import memory_view
 from .inspect_view import inspection_view
 from .options import (
     check_bundle_arguments,
@@ -81,6 +82,8 @@ def _convert(arguments: argparse.Namespace, screen: Screen, output: Output) -> l
         screen.show(display.plan_view(result.plan))
         if screen.verbose:
             screen.show(display.plan_details(result.plan))
+        if result.fitted is not None:
+            screen.show(memory_view(result.fitted))
         if result.perplexity is not None:
             screen.show(display.perplexity_view(result.perplexity, result.path.name, result.reference, result.notes))
         if result.embedding is not None:
@@ -121,6 +124,8 @@ def _converted_json(arguments: argparse.Namespace, screen: Screen, result: Conve
         "reference": result.reference,
         "notes": result.notes,
     }
+    if result.fitted is not None:
+        found["memory"] = result.fitted.to_json()
     if result.embedding is not None:
         found["embedding"] = result.embedding.to_json()
     speaks = arguments.bundle is not None and not arguments.no_verify and result.embedding is None
@@ -188,8 +193,10 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
         raise PlanError(f"--tensor-type-file holds one plan, got {len(options)} targets; pass one")
     planned = make_plans(source_of(arguments), options, loaded=loaded_record(arguments), run=run_of(arguments, screen))
     plans = planned.plans
-    for plan in plans:
+    for plan, fits in zip(plans, planned.fitted, strict=True):
         screen.show(display.plan_view(plan))
+        if fits is not None:
+            screen.show(memory_view(fits))
         if screen.verbose:
             screen.show(display.plan_details(plan))
         for name in arguments.why:

@@ -24,6 +24,8 @@ QUANTIZED_INPUT = "quantized input"  # the reference where the input is already 
 # Architectures that decode only their encoder's input (llama.cpp, llama_model_has_encoder).
 WITH_ENCODER = ("t5", "t5encoder", "eagle3", "dflash")
 
+DEFAULT_CTX = 512  # tokens per chunk, as in llama-perplexity
+
 _EXTRA_TOKENS = 3  # that a tokenizer may add to a text: BOS, EOS and a leading space
 
 
@@ -42,7 +44,7 @@ class VerifyOptions:
     """
 
     text: Path | None = None
-    n_ctx: int = 512
+    n_ctx: int = DEFAULT_CTX
     n_chunks: int | None = 8
     reference: str | None = None
     enabled: bool = True

@@ -47,6 +47,16 @@ N_PHYSICAL_BATCH = 512
 _AMX = "AMX_INT8 = 1"
 
 
+# The lines in which a context reports what it allocates, in MiB: llama-kv-cache.cpp, llama-memory-recurrent.cpp,
+# llama-context.cpp. Without weights the buffers of caches are not allocated either, but their sizes are the same.
+_MEMORY_LINES = {
+    "attention cache": r": size = +([\d.]+) MiB \(.*?layers, .*?K \(",
+    "recurrent states": r": size = +([\d.]+) MiB \(.*?layers, .*?R \(",
+    "compute": r"compute buffer size = +([\d.]+) MiB",
+    "output": r"output buffer size = +([\d.]+) MiB",
+}
+
+
 class Observer(Protocol):
     """What looks at the products with weights while a context decodes. It is pickled into llama.cpp's process."""
 
@@ -116,6 +126,7 @@ class Engine:
         self.signs_of_life = 0
         self._binding = _import_binding()
         self._messages: deque[tuple[int, str]] = deque(maxlen=256)  # level and text, since the last call that may fail
+        self._sizes: deque[str] = deque(maxlen=64)  # the last lines that report the size of something
         self._log_callback = self._binding.llama_log_callback(self._logged)
         self._binding.llama_log_set(self._log_callback, None)
         self._binding.llama_backend_init()
@@ -287,6 +298,34 @@ class Engine:
         finally:
             binding.llama_model_free(model)
 
+    def memory(self, file: Path, path: str, n_ctx: int, cache_type: int) -> dict[str, float]:
+        """Return the bytes that llama.cpp would allocate for a context, by kind, from what it logs.
+
+        It loads the model without its weights; ``llama.memory`` names the kinds.
+        """
+        binding = self._binding
+        params = binding.llama_model_default_params()
+        params.no_alloc, params.load_mode, params.n_gpu_layers = True, _LOAD_MODE_NONE, 0
+        self._messages.clear()
+        model = binding.llama_model_load_from_file(os.fsencode(path), params)
+        if not model:
+            raise VerifyError(f"{file}: llama.cpp cannot load it: {self._error()}")
+        try:
+            context_params = binding.llama_context_default_params()
+            context_params.n_ctx, context_params.n_seq_max, context_params.swa_full = n_ctx, 1, False
+            context_params.type_k = context_params.type_v = cache_type
+            context_params.offload_kqv = context_params.op_offload = False  # all of it in one place: the CPU
+            self._messages.clear()
+            self._sizes.clear()
+            context = binding.llama_init_from_model(model, context_params)
+            if not context:
+                raise VerifyError(f"{file}: llama.cpp cannot run it: {self._error()}")
+            binding.llama_free(context)
+        finally:
+            binding.llama_model_free(model)
+        text = "".join(self._sizes)
+        return {kind: sum(map(float, re.findall(pattern, text))) * 2**20 for kind, pattern in _MEMORY_LINES.items()}
+
     def quantize(
         self, source: str, target: str, preset: str, n_threads: int, importance: Mapping[str, Float32] | None
     ) -> None:
@@ -311,6 +350,8 @@ class Engine:
         self._is_alive()
         message = text.decode(errors="replace")
         self._messages.append((level, message))
+        if "size =" in message:
+            self._sizes.append(message)
         if level == _LOG_LEVEL_ERROR:  # should the process die of it, this is what it leaves
             sys.stderr.write(message)
             sys.stderr.flush()

@@ -28,7 +28,8 @@ from .process import LlamaProcess, end_process, llama_process
 
 __all__ = [
     "N_PHYSICAL_BATCH", "Int32", "LlamaContext", "LlamaModel", "Observer", "check_loads", "complete", "default_threads",
-    "embed", "end_process", "gpu_layers", "llama_build", "logits", "open_context", "open_model", "quantize_preset",
+    "embed", "end_process", "gpu_layers", "llama_build", "logits", "memory", "open_context", "open_model",
+    "quantize_preset",
 ]  # fmt: skip
 
 # llama_tokenize counts bytes and tokens in int32.
@@ -170,6 +171,27 @@ def check_loads(file: Path) -> None:
 
     """
     llama_process().call(str(file), "check_loads", file, os.path.abspath(file))  # noqa: PTH100
+
+
+def memory(file: Path, n_ctx: int, cache_type: int) -> dict[str, float]:
+    """Return the bytes that llama.cpp says it allocates for one sequence of ``n_ctx`` tokens, on the CPU.
+
+    Args:
+        file: the GGUF; its weights are neither read nor allocated, so that an outline will do.
+        n_ctx: tokens of the context.
+        cache_type: ggml's number of the type of the KV cache.
+
+    Returns:
+        ``attention cache``, ``recurrent states``, ``compute`` and ``output``, to 0.01 MiB, as llama.cpp logs them.
+
+    Raises:
+        VerifyError: llama.cpp refuses the file or the context.
+        GgmlError: llama.cpp is missing, or dies of the file.
+
+    """
+    path = os.path.abspath(file)  # noqa: PTH100
+    found: dict[str, float] = llama_process().call(str(file), "memory", file, path, n_ctx, cache_type)
+    return found
 
 
 def embed(file: Path, texts: Sequence[Int32], *, n_threads: int | None = None) -> Float32:

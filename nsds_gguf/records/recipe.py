@@ -41,12 +41,31 @@ class TensorType:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A memory that a file must fit, together with all that llama.cpp keeps beside the weights.
+
+    Attributes:
+        memory_bytes: the memory.
+        n_ctx: tokens of the context to make room for.
+        cache_type: llama.cpp's name of the type of the KV cache.
+        projector_bytes: size of a vision or audio part (mmproj) in the same memory.
+
+    """
+
+    memory_bytes: int
+    n_ctx: int = 4096
+    cache_type: str = "f16"
+    projector_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class Options:
     """The choices of a user; ``AUTO`` leaves one to ``session.settle``.
 
     Attributes:
         target_bpw: budget in bits per weight over all tensors; default: none.
         target_size: budget in bytes of the whole file.
+        fit: a memory, in place of a budget: the file may take what llama.cpp leaves of it.
         allocator: key of ``allocate.ALLOCATORS``; ``AUTO``: ``uniform`` if ``uniform`` is set, else ``fisher``.
         uniform: type of every matrix, for the allocator ``uniform``.
         types: candidate types; ``None``: the K-quants, and larger types where the budget comes near their sizes.
@@ -65,6 +84,7 @@ class Options:
 
     target_bpw: float | None = None
     target_size: int | None = None
+    fit: Fit | None = None
     allocator: str = AUTO
     uniform: str | None = None
     types: tuple[str, ...] | None = None

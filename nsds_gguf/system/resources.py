@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,12 +19,23 @@ from .cgroups import memory_left_bytes
 THREADED_WIDTH = 1024
 
 _GIB = 2**30
+_NVIDIA_SECONDS = 20  # a driver that sleeps takes seconds to answer
 
 
 def available_memory_bytes() -> int:
     """Return the memory that this process can still take: what the machine has free, or less where a limit is set."""
     found = (int(psutil.virtual_memory().available), memory_left_bytes(), _address_space_left())
     return min(n_bytes for n_bytes in found if n_bytes is not None)
+
+
+def free_nvidia_bytes() -> int | None:
+    """Return the free memory of the NVIDIA GPU that has most of it, ``None`` where ``nvidia-smi`` has no answer."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_NVIDIA_SECONDS)
+        return max(int(line) for line in done.stdout.split()) * 2**20
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
 
 
 def _address_space_left() -> int | None:

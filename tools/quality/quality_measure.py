@@ -242,7 +242,7 @@ class Bench:
             finally:
                 path.unlink(missing_ok=True)
 
-        return self._measure(self._recipe(plan), file, yardsticks)
+        return self.measure(self._recipe(plan), file, yardsticks)
 
     def stock(self, mix: str, imatrix: Imatrix | None, yardsticks: Sequence[Yardstick]) -> list[Measured]:
         """Measure llama.cpp's own mix, made with an importance matrix where one is given."""
@@ -258,7 +258,7 @@ class Bench:
                 path.unlink(missing_ok=True)
 
         recipe = f"stock {mix} {self.session.model.model_id} {imatrix.sha256 if imatrix else 'none'}"
-        return self._measure(recipe, file, yardsticks)
+        return self.measure(recipe, file, yardsticks)
 
     def imatrix(self, text: str) -> Imatrix:
         """Return the importance matrix of a text, as llama-imatrix collects it: nothing for the tensors ``OUTSIDE``.
@@ -276,7 +276,8 @@ class Bench:
         self.session = Session(self.session.model, self.session.run, self.session.files, imatrix)
         return imatrix
 
-    def _measure(self, recipe: str, file: File, yardsticks: Sequence[Yardstick]) -> list[Measured]:
+    def measure(self, recipe: str, file: File, yardsticks: Sequence[Yardstick]) -> list[Measured]:
+        """Measure a file unless one of the same ``recipe``, a digest of all that its bytes depend on, was measured."""
         keys = [digest(recipe, yardstick.digest, self._build) for yardstick in yardsticks]
         lacking = [(key, y) for key, y in zip(keys, yardsticks, strict=True) if key not in self._known]
         if lacking:

@@ -1,6 +1,6 @@
 """Measure what NSDS is worth: as the paper's allocation, as a factor on Fisher sensitivities, and alone.
 
-    python tools/quality/nsds_study.py --work DIR --text FILE --model NAME=PATH [--model ...] [--chunks N] [--page FILE]
+    python tools/quality/nsds_study.py --work DIR --text FILE --model NAME=PATH [--model ...] [--chunks N]
 
 Three questions, each answered by the divergence of files of equal bytes from the original:
 
@@ -10,7 +10,7 @@ Three questions, each answered by the divergence of files of equal bytes from th
   knapsack's plan, under round-to-nearest and GPTQ?
 * alone: sensitivities without Fisher pass, from the role of a tensor and NSDS, against moment propagation.
 
-Everything measured is kept in ``--work``; a second run measures only what is missing and writes the page of all.
+Everything measured is kept in ``--work``; a second run measures only what is missing. ``nsds_page.py`` makes the page.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from quality_bank import TensorBank
 from quality_measure import Bench, Passage, Yardstick, digest, halves, planned
 from quality_model import DEFAULT, FREE
 from quality_sensitivity import with_factors
-from quality_zoo import NSDS_WEIGHTS, PAPER_BITS, PAPER_METRICS, ROOT
+from quality_zoo import NSDS_WEIGHTS, PAPER_BITS, PAPER_METRICS
 
 from nsds_gguf.allocate import candidates
 from nsds_gguf.comparison import exact_bpw
@@ -243,7 +243,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--roundings", default=",".join(ROUNDINGS), help="of the question factor")
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--numbers", type=Path, default=ROOT / "docs" / "nsds.json")
     return parser
 
 

@@ -172,7 +172,7 @@ def test_nothing_is_measured_twice(bench: ModelBench, result: dict, settings: Se
     before = log.read_text()
     again = ModelBench(bench.entry, folder / "model", folder / "work", settings)
     again.scores, again.metric_layers = bench.scores, bench.metric_layers
-    again.bench._measure = lambda recipe, file, yardsticks, own=again.bench: [
+    again.bench.measure = lambda recipe, file, yardsticks, own=again.bench: [
         own._known[quality_measure.digest(recipe, y.digest, own._build)] for y in yardsticks
     ]
     assert json.loads(json.dumps(again.run())) == result

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -53,12 +54,16 @@ File = Callable[[], AbstractContextManager[Path]]
 
 @dataclass(frozen=True)
 class Passage:
-    """Half of a text and how many chunks of it are taken; ``name`` is that of the text."""
+    """Half of a text and how many chunks of it are taken; ``name`` is that of the text.
+
+    In conversations (``is_chat``) names of special tokens stand for the tokens.
+    """
 
     name: str
     half: str  # "choosing" or "final"
     text: str
     n_chunks: int
+    is_chat: bool = False
 
     @property
     def digest(self) -> str:
@@ -79,6 +84,7 @@ class Measured:
         same_top: share of positions at which both prefer the same token.
         n_tokens: scored tokens of a chunk.
         outside: types of the tensors ``OUTSIDE``, as far as the file has them.
+        kld_99: 99th percentile of the divergence over all tokens.
     """
 
     key: str
@@ -89,6 +95,7 @@ class Measured:
     same_top: tuple[float, ...]
     n_tokens: int
     outside: dict[str, str]
+    kld_99: float = math.nan
 
 
 def halves(text: str) -> tuple[str, str]:
@@ -143,7 +150,8 @@ class Yardstick:
         tensors = inspect_gguf(file).tensors
         columns = (means(name) for name in ("kld", "nll", "reference_nll", "same_top"))
         outside = {tensor.name: tensor.type for tensor in tensors if tensor.name in OUTSIDE}
-        return Measured(key, sum(tensor.n_bytes for tensor in tensors), *columns, scores.shape[1], outside)
+        percentile = float(f"{np.percentile(scores['kld'], 99):.9g}")
+        return Measured(key, sum(tensor.n_bytes for tensor in tensors), *columns, scores.shape[1], outside, percentile)
 
     def _keep_logits(self, reference: Path, path: Path) -> None:
         n_scored = N_CTX - 1 - N_CTX // 2
@@ -169,10 +177,10 @@ def original_plan(session: Session) -> Plan:
     return planned(session, PLAIN)
 
 
-def tokenized(file: Path, text: str) -> Int32:
+def tokenized(file: Path, text: str, is_chat: bool = False) -> Int32:
     """Return all whole chunks of a text, ``(n, N_CTX)`` int32, begun by BOS where the model wants it."""
     with llama.open_model(file, vocab_only=True) as model:
-        tokens = model.tokenize(text.removesuffix("\n"))
+        tokens = model.tokenize(text.removesuffix("\n"), parse_special=is_chat)
         chunks = tokens[: len(tokens) // N_CTX * N_CTX].reshape(-1, N_CTX).copy()
         if model.bos is not None:
             chunks[:, 0] = model.bos
@@ -181,7 +189,7 @@ def tokenized(file: Path, text: str) -> Int32:
 
 def chosen_chunks(reference: Path, passage: Passage) -> Int32:
     """Return the chunks of a passage that are taken, ``(n_chunks, N_CTX)`` int32."""
-    chunks = tokenized(reference, passage.text)
+    chunks = tokenized(reference, passage.text, passage.is_chat)
     if len(chunks) < passage.n_chunks:
         raise TextError(f"{passage.name}: wanted {passage.n_chunks} chunks in half of it, got {len(chunks)}")
     return chunks[spread(len(chunks), passage.n_chunks)]
@@ -242,7 +250,7 @@ class Bench:
             finally:
                 path.unlink(missing_ok=True)
 
-        return self._measure(self._recipe(plan), file, yardsticks)
+        return self.measure(self._recipe(plan), file, yardsticks)
 
     def stock(self, mix: str, imatrix: Imatrix | None, yardsticks: Sequence[Yardstick]) -> list[Measured]:
         """Measure llama.cpp's own mix, made with an importance matrix where one is given."""
@@ -258,14 +266,14 @@ class Bench:
                 path.unlink(missing_ok=True)
 
         recipe = f"stock {mix} {self.session.model.model_id} {imatrix.sha256 if imatrix else 'none'}"
-        return self._measure(recipe, file, yardsticks)
+        return self.measure(recipe, file, yardsticks)
 
-    def imatrix(self, text: str) -> Imatrix:
+    def imatrix(self, text: str, is_chat: bool = False) -> Imatrix:
         """Return the importance matrix of a text, as llama-imatrix collects it: nothing for the tensors ``OUTSIDE``.
 
         From then on ``session`` knows it.
         """
-        chunks = tokenized(self.reference, text)
+        chunks = tokenized(self.reference, text, is_chat)
         path = self.folder / f"imatrix-{digest(self.session.model.model_id, text)[:16]}.gguf"
         if not path.is_file():
             moments = collect(self.reference, chunks, n_threads=self.session.run.n_threads)
@@ -276,7 +284,8 @@ class Bench:
         self.session = Session(self.session.model, self.session.run, self.session.files, imatrix)
         return imatrix
 
-    def _measure(self, recipe: str, file: File, yardsticks: Sequence[Yardstick]) -> list[Measured]:
+    def measure(self, recipe: str, file: File, yardsticks: Sequence[Yardstick]) -> list[Measured]:
+        """Measure a file unless one of the same ``recipe``, a digest of all that its bytes depend on, was measured."""
         keys = [digest(recipe, yardstick.digest, self._build) for yardstick in yardsticks]
         lacking = [(key, y) for key, y in zip(keys, yardsticks, strict=True) if key not in self._known]
         if lacking:

@@ -148,10 +148,12 @@ def _plan_notes(plan: Plan, found: Sequence[Candidate]) -> list[str]:
             f"{len(narrow)} tensors ({100 * share:.0f} % of the weights) have rows that are not a multiple of 256 and "
             "use types with blocks of 32."
         )
-    unblocked = [t for t in fallbacks if t.type in UNQUANTIZED]
+    unblocked = [t for t in fallbacks if t.type in UNQUANTIZED and t.shape[-1] % 32]
     if unblocked:
         notes.append(f"{len(unblocked)} tensors have rows that are not a multiple of 32 and stay {LAST_RESORT}.")
-    sampled = [t for t in plan.tensors if t.error and t.n_rows_sampled and t.error_stderr]
+    sampled = [
+        t for t in plan.tensors if t.error and t.n_rows_sampled and t.error_stderr and t.type not in ggml.FLOAT_TYPES
+    ]
     if sampled:
         worst = max(t.error_stderr / t.error for t in sampled if t.error and t.error_stderr)
         rows = sum(t.n_rows_sampled or 0 for t in sampled)

@@ -3,7 +3,7 @@
 Small tensors are measured whole. For large ones a stratified sample is drawn, one row from each of equally long
 stretches, by a generator seeded with the tensor's name: the same rows every time. The relative error is a ratio
 of two sums over rows, so its standard error is that of a ratio estimator (Cochran, Sampling Techniques, eq. 6.9). Where
-that of a first, small sample is above ``WANTED_STDERR`` in some type, a second sample is as large as it takes.
+that is above ``WANTED_STDERR`` in some type, a larger sample is drawn, until it is not.
 """
 
 from __future__ import annotations
@@ -97,14 +97,18 @@ def sample_rows(tensor: Tensor, n_wanted: int = FIRST_SAMPLE) -> NDArray[np.intp
 def _measure_one(task: _Measuring) -> TensorCost:
     rows = sample_rows(task.tensor)
     estimates = _estimates(task, rows)
-    rounded = [estimates[name] for name in task.types if name not in ggml.FLOAT_TYPES]
-    n_wanted = max((estimate.n_wanted(WANTED_STDERR) for estimate in rounded), default=0)
-    if n_wanted > len(rows):
-        rows = sample_rows(task.tensor, n_wanted)
+    while (n_wanted := _n_wanted(estimates)) > len(rows):  # rare rows of large errors show in larger samples only
+        rows = sample_rows(task.tensor, max(n_wanted, 2 * len(rows)))
         estimates = _estimates(task, rows)
     errors = {name: _rounded(estimate.ratio) for name, estimate in estimates.items()}
     stderr = {name: _rounded(estimate.stderr) for name, estimate in estimates.items()}
     return TensorCost(task.tensor.name, _rounded(task.sensitivity), errors, stderr, len(rows))
+
+
+def _n_wanted(estimates: Mapping[str, RatioEstimate]) -> int:
+    """Return the rows that the wanted standard error takes in every quantized type."""
+    rounded = (estimate for name, estimate in estimates.items() if name not in ggml.FLOAT_TYPES)
+    return max((estimate.n_wanted(WANTED_STDERR) for estimate in rounded), default=0)
 
 
 def _estimates(task: _Measuring, rows: NDArray[np.intp]) -> dict[str, RatioEstimate]:

@@ -245,7 +245,7 @@ class TestMeasure:
         (whole,) = measure(output, TensorQuantizers(), {}, Threads(1))
         assert whole.n_rows_sampled == 4096 > sampled.n_rows_sampled
         for name in ("Q2_K", "Q4_K"):
-            assert 0 < sampled.stderr[name] < 0.025 * whole.errors[name]
+            assert 0 < sampled.stderr[name] < 0.035 * whole.errors[name]
             assert abs(sampled.errors[name] - whole.errors[name]) < 4 * sampled.stderr[name]
 
     def test_uneven_rows_take_a_larger_sample(self):
@@ -260,7 +260,7 @@ class TestMeasure:
         ]  # fmt: skip
         assert found[0].n_rows_sampled < 1000 < found[1].n_rows_sampled < 4096
         for cost in found:
-            assert 0 < cost.stderr["Q4_K"] < 0.025 * cost.errors["Q4_K"]
+            assert 0 < cost.stderr["Q4_K"] < 0.035 * cost.errors["Q4_K"]
 
     @pytest.mark.parametrize("has_factors", [False, True], ids=["rtn", "gptq"])
     def test_weights_beyond_f16_take_bf16(self, tmp_path, has_factors):

@@ -25,7 +25,7 @@ from .quantizer import Quantizer, Quantizers
 
 WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
 FIRST_SAMPLE = 128  # rows of larger ones
-WANTED_STDERR = 0.02  # of the error in each quantized type, relative to it; types differ by factors of 1.3 to 4
+WANTED_STDERR = 0.03  # of the error in each quantized type, relative to it; types differ by factors of 1.3 to 4
 
 _OVERFLOW = 1e12  # relative error where a type cannot hold the weights
 

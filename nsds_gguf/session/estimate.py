@@ -31,10 +31,16 @@ _TRIAL_ROWS, _TRIAL_COLS, _TRIAL_SIZE, _N_TRIALS = 64, 512, 768, 5
 _EIGEN_OPERATIONS = 30.0  # per d^3, in terms of matrix products
 _BACKWARD_OPERATIONS = 6  # per weight and token: the layer again, and the derivatives by inputs and weights
 _HEAD_OPERATIONS = 4  # per weight and token of which half are scored: logits twice, and both derivatives
-_FACTOR_SLOWER = 4.0  # float64 on one thread, with reading and writing, over float32
-_PASS_EFFICIENCY = 0.7  # share of the matrix product's rate in the pass over tokens
-_DECODE_EFFICIENCY = 0.9  # share of the matrix product's rate when llama.cpp reads
-_GENERATE_EFFICIENCY = 0.6  # the same when it generates
+_PASS_EFFICIENCY = 0.85  # share of the matrix product's rate in the products of the pass over tokens
+# In units of operations of a product: a channel of the stream and a hidden unit of a token, in a layer forward.
+_CHANNEL_OPERATIONS, _HIDDEN_OPERATIONS, _BACK = 4500, 2250, 3
+_GENERATE_EFFICIENCY, _DECODE_EFFICIENCY = 0.95, 0.72  # the same shares when llama.cpp generates and reads
+_STEP_OPERATIONS, _DRAW_OPERATIONS = 7e6, 340  # per token and layer, per token and entry of the vocabulary
+_FLOAT64_SLOWER = 2.0
+_FACTOR_SECONDS = 28e-9  # per entry of a Hessian: reading, scaling, checking, writing
+_READ_SECONDS = 6e-9  # per weight and thread
+_RESAMPLED = 2.0  # rows that are measured over those of the first sample
+_LOAD_SECONDS = 0.3  # to start a process that verifies
 
 
 @dataclass(frozen=True)
@@ -80,22 +86,30 @@ def estimate_stages(model: Model, work: Work, n_threads: int) -> list[tuple[str,
     if work.measures:
         stages.append((SENSITIVITIES, _pass_seconds(model, work, rate)))
     if is_gptq:
-        stages.append((FACTOR, sum(n**3 for n in input_widths(model)) / 3 * _FACTOR_SLOWER * n_threads / rate))
+        stages.append((FACTOR, _factor_seconds(model, rate)))
     if work.measures:
-        stages.append((MEASURE, _n_measured(model) * per_weight * len(work.types)))
-    verifying = work.n_tokens / max(work.n_files, 1) * 2 * n_matrix / (rate * _DECODE_EFFICIENCY)
+        stages.append((MEASURE, _RESAMPLED * _n_measured(model) * per_weight * len(work.types)))
+    verifying = work.n_tokens / max(work.n_files, 1) * 2 * n_matrix / (rate * _DECODE_EFFICIENCY) + _LOAD_SECONDS
     for _ in range(work.n_files):
-        stages.append((WRITE, n_matrix * per_weight))
+        stages.append((WRITE, n_matrix * (per_weight + _READ_SECONDS / n_threads)))
         if work.n_tokens:
             stages.append((VERIFY, verifying))
     return stages
 
 
 def _pass_seconds(model: Model, work: Work, rate: float) -> float:
+    h = model.hparams
     n_scored = N_SEQUENCES_GENERATED * LENGTH if work.n_generated_tokens else n_sequences_for(model) * N_POSITIONS
-    operations = pass_operations(model, work.n_hessian_tokens or n_scored, n_scored)
-    operations += work.n_hessian_tokens * sum(n**2 for n in input_widths(model)) if work.n_hessian_tokens else 0
-    return operations / (rate * _PASS_EFFICIENCY)
+    n_tokens = work.n_hessian_tokens or n_scored
+    products = pass_operations(model, n_tokens, n_scored)
+    products += work.n_hessian_tokens * sum(n**2 for n in input_widths(model)) if work.n_hessian_tokens else 0
+    elementwise = _CHANNEL_OPERATIONS * h.n_embd + _HIDDEN_OPERATIONS * h.n_ff
+    return (products / _PASS_EFFICIENCY + (n_tokens + _BACK * n_scored) * h.n_layers * elementwise) / rate
+
+
+def _factor_seconds(model: Model, rate: float) -> float:
+    widths = input_widths(model)
+    return _FLOAT64_SLOWER * sum(n**3 for n in widths) / 3 / rate + _FACTOR_SECONDS * sum(n**2 for n in widths)
 
 
 def _n_measured(model: Model) -> int:
@@ -111,8 +125,9 @@ def generation_seconds(model: Model, n_tokens: int, n_threads: int, rate: float 
     """
     if not n_tokens:
         return 0.0
-    n_matrix = sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
-    return 2 * n_tokens * n_matrix / ((rate or product_rate(n_threads)) * _GENERATE_EFFICIENCY)
+    h, n_matrix = model.hparams, sum(tensor.n_weights for tensor in model.tensors if tensor.is_matrix)
+    operations = 2 * n_matrix / _GENERATE_EFFICIENCY + _STEP_OPERATIONS * h.n_layers + _DRAW_OPERATIONS * h.n_vocab
+    return n_tokens * operations / (rate or product_rate(n_threads))
 
 
 def duration(seconds: float) -> str:

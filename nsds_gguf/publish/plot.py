@@ -1,4 +1,4 @@
-"""Plots of layer scores with their components, and of comparisons. Needs matplotlib."""
+"""Plots of layer scores with their components, of comparisons, and of sizes. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..errors import PlanError
 from ..metrics.stats import robust_z, sigmoid
 from ..records import Float64, LayerScore, Scores
 from ..records.comparison import OURS, PAPER, PRESET, RANDOM, RANDOM_FIXED, UNIFORM, Comparison
+from ..session.sizes import Sizes
 from ..system.atomic import small_file
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -98,6 +99,41 @@ def plot_comparison(found: Comparison, path: Path) -> None:
     axes.set_ylabel("mean KL divergence from the original, nats per token")
     axes.set_title(f"{found.model_name}: lower left is better", loc="left")
     axes.legend(frameon=False)
+    axes.grid(which="both", axis="y", color="#dddddd", lw=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    with small_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
+
+
+def plot_sizes(found: Sizes, memories: Sequence[int], path: Path) -> None:
+    """Plot the predicted divergence of every size against its bytes, and what memories have room for.
+
+    A band is a memory: what it leaves for the file, from the longest to the shortest of the contexts.
+    Raises the errors of ``plot_scores``.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5.0), layout="constrained")
+    axes = figure.subplots()
+    bytes_of = [size.file_bytes / 1e9 for size in found.sizes]
+    axes.plot(bytes_of, [size.predicted for size in found.sizes], color="#0072b2", marker="o", ms=6, lw=1.5)
+    for size, x in zip(found.sizes, bytes_of, strict=True):
+        axes.annotate(f"{size.target_bpw:g}", (x, size.predicted), textcoords="offset points", xytext=(4, 6))
+    left, right = axes.get_xlim()
+    for memory in memories if found.beside else ():
+        rooms = [(memory - beside.total) / 1e9 for beside in found.beside]
+        if max(rooms) > left and min(rooms) < right:
+            axes.axvspan(max(min(rooms), left), min(max(rooms), right), color="#009e73", alpha=0.15, lw=0)
+            axes.axvline(max(min(rooms), left), color="#009e73", lw=1)
+            label_at = (max(min(rooms), left), 1.01)
+            axes.annotate(f"{memory / 1e9:g} GB", label_at, xycoords=axes.get_xaxis_transform(), color="#009e73")
+    axes.set_xlim(left, right)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("file, GB (beside each point: bits per weight)")
+    axes.set_ylabel("predicted KL divergence, nats per token" if found.in_nats else "predicted divergence, relative")
+    axes.set_title(f"{found.model_name}: possible sizes", loc="left", pad=18)
     axes.grid(which="both", axis="y", color="#dddddd", lw=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     with small_file(path) as temporary:

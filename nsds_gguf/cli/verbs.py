@@ -17,6 +17,7 @@ from ..errors import PlanError
 from ..evaluate.inspect import inspect_gguf
 from ..evaluate.perplexity import Measurement, Perplexity, Window, perplexity
 from ..evaluate.texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions, evaluation_text, spoken
+from ..evaluate.truth import truth
 from ..llamacpp.gguf_header import is_gguf
 from ..llamacpp.memory import Context
 from ..publish import bundle as bundles
@@ -379,4 +380,7 @@ def run_inspect(arguments: argparse.Namespace, screen: Screen) -> None:
     """Show the contents of a GGUF."""
     found = inspect_gguf(arguments.file)
     screen.show(inspection_view(found))
-    write_json(arguments.json, found.to_json())
+    said = truth(found)
+    if found.tensors:
+        screen.show(Text(said.line))
+    write_json(arguments.json, {**found.to_json(), "truth": said.to_json()})

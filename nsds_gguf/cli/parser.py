@@ -248,8 +248,8 @@ def _add_compare(verbs: Any) -> None:
 def _add_inspect(verbs: Any) -> None:
     parser = _add_verb(verbs, "inspect", run_inspect, "show the contents of a GGUF: types by role and by layer",
                        "nsds-gguf inspect model-Q3.gguf",
-                       "show the contents of a GGUF: types by role and by layer, and in one line what it really is: bits, "
-                       "types, llama.cpp's fallback types, and whether its name tells the truth")  # fmt: skip
+                       "show the contents of a GGUF: types by role and by layer, and in one line what it really is: "
+                       "bits, types, llama.cpp's fallback types, and whether its name tells the truth")  # fmt: skip
     parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file")
     _add_general(parser)
 

@@ -23,7 +23,7 @@ from nsds_gguf import __version__, errors
 from nsds_gguf.cli import EXIT_CODES
 from nsds_gguf.cli.parser import parse_bpw_list, parse_size
 
-VERBS = ("convert", "score", "plan", "perplexity", "compare", "inspect", "report", "bundle")
+VERBS = ("convert", "score", "sizes", "plan", "perplexity", "compare", "inspect", "report", "bundle")
 CONVERT = ("convert", "model", *PLAIN, *QUICK)
 
 

@@ -12,6 +12,9 @@ from tiny_archs import write_tiny_arch
 from tiny_gguf import write_tiny_gguf
 from tiny_models import write_tiny
 
+from nsds_gguf.errors import UnsupportedError
+from nsds_gguf.llamacpp.memory import Context, Memory
+from nsds_gguf.publish.plot import plot_sizes
 from nsds_gguf.session import sizes
 from nsds_gguf.session.sizes import Size, Sizes
 
@@ -138,3 +141,72 @@ def test_proposed_size(predicted, in_nats, proposed):
     budgets = (3, 3.5, 4, 4.4)
     rows = tuple(Size(bpw, bpw, 1, p, {}, "Q4_K_S", 4.5) for bpw, p in zip(budgets, predicted, strict=True))
     assert Sizes("m", "0", 1, in_nats, "rtn", "random", rows, ()).proposed.target_bpw == proposed
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+def eight_billion(beside=True):
+    """Return sizes of a model of 8 B parameters, and caches that leave room for some of them."""
+    rows = tuple(
+        Size(bpw, bpw, int(bpw * 1e9), predicted, {"Q4_K": 1.0}, "Q4_K_S", 4.5)
+        for bpw, predicted in ((3, 0.3), (4, 0.1), (5, 0.03), (6, 0.01))
+    )
+    contexts = (Context(4096), Context(65536))
+    memories = tuple(Memory(0, cache, 0, 300_000_000, 0) for cache in (500_000_000, 8_000_000_000))
+    return Sizes("Eight", "0", 16 * 10**9, True, "rtn", "random", rows, (), contexts, memories if beside else ())
+
+
+def test_the_largest_size_that_fits():
+    found = eight_billion()
+
+    def largest(gb):
+        sizes = [found.largest_that_fits(gb * 10**9, beside) for beside in found.beside]
+        return [size and size.target_bpw for size in sizes]
+
+    bpw = {gb: largest(gb) for gb in (3, 4, 5, 6, 12, 13, 24)}
+    assert bpw == {3: [None, None], 4: [3, None], 5: [4, None], 6: [5, None], 12: [6, 3], 13: [6, 4], 24: [6, 6]}
+
+
+def test_the_picture_has_a_point_per_size_and_a_row_per_memory(here):
+    plot_sizes(eight_billion(), (4 * 10**9, 6 * 10**9, 24 * 10**9), here / "sizes.svg")
+    text = (here / "sizes.svg").read_text()
+    labels = re.findall(r"<!-- (.+?) -->", text)
+    wanted = {"3", "4", "5", "6", "4 GB", "6 GB", "24 GB", "4096 tokens", "65536 tokens", "Eight: possible sizes"}
+    assert wanted <= set(labels)
+    plot_sizes(eight_billion(beside=False), (4 * 10**9,), here / "sizes.svg")
+    assert "4 GB" not in re.findall(r"<!-- (.+?) -->", (here / "sizes.svg").read_text())
+
+
+def test_the_sizes_verb(models, here):
+    outcome = call("sizes", models / "wide", "--threads", "1", "--cache-type", "q8_0", "--plot", "sizes.png",
+                   "--json", "sizes.json", as_told=True)  # fmt: skip
+    assert outcome.code == 0, outcome
+    found = json.loads(Path("sizes.json").read_text())
+    assert found["contexts"] == [{"n_ctx": n, "cache_type": "q8_0"} for n in (4096, 16384, 65536)]
+    assert [each["attention_cache"] for each in found["beside"]] == pytest.approx(
+        [2 * 2 * 128 * n * 34 / 32 for n in (4096, 16384, 65536)], abs=6000
+    )
+    assert [(each["memory_bytes"] // 10**9, each["n_ctx"]) for each in found["fits"]] == [
+        (gb, n) for gb in (4, 6, 8, 12, 16, 24) for n in (4096, 16384, 65536)
+    ]
+    assert {each["target_bpw"] for each in found["fits"]} == {6.598}
+    for each, beside in zip(found["fits"], found["beside"] * 6, strict=True):
+        total = sum(value for name, value in beside.items() if name != "weights")
+        assert each["left"] == each["memory_bytes"] - total - found["sizes"][-1]["file_bytes"]
+    assert Path("sizes.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and len(listing(here)) == 2
+    text = " ".join(outcome.out.split())
+    assert "Wide: largest size that fits, bpw (divergence)" in text and re.search(r"│ 8 GB │ 6.598 \(0\.\d+\) │", text)
+    command = outcome.out.splitlines()[-1]
+    assert re.fullmatch(rf"nsds-gguf convert {models}/wide --threads 1 --target-bpw \d\S*", command)
+
+
+def test_sizes_of_a_model_whose_memory_is_not_known(models, monkeypatch):
+    def unknown(*_):
+        raise UnsupportedError("the memory of architecture llama is not known: a test says so")
+
+    monkeypatch.setattr(sizes, "memory_beside_weights", unknown)
+    outcome = call("sizes", models / "wide", *RTN, "--json", "sizes.json")
+    found = json.loads(Path("sizes.json").read_text())
+    assert outcome.code == 0 and (found["beside"], found["fits"], len(found["sizes"])) == ([], [], 11)
+    assert "What fits is not known: the memory of architecture llama is not known: a test says so." in found["notes"]

@@ -241,7 +241,7 @@ def sizes_view(found: Sizes, command: str) -> RenderableType:
         shares = [(name, round(100 * share)) for name, share in size.types.items()]
         types = ", ".join(f"{name} {share}" for name, share in shares[:3] if share)
         preset = f"{size.preset} ({size.preset_bpw:.2f})"
-        table.add_row(f"{size.target_bpw:g}", bytes_text(size.file_bytes), _two_digits(size.predicted), types, preset)
+        table.add_row(f"{size.target_bpw:g}", bytes_text(size.file_bytes), two_digits(size.predicted), types, preset)
     table.caption, table.caption_justify = f"original: {bytes_text(found.original_bytes)}", "left"
     is_good = found.in_nats and found.proposed.predicted < GOOD_DIVERGENCE
     chosen = f"the smallest size below {GOOD_DIVERGENCE:g} nats per token" if is_good else "one of these sizes"
@@ -254,7 +254,8 @@ def bytes_text(n_bytes: int) -> str:
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.2f} MiB"
 
 
-def _two_digits(value: float) -> str:
+def two_digits(value: float) -> str:
+    """Return a number with two significant digits."""
     return f"{value:#.2g}".rstrip(".")
 
 

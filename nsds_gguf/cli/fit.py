@@ -16,6 +16,10 @@ from .values import argument, integer_from, parse_size
 
 DEFAULTS = Fit(0)
 
+# What ``sizes`` fits the model into: memories of devices that people have, and contexts in tokens.
+MEMORIES = tuple(n * 10**9 for n in (4, 6, 8, 12, 16, 24))
+CONTEXTS = (4096, 16384, 65536)
+
 
 def add_fit(parser: argparse.ArgumentParser, has_ctx_size: bool) -> None:
     """Add the arguments; ``has_ctx_size``: the parser has ``--ctx-size`` already."""

@@ -67,8 +67,9 @@ def check_sizes_arguments(arguments: argparse.Namespace) -> None:
 def next_command(words: Sequence[str], bpw: float) -> str:
     """Return the command line that converts to a budget, from the words of one without a budget."""
     kept = [word for word in words[1:] if word != "--dry-run"]
-    while "--json" in kept:  # a conversion writes another record
-        del kept[kept.index("--json") : kept.index("--json") + 2]
+    for option in ("--json", "--plot", "--cache-type", "--projector"):  # a conversion writes other records
+        while option in kept:
+            del kept[kept.index(option) : kept.index(option) + 2]
     return shlex.join(["nsds-gguf", "convert", *kept, "--target-bpw", f"{bpw:g}"])
 
 

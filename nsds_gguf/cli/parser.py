@@ -28,8 +28,8 @@ from ..session.settle import (
     RANDOM,
 )
 from ..system.cluster import LOCAL
+from .fit import CONTEXTS, MEMORIES, add_cache, add_fit
 from .fit import DEFAULTS as FIT
-from .fit import add_fit
 from .screen import Screen
 from .values import argument as _argument
 from .values import integer_from as _integer_from
@@ -43,6 +43,7 @@ from .verbs import (
     run_plan,
     run_report,
     run_score,
+    run_what_fits,
 )
 
 DEFAULTS = Options()
@@ -86,6 +87,7 @@ def build_parser() -> Parser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True, parser_class=Parser)
     _add_convert(verbs)
     _add_score(verbs)
+    _add_sizes(verbs)
     _add_plan(verbs)
     _add_perplexity(verbs)
     _add_compare(verbs)
@@ -169,6 +171,24 @@ def _add_plan(verbs: Any) -> None:
     _add_general(parser)
 
 
+def _add_sizes(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs, "sizes", run_what_fits, "list the sizes that a model could have, and the memories that they fit",
+        "nsds-gguf sizes model/ --plot sizes.png",
+        "list the sizes that a model could have: bytes, predicted divergence, and the largest that fits "
+        f"{', '.join(f'{n / 1e9:g}' for n in MEMORIES)} GB with {', '.join(map(str, CONTEXTS))} tokens of context",
+    )  # fmt: skip
+    _add_model(parser)
+    _add_requantize(parser)
+    _add_cluster(parser)
+    add_cache(parser)
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="plot divergence against bytes (.png, .svg or .pdf)")
+    parser.add_argument("--scores", metavar="FILE", type=Path, help="scores written by 'score --json'")
+    _add_types(parser)
+    _add_rounding(parser)
+    _add_general(parser)
+
+
 def _add_score(verbs: Any) -> None:
     parser = _add_verb(verbs, "score", run_score, "score layers and measure tensors, without data",
                        "nsds-gguf score model/ --json scores.json --plot scores.png")  # fmt: skip
@@ -227,7 +247,9 @@ def _add_compare(verbs: Any) -> None:
 
 def _add_inspect(verbs: Any) -> None:
     parser = _add_verb(verbs, "inspect", run_inspect, "show the contents of a GGUF: types by role and by layer",
-                       "nsds-gguf inspect model-Q3.gguf")  # fmt: skip
+                       "nsds-gguf inspect model-Q3.gguf",
+                       "show the contents of a GGUF: types by role and by layer, and in one line what it really is: "
+                       "bits, types, llama.cpp's fallback types, and whether its name tells the truth")  # fmt: skip
     parser.add_argument("file", metavar="FILE", type=Path, help="GGUF file")
     _add_general(parser)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +17,24 @@ from ..errors import PlanError
 from ..evaluate.inspect import inspect_gguf
 from ..evaluate.perplexity import Measurement, Perplexity, Window, perplexity
 from ..evaluate.texts import ORIGINAL, SHIPPED_TEXT, VerifyOptions, evaluation_text, spoken
+from ..evaluate.truth import truth
 from ..llamacpp.gguf_header import is_gguf
+from ..llamacpp.memory import Context
 from ..publish import bundle as bundles
 from ..publish.bundle import Bundle, bundle_folder, make_bundle, ollama_create
 from ..publish.explain import why
 from ..publish.first_words import DEFAULT_PROMPT, sample
-from ..publish.plot import plot_comparison, plot_scores
+from ..publish.plot import plot_comparison, plot_scores, plot_sizes
 from ..publish.report import Check, Report, file_report, plan_report, write_report
 from ..publish.tensor_type_file import tensor_type_file
 from ..records import Plan, Scores, read_json
 from ..session.outputs import Output
 from ..session.reference import reference_of
-from ..session.sizes import possible_sizes
+from ..session.sizes import Sizes, possible_sizes
 from ..session.source import Source
 from . import display
-from .fit_view import memory_view
+from .fit import CONTEXTS, DEFAULTS, MEMORIES, projector_bytes
+from .fit_view import fits_view, memory_view
 from .inspect_view import inspection_view
 from .options import (
     check_bundle_arguments,
@@ -224,6 +229,43 @@ def run_sizes(arguments: argparse.Namespace, screen: Screen) -> None:
     write_json(arguments.json, found.to_json())
 
 
+def run_what_fits(arguments: argparse.Namespace, screen: Screen) -> None:
+    """Show the possible sizes of a model, and which of them fit common memories; write nothing."""
+    loaded = Scores.from_json(read_json(arguments.scores), str(arguments.scores)) if arguments.scores else None
+    (options,) = options_of(argparse.Namespace(**{**vars(arguments), "cache_type": None, "projector": None}))
+    projector = projector_bytes(arguments.projector)
+    found = possible_sizes(
+        source_of(arguments),
+        options,
+        loaded=loaded,
+        run=run_of(arguments, screen),
+        contexts=[Context(n_ctx, arguments.cache_type or DEFAULTS.cache_type) for n_ctx in CONTEXTS],
+    )
+    found = replace(found, beside=tuple(replace(beside, projector=projector) for beside in found.beside))
+    if found.beside:
+        screen.show(fits_view(found, MEMORIES))
+    screen.show(display.sizes_view(found, next_command(arguments.given, found.proposed.target_bpw)))
+    if arguments.plot is not None:
+        plot_sizes(found, MEMORIES, arguments.plot)
+        screen.say(f"picture: {arguments.plot}")
+    write_json(arguments.json, {**found.to_json(), "fits": _fits_json(found)})
+
+
+def _fits_json(found: Sizes) -> list[dict[str, Any]]:
+    """Return an entry per memory and context; without a size that fits, its budget is ``None``."""
+    entries = []
+    for memory, (context, beside) in product(MEMORIES, zip(found.contexts, found.beside, strict=False)):
+        size = found.largest_that_fits(memory, beside)
+        entries.append({
+            "memory_bytes": memory,
+            "n_ctx": context.n_ctx,
+            "target_bpw": size and size.target_bpw,
+            "predicted": size and size.predicted,
+            "left": size and memory - beside.total - size.file_bytes,
+        })  # fmt: skip
+    return entries
+
+
 def run_report(arguments: argparse.Namespace, screen: Screen) -> None:
     """Show a plan or a GGUF as a page."""
     file: Path = arguments.file
@@ -338,4 +380,7 @@ def run_inspect(arguments: argparse.Namespace, screen: Screen) -> None:
     """Show the contents of a GGUF."""
     found = inspect_gguf(arguments.file)
     screen.show(inspection_view(found))
-    write_json(arguments.json, found.to_json())
+    said = truth(found)
+    if found.tensors:
+        screen.show(Text(said.line))
+    write_json(arguments.json, {**found.to_json(), "truth": said.to_json()})

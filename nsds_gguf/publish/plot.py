@@ -1,4 +1,4 @@
-"""Plots of layer scores with their components, and of comparisons. Needs matplotlib."""
+"""Plots of layer scores with their components, of comparisons, and of sizes. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ..errors import PlanError
 from ..metrics.stats import robust_z, sigmoid
 from ..records import Float64, LayerScore, Scores
 from ..records.comparison import OURS, PAPER, PRESET, RANDOM, RANDOM_FIXED, UNIFORM, Comparison
+from ..session.sizes import Sizes
 from ..system.atomic import small_file
 
 FORMATS = (".png", ".svg", ".pdf")
@@ -102,6 +103,50 @@ def plot_comparison(found: Comparison, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     with small_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
+
+
+def plot_sizes(found: Sizes, memories: Sequence[int], path: Path) -> None:
+    """Plot the predicted divergence of every size against its bytes, and below it what memories have room for.
+
+    Raises the errors of ``plot_scores``.
+    """
+    check_plot(path)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5.6 if found.beside else 4.2), layout="constrained")
+    heights = [3, 1.5] if found.beside else [1]
+    grid = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    axes = grid[0]
+    bytes_of = [size.file_bytes / 1e9 for size in found.sizes]
+    axes.plot(bytes_of, [size.predicted for size in found.sizes], color="#0072b2", marker="o", ms=6, lw=1.5)
+    for size, x in zip(found.sizes, bytes_of, strict=True):
+        axes.annotate(f"{size.target_bpw:g}", (x, size.predicted), textcoords="offset points", xytext=(4, 6))
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylabel("predicted KL divergence,\nnats per token" if found.in_nats else "predicted divergence,\nrelative")
+    axes.set_title(f"{found.model_name}: possible sizes", loc="left")
+    axes.grid(which="both", axis="y", color="#dddddd", lw=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    if found.beside:
+        _draw_rooms(grid[1], found, memories, axes.get_xlim())
+    grid[-1].set_xlabel("file, GB (beside each point: bits per weight)")
+    with small_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
+
+
+def _draw_rooms(axes: Any, found: Sizes, memories: Sequence[int], limits: tuple[float, float]) -> None:
+    """Draw a row per memory: what it leaves for the file in each context. Room for more than all stands at the edge."""
+    rows = range(len(memories))
+    for context, beside, marker in zip(found.contexts, found.beside, "o^sDv", strict=False):
+        rooms = [(memory - beside.total) / 1e9 for memory in memories]
+        axes.plot(np.clip(rooms, *limits), rows, marker, color="#009e73", ms=6, clip_on=False,
+                  label=f"{context.n_ctx} tokens", fillstyle="full" if marker == "o" else "none")  # fmt: skip
+    axes.set_xlim(limits)
+    axes.set_yticks(rows, [f"{memory / 1e9:g} GB" for memory in memories])
+    axes.set_ylim(len(memories) - 0.5, -0.5)
+    axes.grid(axis="y", color="#dddddd", lw=0.5)
+    axes.legend(frameon=False, ncols=len(found.contexts), loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _draw_bars(axes: Any, scores: Scores) -> None:

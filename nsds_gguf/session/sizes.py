@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ from typing import Any
 from .. import allocate
 from ..allocate.presets import PRESETS, preset_bytes
 from ..compute.decoder import what_is_missing
+from ..errors import UnsupportedError
+from ..llamacpp.memory import Context, Memory
 from ..quantize.header import header_bytes
 from ..read.hub import HubName
 from ..records import AUTO, Model, Options, Plan, Recipe, Scores, Target
 from ..system.workfolder import WorkFolder
 from .cluster import open_workers
 from .estimate import Work, duration, estimate_stages
+from .fit import memory_beside_weights
 from .loaded import check_scores
 from .original import original_bytes
 from .run import Run
@@ -73,6 +77,8 @@ class Sizes:
         rounding, calibration: those of the predictions.
         sizes: the rows.
         notes: notes on the numbers, one sentence each.
+        contexts: contexts that somebody asked about.
+        beside: what llama.cpp keeps beside the weights with each of them; empty where that is not known.
     """
 
     model_name: str
@@ -83,6 +89,13 @@ class Sizes:
     calibration: str
     sizes: tuple[Size, ...]
     notes: tuple[str, ...]
+    contexts: tuple[Context, ...] = ()
+    beside: tuple[Memory, ...] = ()
+
+    def largest_that_fits(self, memory_bytes: int, beside: Memory) -> Size | None:
+        """Return the largest size that fits a memory with all that lies beside it; ``None`` if none does."""
+        fitting = (size for size in self.sizes if size.file_bytes + beside.total <= memory_bytes)
+        return max(fitting, key=lambda size: size.file_bytes, default=None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""
@@ -96,7 +109,12 @@ class Sizes:
 
 
 def possible_sizes(
-    source: str | Path | HubName | Source, options: Options, *, loaded: Scores | None = None, run: Run | None = None
+    source: str | Path | HubName | Source,
+    options: Options,
+    *,
+    loaded: Scores | None = None,
+    run: Run | None = None,
+    contexts: Sequence[Context] = (),
 ) -> Sizes:
     """Return the possible sizes of a model.
 
@@ -107,6 +125,7 @@ def possible_sizes(
         options: options without a budget.
         loaded: scores from an earlier run, instead of measuring.
         run: threads and reporter.
+        contexts: for each, say what llama.cpp keeps beside the weights.
 
     Raises:
         NsdsError: anything that a user can act on.
@@ -114,6 +133,7 @@ def possible_sizes(
     """
     run = run or Run()
     model = open_model(source, run)
+    beside, unknown = _beside(model, contexts, run)
     check_scores(model, loaded)
     anyone = replace(options, target_bpw=32.0)
     usual = settle(anyone, model, loaded).recipe
@@ -135,7 +155,7 @@ def possible_sizes(
             plans.append(allocate.make_plan(model, scores, aimed, header_bytes(model, aimed)))
             progress(len(plans), len(budgets))
     in_nats = not what_is_missing(model)
-    notes = (*model.notes, *scores.notes, *(() if in_nats else (_RELATIVE,)))
+    notes = (*model.notes, *scores.notes, *unknown, *(() if in_nats else (_RELATIVE,)))
     notes += (_PREDICTED_FOR_RTN,) if (recipe.rounding, usual.rounding) == ("rtn", "gptq") else ()
     return Sizes(
         model_name=model.name,
@@ -146,7 +166,19 @@ def possible_sizes(
         calibration=recipe.calibration,
         sizes=_rows(model, plans, in_nats),
         notes=notes,
+        contexts=tuple(contexts),
+        beside=beside,
     )
+
+
+def _beside(model: Model, contexts: Sequence[Context], run: Run) -> tuple[tuple[Memory, ...], tuple[str, ...]]:
+    """Return what lies beside the weights in each context, or a note on why that is not known."""
+    if not contexts:
+        return (), ()
+    try:
+        return tuple(memory_beside_weights(model, contexts, run)), ()
+    except UnsupportedError as error:
+        return (), (f"What fits is not known: {error}.",)
 
 
 def possible_budgets(model: Model, recipe: Recipe) -> list[Target]:

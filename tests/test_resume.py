@@ -6,10 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from command import TINY
@@ -18,7 +19,11 @@ from tiny_models import write_tiny
 
 from nsds_gguf import Options, Output, Run, VerifyOptions, convert
 from nsds_gguf.calibration import generated_text, random_tokens
+from nsds_gguf.calibration.kinds import CALIBRATIONS
+from nsds_gguf.compute.layers import Layer
+from nsds_gguf.compute.numpy_backend import NumpyBackend, NumpyLayer, NumpyOutput
 from nsds_gguf.errors import OutputError
+from nsds_gguf.metrics import nsds
 from nsds_gguf.records import Progress
 from nsds_gguf.session.run import Silent
 
@@ -117,7 +122,233 @@ def test_generated_text_is_not_generated_again(tmp_path: Path) -> None:
         run(source, folder, options, Stopping("factor Hessians", 1))
     again = Stopping()
     assert run(source, folder, options, again) == wanted
-    assert "generate text" not in again.stages and "find Hessians" in again.stages
+    assert not {"generate text", "find sensitivities", "find Hessians"} & again.stages.keys()
+    assert "Kept from the interrupted run: generated text." in again.said
+
+
+# --- layer by layer ---------------------------------------------------------------------------------------------------
+
+THREE = replace(TINY, n_layers=3)
+FEW = replace(GPTQ, types=("Q4_K", "Q8_0"))
+
+
+def number(view: Layer) -> int | None:
+    return next(iter(view.tensors.values())).layer
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the list of what the pass computes: embedding, layers and output, forward and backward, in batches."""
+    calls: list[str] = []
+
+    def counted(kind: type, method: str, label: Callable[[Any], str]) -> None:
+        original = getattr(kind, method)
+
+        def call(self: Any, *arguments: Any) -> Any:
+            calls.append(label(self))
+            return original(self, *arguments)
+
+        monkeypatch.setattr(kind, method, call)
+
+    counted(NumpyBackend, "embed", lambda _: "embed")
+    counted(NumpyLayer, "forward", lambda layer: f"forward {number(layer._view)}")
+    counted(NumpyLayer, "backward", lambda layer: f"backward {number(layer._view)}")
+    counted(NumpyOutput, "forward", lambda _: "output forward")
+    counted(NumpyOutput, "backward", lambda _: "output backward")
+    return calls
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make batches of one sequence: of the two for Hessians, only the first runs backward."""
+    monkeypatch.setitem(CALIBRATIONS, "random", replace(CALIBRATIONS["random"], n_sequences=lambda _model: 1))
+
+
+BACK = ["output backward", "backward 2", "backward 1", "backward 0"]
+OUTPUT = ["output forward"] * 2
+LEFT = {  # calls of progress in the pass: what the next run computes, and what it says it has kept
+    1: (["embed"] * 2 + ["forward 0"] * 2 + ["forward 1"] * 2 + ["forward 2"] * 2 + OUTPUT + BACK, ""),
+    2: (["embed"] * 2 + ["forward 0"] * 2 + ["forward 1"] * 2 + ["forward 2"] * 2 + OUTPUT + BACK, ""),
+    3: (["forward 1"] * 2 + ["forward 2"] * 2 + OUTPUT + BACK, "1 of 3 layers of the forward pass; 2 left"),
+    4: (["forward 1"] * 2 + ["forward 2"] * 2 + OUTPUT + BACK, "1 of 3 layers of the forward pass; 2 left"),
+    6: (["forward 2"] * 2 + OUTPUT + BACK, "2 of 3 layers of the forward pass; 1 left"),
+    7: (OUTPUT + BACK, "3 of 3 layers of the forward pass; 0 left"),
+    9: (BACK, "3 of 3 layers of the forward pass; 0 left"),
+    10: (BACK[1:], "3 of 3 layers of the forward pass; 0 left"),
+    11: (BACK[2:], "1 of 3 layers of the backward pass; 2 left"),
+    13: ([], "3 of 3 layers of the backward pass; 0 left"),
+}
+
+
+@pytest.mark.usefixtures("batches")
+def test_the_pass_goes_on_at_the_layer_where_it_stopped(tmp_path: Path, layers: list[str]) -> None:
+    source = write_tiny(tmp_path / "model", THREE)
+    whole = Stopping()
+    wanted = run(source, tmp_path / "whole", FEW, whole)
+    assert layers == LEFT[1][0] and whole.stages["find sensitivities"] == 13
+    assert not any("Kept" in said for said in whole.said)
+    for after, (left, kept) in LEFT.items():
+        folder = tmp_path / f"stopped-{after}"
+        with pytest.raises(KeyboardInterrupt):
+            run(source, folder, FEW, Stopping("find sensitivities", after))
+        layers.clear()
+        again = Stopping()
+        assert run(source, folder, FEW, again) == wanted, after
+        assert (after, layers) == (after, left)
+        assert not kept or f"Kept from the interrupted run: {kept}." in again.said
+        assert kept or not any("pass" in said for said in again.said)
+
+
+@pytest.mark.usefixtures("batches")
+def test_a_pass_that_is_stopped_at_every_layer_ends(tmp_path: Path, layers: list[str]) -> None:
+    source = write_tiny(tmp_path / "model", THREE)
+    wanted = run(source, tmp_path / "whole", FEW, Stopping())
+    layers.clear()
+    for _ in range(7):  # three layers and the output forward; the output with a layer, and two layers backward
+        with pytest.raises(KeyboardInterrupt):
+            run(source, tmp_path / "out", FEW, Stopping("find sensitivities", 3))
+    assert run(source, tmp_path / "out", FEW, Stopping()) == wanted and layers == LEFT[1][0]
+
+
+DAMAGED = {  # part of a file's name, and what is computed again
+    "sums_of_layer_1": (["forward 1"] * 2 + ["forward 2"] * 2 + OUTPUT + BACK, "the pass over tokens"),
+    "before_layer_2": (["forward 1"] * 2 + ["forward 2"] * 2 + OUTPUT + BACK, "the pass over tokens"),
+    "Hessians_blk.1.attn_output": (["forward 1"] * 2 + ["forward 2"] * 2 + OUTPUT + BACK, "Hessians"),
+}
+
+
+@pytest.mark.parametrize("part", DAMAGED)
+def test_damage_to_a_pass_is_told_and_computed_again(
+    tmp_path: Path, layers: list[str], part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a single batch, whose streams before every layer are kept."""
+    monkeypatch.setitem(CALIBRATIONS, "random", replace(CALIBRATIONS["random"], n_sequences=lambda _model: 2))
+    source = write_tiny(tmp_path / "model", THREE)
+    wanted, folder = run(source, tmp_path / "whole", FEW, Stopping()), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(source, folder, FEW, Stopping("find sensitivities", 4))
+    damage(folder, part)
+    layers.clear()
+    again = Stopping()
+    assert run(source, folder, FEW, again) == wanted
+    left, name = DAMAGED[part]
+    assert layers == list(dict.fromkeys(left))
+    assert f"Recomputed: the record of {name} is damaged." in again.said
+
+
+@pytest.mark.usefixtures("batches")
+def test_lost_streams_of_later_batches_start_the_pass_anew(tmp_path: Path, layers: list[str]) -> None:
+    source = write_tiny(tmp_path / "model", THREE)
+    wanted, folder = run(source, tmp_path / "whole", FEW, Stopping()), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(source, folder, FEW, Stopping("find sensitivities", 5))
+    damage(folder, "stream_of_batch_1_before_layer_2")
+    layers.clear()
+    assert run(source, folder, FEW, Stopping()) == wanted and layers == LEFT[1][0]
+
+
+def damage(folder: Path, part: str) -> None:
+    """Flip a bit of the payload of a record."""
+    found = [path for path in folder.glob(f".nsds-gguf-*/records/*{part}*") if path.suffix != ".record"]
+    assert len(found) == 1, found
+    data = bytearray(found[0].read_bytes())
+    data[len(data) // 2] ^= 1
+    found[0].write_bytes(data)
+
+
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_factoring_goes_on_without_another_pass(tmp_path: Path, layers: list[str], after: int) -> None:
+    """Every input is factored once, and its Hessian goes when its factors are there."""
+    source = write_tiny(tmp_path / "model", TINY)
+    wanted, folder = run(source, tmp_path / "whole", FEW, Stopping()), tmp_path / "out"
+    n_inputs = 9  # q, k and v; output; gate and up; down of two layers; the output
+    with pytest.raises(KeyboardInterrupt):
+        run(source, folder, FEW, Stopping("factor Hessians", after))
+    kept = n_records(folder, "Hessian_factors_")
+    assert kept == after - 1 and n_records(folder, "Hessians_") == n_inputs - kept + 1  # and the list of inputs
+    layers.clear()
+    again = Stopping("measure tensors", 1)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, folder, FEW, again)
+    assert layers == [] and "find Hessians" not in again.stages
+    assert again.stages["factor Hessians"] == 2 + n_inputs - kept  # the first and the last call count no input
+    told = f"Kept from the interrupted run: {kept} of {n_inputs} Hessian factors; {n_inputs - kept} left."
+    assert (told in again.said) == (kept > 0)
+    assert n_records(folder, "Hessian_factors_") == n_inputs and n_records(folder, "Hessians_") == 0
+    assert run(source, folder, FEW, Stopping()) == wanted
+
+
+def n_records(folder: Path, begin: str) -> int:
+    return len(list(folder.glob(f".nsds-gguf-*/records/{begin}*.record")))
+
+
+def test_a_damaged_hessian_alone_is_found_again(tmp_path: Path, layers: list[str]) -> None:
+    source = write_tiny(tmp_path / "model", TINY)
+    wanted, folder = run(source, tmp_path / "whole", FEW, Stopping()), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(source, folder, FEW, Stopping("factor Hessians", 2))
+    damage(folder, "Hessians_blk.1.ffn_down")
+    layers.clear()
+    again = Stopping()
+    assert run(source, folder, FEW, again) == wanted
+    assert "find Hessians" in again.stages and BACK[0] not in layers and "forward 1" in layers
+    assert again.stages["factor Hessians"] == 2 + 8
+    assert "Recomputed: the record of Hessians is damaged." in again.said
+
+
+def test_records_of_the_pass_go_when_it_is_done(tmp_path: Path) -> None:
+    source, folder = write_tiny(tmp_path / "model", TINY), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(source, folder, FEW, Stopping("find sensitivities", 3))
+    assert n_records(folder, "the_pass_over_tokens_")
+    with pytest.raises(KeyboardInterrupt):
+        run(source, folder, FEW, Stopping("factor Hessians", 1))
+    assert n_records(folder, "the_pass_over_tokens_") == 0
+
+
+def test_layers_that_are_scored_are_not_scored_again(tmp_path: Path) -> None:
+    source, folder = write_tiny(tmp_path / "model", THREE), tmp_path / "out"
+    wanted = run(source, tmp_path / "whole", RTN, Stopping())
+    with pytest.raises(KeyboardInterrupt):
+        run(source, folder, RTN, Stopping("score layers (nsds)", 3))
+    damage_head(folder, "scored_layers_1")
+    scored: list[int | None] = []
+    again = Stopping()
+    with pytest.MonkeyPatch.context() as patch:
+        original = nsds.layer_components
+
+        def counted(view: Layer, *rest: Any) -> dict[str, nsds.Sensitivity]:
+            scored.append(number(view))
+            return original(view, *rest)
+
+        patch.setattr(nsds, "layer_components", counted)
+        assert run(source, folder, RTN, again) == wanted
+    assert scored == [1, 2]
+    assert "Kept from the interrupted run: 1 of 3 scored layers; 2 left." in again.said
+    assert "Recomputed: the record of scored layers is damaged." in again.said
+
+
+def damage_head(folder: Path, part: str) -> None:
+    """Cut the head of a record short."""
+    (head,) = folder.glob(f".nsds-gguf-*/records/*{part}*.record")
+    head.write_bytes(head.read_bytes()[:-9])
+
+
+def test_what_is_kept_and_what_is_left_is_told(tmp_path: Path) -> None:
+    source, folder = write_tiny(tmp_path / "model", TINY), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(source, folder, RTN, Stopping("measure tensors", 4))
+    measured = Stopping("quantize and write", 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, folder, RTN, measured)
+    for kept in ("layer scores.", "sensitivities on random tokens.", "3 of 16 measured tensors; 13 left."):
+        assert f"Kept from the interrupted run: {kept}" in measured.said
+    written = Stopping()
+    run(source, folder, RTN, written)
+    assert any(said.endswith(" tensors of the file; 18 left.") for said in written.said), written.said
+
+
+# --- other runs -------------------------------------------------------------------------------------------------------
 
 
 def test_no_resume_starts_anew(tmp_path: Path) -> None:

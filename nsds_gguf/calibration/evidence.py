@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Protocol
 
 from ..compute.backend import Tokens
-from ..compute.input_moments import Moments, NamedHessian
+from ..compute.input_moments import Moments
 from ..records import Float32, Float64, Model, Progress, no_progress
+from .hessians import FoundHessian
 from .imatrix import Imatrix
 
 
-def no_hessians() -> Iterator[NamedHessian]:
+def no_hessians() -> Iterator[FoundHessian]:
     """Yield nothing."""
     yield from ()
 
@@ -40,7 +41,7 @@ class Evidence:
     columns: Mapping[str, Float64] = field(default_factory=dict)
     gains: Mapping[str, Float64] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
-    hessians: Callable[[], Iterator[NamedHessian]] = no_hessians
+    hessians: Callable[[], Iterator[FoundHessian]] = no_hessians
     imatrix: Imatrix | None = None
 
 
@@ -57,8 +58,8 @@ class Calibration(Protocol):
     def column_weights(self, name: str) -> Float32 | None:
         """Return the column weights for quantizers, in the same shape; ``None`` for equal weights."""
 
-    def hessians(self) -> Iterator[NamedHessian]:
-        """Yield ``E[x x^T]`` of every input in the order of the layers, once; nothing without Hessians."""
+    def hessians(self) -> Iterator[FoundHessian]:
+        """Yield the Hessian of every input in the order of the layers, once; nothing without Hessians."""
 
     def note(self) -> str:
         """Return facts that the user must see, in full sentences, or an empty string."""

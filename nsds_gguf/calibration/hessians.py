@@ -17,36 +17,101 @@ from ..quantize.equalization import Equalization
 from ..quantize.hessian_factors import FactorStore
 from ..records import Float32, Float64, Model, Progress, no_progress
 from ..system.resources import available_memory_bytes
+from ..system.store import Store
 from ..system.workers import FAR_AHEAD, Workers
 from ..system.workfolder import output_error
 from .activations import collect
+
+HESSIANS = "Hessians"  # begins the names of their records
+_INPUTS = f"{HESSIANS}/inputs"
 
 _SHARE_OF_MEMORY = 0.25  # of the available memory, for the Hessians of one run of llama.cpp
 _LEAST_BYTES = 1 << 28
 
 
-class HessianFiles:
-    """Hessians in a folder of the caller, who removes it: float32, one file per input."""
+@dataclass(frozen=True)
+class HessianFile:
+    """A Hessian in a file.
 
-    def __init__(self, folder: Path) -> None:
-        """Take an existing folder."""
-        self._folder = folder
-        self._files: dict[Path, tuple[str, ...]] = {}
+    Attributes:
+        path: of a float32 array, ``(n_cols, n_cols)``, as ``numpy.save`` writes it.
+        record: the store that it is a record of, and its name there.
+
+    """
+
+    path: Path
+    record: tuple[Store, str] | None = None
+
+    def read(self) -> Float32:
+        """Return the Hessian."""
+        found: Float32 = np.load(self.path, allow_pickle=False)
+        return found
+
+    def remove(self) -> None:
+        """Remove the file."""
+        if self.record is None:
+            self.path.unlink(missing_ok=True)
+        else:
+            store, name = self.record
+            store.remove(name)
+
+
+# Stored names of the matrices that share an input, and its Hessian.
+FoundHessian = tuple[tuple[str, ...], Float32 | HessianFile]
+
+
+class HessianFiles:
+    """Hessians on disk, float32, one file per input: in a folder of the caller, who removes it, or as records."""
+
+    def __init__(self, folder: Path, records: Store | None = None) -> None:
+        """Take an existing folder, and a store to use instead of it."""
+        self._folder, self._records = folder, records
+        self._files: dict[tuple[str, ...], HessianFile] = {}
 
     def add(self, names: tuple[str, ...], hessian: NDArray[np.float32]) -> None:
         """Write the Hessian of the matrices that share an input; raise ``OutputError`` when the disk is full."""
+        if self._records is not None:
+            with self._records.put_file(_record_name(names)) as path, path.open("wb") as file:
+                np.save(file, hessian, allow_pickle=False)
+            self._know(names, self._records)
+            return
         path = self._folder / f"hessian-{len(self._files)}.npy"
         try:
             np.save(path, hessian)
         except OSError as error:
             raise output_error(path, error) from error
-        self._files[path] = names
+        self._files[names] = HessianFile(path)
 
-    def take(self) -> Iterator[NamedHessian]:
-        """Yield the Hessians in the order of ``add``, as read-only maps of their files, which the caller removes."""
-        for path, names in list(self._files.items()):
-            del self._files[path]
-            yield names, np.load(path, allow_pickle=False, mmap_mode="r")
+    def recall(self, names: tuple[str, ...]) -> bool:
+        """Take the Hessian of an input from the records; return whether it is there."""
+        if self._records is None or self._records.get_file(_record_name(names)) is None:
+            return False
+        self._know(names, self._records)
+        return True
+
+    def take(self) -> Iterator[FoundHessian]:
+        """Yield the Hessians that were added or recalled, in that order; the caller removes their files."""
+        while self._files:
+            names = next(iter(self._files))
+            yield names, self._files.pop(names)
+
+    def put_inputs(self) -> None:
+        """Record that the Hessians are all there."""
+        if self._records is not None:
+            self._records.put(_INPUTS, sorted({*self.recorded_inputs(), *self._files}))
+
+    def recorded_inputs(self) -> list[tuple[str, ...]]:
+        """Return the names that share an input, for every input of which ``put_inputs`` recorded the Hessian."""
+        found = None if self._records is None else self._records.get(_INPUTS)
+        return [tuple(names) for names in found or ()]
+
+    def _know(self, names: tuple[str, ...], records: Store) -> None:
+        name = _record_name(names)
+        self._files[names] = HessianFile(records.file_path(name), (records, name))
+
+
+def _record_name(names: tuple[str, ...]) -> str:
+    return f"{HESSIANS}/{' '.join(names)}"
 
 
 def callback_hessians(
@@ -104,7 +169,7 @@ def _budget_bytes() -> int:
 
 def factor_hessians(
     model: Model,
-    hessians: Iterable[NamedHessian],
+    hessians: Iterable[FoundHessian],
     factors: FactorStore,
     shrinkage: float,
     roles: Roles,
@@ -115,8 +180,8 @@ def factor_hessians(
 
     Args:
         model: the model.
-        hessians: of the stored matrices; inputs that are all zero are skipped. The files of those that are maps are
-            removed once factored.
+        hessians: of the stored matrices; files are removed once factored. Inputs that are all zero are skipped, their
+            files stay.
         factors: receives the factors, and is returned.
         shrinkage: of the off-diagonal; see ``factor_hessian``.
         roles: how the matrices are used and equalized.
@@ -129,12 +194,10 @@ def factor_hessians(
 
     """
     total, head = len(multiplied(model)), model.unembedding().name
-    progress(0, total)
+    progress(len(factors.names), total)
 
     def tasks() -> Iterator[_Factoring]:
-        for names, found in hessians:
-            hessian = Path(str(found.filename)) if isinstance(found, np.memmap) else found
-            del found  # the map of a file that will be removed
+        for names, hessian in hessians:
             if factors.recall(names):
                 _remove(hessian)
                 continue
@@ -146,7 +209,7 @@ def factor_hessians(
         for task, path in factored:
             if path is not None:
                 factors.know(task.names, path)
-            _remove(task.hessian)
+                _remove(task.hessian)
             progress(len(factors.names), total)
     progress(total, total)
     return factors
@@ -171,21 +234,21 @@ class _Factoring:
     """A Hessian or its file, what becomes of it, and where its factors go."""
 
     names: tuple[str, ...]
-    hessian: Float32 | Path
+    hessian: Float32 | HessianFile
     looked_up: float | None
     equalization: Equalization
     factors: FactorStore
     shrinkage: float
 
 
-def _remove(hessian: Float32 | Path) -> None:
-    if isinstance(hessian, Path):
-        hessian.unlink()
+def _remove(hessian: Float32 | HessianFile) -> None:
+    if isinstance(hessian, HessianFile):
+        hessian.remove()
 
 
 def _factor(task: _Factoring) -> Path | None:
     """Write the factors of a Hessian; return their file, or ``None`` for an input that is all zero."""
-    found = np.load(task.hessian, allow_pickle=False) if isinstance(task.hessian, Path) else task.hessian
+    found = task.hessian.read() if isinstance(task.hessian, HessianFile) else task.hessian
     hessian: NDArray[np.floating] = task.equalization.moments(task.names[0], found)
     if task.looked_up is not None:
         hessian = mixed_roles(hessian.astype(np.float64), task.looked_up)

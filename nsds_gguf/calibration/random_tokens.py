@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..compute.backend import Tokens
-from ..compute.input_moments import NamedHessian
 from ..records import Float32, Float64, Model
 from .column_weights import normalized
 from .evidence import Evidence, TokenRequest
+from .hessians import FoundHessian
 
 N_SEQUENCES, N_POSITIONS = 4, 512  # for sensitivities
 N_SEQUENCES_LARGE, LARGE_WEIGHTS = 2, 10**8  # half is as good (docs/log.md) where more would take minutes
@@ -41,7 +41,7 @@ class RandomTokens:
         moments = self.column_moments(name)
         return None if moments is None else normalized(moments)
 
-    def hessians(self) -> Iterator[NamedHessian]:
+    def hessians(self) -> Iterator[FoundHessian]:
         """Yield the Hessians, without first positions."""
         return self.evidence.hessians()
 

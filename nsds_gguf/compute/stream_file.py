@@ -1,4 +1,4 @@
-"""The residual stream between layers, in an unnamed temporary file that disappears with the process."""
+"""The residual stream between layers, in an unnamed temporary file that disappears with the process, or as records."""
 
 from __future__ import annotations
 
@@ -6,13 +6,48 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import numpy as np
 
 from ..records import Float32
 from ..system.resources import check_disk
 from ..system.workfolder import output_error
+
+
+class Streams(Protocol):
+    """The streams of all batches between layers: before the layer of an index, or after the last one."""
+
+    def write(self, index: int, batch: int, values: Float32) -> None:
+        """Write a stream; raises ``OutputError`` when the disk is full."""
+
+    def read(self, index: int, batch: int = 0) -> Float32:
+        """Return a stream; those of the first batch stay, for a backward pass."""
+
+    def drop(self, index: int) -> None:
+        """Drop the streams of all batches but the first."""
+
+
+class FileStreams:
+    """``Streams`` in a file: the first batch has a slot for every layer, the others one each."""
+
+    def __init__(self, file: StreamFile, n_layers: int) -> None:
+        """Take a file with ``n_layers + n_batches`` slots."""
+        self._file, self._n_layers = file, n_layers
+
+    def write(self, index: int, batch: int, values: Float32) -> None:
+        """See ``Streams``."""
+        self._file.write(self._slot(index, batch), values)
+
+    def read(self, index: int, batch: int = 0) -> Float32:
+        """See ``Streams``."""
+        return self._file.read(self._slot(index, batch))
+
+    def drop(self, index: int) -> None:
+        """Do nothing: the next streams take their slots."""
+
+    def _slot(self, index: int, batch: int) -> int:
+        return index if batch == 0 else self._n_layers + batch
 
 
 class StreamFile:

@@ -1,12 +1,14 @@
 """The forward pass over the layers of a model; keeps the streams that a backward pass needs.
 
-Tokens run in batches; between layers, the streams of all batches are in a file, so that the weights of a layer are
-decoded once for all batches. The streams of the first batch stay in the file for the backward pass.
+Tokens run in batches; between layers, the streams of all batches are on disk, so that the weights of a layer are
+decoded once for all batches. The streams of the first batch stay there for the backward pass. With records, an
+interrupted pass resumes after the last complete layer.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,10 +19,12 @@ import numpy as np
 from ..errors import ModelError
 from ..records import Float32, Float64, Model, Progress, no_progress
 from ..system.resources import check_memory
+from ..system.store import Store
 from .backend import DEFAULT_BACKEND, Backend, LayerPass, OutputPass, Tokens, find_backend
 from .input_moments import InputSums, Recording
 from .layers import view_layer
-from .stream_file import StreamFile, stream_file
+from .pass_records import LayerSums, RecordStreams, get_layers, put_layer, record_streams, tell_layers
+from .stream_file import FileStreams, Streams, stream_file
 from .weights import held_bytes
 
 # Peak copies of the stream and of the hidden units of one sequence in one layer: 14 + 7 (of the width of keys and
@@ -43,6 +47,10 @@ class WalkOptions:
         n_threads: CPU threads; they do not change the result.
         folder: of the temporary file; default: the system's temporary folder.
         backend: a key of ``BACKENDS``.
+        records: keep the pass layer by layer, instead of the temporary file; their key stands for model, tokens and
+            ``n_first``, and their names begin with ``PASS``.
+        has_hessian: returns whether ``on_hessian`` got the Hessian of these names from the interrupted pass; required
+            for resuming if ``recording`` asks for Hessians.
 
     """
 
@@ -52,6 +60,8 @@ class WalkOptions:
     n_threads: int = 1
     folder: Path | None = None
     backend: str = DEFAULT_BACKEND
+    records: Store | None = None
+    has_hessian: Callable[[tuple[str, ...]], bool] = lambda _names: False
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class Walk:
         first_inputs: sums over the first batch alone.
         column_squares: squared norms of the columns of matrices, ``(n_cols,)`` by stored name, if recorded.
         streams: input stream of every layer for the first batch, then the output of the last layer, by index.
+        records: those of the options.
 
     """
 
@@ -75,7 +86,8 @@ class Walk:
     inputs: Mapping[str, InputSums]
     first_inputs: Mapping[str, InputSums]
     column_squares: Mapping[str, Float64]
-    streams: StreamFile
+    streams: Streams
+    records: Store | None = None
 
 
 @contextmanager
@@ -83,7 +95,8 @@ def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress 
     """Run tokens forward through a model.
 
     In memory: what the backend holds of one layer; the inputs of one batch in one layer; the Hessians of one layer. In
-    a temporary file: ``(n_layers + 1) * n_first * n_positions + n_tokens`` rows of the stream at most.
+    a temporary file: ``(n_layers + 1) * n_first * n_positions + n_tokens`` rows of the stream at most; as records,
+    ``2 * n_tokens`` in place of ``n_tokens``, and two batches of derivatives.
 
     Args:
         model: a model that ``Decoder`` supports (``decoder.what_is_missing``).
@@ -106,12 +119,22 @@ def walk(model: Model, tokens: Tokens, options: WalkOptions, progress: Progress 
     slot_bytes = 4 * batches[0].size * model.hparams.n_embd
     with ExitStack() as stack:
         stack.enter_context(np.errstate(over="ignore", invalid="ignore"))  # the finite checks report overflow
-        file = stack.enter_context(stream_file(options.folder, model.hparams.n_layers + len(batches), slot_bytes))
+        streams = stack.enter_context(_open_streams(options, model.hparams.n_layers, len(batches), slot_bytes))
         backend = stack.enter_context(entry.open(model, n_positions, options.n_threads))
-        forward = _ForwardPass(model, batches, backend, file, options)
-        progress(0, (model.hparams.n_layers + 1) * len(batches))
+        forward = _ForwardPass(model, batches, backend, streams, options)
         forward.run(progress)
-        yield Walk(model, batches[0], backend, forward.inputs, forward.first_inputs, forward.column_squares, file)
+        sums = forward.inputs, forward.first_inputs, forward.column_squares
+        yield Walk(model, batches[0], backend, *sums, streams, options.records)
+
+
+@contextmanager
+def _open_streams(options: WalkOptions, n_layers: int, n_batches: int, slot_bytes: int) -> Iterator[Streams]:
+    """Open the streams, as records or in a temporary file."""
+    if options.records is not None:
+        yield record_streams(options.records, n_layers, n_batches, slot_bytes)
+        return
+    with stream_file(options.folder, n_layers + n_batches, slot_bytes) as file:
+        yield FileStreams(file, n_layers)
 
 
 def working_bytes(
@@ -146,54 +169,82 @@ class _ForwardPass:
     """State of a forward pass: the sums over all batches, and over the first."""
 
     def __init__(
-        self, model: Model, batches: Sequence[Tokens], backend: Backend, file: StreamFile, options: WalkOptions
+        self, model: Model, batches: Sequence[Tokens], backend: Backend, streams: Streams, options: WalkOptions
     ) -> None:
-        self._n_layers, self._batches, self._backend, self._file = model.hparams.n_layers, batches, backend, file
-        self._options = options
+        self._n_layers, self._batches, self._backend = model.hparams.n_layers, batches, backend
+        self._streams, self._options = streams, options
         self.inputs: dict[str, InputSums] = {}
         self.first_inputs: dict[str, InputSums] = {}
         self.column_squares: dict[str, Float64] = {}
 
     def run(self, progress: Progress) -> None:
-        """Run all layers and the output."""
-        for batch, tokens in enumerate(self._batches):
-            self._file.write(self._slot(batch, 0), self._backend.embed(tokens))
-        n_batches, recording = len(self._batches), self._options.recording
+        """Run all layers and the output, or those that an interrupted pass left."""
+        n_batches, recording, done = len(self._batches), self._options.recording, self._resumed()
         total = (self._n_layers + 1) * n_batches
-        for index in range(self._n_layers):
+        progress(done * n_batches, total)
+        if not done:
+            for batch, tokens in enumerate(self._batches):
+                self._streams.write(0, batch, self._backend.embed(tokens))
+        for index in range(done, self._n_layers):
             layer = self._backend.layer(index, recording)
             shifted = _shifted(progress, index * n_batches, total)
-            self._all_batches(layer, functools.partial(self._through, layer, index), shifted)
-        output = self._backend.output(recording)
-        shifted = _shifted(progress, self._n_layers * n_batches, total)
-        self._all_batches(output, lambda batch: output.forward(self._read(batch, self._n_layers)), shifted)
+            self._all_batches(index, layer, functools.partial(self._through, layer, index), shifted)
+        if done <= self._n_layers:
+            output, index = self._backend.output(recording), self._n_layers
+            shifted = _shifted(progress, index * n_batches, total)
+            self._all_batches(index, output, lambda batch: output.forward(self._streams.read(index, batch)), shifted)
 
-    def _all_batches(self, stage: LayerPass | OutputPass, forward: Callable[[int], None], progress: Progress) -> None:
-        """Run every batch through a layer or the output; collect sums and pass on Hessians."""
-        for batch in range(len(self._batches)):
+    def _resumed(self) -> int:
+        """Take over the layers, and the output, that an interrupted pass completed; return their number."""
+        records, streams = self._options.records, self._streams
+        if records is None or not isinstance(streams, RecordStreams):
+            return 0
+        found = list(itertools.takewhile(self._has_hessians, get_layers(records, self._n_layers)))
+        done = streams.resumable(len(found), self._n_layers)
+        for layer in found[:done]:
+            self._add(layer)
+        tell_layers(records, done, self._n_layers)
+        return done
+
+    def _has_hessians(self, layer: LayerSums) -> bool:
+        """Return whether the Hessians that the recording wants of a completed layer are there."""
+        wanted = self._options.recording.hessians
+        inputs = [sums.names for sums in layer.inputs if not sums.is_stack and not wanted.isdisjoint(sums.names)]
+        return all(self._options.has_hessian(names) for names in inputs)
+
+    def _all_batches(
+        self, index: int, stage: LayerPass | OutputPass, forward: Callable[[int], None], progress: Progress
+    ) -> None:
+        """Run every batch through a layer or the output; collect sums and pass on Hessians, then record it all."""
+        first: Sequence[InputSums] = ()
+        n_batches, records = len(self._batches), self._options.records
+        for batch in range(n_batches):
             forward(batch)
             if batch == 0:
-                self.first_inputs.update(_by_name(stage.input_sums()))
-            progress(batch + 1, len(self._batches))
-        self.inputs.update(_by_name(stage.input_sums()))
-        if self._options.recording.column_squares:
-            self.column_squares.update(stage.column_squares())
+                first = stage.input_sums()
+            if batch + 1 < n_batches:
+                progress(batch + 1, n_batches)
+        columns = stage.column_squares() if self._options.recording.column_squares else {}
+        found = LayerSums(stage.input_sums(), first, columns)
+        self._add(found)
         for names, hessian in stage.hessians():
             if self._options.on_hessian is not None:
                 self._options.on_hessian(names, hessian)
+        if records is not None:
+            put_layer(records, index, found)
+        self._streams.drop(index)
+        progress(n_batches, n_batches)
+
+    def _add(self, layer: LayerSums) -> None:
+        self.inputs.update(_by_name(layer.inputs))
+        self.first_inputs.update(_by_name(layer.first_inputs))
+        self.column_squares.update(layer.column_squares)
 
     def _through(self, layer: LayerPass, index: int, batch: int) -> None:
-        stream = layer.forward(self._read(batch, index))
+        stream = layer.forward(self._streams.read(index, batch))
         if not np.isfinite(stream).all():
             raise ModelError(f"layer {index}: its output is not finite; the weights are damaged")
-        self._file.write(self._slot(batch, index + 1), stream)
-
-    def _read(self, batch: int, index: int) -> Float32:
-        return self._file.read(self._slot(batch, index))
-
-    def _slot(self, batch: int, index: int) -> int:
-        """Return the slot of a batch's stream before a layer; the first batch has a slot for every layer."""
-        return index if batch == 0 else self._n_layers + batch
+        self._streams.write(index + 1, batch, stream)
 
 
 def _by_name(found: Sequence[InputSums]) -> dict[str, InputSums]:

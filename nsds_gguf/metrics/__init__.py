@@ -20,8 +20,9 @@ from ..records import LayerScore, Model, Progress, no_progress
 from ..system.workers import Threads, Workers
 from .baselines import Metric, baseline, boost_jumps, ewq, mean_kurtosis, mse, zd
 from .nsds import SE_READINGS, rest_notes, score_nsds
+from .recorded import RecordedWorkers
 
-__all__ = ["METRICS", "SE_READINGS", "LayerScore", "Metric", "score_layers", "versions"]
+__all__ = ["METRICS", "SE_READINGS", "LayerScore", "Metric", "RecordedWorkers", "score_layers", "versions"]
 
 METRICS: dict[str, Metric] = {
     "nsds": score_nsds,

@@ -18,6 +18,8 @@ from ..system.store import Store, file_name
 from ..system.workfolder import output_error
 from .cholesky import cholesky
 
+FACTORS = "Hessian factors"  # begins the names of their records
+
 _IN_MEMORY = 3  # factors in memory: of the current tensor, the next one, and one spare
 _PANEL = 256  # columns of one matrix product over a triangle
 
@@ -147,7 +149,7 @@ class FactorStore:
         """Do the work of ``add``, in any process, and return the file."""
         factors = self._factoring(hessian, shrinkage=shrinkage)
         arrays = {f.name: getattr(factors, f.name) for f in fields(HessianFactors)}
-        name = _record_name(names)
+        name = record_name(names)
         if self._records is not None:
             with self._records.put_file(name) as path, path.open("wb") as stream:
                 np.savez(stream, **arrays)
@@ -172,7 +174,7 @@ class FactorStore:
 
     def recall(self, names: Collection[str]) -> bool:
         """Load the factors of an input from the records; return whether there are any."""
-        path = None if self._records is None else self._records.get_file(_record_name(names))
+        path = None if self._records is None else self._records.get_file(record_name(names))
         if path is not None:
             self._files.update(dict.fromkeys(names, path))
         return path is not None
@@ -196,5 +198,6 @@ class FactorStore:
         return self._files.keys()
 
 
-def _record_name(names: Collection[str]) -> str:
-    return f"Hessian factors/{' '.join(sorted(names))}"
+def record_name(names: Collection[str]) -> str:
+    """Return the name of the record of an input's factors."""
+    return f"{FACTORS}/{' '.join(sorted(names))}"

@@ -20,6 +20,7 @@ from ..errors import ModelError, OutputError
 from ..llamacpp import ggml
 from ..records import Model, Plan, PlannedTensor, Progress, Tensor, no_progress
 from ..system.partfile import PartFile, PlainFile
+from ..system.store import kept_note
 from ..system.workers import Workers
 from .header import plan_header
 from .quantizer import Quantizer, Quantizers
@@ -36,7 +37,7 @@ class Resume:
 
     Attributes:
         key: digest of what its bytes depend on; a file with another key is written from the start.
-        say: called when tensors must be written again.
+        say: told of the tensors that are kept, and of those that must be written again.
 
     """
 
@@ -81,6 +82,8 @@ def write_gguf(
             file.write(header)
             file.complete(_HEADER)
         done = set(file.names)
+        if resume is not None and resume.say is not None and len(done) > 1:
+            resume.say(kept_note("tensors of the file", len(done) - 1, len(plan.tensors)))
         n_written = sum(tensor.n_weights for tensor in plan.tensors if tensor.name in done)
         slabs = _slabs(model, plan, quantizers, done, workers.slab_bytes)
         with closing(workers.ordered(_quantize_slab, slabs)) as quantized:

@@ -24,9 +24,11 @@ import numpy as np
 from ..calibration.column_weights import column_moments, has_own_inputs
 from ..calibration.hessians import mixed_roles
 from ..compute.backend import Tokens
+from ..compute.pass_records import Backward, get_backward, put_backward
 from ..compute.walk import Walk, WalkOptions, walk
 from ..errors import ModelError
 from ..records import Float64, Model, Progress, no_progress
+from ..system.store import Store
 
 SCORED_FROM = 0.5  # share of a sequence; like perplexity, skip tokens with little context
 _BACK = 3  # time of a layer backward, in layers forward
@@ -89,22 +91,29 @@ def steps_back(model: Model) -> int:
 
 
 def walk_back(forward: Walk, seed: int = 0, progress: Progress = no_progress) -> Fisher:
-    """Run the backward pass on the first batch of a walk; ``progress`` counts ``steps_back``."""
-    model, backend, n_layers = forward.model, forward.backend, forward.model.hparams.n_layers
-    total = steps_back(model)
+    """Run the backward pass on the first batch of a walk, or what its records leave; progress counts ``steps_back``."""
+    model, backend, n_layers, records = forward.model, forward.backend, forward.model.hparams.n_layers, forward.records
     position = np.arange(forward.tokens.size) % forward.tokens.shape[1]
     scored = np.flatnonzero(position >= int(forward.tokens.shape[1] * SCORED_FROM))
-    squared_norms: dict[str, float] = {}
-    grad, of_output = backend.output().backward(forward.streams.read(n_layers), scored, seed)
-    progress(1, total)
-    for done, index in enumerate(reversed(range(n_layers)), 1):
-        grad, found = backend.layer(index).backward(forward.streams.read(index), grad)
-        squared_norms.update(found)
-        progress(1 + _BACK * done, total)
-    of_lookup = backend.embed_backward(forward.tokens, grad)
-    if not all(np.isfinite(squared) for squared in (*squared_norms.values(), of_output, of_lookup)):
+    state = None if records is None else get_backward(records, seed, n_layers)
+    if state is None:
+        state = Backward(n_layers, *backend.output().backward(forward.streams.read(n_layers), scored, seed), {})
+        _keep(records, seed, state)
+    progress(1 + _BACK * (n_layers - state.index), steps_back(model))
+    for index in reversed(range(state.index)):
+        grad, found = backend.layer(index).backward(forward.streams.read(index), state.grad)
+        state = Backward(index, grad, state.of_output, {**state.squared_norms, **found})
+        _keep(records, seed, state)
+        progress(1 + _BACK * (n_layers - index), steps_back(model))
+    of_lookup = backend.embed_backward(forward.tokens, state.grad)
+    if not all(np.isfinite(squared) for squared in (*state.squared_norms.values(), state.of_output, of_lookup)):
         raise ModelError("the derivatives of the logits are not finite; the weights are damaged")
-    return _result(forward, squared_norms, of_output, of_lookup, 0.5 / len(scored))
+    return _result(forward, state.squared_norms, state.of_output, of_lookup, 0.5 / len(scored))
+
+
+def _keep(records: Store | None, seed: int, state: Backward) -> None:
+    if records is not None:
+        put_backward(records, seed, state)
 
 
 def _result(

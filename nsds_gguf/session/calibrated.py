@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +13,28 @@ from ..allocate import ALLOCATORS
 from ..calibration import generated_text
 from ..calibration.activations import collect
 from ..calibration.evidence import Calibration, Evidence, TokenRequest, column_weights
-from ..calibration.hessians import HessianFiles, Roles, callback_hessians, disk_bytes, factor_hessians, multiplied
+from ..calibration.hessians import (
+    HESSIANS,
+    FoundHessian,
+    HessianFiles,
+    Roles,
+    callback_hessians,
+    disk_bytes,
+    factor_hessians,
+    multiplied,
+)
 from ..calibration.imatrix import IMATRIX, Imatrix
 from ..calibration.kinds import CalibrationKind, find_calibration
 from ..compute.backend import Tokens
 from ..compute.decoder import what_is_missing
-from ..compute.input_moments import Moments, NamedHessian, Recording
+from ..compute.input_moments import Moments, Recording
+from ..compute.pass_records import PASS
 from ..compute.walk import WalkOptions, walk
 from ..errors import PlanError
 from ..llamacpp import llama
 from ..quantize import factoring
 from ..quantize.equalization import Equalization, find_equalization
-from ..quantize.hessian_factors import FactorStore
+from ..quantize.hessian_factors import FACTORS, FactorStore, record_name
 from ..records import Float32, Model, Recipe
 from ..sensitivity.result import Sensitivities
 from ..sensitivity.sensitivities import sensitivities
@@ -94,10 +104,14 @@ class Calibrated:
             def compute() -> Sensitivities:
                 options = self._walk_options(kind, recipe, for_hessians)
                 with self._run.report.stage(SENSITIVITIES) as progress, blas_threads(1):
-                    return sensitivities(self.model, tokens, options, progress, self._workers)
+                    found = sensitivities(self.model, tokens, options, progress, self._workers)
+                if key in self._hessians:
+                    self._hessians[key].put_inputs()
+                return found
 
             store = self._keyed(kind, recipe, recipe.device, for_hessians)
             self._sensitivities[key] = kept_sensitivities(store, f"sensitivities on {kind.name} tokens", compute)
+            _drop_pass(store)
         return self._sensitivities[key]
 
     def _keyed(self, kind: CalibrationKind, recipe: Recipe, *parts: object) -> Store | None:
@@ -134,19 +148,21 @@ class Calibrated:
             folder = self._files.path.absolute() / f"factors-{len(self._factors)}"
             folder.mkdir(exist_ok=True)
             self._workers.check_sees(folder)
-            check_disk(folder, disk_bytes(self.model), "the Hessian factors")
             store = self._keyed(kind, recipe, recipe.device, "factors", key)
+            n_kept = 0 if store is None else store.n_bytes(HESSIANS) + store.n_bytes(FACTORS)
+            check_disk(folder, disk_bytes(self.model) - n_kept, "the Hessian factors")
             n_threads = self._run.n_threads if self._run.cluster is None else 1  # workers are processes of one thread
             self._factors[key] = factors = FactorStore(folder, store, factoring(recipe.device, n_threads))
-            recorded = None if store is None else store.get("Hessian factors")
+            recorded = None if store is None else store.get(FACTORS)
             if recorded is not None and all(factors.recall(names) for names in recorded):
                 return factors
-            self._find_hessians(kind, recipe)
+            self._find_hessians(kind, recipe, factors)
             hessians, roles = self.calibration(recipe).hessians(), Roles(looked_up, equalization)
             with self._run.report.stage(FACTOR) as progress, blas_threads(1):
                 factor_hessians(self.model, hessians, factors, kind.shrinkage, roles, self._workers, progress)
             if store is not None:
-                store.put("Hessian factors", factors.inputs)
+                store.put(FACTORS, factors.inputs)
+                store.remove_all(HESSIANS)
         return self._factors[key]
 
     def calibration(self, recipe: Recipe) -> Calibration:
@@ -207,37 +223,73 @@ class Calibrated:
         self._callback_moments[_source(recipe)] = kept_moments(store, "column statistics of generated text", compute)
 
     def _walk_options(self, kind: CalibrationKind, recipe: Recipe, for_hessians: bool) -> WalkOptions:
-        """Return the options of a walk; Hessians go to new files."""
+        """Return the options of a walk; Hessians go to files."""
         options = WalkOptions(
             kind.n_sequences(self.model),
             Recording(column_squares=True),
             n_threads=self._run.n_threads,
             folder=self._files.path if self._files.is_open else None,
             backend=recipe.device,
+            records=self._keyed(kind, recipe, recipe.device, for_hessians),
         )
         if not for_hessians or what_is_missing(self.model):
             return options
+        files = self._hessian_files(kind, recipe)
+        recording = Recording(frozenset(multiplied(self.model)), kind.first_positions, column_squares=True)
+        return replace(options, recording=recording, on_hessian=files.add, has_hessian=files.recall)
+
+    def _hessian_files(self, kind: CalibrationKind, recipe: Recipe) -> HessianFiles:
+        """Return files for the Hessians, none of them taken from the records yet."""
         folder = self._files.path.absolute() / f"hessians-{kind.name}-{recipe.seed}"
         folder.mkdir(exist_ok=True)
-        check_disk(folder, disk_bytes(self.model), "the Hessians")
-        self._hessians[_source(recipe)] = files = HessianFiles(folder)
-        recording = Recording(frozenset(multiplied(self.model)), kind.first_positions, column_squares=True)
-        return replace(options, recording=recording, on_hessian=files.add)
+        store = self._keyed(kind, recipe, recipe.device, True)
+        n_kept = 0 if store is None else store.n_bytes(HESSIANS) + store.n_bytes(FACTORS)
+        check_disk(folder, disk_bytes(self.model) - n_kept, "the Hessians")
+        self._hessians[_source(recipe)] = files = HessianFiles(folder, store)
+        return files
 
-    def _find_hessians(self, kind: CalibrationKind, recipe: Recipe) -> None:
-        """Walk again where the first walk collected no Hessians, or they are used up."""
-        if _source(recipe) not in self._hessians and not what_is_missing(self.model):
-            tokens, options = self._drawn(kind, recipe, True), self._walk_options(kind, recipe, True)
-            stage = self._run.report.stage("find Hessians")
-            with stage as progress, blas_threads(1), walk(self.model, tokens, options, progress):
-                pass
+    def _find_hessians(self, kind: CalibrationKind, recipe: Recipe, factors: FactorStore) -> None:
+        """Take factors and Hessians from the records; walk again where the first walk left none, or they are lost."""
+        if what_is_missing(self.model):
+            moments, names = self._callback_moments.get(_source(recipe), {}), multiplied(self.model)
+            self._recall(factors, sorted({moments[name].names for name in names if name in moments}))
+            return
+        if _source(recipe) in self._hessians:
+            return
+        options = self._walk_options(kind, recipe, True)
+        files = self._hessians[_source(recipe)]
+        inputs = files.recorded_inputs()
+        self._recall(factors, inputs)
+        lost = [names for names in inputs if names[0] not in factors.names and not files.recall(names)]
+        if inputs and not lost:
+            return
+        wanted = frozenset(name for names in lost for name in names) or options.recording.hessians
+        options = replace(options, recording=replace(options.recording, hessians=wanted))
+        stage, tokens = self._run.report.stage("find Hessians"), self._drawn(kind, recipe, True)
+        with stage as progress, blas_threads(1), walk(self.model, tokens, options, progress):
+            files.put_inputs()
+        _drop_pass(options.records)
 
-    def _taken_hessians(self, kind: CalibrationKind, recipe: Recipe) -> Iterator[NamedHessian]:
-        """Return the Hessians of a calibration's tokens and use them up."""
+    def _recall(self, factors: FactorStore, inputs: Sequence[tuple[str, ...]]) -> None:
+        """Take the factors of these inputs that an interrupted run recorded."""
+        kept = [record_name(names) for names in inputs if factors.recall(names)]
+        if self._store is not None:
+            self._store.tell_kept("Hessian factors", kept, len(inputs))
+
+    def _taken_hessians(self, kind: CalibrationKind, recipe: Recipe) -> Iterator[FoundHessian]:
+        """Return the Hessians of a calibration's tokens and use them up; of llama.cpp, those without factors."""
         if _source(recipe) in self._hessians:
             return self._hessians.pop(_source(recipe)).take()
+        factors = self._factors.get((_source(recipe), False))
+        names = [name for name in multiplied(self.model) if factors is None or name not in factors.names]
         moments, tokens = self._callback_moments.get(_source(recipe), {}), self._drawn(kind, recipe, True)
-        return callback_hessians(self._fast_copy, tokens, moments, multiplied(self.model), self._run.n_threads)
+        return callback_hessians(self._fast_copy, tokens, moments, names, self._run.n_threads)
+
+
+def _drop_pass(store: Store | None) -> None:
+    """Remove the records of a pass: what it found is kept elsewhere."""
+    if store is not None:
+        store.remove_all(PASS)
 
 
 def _kind(recipe: Recipe) -> CalibrationKind:

@@ -6,7 +6,7 @@ computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,7 +35,8 @@ class _Facts:
 def kept_tokens(store: Store | None, name: str, compute: Callable[[], Tokens]) -> Tokens:
     """Return ``(n_sequences, n_positions)`` ids."""
     found = None if store is None else store.get_arrays(name)
-    if found is not None:
+    if store is not None and found is not None:
+        store.tell_kept(name, [name])
         return found["tokens"].astype(np.int64)
     tokens = compute()
     if store is not None:
@@ -46,7 +47,8 @@ def kept_tokens(store: Store | None, name: str, compute: Callable[[], Tokens]) -
 def kept_moments(store: Store | None, name: str, compute: Callable[[], dict[str, Moments]]) -> dict[str, Moments]:
     """Return moments of matrices' inputs by stored name."""
     found = None if store is None else store.get_arrays(name)
-    if found is not None:
+    if store is not None and found is not None:
+        store.tell_kept(name, [name])
         return _moments(found)
     moments = compute()
     if store is not None:
@@ -59,6 +61,7 @@ def kept_sensitivities(store: Store | None, name: str, compute: Callable[[], Sen
     if store is not None:
         facts, arrays = store.get(f"{name}/facts"), store.get_arrays(f"{name}/arrays")
         if facts is not None and arrays is not None:
+            store.tell_kept(name, [f"{name}/facts"])
             return _sensitivities(facts, arrays)
     found = compute()
     if store is not None:
@@ -77,6 +80,12 @@ def kept_cost(store: Store | None, name: str) -> TensorCost | None:
     return cost
 
 
+def tell_costs(store: Store | None, names: Sequence[str], total: int) -> None:
+    """Tell of how many tensors the cost is recorded."""
+    if store is not None:
+        store.tell_kept("measured tensors", [f"measured errors/{name}" for name in names], total)
+
+
 def keep_cost(store: Store | None, cost: TensorCost) -> None:
     """Record the cost of a tensor."""
     if store is not None:
@@ -88,7 +97,8 @@ def kept_layers(
 ) -> tuple[tuple[LayerScore, ...], tuple[str, ...]]:
     """Return layer scores and their notes."""
     found = None if store is None else store.get("layer scores")
-    if found is not None:
+    if store is not None and found is not None:
+        store.tell_kept("layer scores", ["layer scores"])
         return tuple(built(LayerScore, value, "layer scores") for value in found["layers"]), tuple(found["notes"])
     layers, notes = compute()
     if store is not None:

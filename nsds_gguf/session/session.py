@@ -29,7 +29,7 @@ from ..system.workers import Threads, Workers
 from ..system.workfolder import WorkFolder
 from .calibrated import Calibrated
 from .estimate import MEASURE, SCORE, VERIFY, WRITE
-from .finished import keep_cost, kept_cost, kept_layers
+from .finished import keep_cost, kept_cost, kept_layers, tell_costs
 from .original import fast_plan, is_own_original, original_plan
 from .run import Run
 from .settle import GENERATED, Settled, weighs_columns
@@ -131,10 +131,12 @@ class Session:
         if recipe.metric is not None:
             n_threads = self.run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
             with self.run.report.stage(f"{SCORE} ({recipe.metric})") as progress, blas_threads(n_threads):
+                store = self.store and self.store.keyed(recipe.metric, recipe.se, recipe.device)
+                workers = self.workers if store is None else metrics.RecordedWorkers(self.workers, store)
                 layers, notes = kept_layers(
-                    self.store and self.store.keyed(recipe.metric, recipe.se, recipe.device),
+                    store,
                     lambda: metrics.score_layers(
-                        self.model, str(recipe.metric), recipe.se, self.workers, progress, recipe.device
+                        self.model, str(recipe.metric), recipe.se, workers, progress, recipe.device
                     ),
                 )
         scores = Scores(
@@ -157,6 +159,7 @@ class Session:
         store = self.store and self.store.keyed(recipe.to(None), ggml.version())
         known = {tensor.name: kept_cost(store, tensor.name) for tensor, _ in tensors}
         unknown = [each for each in tensors if known[each[0].name] is None]
+        tell_costs(store, [name for name, cost in known.items() if cost is not None], len(tensors))
         with self.run.report.stage(MEASURE) as progress, blas_threads(1):
             costs = measure(
                 unknown,

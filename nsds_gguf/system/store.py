@@ -13,7 +13,9 @@ record               key
 ===================  ===================================================================================================
 layer scores         files of the model (``FileState``), options of the source (pre-tokenizer), metric, reading of SE
 generated text       files of the model, number of tokens, seed, llama.cpp's version
-sensitivities        files of the model, digest of the tokens (which stands for the options that made them)
+sensitivities,       files of the model, digest of the tokens (which stands for the options that made them)
+pass over tokens,
+Hessians
 column statistics,   those of the sensitivities, channel equalization; of an imatrix its digest
 Hessian factors
 measured errors      those of the column statistics and of the factors; types, rounding, ggml's version
@@ -30,7 +32,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -55,12 +57,17 @@ class Store:
 
     Names say what a record is of, in words for the user, with a part after a stroke: ``sensitivities/blk.3``. Threads
     may use a store at the same time for different names.
+
+    Attributes:
+        folder: where the records lie.
+
     """
 
     def __init__(self, folder: Path, key: str, say: Callable[[str], None] | None = None) -> None:
         """Take an existing folder and a key; ``say`` is told once of each kind of record that cannot be used."""
-        self._folder, self._key, self._say = folder, key, say
+        self.folder, self._key, self._say = folder, key, say
         self._said: set[str] = set()
+        self._put: set[str] = set()  # names of this run
 
     @staticmethod
     def key(*parts: object) -> str:
@@ -72,8 +79,8 @@ class Store:
 
     def keyed(self, *parts: object) -> Store:
         """Return a store in the same folder with a key made of this one's and of what else its records depend on."""
-        store = Store(self._folder, self.key(self._key, *parts), self._say)
-        store._said = self._said
+        store = Store(self.folder, self.key(self._key, *parts), self._say)
+        store._said, store._put = self._said, self._put
         return store
 
     def get(self, name: str) -> Any | None:
@@ -137,12 +144,39 @@ class Store:
             with suppress(OSError):  # whoever puts it next is told
                 self._path(name, suffix).unlink()
 
+    def remove_all(self, kind: str) -> None:
+        """Remove the records whose names begin with ``kind`` and a stroke, of any key."""
+        found = list(self._of_kind(kind))
+        for path in sorted(found, key=lambda path: path.suffix != HEAD):
+            with suppress(OSError):
+                path.unlink()
+
+    def n_bytes(self, kind: str) -> int:
+        """Return the bytes of the records whose names begin with ``kind`` and a stroke."""
+        return sum(path.stat().st_size for path in self._of_kind(kind))
+
+    def tell_kept(self, what: str, names: Sequence[str] = (), total: int = 0) -> None:
+        """Tell once what is kept of an interrupted run, and what is left.
+
+        Args:
+            what: the things, in words.
+            names: the records of those that are there; nothing is told where this run put them all.
+            total: number of things; 0 where a single record holds them all.
+
+        """
+        kept = sum(name not in self._put for name in names)
+        if kept:
+            self._tell(kept_note(what, kept, total))
+
     def __getstate__(self) -> dict[str, Any]:
         """Return the state without what hears of records, for another process."""
-        return {**self.__dict__, "_say": None, "_said": set()}
+        return {**self.__dict__, "_say": None, "_said": set(), "_put": set()}
 
     def _path(self, name: str, suffix: str) -> Path:
-        return self._folder / (file_name(name) + suffix)
+        return self.folder / (file_name(name) + suffix)
+
+    def _of_kind(self, kind: str) -> Iterator[Path]:
+        return self.folder.glob(f"{_plain(kind)}_*")
 
     def _checked(self, name: str, kind: str, read: Callable[[Mapping[str, Any]], Any]) -> Any | None:
         """Return what ``read`` makes of a head; a record that is stale or damaged is removed and told."""
@@ -184,11 +218,22 @@ class Store:
         line = seal({"format": FORMAT, "name": name, "key": self._key, "kind": kind, **more})
         with _renamed(self._path(name, HEAD)) as temporary:
             temporary.write_bytes(line)
+        self._put.add(name)
+
+
+def kept_note(what: str, kept: int = 1, total: int = 0) -> str:
+    """Return the note on what is kept of an interrupted run and what is left; see ``Store.tell_kept``."""
+    counted = f"{kept} of {total} {what}; {total - kept} left" if total else what
+    return f"Kept from the interrupted run: {counted}."
 
 
 def file_name(name: str) -> str:
     """Return a name for files of any system, of at most 81 characters, that stands for a name of any characters."""
-    return f"{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:64]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+    return f"{_plain(name)[:64]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
 
 
 def seal(value: Any) -> bytes:

@@ -100,7 +100,15 @@ def test_a_component_stands_among_the_layers_by_both_parts() -> None:
 
 def answer(name: str, question: str, kinds: dict[str, list[float]], rounding: str = "rtn", group: str = "g") -> dict:
     rows = [
-        {"question": question, "rounding": rounding, "budget": "3", "kind": kind, "bpw": 3.0, "chunks": chunks}
+        {
+            "question": question,
+            "rounding": rounding,
+            "budget": "3",
+            "kind": kind,
+            "bpw": 3.0,
+            "predicted": chunks[0],
+            "chunks": chunks,
+        }
         for kind, chunks in kinds.items()
     ]
     return {"name": name, "group": group, "n_weights": 1, "rows": rows}

@@ -52,6 +52,9 @@ FACTOR_TEXT = """## A factor on Fisher sensitivities
 `exp(g (S - mean S))` on the sensitivities of a layer's tensors, weight g and reading of SE, over the plan without
 (g = 0): geometric means over budgets."""
 
+PREDICTED_TEXT = """What these plans cost by the Fisher sensitivities themselves (sum of sensitivity times error), over
+the plan without factor: by that measure a factor can only lose."""
+
 ALONE_TEXT = """## Without the Fisher pass
 
 Sensitivities from the role of a tensor (geometric means of measured ones over five trained models), times
@@ -143,6 +146,21 @@ def classes_table(found: Sequence[Answer]) -> str:
     return table(("models", "rounding", *(f"g = {name}" for name in FACTORS)), rows)
 
 
+def predicted_table(found: Sequence[Answer]) -> str:
+    """Return the predicted divergence with factors over that without, by model and rounding."""
+    rows = []
+    for answer in found:
+        values = {(row["budget"], row["kind"]): row["predicted"] for row in answer["rows"]}
+        cells = [
+            f"{geometric_mean([values[b, name] / values[b, '0'] for b in budgets(answer)]):.3f}"
+            if all((b, name) in values for b in budgets(answer))
+            else NO_FIGURE
+            for name in FACTORS
+        ]
+        rows.append((answer["name"], answer["rows"][0]["rounding"], *cells))
+    return table(("model", "rounding", *(f"g = {name}" for name in FACTORS)), rows)
+
+
 def is_worse(pair: Pair | None) -> bool:
     """Return whether a ratio is above 1 by more than its noise."""
     return pair is not None and pair[0] - NOISE * pair[1] > 1
@@ -190,8 +208,19 @@ def page(found: Sequence[Answer]) -> str:
         f"By class of models; bold is worse by more than {NOISE:g} standard errors. Largest weight up to which none is "
         f"worse: {weights['product']:g} by the product, {weights['ratio']:g} by the ratio."
     )
-    parts = [INTRO, PAPER_TEXT, paper_table(about(found, PAPER)), FACTOR_TEXT, factor_table(factors), verdict,
-             classes_table(factors), ALONE_TEXT, alone_table(about(found, ALONE))]  # fmt: skip
+    parts = [
+        INTRO,
+        PAPER_TEXT,
+        paper_table(about(found, PAPER)),
+        FACTOR_TEXT,
+        factor_table(factors),
+        verdict,
+        classes_table(factors),
+        PREDICTED_TEXT,
+        predicted_table(factors),
+        ALONE_TEXT,
+        alone_table(about(found, ALONE)),
+    ]
     return "\n\n".join(parts) + "\n"
 
 

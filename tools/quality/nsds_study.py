@@ -59,7 +59,10 @@ REAL_WEIGHTS = 50_000_000  # models with more count as real, others as of the tr
 
 @dataclass(frozen=True)
 class Row:
-    """One file: what it answers, and per chunk its divergence from the original, nats per token."""
+    """One file: what it answers, and per chunk its divergence from the original, nats per token.
+
+    ``predicted`` is the divergence by Fisher sensitivities without factor, whatever allocated the types.
+    """
 
     question: str
     rounding: str
@@ -67,6 +70,7 @@ class Row:
     kind: str
     tensor_bytes: int
     bpw: float
+    predicted: float
     chunks: tuple[float, ...]
 
 
@@ -192,8 +196,11 @@ class Study:
 
     # --- files ----------------------------------------------------------------------------------------------------
 
-    def measured(self, rounding: str, plan: Plan) -> tuple[int, float, tuple[float, ...]]:
-        """Return a plan's tensor bytes, bpw, and divergence by chunk; plans of the same types are measured once."""
+    def measured(self, rounding: str, plan: Plan) -> tuple[int, float, float, tuple[float, ...]]:
+        """Return a plan's tensor bytes, bpw, predicted divergence, and divergence by chunk.
+
+        Plans of the same types are measured once.
+        """
         bank = self.bank(rounding)
 
         @contextmanager
@@ -207,7 +214,13 @@ class Study:
 
         recipe = digest(bank.key, json.dumps([(tensor.name, tensor.type) for tensor in plan.tensors]))
         (found,) = self.bench.measure(recipe, file, [self.yardstick])
-        return plan.tensor_bytes, plan.tensor_bytes * 8 / plan.n_weights, found.kld
+        return plan.tensor_bytes, plan.bpw, self.predicted(rounding, plan), found.kld
+
+    def predicted(self, rounding: str, plan: Plan) -> float:
+        """Return the sum of Fisher sensitivity times error over the tensors, nats per token."""
+        types = {tensor.name: tensor.type for tensor in plan.tensors}
+        errors = ((cost.sensitivity, cost.errors.get(types[cost.name])) for cost in self.scores(rounding).costs)
+        return sum(sensitivity * error for sensitivity, error in errors if error is not None)
 
 
 def layer_factors(layers: Sequence[LayerScore], weight: float) -> dict[int, float]:

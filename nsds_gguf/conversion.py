@@ -14,6 +14,7 @@ from .evaluate.embedding import EmbeddingCheck
 from .evaluate.perplexity import Perplexity
 from .evaluate.texts import VerifyOptions, check_vocabulary, evaluation_text
 from .quantize.header import header_bytes
+from .quantize.padding import laid_out
 from .read.hub import HubName
 from .records import Model, Options, Plan, Recipe, Scores, Target
 from .session.cluster import open_workers
@@ -155,7 +156,8 @@ def convert(
                 found = session.verify(plan, target, verifying, text, compared_with)
             ppl, embedding = (None, found) if isinstance(found, EmbeddingCheck) else (found, None)
             compared = reference_name(model, comparing) if ppl is not None and ppl.divergence is not None else None
-            results.append(Converted(target, plan, ppl, session.scores, model.path, compared, notes, embedding))
+            scores = session.scores_of(plan)
+            results.append(Converted(target, plan, ppl, scores, model.path, compared, notes, embedding))
     return results
 
 
@@ -172,7 +174,8 @@ def plan(
     jobs = _jobs(model, options, loaded)
     with _temporary(run, model) as (files, workers):
         session = Session(model, run, files, jobs[0].settled.imatrix, workers)
-        return Planned(_plans(session, jobs, loaded), session.scores)
+        plans = _plans(session, jobs, loaded)
+        return Planned(plans, session.scores_of(plans[0]))
 
 
 def score(
@@ -231,6 +234,7 @@ def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | P
 
 def _check_target(model: Model, recipe: Recipe) -> None:
     """Raise ``TargetError`` for a target out of reach; the nearest size counts its own digits in the header."""
+    model = laid_out(model, recipe)
     n_header = header_bytes(model, recipe)
     try:
         allocate.checked_candidates(model, recipe, n_header)

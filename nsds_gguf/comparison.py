@@ -135,7 +135,7 @@ def compare(
     verifying = replace(verifying or VerifyOptions(), reference=ORIGINAL, enabled=True)
     text = evaluation_text(verifying)
     model = open_model(source, run)
-    settled = settle(replace(options, target_bpw=1.0), model, scores_layers=True)
+    settled = settle(replace(options, target_bpw=1.0, pad="off"), model, scores_layers=True)
     recipe = settled.recipe
     for value in budgets.target_bpw:
         aimed = recipe.to(Target("bpw", value))

@@ -14,6 +14,7 @@ from .evaluate.embedding import EmbeddingCheck
 from .evaluate.perplexity import Perplexity
 from .evaluate.texts import VerifyOptions, check_vocabulary, evaluation_text
 from .quantize.header import header_bytes
+from .quantize.padding import laid_out
 from .read.hub import HubName
 from .records import Model, Options, Plan, Recipe, Scores, Target
 from .session.cluster import open_workers
@@ -167,7 +168,8 @@ def convert(
             ppl, embedding = (None, found) if isinstance(found, EmbeddingCheck) else (found, None)
             compared = reference_name(model, comparing) if ppl is not None and ppl.divergence is not None else None
             fits = job.holding(plan)
-            results.append(Converted(target, plan, ppl, session.scores, model.path, compared, notes, embedding, fits))
+            scores = session.scores_of(plan)
+            results.append(Converted(target, plan, ppl, scores, model.path, compared, notes, embedding, fits))
     return results
 
 
@@ -186,7 +188,7 @@ def plan(
         session = Session(model, run, files, jobs[0].settled.imatrix, workers)
         plans = _plans(session, jobs, loaded)
         fits = tuple(job.holding(plan) for job, plan in zip(jobs, plans, strict=True))
-        return Planned(plans, session.scores, fits)
+        return Planned(plans, session.scores_of(plans[0]), fits)
 
 
 def score(
@@ -248,6 +250,7 @@ def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | P
 
 def _check_target(model: Model, recipe: Recipe) -> None:
     """Raise ``TargetError`` for a target out of reach; the nearest size counts its own digits in the header."""
+    model = laid_out(model, recipe)
     n_header = header_bytes(model, recipe)
     try:
         allocate.checked_candidates(model, recipe, n_header)

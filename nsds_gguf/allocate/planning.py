@@ -110,6 +110,7 @@ def _planned(
         error_stderr=cost.stderr[type_name] if cost and measured else None,
         n_rows_sampled=cost.n_rows_sampled if cost and measured else None,
         sensitivity=cost.sensitivity * factors.get(tensor.layer, 1.0) if cost else None,
+        n_zeros=tensor.n_zeros,
     )
 
 

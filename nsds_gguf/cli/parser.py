@@ -19,6 +19,7 @@ from ..llamacpp import ggml, llama
 from ..metrics import METRICS, SE_READINGS
 from ..quantize import ROUNDINGS
 from ..records import AUTO, K_TYPES, Options
+from ..session.pad import PADDINGS
 from ..session.settle import (
     DEFAULT_ALLOCATOR,
     DEFAULT_METRIC,
@@ -198,6 +199,7 @@ def _add_score(verbs: Any) -> None:
     parser.add_argument("--layers-only", action="store_true", help="skip the tensor measurements that plans need")
     parser.add_argument("--plot", metavar="FILE", type=Path, help="write a plot (.png, .svg or .pdf)")
     _add_types(parser)
+    _add_pad(parser)
     _add_rounding(parser)
     _add_scoring(parser)
     _add_general(parser)
@@ -322,12 +324,19 @@ def _add_budget(parser: argparse.ArgumentParser) -> None:
                        type=_argument(parse_tensor_type, "REGEX=TYPE"),
                        help="fix the type of tensors whose whole name matches; repeatable")  # fmt: skip
     _add_types(group)
+    _add_pad(group)
 
 
 def _add_types(group: Any) -> None:
     group.add_argument("--types", metavar="LIST", type=_argument(parse_types, "some of " + ",".join(ggml.TYPES)),
                        help=f"types to choose from (default: {','.join(K_TYPES)}; budgets near the largest of them add "
                             f"{', then '.join(' and '.join(names) for names in LARGER_TYPES)})")  # fmt: skip
+
+
+def _add_pad(group: Any) -> None:
+    group.add_argument("--pad", choices=tuple(PADDINGS),
+                       help="pad the residual stream with zeros to a multiple of 256, which computes the same, so that "
+                       f"its rows fit K-quants; {AUTO}: {PADDINGS[AUTO]} (default: {DEFAULTS.pad})")  # fmt: skip
 
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -114,7 +115,7 @@ def steps(tensor: PlannedTensor, cost: TensorCost) -> tuple[Step | None, Step | 
 
 
 def _step(tensor: PlannedTensor, cost: TensorCost, to: str) -> Step:
-    n_bytes = tensor.n_weights // tensor.shape[-1] * ggml.row_bytes(to, tensor.shape[-1]) - tensor.n_bytes
+    n_bytes = math.prod(tensor.shape[:-1]) * ggml.row_bytes(to, tensor.shape[-1]) - tensor.n_bytes
     change = (tensor.sensitivity or 0.0) * (cost.errors[to] - cost.errors[tensor.type])
     return Step(to, n_bytes, change)
 

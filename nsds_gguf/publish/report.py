@@ -199,6 +199,8 @@ def command(plan: Plan, model: str) -> str:
         value = getattr(recipe, name)
         if value != defaults[name]:
             words += [f"--{name.replace('_', '-')}", f"{value:.17g}" if isinstance(value, float) else str(value)]
+    if recipe.padding is not None:
+        words += ["--pad", "on"]
     for fixed in recipe.tensor_types:
         words += ["--tensor-type", str(fixed)]
     return shlex.join(words)

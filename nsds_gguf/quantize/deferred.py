@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..records import Float32, Float64, Tensor
 from .hessian_factors import FactorStore
+from .padding import columns_of, spread_vector
 from .quantizer import Quantizer, Rounding
 
 
@@ -35,9 +36,13 @@ class DeferredQuantizer:
 
     @cached_property
     def quantizer(self) -> Quantizer:
-        """The quantizer; reads the Hessian factors from disk."""
+        """The quantizer; reads the Hessian factors from disk, and spreads them over the columns of a padded tensor."""
         factors = None if self.factors is None else self.factors.of(self.tensor.name)
-        return self.rounding.make(self.tensor, self.weights, factors)
+        weights, columns = self.weights, columns_of(self.tensor)
+        if columns is not None:
+            factors = None if factors is None else factors.spread(columns)
+            weights = None if weights is None else spread_vector(weights, columns)
+        return self.rounding.make(self.tensor, weights, factors)
 
     @property
     def tile_rows(self) -> int:

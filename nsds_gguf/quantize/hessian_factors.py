@@ -20,6 +20,8 @@ from .cholesky import cholesky
 
 FACTORS = "Hessian factors"  # begins the names of their records
 
+DAMPING = 1e-3  # share of the mean of a Hessian's diagonal that is added to it
+
 _IN_MEMORY = 3  # factors in memory: of the current tensor, the next one, and one spare
 _PANEL = 256  # columns of one matrix product over a triangle
 
@@ -48,9 +50,22 @@ class HessianFactors:
             total += np.square(reduced, out=reduced) @ self.variances[start:stop]
         return total
 
+    def spread(self, order: NDArray[np.intp]) -> HessianFactors:
+        """Return the factors for padded columns: column i is column ``order[i]``, or always zero where it is negative.
+
+        Zero inputs get the variance that damping gives dead columns, and no tie to other columns.
+        """
+        stored = np.flatnonzero(order >= 0)
+        upper = np.eye(len(order), dtype=np.float32)
+        upper[np.ix_(stored, stored)] = self.upper
+        dead = np.float32(DAMPING * self.diagonal.mean())
+        variances, diagonal = np.full(len(order), dead), np.full(len(order), dead)
+        variances[stored], diagonal[stored] = self.variances, self.diagonal
+        return HessianFactors(upper, variances, diagonal)
+
 
 def factor_hessian(
-    hessian: NDArray[np.floating], *, shrinkage: float = 0.05, damping: float = 1e-3, n_threads: int = 1
+    hessian: NDArray[np.floating], *, shrinkage: float = 0.05, damping: float = DAMPING, n_threads: int = 1
 ) -> HessianFactors:
     """Factor a Hessian.
 

@@ -7,6 +7,7 @@ written in slabs of rows, a bounded number of slabs in flight, so that memory ho
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import closing
@@ -84,7 +85,8 @@ def write_gguf(
         done = set(file.names)
         if resume is not None and resume.say is not None and len(done) > 1:
             resume.say(kept_note("tensors of the file", len(done) - 1, len(plan.tensors)))
-        n_written = sum(tensor.n_weights for tensor in plan.tensors if tensor.name in done)
+        total = sum(math.prod(tensor.shape) for tensor in plan.tensors)
+        n_written = sum(math.prod(tensor.shape) for tensor in plan.tensors if tensor.name in done)
         slabs = _slabs(model, plan, quantizers, done, workers.slab_bytes)
         with closing(workers.ordered(_quantize_slab, slabs)) as quantized:
             for slab, data in quantized:
@@ -93,7 +95,7 @@ def write_gguf(
                     file.write(bytes(slab.planned.padded_bytes - slab.planned.n_bytes))
                     file.complete(slab.tensor.name)
                 n_written += slab.n_weights
-                progress(n_written, plan.n_weights)
+                progress(n_written, total)
         file.finish()
 
 

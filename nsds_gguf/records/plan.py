@@ -30,6 +30,7 @@ class PlannedTensor:
 
     ``n_bytes`` excludes padding. ``error`` is the relative squared error at ``type`` (``None``: not measured),
     ``sensitivity`` the predicted divergence per unit of error, layer factor included; ``reason`` is a short text.
+    ``n_zeros`` are zeros that padding added: they do not count as weights.
     """
 
     name: str
@@ -44,11 +45,12 @@ class PlannedTensor:
     error_stderr: float | None = None
     n_rows_sampled: int | None = None
     sensitivity: float | None = None
+    n_zeros: int = 0
 
     @property
     def n_weights(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
+        """Number of weights, without zeros of padding."""
+        return math.prod(self.shape) - self.n_zeros
 
     @property
     def padded_bytes(self) -> int:
@@ -82,7 +84,7 @@ class Plan:
 
     @property
     def n_weights(self) -> int:
-        """Weights of all tensors."""
+        """Weights of all tensors, without zeros of padding."""
         return sum(tensor.n_weights for tensor in self.tensors)
 
     @property

@@ -79,6 +79,8 @@ class Options:
         prefer: key of ``allocate.PREFERENCES``: the tie-breaker between types of about the same cost.
         seed: of random tokens, and of the allocator ``random``.
         device: key of ``compute.BACKENDS``.
+        pad: ``on`` pads the residual stream with zeros to a multiple of 256, ``off`` never does; ``AUTO``: where the
+            budget is out of reach otherwise, or padding adds little and the predicted divergence is less.
 
     """
 
@@ -98,6 +100,7 @@ class Options:
     prefer: str = "quality"
     seed: int = 0
     device: str = AUTO
+    pad: str = AUTO
 
     @property
     def target(self) -> Target | None:
@@ -125,6 +128,7 @@ class Recipe:
         seed: of the tokens that calibration draws or generates.
         allocation_seed: of the allocator ``random``.
         device: key of ``compute.BACKENDS``.
+        padding: ``width`` where the residual stream is padded with zeros (``quantize.padding``), else ``None``.
 
     """
 
@@ -141,6 +145,7 @@ class Recipe:
     seed: int
     allocation_seed: int
     device: str
+    padding: str | None = None
 
     def to_json(self) -> str:
         """Return the canonical JSON text: the GGUF key ``nsds_gguf.recipe``."""

@@ -52,6 +52,7 @@ class Tensor:
         source: name in the checkpoint, for messages.
         stored: source of the weights.
         transforms: applied to the weights in order.
+        n_zeros: zeros that padding added; they do not count as weights.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Tensor:
     source: str
     stored: Source = field(repr=False, compare=False)
     transforms: tuple[Transform, ...] = field(default=(), repr=False, compare=False)
+    n_zeros: int = 0
 
     @property
     def n_cols(self) -> int:
@@ -75,8 +77,8 @@ class Tensor:
 
     @property
     def n_weights(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
+        """Number of weights, without zeros of padding."""
+        return math.prod(self.shape) - self.n_zeros
 
     @property
     def n_matrix_rows(self) -> int:

@@ -1,4 +1,4 @@
-"""Transforms from stored weights to a GGUF tensor: permute, slice, reshape, transpose, rescale.
+"""Transforms from stored weights to a GGUF tensor: permute, slice, reshape, transpose, rescale, pad with zeros.
 
 A step reads the rows that it needs from the matrix below it: the stored tensor or another step. All steps pickle.
 """
@@ -12,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .sources import Float32, Rows, Weights, joined, matrices_of
+
+# The row or column below of each row or column, negative for zeros.
+Order = NDArray[np.intp]
 
 
 class Transform(ABC):
@@ -159,3 +162,53 @@ class ScaleByPowersOfTwo(Transform):
         if self.rows is not None:
             values = np.ldexp(values, self.rows[rows, np.newaxis])
         return values
+
+
+@dataclass(frozen=True)
+class Scale(Transform):
+    """Weights times a factor, in float32."""
+
+    factor: float
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return the products."""
+        values = below.values(rows, columns)
+        values *= np.float32(self.factor)
+        return values
+
+
+# --- padding with zeros -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SpreadRows(Transform):
+    """Row ``i`` is row ``order[i]`` below, or zeros where it is negative."""
+
+    order: Order = field(repr=False, compare=False)
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return the rows that ``order`` names among zeros."""
+        wanted = self.order[rows]
+        out: Float32 = np.zeros((len(wanted), columns.stop - columns.start), np.float32)
+        stored = np.flatnonzero(wanted >= 0)
+        if len(stored):
+            out[stored] = below.values(wanted[stored], columns)
+        return out
+
+
+@dataclass(frozen=True)
+class SpreadColumns(Transform):
+    """Column ``i`` is column ``order[i]`` below, or zeros where it is negative."""
+
+    order: Order = field(repr=False, compare=False)
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return the columns that ``order`` names among zeros."""
+        wanted = self.order[columns]
+        n_rows = rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+        out: Float32 = np.zeros((n_rows, len(wanted)), np.float32)
+        stored = wanted >= 0
+        if stored.any():
+            needed = below.values(rows, slice(0, int(wanted.max()) + 1))
+            out[:, stored] = needed[:, wanted[stored]]
+        return out

@@ -10,6 +10,7 @@ from ..allocate import Candidate
 from ..errors import PlanError, RecordError
 from ..llamacpp import ggml
 from ..quantize.header import header_bytes
+from ..quantize.padding import laid_out
 from ..records import Model, Plan, PlannedTensor, Scores, Tensor, TensorCost
 from .settle import check_possible
 
@@ -25,10 +26,11 @@ def checked_plan(model: Model, plan: Plan) -> Plan:
     """
     if plan.model_id != model.model_id:
         raise RecordError(f"the plan belongs to another model ({plan.model_name}); plan {model.name} again")
-    if [_identity(tensor) for tensor in plan.tensors] != [_identity(tensor) for tensor in model.tensors]:
-        raise RecordError("the plan does not list the model's tensors in their order and shapes; plan again")
     allocate.check_recipe(plan.recipe)
     check_possible(model, plan.recipe)
+    model = laid_out(model, plan.recipe)
+    if [_identity(tensor) for tensor in plan.tensors] != [_identity(tensor) for tensor in model.tensors]:
+        raise RecordError("the plan does not list the model's tensors in their order and shapes; plan again")
     found = allocate.candidates(model, plan.recipe.types)
     tensors = tuple(_resized(planned, candidate) for planned, candidate in zip(plan.tensors, found, strict=True))
     checked = replace(plan, tensors=tensors, header_bytes=header_bytes(model, plan.recipe))
@@ -38,7 +40,7 @@ def checked_plan(model: Model, plan: Plan) -> Plan:
 
 
 def _identity(tensor: PlannedTensor | Tensor) -> tuple[object, ...]:
-    return tensor.name, tensor.role, tensor.layer, tensor.shape
+    return tensor.name, tensor.role, tensor.layer, tensor.shape, tensor.n_zeros
 
 
 def _resized(planned: PlannedTensor, candidate: Candidate) -> PlannedTensor:
@@ -71,8 +73,9 @@ def check_scores(model: Model, scores: Scores | None) -> None:
             raise RecordError(f"the score of layer {layer.layer} is out of range for {metric}; score again")
         if not all(part is None or 0 <= part <= 1 for part in (layer.p_nv, layer.p_se)):
             raise RecordError(f"the parts of the score of layer {layer.layer} are damaged; score again")
+    measured = laid_out(model, scores.recipe)
     for cost in scores.costs:
-        _check_cost(model, cost)
+        _check_cost(measured, cost)
 
 
 def _check_cost(model: Model, cost: TensorCost) -> None:

@@ -13,6 +13,7 @@ from ..evaluate.perplexity import needed_bytes
 from ..evaluate.texts import ORIGINAL, VerifyOptions, embeds
 from ..llamacpp import ggml
 from ..quantize.header import header_bytes
+from ..quantize.padding import laid_out
 from ..records import ALIGNMENT_BYTES, Model, Plan, Recipe
 from ..system.resources import check_disk, check_memory, lacks_memory
 from .estimate import Work, duration, estimate_stages
@@ -32,6 +33,7 @@ def working_bytes(run: Run) -> int:
 
 def largest_file_bytes(model: Model, recipe: Recipe) -> int:
     """Return the largest size of a recipe's file: the budget, or less where the types cannot use it all."""
+    model = laid_out(model, recipe)
     n_header = header_bytes(model, recipe)
     found = allocate.checked_candidates(model, recipe, n_header)
     ceiling = n_header + sum(candidate.cost(candidate.types[-1], padded=True) for candidate in found)

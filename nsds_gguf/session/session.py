@@ -20,6 +20,7 @@ from ..llamacpp import ggml
 from ..quantize import TensorQuantizers
 from ..quantize.header import header_bytes
 from ..quantize.measure import measure
+from ..quantize.padding import laid_out
 from ..quantize.write import Resume, write_gguf
 from ..records import Model, Plan, Recipe, Scores
 from ..system.filestate import check_unchanged, file_states
@@ -45,8 +46,6 @@ class Session:
         workers: run the tasks of stages.
         calibrated: the statistics of the model.
         store: records of finished work; ``None`` where the run keeps none.
-        scores: the scores of the last plans.
-
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class Session:
         if files.has_records:
             self.store = Store(files.records.absolute(), Store.key(model.inputs, model.model_id), run.report.say)
         self.calibrated = Calibrated(model, run, files, self.fast_copy, imatrix, self.store, self.workers)
-        self.scores: Scores | None = None
+        self._scores: dict[str, Scores] = {}
         self._open_files: set[Path] = set()
 
     @contextmanager
@@ -152,7 +151,8 @@ class Session:
     def measure(self, scores: Scores, recipe: Recipe) -> Scores:
         """Return the scores with the costs of the tensors added."""
         found, equalization = self.calibrated.sensitivities(recipe), self.calibrated.equalization(recipe)
-        candidates = allocate.candidates(equalization.applied(self.model), recipe.types, recipe.tensor_types)
+        model = laid_out(equalization.applied(self.model), recipe)
+        candidates = allocate.candidates(model, recipe.types, recipe.tensor_types)
         columns, factors = self.calibrated.column_weights(recipe, set(recipe.types)), self.calibrated.factors(recipe)
         quantizers = TensorQuantizers(recipe.rounding, columns, factors, recipe.device)
         tensors = allocate.measurable(candidates)
@@ -179,19 +179,47 @@ class Session:
         return replace(scores, costs=in_order, notes=tuple(notes), versions=versions)
 
     def plans(self, settled: Sequence[Settled], scores: Scores | None) -> list[Plan]:
-        """Score once, or use ``scores``, and allocate for every budget; keep the scores."""
-        recipe = settled[0].recipe
-        allocator = ALLOCATORS[recipe.allocator]
-        if scores is None and (allocator.needs_costs or allocator.needs_layers):
-            types = tuple(dict.fromkeys(name for each in settled for name in each.recipe.types))
-            scores = self.score(replace(recipe, types=types), measures=allocator.needs_costs)
-        self.scores = scores
-        return [self.plan(each.recipe, scores, each.notes) for each in settled]
+        """Score once, or use ``scores``, and allocate for every budget; of two recipes take the better plan."""
+        known: dict[str | None, Scores | None] = {}
+        recipes = [recipe for each in settled for recipe in each.recipes]
+        for padding in dict.fromkeys(recipe.padding for recipe in recipes):
+            alike = [recipe for recipe in recipes if recipe.padding == padding]
+            known[padding] = self._scored(alike) if scores is None else scores
+        return [
+            self._best([self.plan(one, known[one.padding], each.notes) for one in each.recipes]) for each in settled
+        ]
+
+    def _scored(self, recipes: Sequence[Recipe]) -> Scores | None:
+        """Return scores for recipes that differ in budget and types alone; ``None`` where they need none."""
+        recipe, allocator = recipes[0], ALLOCATORS[recipes[0].allocator]
+        if not allocator.needs_costs and not allocator.needs_layers:
+            return None
+        types = tuple(dict.fromkeys(name for each in recipes for name in each.types))
+        return self.score(replace(recipe, types=types), measures=allocator.needs_costs)
+
+    def _best(self, plans: Sequence[Plan]) -> Plan:
+        """Return the plan with the least predicted divergence, with a note on all."""
+        predicted = [plan.predicted_divergence or 0.0 for plan in plans]
+        best = plans[predicted.index(min(predicted))]
+        if len(plans) == 1:
+            return best
+        ways = [
+            f"{'without' if p.recipe.padding is None else 'with'} padding: {d:.4f}"
+            for p, d in zip(plans, predicted, strict=True)
+        ]
+        return replace(best, notes=(*best.notes, f"Predicted divergence {', '.join(ways)}."))
+
+    def scores_of(self, plan: Plan) -> Scores | None:
+        """Return the scores that a plan of this session was made from; ``None`` where it needed none."""
+        return self._scores.get(plan.scores_digest)
 
     def plan(self, recipe: Recipe, scores: Scores | None, notes: Sequence[str] = ()) -> Plan:
         """Choose the types; add ``notes`` to the plan's."""
+        model = laid_out(self.model, recipe)
         with self.run.report.stage(f"allocate for {recipe.target or 'no budget'}"):
-            plan = allocate.make_plan(self.model, scores, recipe, header_bytes(self.model, recipe))
+            plan = allocate.make_plan(model, scores, recipe, header_bytes(model, recipe))
+        if scores is not None:
+            self._scores[plan.scores_digest] = scores
         if scores is None or not scores.costs:
             notes = [*notes, *self._calibration_notes(recipe, {tensor.type for tensor in plan.tensors})]
         return replace(plan, notes=(*plan.notes, *notes))
@@ -236,7 +264,7 @@ class Session:
         recipe, types = plan.recipe, {tensor.type for tensor in plan.tensors}
         columns, factors = self.calibrated.column_weights(recipe, types), self.calibrated.factors(recipe)
         quantizers = TensorQuantizers(recipe.rounding, columns, factors, recipe.device)
-        model = self.calibrated.equalization(recipe).applied(self.model)
+        model = laid_out(self.calibrated.equalization(recipe).applied(self.model), recipe)
         with self.run.report.stage(name) as progress, blas_threads(1):
             resume = Resume(Store.key(plan.digest, ggml.version()), self.run.report.say) if resumes else None
             write_gguf(model, plan, quantizers, path, workers=self.workers, progress=progress, resume=resume)
@@ -247,7 +275,7 @@ class Session:
     ) -> Perplexity | EmbeddingCheck | None:
         """Check the file against its plan and, if enabled, by its perplexity or embeddings."""
         with self.run.report.stage("verify structure"):
-            verify_structure(path, self.model, plan)
+            verify_structure(path, laid_out(self.model, plan.recipe), plan)
         if not options.enabled:
             return None
         if embeds(self.model) and reference is not None:

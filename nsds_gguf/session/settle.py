@@ -16,9 +16,11 @@ from ..llamacpp import ggml
 from ..metrics import METRICS, SE_READINGS
 from ..quantize import ROUNDINGS
 from ..quantize.header import header_bytes
+from ..quantize.padding import WIDTH, padding_obstacle
 from ..records import AUTO, K_TYPES, UNQUANTIZED, Model, Options, Recipe, Scores
 from .device import choose_device
 from .original import PLAIN
+from .pad import settle_padding
 
 # Models with more weights are rounded by GPTQ only on request. A billion parameters take about eight minutes on two
 # cores, and 4 GB of disk for Hessians (docs/log.md, 2026-11-28).
@@ -30,11 +32,20 @@ GENERATED, RANDOM = "generated", "random"  # calibrations: text that the model g
 
 @dataclass(frozen=True)
 class Settled:
-    """A recipe, its importance matrix, and notes on the choices that the user left open."""
+    """A recipe, its importance matrix, and notes on the choices that the user left open.
+
+    ``alternative`` is another recipe to plan by, of which the plan with less predicted divergence counts.
+    """
 
     recipe: Recipe
     imatrix: Imatrix | None = None
     notes: tuple[str, ...] = ()
+    alternative: Recipe | None = None
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The recipe and its alternative."""
+        return (self.recipe,) if self.alternative is None else (self.recipe, self.alternative)
 
 
 def settle(options: Options, model: Model, scores: Scores | None = None, *, scores_layers: bool = False) -> Settled:
@@ -73,9 +84,10 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
         allocation_seed=options.seed,
         device=device,
     )
+    recipe, alternative = settle_padding(options.pad, model, recipe, scores)
     check_possible(model, recipe)
     check_imatrix(model, recipe, imatrix)
-    return Settled(recipe, imatrix, tuple(each for each in (note, device_note) if each))
+    return Settled(recipe, imatrix, tuple(each for each in (note, device_note) if each), alternative)
 
 
 def check_imatrix(model: Model, recipe: Recipe, imatrix: Imatrix | None) -> None:
@@ -88,6 +100,10 @@ def check_imatrix(model: Model, recipe: Recipe, imatrix: Imatrix | None) -> None
 
 def check_possible(model: Model, recipe: Recipe) -> None:
     """Raise ``PlanError`` for a recipe with unknown names, or one that does not work for the model."""
+    if recipe.padding not in (None, WIDTH):
+        raise PlanError(f"padding {recipe.padding!r} is not known; wanted {WIDTH}")
+    if recipe.padding is not None and (obstacle := padding_obstacle(model)):
+        raise PlanError(f"{model.name} cannot be padded: {obstacle}")
     rounding = ROUNDINGS[_known("rounding", recipe.rounding, ROUNDINGS)]
     from_file = recipe.calibration.startswith(IMATRIX)
     if not from_file:

@@ -14,6 +14,7 @@ from ..compute.decoder import what_is_missing
 from ..errors import UnsupportedError
 from ..llamacpp.memory import Context, Memory
 from ..quantize.header import header_bytes
+from ..quantize.padding import laid_out
 from ..read.hub import HubName
 from ..records import AUTO, Model, Options, Plan, Recipe, Scores, Target
 from ..system.workfolder import WorkFolder
@@ -141,7 +142,8 @@ def possible_sizes(
         anyone = replace(anyone, rounding="rtn", calibration=RANDOM)
     settled = settle(anyone, model, loaded)
     recipe = settled.recipe
-    budgets = possible_budgets(model, recipe)
+    laid = laid_out(model, recipe)
+    budgets = possible_budgets(laid, recipe)
     scores = loaded
     if scores is None:
         with WorkFolder(Path(), say=run.report.say) as files, open_workers(run, model) as workers:
@@ -152,10 +154,10 @@ def possible_sizes(
         plans = []
         for target in budgets:
             aimed = settle(replace(anyone, target_bpw=target.value), model, scores).recipe
-            plans.append(allocate.make_plan(model, scores, aimed, header_bytes(model, aimed)))
+            plans.append(allocate.make_plan(laid, scores, aimed, header_bytes(laid, aimed)))
             progress(len(plans), len(budgets))
     in_nats = not what_is_missing(model)
-    notes = (*model.notes, *scores.notes, *unknown, *(() if in_nats else (_RELATIVE,)))
+    notes = (*laid.notes, *scores.notes, *unknown, *(() if in_nats else (_RELATIVE,)))
     notes += (_PREDICTED_FOR_RTN,) if (recipe.rounding, usual.rounding) == ("rtn", "gptq") else ()
     return Sizes(
         model_name=model.name,

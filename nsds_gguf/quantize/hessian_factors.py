@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,31 +21,57 @@ from ..system.workfolder import output_error
 
 _IN_MEMORY = 3  # factors in memory: of the current tensor, the next one, and one spare
 _PANEL = 256  # columns of one matrix product over a triangle
+_NESTED = (16, 32, 256)  # columns of blocks and sub-blocks of all formats
+
+Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class HessianFactors:
-    """A Hessian ``H = U diag(v) U^T``, for all matrices with the same input.
+    """A Hessian ``H``, for all matrices with the same input, its columns in the order in which they are rounded.
+
+    ``H[order][:, order] = U diag(v) U^T``.
 
     Attributes:
         upper: ``(n_cols, n_cols)`` float32, U: unit upper triangular.
-        variances: ``(n_cols,)`` float32, v: variance of each column given the columns to its right.
-        diagonal: ``(n_cols,)`` float32, diagonal of H.
+        variances: ``(n_cols,)`` float32, v: variance of each column given the columns that are rounded after it.
+        diagonal: ``(n_cols,)`` float32, diagonal of H, in the order of the matrix.
+        order: ``(n_cols,)`` int64, the column of the matrix that is rounded first, second and so on.
 
     """
 
     upper: Float32
     variances: Float32
     diagonal: Float32
+    order: Int64
 
     def row_errors(self, errors: Float32) -> Float64:
         """Return ``e^T H e`` of every row: ``(n_rows, n_cols)`` float32 to ``(n_rows,)``."""
         total: Float64 = np.zeros(len(errors))
+        ordered = errors[:, self.order]
         for start in range(0, errors.shape[1], _PANEL):
             stop = min(start + _PANEL, errors.shape[1])
-            reduced = errors[:, :stop] @ self.upper[:stop, start:stop]
+            reduced = ordered[:, :stop] @ self.upper[:stop, start:stop]
             total += np.square(reduced, out=reduced) @ self.variances[start:stop]
         return total
+
+
+def rounding_order(diagonal: NDArray[np.floating]) -> Int64:
+    """Return the order in which GPTQ rounds columns: those with large inputs first, as later columns compensate them.
+
+    Blocks of 256 columns come by falling mean of the diagonal; so do the blocks of 32 within them, those of 16 within
+    these, and single columns last. So every block and sub-block of every type keeps its columns, and they stay
+    neighbours (Frantar et al., arXiv 2210.17323, call the order of single columns act-order).
+
+    Args:
+        diagonal: ``(n_cols,)`` of a Hessian.
+
+    """
+    keys, numbers = list[NDArray[Any]]([-diagonal]), np.arange(len(diagonal))
+    for size in (each for each in _NESTED if len(diagonal) % each == 0):
+        means = diagonal.reshape(-1, size).mean(axis=1)
+        keys += [numbers // size, -means.repeat(size)]
+    return np.lexsort(keys)
 
 
 def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, damping: float = 1e-3) -> HessianFactors:
@@ -65,7 +92,11 @@ def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, da
 
     """
     n_cols = len(hessian)
-    reverse: Float64 = np.array(hessian[::-1, ::-1], dtype=np.float64, order="F")
+    order = rounding_order(hessian.diagonal())
+    reverse: Float64 = np.empty(hessian.shape, order="F")
+    for start in range(0, n_cols, _PANEL):
+        columns = order[::-1][start : start + _PANEL]
+        reverse[:, start : start + _PANEL] = hessian[np.ix_(columns, order[::-1])].T
     diagonal = reverse.diagonal().copy()
     mean = float(diagonal.mean())
     if not np.isfinite(reverse).all() or mean <= 0:
@@ -77,14 +108,15 @@ def factor_hessian(hessian: NDArray[np.floating], *, shrinkage: float = 0.05, da
     if info:
         raise ModelError(
             f"Hessian: not positive definite with shrinkage {shrinkage:g} and damping {damping:g} (column "
-            f"{n_cols - info})"
+            f"{order[n_cols - info]})"
         )
     pivots = lower.diagonal()[::-1].copy()
     upper = np.empty((n_cols, n_cols), dtype=np.float32)
     for start in range(0, n_cols, _PANEL):
         stop = min(start + _PANEL, n_cols)
         upper[:, start:stop] = lower[::-1, n_cols - stop : n_cols - start][:, ::-1] / pivots[start:stop]
-    return HessianFactors(upper, np.square(pivots).astype(np.float32), diagonal[::-1].astype(np.float32))
+    kept = hessian.diagonal() + damping * mean
+    return HessianFactors(upper, np.square(pivots).astype(np.float32), kept.astype(np.float32), order)
 
 
 class _Recent:

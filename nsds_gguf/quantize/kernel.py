@@ -35,14 +35,18 @@ def round_rows(
     """
     format = FORMATS[type_name]
     n_rows, n_cols = rows.shape
+    if len(factors.order) != n_cols:
+        raise ValueError(f"wanted factors of {n_cols} columns, got {len(factors.order)}")
     n_blocks = n_cols // format.block
     codes = np.empty((n_rows, n_blocks, format.n_sub, format.sub), dtype=np.uint8)
     s, m = (np.empty((n_rows, n_blocks, format.n_sub), dtype=np.int16) for _ in range(2))
     d, dmin = (np.empty((n_rows, n_blocks), dtype=np.float32) for _ in range(2))
-    errors = np.zeros(n_rows)
-    x, upper, variances = (np.ascontiguousarray(a, dtype=np.float32) for a in (rows, factors.upper, factors.variances))
+    errors, ordered = np.zeros(n_rows), np.take(rows, factors.order, axis=1)
+    x, upper, variances = (
+        np.ascontiguousarray(each, dtype=np.float32) for each in (ordered, factors.upper, factors.variances)
+    )
     _round_rows(x, upper, variances, type_name, n_descents, codes, s, m, d, dmin, errors, variant)
-    return Blocks(codes, s, m, d, dmin), errors
+    return Blocks(codes, s, m, d, dmin).reordered(factors.order), errors
 
 
 def variants() -> list[str]:

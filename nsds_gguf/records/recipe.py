@@ -60,6 +60,7 @@ class Options:
         prefer: key of ``allocate.PREFERENCES``: the tie-breaker between types of about the same cost.
         seed: of random tokens, and of the allocator ``random``.
         device: key of ``compute.BACKENDS``.
+        calibration_tokens: how many tokens of calibration text the model generates; default: 8192.
 
     """
 
@@ -78,6 +79,7 @@ class Options:
     prefer: str = "quality"
     seed: int = 0
     device: str = AUTO
+    calibration_tokens: int | None = None
 
     @property
     def target(self) -> Target | None:
@@ -105,6 +107,7 @@ class Recipe:
         seed: of the tokens that calibration draws or generates.
         allocation_seed: of the allocator ``random``.
         device: key of ``compute.BACKENDS``.
+        calibration_tokens: how many tokens of calibration text the model generates; ``None`` where it generates none.
 
     """
 
@@ -121,6 +124,7 @@ class Recipe:
     seed: int
     allocation_seed: int
     device: str
+    calibration_tokens: int | None = None
 
     def to_json(self) -> str:
         """Return the canonical JSON text: the GGUF key ``nsds_gguf.recipe``."""

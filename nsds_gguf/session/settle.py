@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..allocate import ALLOCATORS, check_type
-from ..calibration import CALIBRATIONS
+from ..calibration import CALIBRATIONS, generated_text
 from ..calibration.imatrix import IMATRIX, Imatrix, read_imatrix
 from ..compute import BACKENDS
 from ..compute.decoder import what_is_missing
@@ -56,6 +56,7 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
     types = (options.uniform.upper(),) if options.uniform is not None else types
     metric, se = _metric(options, allocator, scores, scores_layers)
     rounding, calibration, note = _rounding(options, model, allocator, scores)
+    calibration = imatrix.name if imatrix is not None else calibration
     device, device_note = choose_device(options.device, model)
     recipe = Recipe(
         target=options.target,
@@ -63,7 +64,7 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
         types=types,
         tensor_types=options.tensor_types,
         rounding=rounding,
-        calibration=imatrix.name if imatrix is not None else calibration,
+        calibration=calibration,
         metric=metric,
         se=se,
         score_weight=options.score_weight,
@@ -71,6 +72,7 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
         seed=options.seed,
         allocation_seed=options.seed,
         device=device,
+        calibration_tokens=_calibration_tokens(options, calibration, scores),
     )
     check_possible(model, recipe)
     check_imatrix(model, recipe, imatrix)
@@ -188,6 +190,19 @@ def _rounding(options: Options, model: Model, allocator: str, scores: Scores | N
     calibration = _open(options.calibration, GENERATED if needs_hessians and not embeds(model) else RANDOM)
     is_own_choice = not ALLOCATORS[allocator].needs_costs or options.calibration not in (AUTO, GENERATED)
     return rounding, calibration, "" if is_own_choice or options.imatrix is not None else _rtn_note(obstacle)
+
+
+def _calibration_tokens(options: Options, calibration: str, scores: Scores | None) -> int | None:
+    """Return how many tokens the model generates; ``None`` where it generates none, and none are asked for."""
+    if calibration == GENERATED:
+        measured = None if scores is None else scores.recipe.calibration_tokens
+        return options.calibration_tokens or measured or generated_text.N_TOKENS
+    if options.calibration_tokens is not None:
+        raise PlanError(
+            f"--calibration-tokens counts text that the model generates, and the calibration is {calibration}; drop "
+            f"it, or pass --calibration {GENERATED}"
+        )
+    return None
 
 
 def _rtn_note(obstacle: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
 from nsds_gguf.llamacpp import ggml
@@ -23,7 +24,7 @@ _DETERMINED = 1e-6  # a determinant below this share of the product of the diago
 def round_rows(rows: Float32, type_name: str, factors: HessianFactors, n_descents: int) -> Blocks:
     """Round rows, ``(n_rows, n_cols)`` float32, with ``n_descents`` passes of descent over every block."""
     format = FORMATS[type_name]
-    weights = np.ascontiguousarray(rows.T)
+    weights = np.ascontiguousarray(rows[:, factors.order].T)
     errors = np.empty_like(weights)
     rounded = []
     for start in range(0, len(weights), format.block):
@@ -39,7 +40,31 @@ def round_rows(rows: Float32, type_name: str, factors: HessianFactors, n_descent
             work.descend(form)
         errors[columns] = work.errors - pull
         rounded.append(work.blocks())
-    return joined(rounded)
+    return in_place(joined(rounded), factors.order, format)
+
+
+def order_of(columns: list[int], diagonal: Float32, sizes: tuple[int, ...] = (256, 32, 16)) -> list[int]:
+    """Return columns in the order of rounding: blocks of the first size by falling mean, and so on within each."""
+    if not sizes:
+        return sorted(columns, key=lambda j: -diagonal[j])
+    size, *smaller = sizes
+    if len(columns) % size:
+        return order_of(columns, diagonal, tuple(smaller))
+    groups = [columns[i : i + size] for i in range(0, len(columns), size)]
+    groups.sort(key=lambda group: -sum(diagonal[j] for j in group))
+    return [j for group in groups for j in order_of(group, diagonal, tuple(smaller))]
+
+
+def in_place(blocks: Blocks, order: NDArray[np.int64], format: Format) -> Blocks:
+    """Return blocks whose columns are in the order of rounding with every column where the matrix has it."""
+    found = Blocks(*(np.empty_like(x) for x in (blocks.codes, blocks.s, blocks.m, blocks.d, blocks.dmin)))
+    for place, column in enumerate(order):
+        (to, within), (at, rounded) = divmod(column, format.block), divmod(place, format.block)
+        (sub, j), (other, i) = divmod(within, format.sub), divmod(rounded, format.sub)
+        found.codes[:, to, sub, j] = blocks.codes[:, at, other, i]
+        found.s[:, to, sub], found.m[:, to, sub] = blocks.s[:, at, other], blocks.m[:, at, other]
+        found.d[:, to], found.dmin[:, to] = blocks.d[:, at], blocks.dmin[:, at]
+    return found
 
 
 class _Columns:

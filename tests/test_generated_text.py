@@ -8,6 +8,7 @@ import re
 import signal
 import threading
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,6 +117,8 @@ def test_as_many_tokens_as_wanted(tiny, monkeypatch):
     assert np.array_equal(tokens, write_tokens(tiny, n_sequences=5, length=64, n_threads=1))
     assert seen[-1] == (320, 320)
     assert seen == sorted(seen)
+    fewer = generated_tokens(replace(request, n_tokens=100))
+    assert np.array_equal(fewer, write_tokens(tiny, n_sequences=2, length=64, n_threads=1))
 
 
 def test_weights_of_what_the_text_reaches_and_of_the_rest(folder):
@@ -193,6 +196,9 @@ def test_a_gguf_generates_its_own_text(folder, tmp_path, monkeypatch):
     assert planned.plans[0].notes.count(scores.notes[-1]) == 1
     uniform = Options(uniform="Q4_K", **GENERATED)
     assert plan(file.path, uniform, run=Run(1)).plans[0].notes[-1] == scores.notes[-1]
+    more = plan(file.path, replace(uniform, calibration_tokens=700), run=Run(1)).plans[0]
+    assert more.recipe.calibration_tokens == 700
+    assert more.notes[-1].startswith("Column weights come from 768 tokens")
     assert list(tmp_path.iterdir()) == [file.path]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gptq_oracle
@@ -15,7 +16,7 @@ from nsds_gguf.quantize import formats, kernel
 from nsds_gguf.quantize.cholesky import cholesky
 from nsds_gguf.quantize.formats import FORMATS
 from nsds_gguf.quantize.gptq import GptqQuantizer
-from nsds_gguf.quantize.hessian_factors import HessianFactors, factor_hessian
+from nsds_gguf.quantize.hessian_factors import HessianFactors, factor_hessian, rounding_order
 from nsds_gguf.system.resources import blas_threads
 
 
@@ -101,6 +102,13 @@ def compare(rows, name, factors, n_descents, variant=""):
     return ours, errors, oracle, measured
 
 
+def damped(hessian):
+    """Return a Hessian after shrinkage and damping as ``factor_hessian`` has by default, in float64."""
+    found = 0.95 * hessian.astype(np.float64)
+    np.fill_diagonal(found, hessian.diagonal() + 1e-3 * hessian.diagonal().mean())
+    return found
+
+
 FIELDS = ("codes", "s", "m", "d", "dmin")
 
 
@@ -114,7 +122,7 @@ def test_scales_are_ggmls_bit_for_bit_where_columns_do_not_mix(name, variant):
     rows[5] *= 1e-30
     rows[6] *= 1e8  # its scales are infinite, and so are errors to the right of its first block
     rows[7] = 1
-    factors = HessianFactors(np.eye(512, dtype=np.float32), variances, variances)
+    factors = HessianFactors(np.eye(512, dtype=np.float32), variances, variances, np.arange(512))
     ours, _ = kernel.round_rows(rows, name, factors, 0, variant)
     n = FORMATS[name].block
     theirs = formats.joined([
@@ -138,6 +146,45 @@ def test_the_compiled_loop_rounds_as_the_oracle(name, n_descents):
     np.testing.assert_allclose(errors[~rows_apart], measured[~rows_apart], rtol=3e-3)
     assert (ours.codes != oracle.codes).mean() < 0.01
     assert all(getattr(ours, field).dtype == getattr(oracle, field).dtype for field in FIELDS)
+
+
+def test_columns_with_large_inputs_are_rounded_first():
+    diagonal = np.ones(64, np.float32)
+    diagonal[[3, 20, 40, 50]] = 2, 4, 3, 30
+    found = rounding_order(diagonal)
+    assert list(found[:18]) == [50, 48, 49, *range(51, 64), 40, 32]  # the second block, its second half
+    assert list(found[32:50]) == [20, *range(16, 20), *range(21, 32), 3, 0]
+
+
+@pytest.mark.parametrize("n_cols", [16, 96, 160, 512, 1000, 1280])
+def test_the_order_is_that_of_the_definition(n_cols):
+    rng = np.random.default_rng(n_cols)
+    for diagonal in (rng.gamma(0.3, 1, n_cols), rng.integers(0, 3, n_cols) * 0.5, np.zeros(n_cols)):
+        assert list(rounding_order(diagonal)) == gptq_oracle.order_of(list(range(n_cols)), diagonal)
+
+
+@pytest.mark.parametrize("name", COVERED_TYPES)
+def test_moving_columns_moves_their_weights(name):
+    order = rounding_order(np.random.default_rng(8).gamma(0.3, 1, 768))
+    blocks = FORMATS[name].unpack(ggml.quantize(random_rows(3, 768), name))
+    moved = FORMATS[name].dequantize(blocks.reordered(order))
+    np.testing.assert_array_equal(moved[:, order], FORMATS[name].dequantize(blocks))
+    assert not np.array_equal(moved, moved[:, order])
+
+
+@pytest.mark.parametrize("name", COVERED_TYPES)
+def test_the_order_lowers_the_error(name):
+    rows, widths = random_rows(100, 768), np.exp(np.random.default_rng(2).standard_normal(768))
+    hessian = random_hessian(768) * np.outer(widths, widths)
+    factors, identity = factor_hessian(hessian), np.arange(768)
+    lower = np.linalg.cholesky(damped(hessian)[::-1, ::-1])[::-1, ::-1]
+    pivots = lower.diagonal()
+    plain = HessianFactors(
+        (lower / pivots).astype(np.float32), np.square(pivots).astype(np.float32), factors.diagonal, identity
+    )
+    np.testing.assert_allclose(plain.row_errors(rows), factors.row_errors(rows), rtol=1e-4)
+    ours, theirs = (kernel.round_rows(rows, name, each, 1)[1].sum() for each in (factors, plain))
+    assert ours < 0.99 * theirs
 
 
 @pytest.mark.parametrize("name", COVERED_TYPES)
@@ -164,15 +211,17 @@ def test_a_row_does_not_depend_on_the_others(name, variant):
 
 @pytest.mark.parametrize("name", COVERED_TYPES)
 def test_instruction_sets_agree(name):
-    rows, factors = random_rows(40), factor_hessian(random_hessian())
+    rows, factors = random_rows(200), factor_hessian(random_hessian())
     found = [kernel.round_rows(rows, name, factors, 1, variant)[1].sum() for variant in kernel.variants()]
     assert found == pytest.approx([found[0]] * len(found), rel=2e-3)
 
 
 def test_the_compiled_loop_refuses_arrays_that_do_not_match():
     factors = factor_hessian(random_hessian())
-    with pytest.raises(ValueError, match=r"^arrays of rows, columns and results have sizes that do not match$"):
+    with pytest.raises(ValueError, match=r"^wanted factors of 256 columns, got 512$"):
         kernel.round_rows(random_rows(2, 256), "Q4_K", factors, 1)
+    with pytest.raises(ValueError, match=r"^arrays of rows, columns and results have sizes that do not match$"):
+        kernel.round_rows(random_rows(2), "Q4_K", replace(factors, upper=factors.upper[:256]), 1)
     with pytest.raises(ValueError, match=r"^no variant sse9 for this processor$"):
         kernel.round_rows(random_rows(2), "Q4_K", factors, 1, "sse9")
 
@@ -205,17 +254,21 @@ def test_gptq_rounds_what_a_naive_loop_finds_best(loop, name, monkeypatch):
     else:
         found = gptq_oracle.round_rows(rows, name, factors, 0)
         assert list(seen) == [0, format.block]
-    rounded = format.dequantize(found).astype(np.float64)
-    for r, row in enumerate(rows.astype(np.float64)):
-        for i, start in enumerate((0, format.block)):
-            scale, offset = (np.repeat(x[r, i], format.sub).astype(np.float64) for x in (found.scale, found.offset))
+    order = factors.order
+    rounded, hessian = format.dequantize(found).astype(np.float64)[:, order], hessian[np.ix_(order, order)]
+    for r, row in enumerate(rows[:, order].astype(np.float64)):
+        for start in (0, format.block):
+            scale, offset = (
+                np.repeat(x[r].ravel(), format.sub)[order[start:]].astype(np.float64)
+                for x in (found.scale, found.offset)
+            )
             targets = best_targets(row, rounded[r, :start], hessian)[: format.block]
             if loop == "oracle":
                 np.testing.assert_allclose(seen[start][r], targets, atol=1e-4 * np.abs(row).max())
             for j in range(format.block):
                 target = best_targets(row, rounded[r, : start + j], hessian)[0]
                 distances = np.abs(scale[j] * format.levels - offset[j] - target)
-                taken = distances[found.codes.reshape(2, n_cols)[r, start + j]]
+                taken = distances[found.codes.reshape(2, n_cols)[r, order[start + j]]]
                 assert taken <= distances.min() + 1e-4 * np.abs(row).max()
 
 

@@ -82,6 +82,22 @@ def test_rounding_and_calibration(
     assert len(found.notes) == bool(obstacle) and all(obstacle in note for note in found.notes)
 
 
+def test_tokens_that_the_model_generates(model: Model) -> None:
+    made = scores_of(model, recipe(rounding="gptq", calibration="generated", calibration_tokens=5000))
+    asked = replace(OPEN, calibration_tokens=20_000)
+    assert settle(OPEN, model).recipe.calibration_tokens == 8192
+    assert settle(asked, model).recipe.calibration_tokens == 20_000
+    assert settle(OPEN, model, made).recipe.calibration_tokens == 5000
+    assert settle(asked, model, made).recipe.calibration_tokens == 20_000
+    assert settle(replace(OPEN, rounding="rtn"), model).recipe.calibration_tokens is None
+    with pytest.raises(PlanError) as caught:
+        settle(replace(asked, rounding="rtn"), model)
+    assert str(caught.value) == (
+        "--calibration-tokens counts text that the model generates, and the calibration is random; drop it, or pass "
+        "--calibration generated"
+    )
+
+
 def test_an_importance_matrix_is_the_calibration(model: Model, tmp_path: Path) -> None:
     found = settle(replace(OPEN, imatrix=imatrix_file(tmp_path / "x.dat")), model)
     assert found.imatrix is not None and found.recipe.calibration == found.imatrix.name

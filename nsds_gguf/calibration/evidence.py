@@ -76,6 +76,7 @@ class TokenRequest:
         n_threads: CPU threads.
         seed: of random choices.
         progress: called with (tokens done, total) if they take long.
+        n_tokens: how many to generate; default: ``generated_text.N_TOKENS``.
 
     """
 
@@ -85,6 +86,7 @@ class TokenRequest:
     n_threads: int | None = None
     seed: int = 0
     progress: Progress = no_progress
+    n_tokens: int | None = None
 
 
 def column_weights(calibration: Calibration, model: Model) -> dict[str, Float32]:

@@ -75,10 +75,11 @@ class GeneratedText(RandomTokens):
 
 
 def generated_tokens(request: TokenRequest) -> Tokens:
-    """Generate ``N_TOKENS`` tokens in sequences of ``LENGTH``."""
+    """Generate the tokens in sequences of ``LENGTH``: as many sequences as hold them all."""
+    n_tokens = request.n_tokens or N_TOKENS
     with request.original() as file:
         tokens = write_tokens(
-            file, n_sequences=-(-N_TOKENS // LENGTH), length=LENGTH, seed=request.seed,
+            file, n_sequences=-(-n_tokens // LENGTH), length=LENGTH, seed=request.seed,
             n_threads=request.n_threads, progress=request.progress,
         )  # fmt: skip
     return tokens.astype(np.int64)

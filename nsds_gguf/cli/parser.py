@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..allocate import ALLOCATORS, LARGER_TYPES, PREFERENCES, parse_tensor_type
 from ..calibration import CALIBRATIONS
+from ..calibration.generated_text import LENGTH, N_TOKENS
+from ..calibration.kinds import N_SEQUENCES_GENERATED
 from ..comparison import DEFAULT_PRESETS, N_SEEDS
 from ..compute import BACKENDS
 from ..evaluate.perplexity import DEFAULT_BATCH, MIN_CTX
@@ -354,6 +356,9 @@ def _add_rounding(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration", choices=(AUTO, *CALIBRATIONS),
                        help=f"where column weights and Hessians come from: {_choices(CALIBRATIONS)} "
                        f"(default: {GENERATED} with gptq, {RANDOM} with rtn)")  # fmt: skip
+    group.add_argument("--calibration-tokens", metavar="N", type=_integer_from(N_SEQUENCES_GENERATED * LENGTH),
+                       help=f"tokens of text that the model generates for --calibration {GENERATED}; more take longer "
+                       f"and leave less divergence (default: {N_TOKENS})")  # fmt: skip
     group.add_argument("--imatrix", metavar="FILE", type=Path,
                        help="take column weights from a llama.cpp importance matrix (GGUF or .dat)")  # fmt: skip
     group.add_argument("--device", choices=(AUTO, *BACKENDS),

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 from .. import __version__
 from ..allocate import ALLOCATORS, decided_by
+from ..calibration.generated_text import N_TOKENS
 from ..calibration.imatrix import IMATRIX
 from ..errors import PlanError, RecordError
 from ..evaluate.inspect import FoundTensor, Inspection
@@ -194,8 +195,8 @@ def command(plan: Plan, model: str) -> str:
     words += ["--imatrix", "FILE"] if from_file else ["--calibration", recipe.calibration]
     if ALLOCATORS[recipe.allocator].uses_layers(recipe.score_weight):
         words += ["--metric", str(recipe.metric)] + (["--se", recipe.se] if recipe.se else [])
-    defaults = vars(Options())
-    for name in ("score_weight", "prefer", "seed", "device"):
+    defaults = {**vars(Options()), "calibration_tokens": N_TOKENS if recipe.calibration_tokens else None}
+    for name in ("score_weight", "prefer", "seed", "device", "calibration_tokens"):
         value = getattr(recipe, name)
         if value != defaults[name]:
             words += [f"--{name.replace('_', '-')}", f"{value:.17g}" if isinstance(value, float) else str(value)]

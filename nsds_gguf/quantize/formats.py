@@ -73,6 +73,19 @@ class Blocks:
         offset: Float32 = self.dmin[..., None] * self.m
         return offset
 
+    def reordered(self, order: NDArray[np.int64]) -> Blocks:
+        """Return the blocks with column j moved to ``order[j]``; columns of a sub-block stay in one, as do sub-blocks.
+
+        ``order`` is a permutation, ``(n_cols,)``.
+        """
+        n_rows, _, n_sub, sub = self.codes.shape
+        place = np.argsort(order)
+        subs, blocks = place[::sub] // sub, place[:: n_sub * sub] // (n_sub * sub)
+        codes = np.take(self.codes.reshape(n_rows, -1), place, axis=1).reshape(self.codes.shape)
+        s, m = (np.take(x.reshape(n_rows, -1), subs, axis=1).reshape(x.shape) for x in (self.s, self.m))
+        d, dmin = (np.take(x, blocks, axis=1) for x in (self.d, self.dmin))
+        return Blocks(codes, s, m, d, dmin)
+
 
 @dataclass(frozen=True)
 class _Field:

@@ -9,7 +9,8 @@ left to right,
 so the best choice for column j, given the columns to its left, is to round t_j instead of w_j. This is GPTQ (Frantar et
 al., arXiv 2210.17323) in the form LDLQ (Chee et al., arXiv 2307.13304, section 3.1), which needs no inverse.
 
-Columns are rounded block by block. With a for all columns to the left of block b, the share of b in the sum is
+Columns are rounded block by block, in an order of the factors (``rounding_order``), by which left and right are meant.
+With a for all columns to the left of block b, the share of b in the sum is
 
     (g_b - q_b)^T S_b (g_b - q_b),   S_b = U_bb diag(v_b) U_bb^T,   g_b = w_b + U_bb^-T U_ab^T e_a,
 

@@ -20,7 +20,7 @@ from ..errors import GgmlError, ModelError
 from ..llamacpp import ggml
 from ..records import Float32, Float64, Tensor
 from .formats import FORMATS, Blocks, Format, UInt8, joined
-from .hessian_factors import HessianFactors
+from .hessian_factors import HessianFactors, rounding_order
 from .quantizer import Quantizer
 from .rtn import make_rtn
 from .scales_torch import find_scales
@@ -36,7 +36,8 @@ def factor_hessian_on(
 ) -> HessianFactors:
     """Factor a Hessian in float64 on a device; arguments, result and errors are those of ``factor_hessian``."""
     with memory_told():
-        h = torch.from_numpy(np.ascontiguousarray(hessian)).to(device).double()
+        order = rounding_order(hessian.diagonal())
+        h = torch.from_numpy(hessian[np.ix_(order, order)]).to(device).double()
         diagonal = h.diagonal().clone()
         mean = float(diagonal.mean())
         if not torch.isfinite(h).all() or mean <= 0:
@@ -49,8 +50,9 @@ def factor_hessian_on(
             raise ModelError(f"Hessian: not positive definite with shrinkage {shrinkage:g} and damping {damping:g}")
         upper = lower.flip(0, 1)
         pivots = upper.diagonal().clone()
-        parts = upper / pivots, pivots.square(), diagonal
-    return HessianFactors(*(part.float().cpu().numpy() for part in parts))
+        found, variances = (part.float().cpu().numpy() for part in (upper / pivots, pivots.square()))
+    kept = (hessian.diagonal() + damping * mean).astype(np.float32)
+    return HessianFactors(found, variances, kept, order)
 
 
 @dataclass(frozen=True)
@@ -109,11 +111,11 @@ class TorchGptqQuantizer:
     def _round_tile(self, tile: Float32, type_name: str) -> tuple[Blocks, Float64]:
         with _on_device, memory_told(), exact_products(), torch.no_grad():
             factors = _factors_on(self.device, self.factors)
-            weights = torch.from_numpy(np.ascontiguousarray(tile.T)).to(self.device)
+            weights = torch.from_numpy(tile.T[self.factors.order]).to(self.device)
             blocks, errors = round_columns(weights, type_name, factors, self.n_descents)
             reduced = factors.upper.T @ errors
             squared: Float64 = (factors.variances.double() @ reduced.double().square_()).cpu().numpy()
-        return blocks, squared
+        return blocks.reordered(self.factors.order), squared
 
 
 def make_gptq_on(device: str, tensor: Tensor, weights: Float32 | None, factors: HessianFactors | None) -> Quantizer:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,44 +25,73 @@ DAMPING = 1e-3  # share of the mean of a Hessian's diagonal that is added to it
 
 _IN_MEMORY = 3  # factors in memory: of the current tensor, the next one, and one spare
 _PANEL = 256  # columns of one matrix product over a triangle
+_NESTED = (16, 32, 256)  # columns of blocks and sub-blocks of all formats
+
+Int64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class HessianFactors:
-    """A Hessian ``H = U diag(v) U^T``, for all matrices with the same input.
+    """A Hessian ``H``, for all matrices with the same input, its columns in the order in which they are rounded.
+
+    ``H[order][:, order] = U diag(v) U^T``.
 
     Attributes:
         upper: ``(n_cols, n_cols)`` float32, U: unit upper triangular.
-        variances: ``(n_cols,)`` float32, v: variance of each column given the columns to its right.
-        diagonal: ``(n_cols,)`` float32, diagonal of H.
+        variances: ``(n_cols,)`` float32, v: variance of each column given the columns that are rounded after it.
+        diagonal: ``(n_cols,)`` float32, diagonal of H, in the order of the matrix.
+        order: ``(n_cols,)`` int64, the column of the matrix that is rounded first, second and so on.
 
     """
 
     upper: Float32
     variances: Float32
     diagonal: Float32
+    order: Int64
 
     def row_errors(self, errors: Float32) -> Float64:
         """Return ``e^T H e`` of every row: ``(n_rows, n_cols)`` float32 to ``(n_rows,)``."""
         total: Float64 = np.zeros(len(errors))
+        ordered = errors[:, self.order]
         for start in range(0, errors.shape[1], _PANEL):
             stop = min(start + _PANEL, errors.shape[1])
-            reduced = errors[:, :stop] @ self.upper[:stop, start:stop]
+            reduced = ordered[:, :stop] @ self.upper[:stop, start:stop]
             total += np.square(reduced, out=reduced) @ self.variances[start:stop]
         return total
 
     def spread(self, order: NDArray[np.intp]) -> HessianFactors:
         """Return the factors for padded columns: column i is column ``order[i]``, or always zero where it is negative.
 
-        Zero inputs get the variance that damping gives dead columns, and no tie to other columns.
+        Zero inputs get the variance that damping gives dead columns, and no tie to other columns. The columns are
+        ordered and factored anew: their blocks are those of the padded rows.
         """
         stored = np.flatnonzero(order >= 0)
-        upper = np.eye(len(order), dtype=np.float32)
-        upper[np.ix_(stored, stored)] = self.upper
-        dead = np.float32(DAMPING * self.diagonal.mean())
-        variances, diagonal = np.full(len(order), dead), np.full(len(order), dead)
-        variances[stored], diagonal[stored] = self.variances, self.diagonal
-        return HessianFactors(upper, variances, diagonal)
+        mine: Float64 = (self.upper * self.variances).astype(np.float64) @ self.upper.T
+        place = np.empty(len(stored), dtype=np.intp)  # of each column of this Hessian among the padded ones
+        place[order[stored]] = stored
+        padded = np.zeros((len(order), len(order)))
+        padded[np.ix_(place[self.order], place[self.order])] = mine
+        dead = np.flatnonzero(order < 0)
+        padded[dead, dead] = DAMPING * self.diagonal.mean()
+        return factor_hessian(padded, shrinkage=0.0, damping=0.0)
+
+
+def rounding_order(diagonal: NDArray[np.floating]) -> Int64:
+    """Return the order in which GPTQ rounds columns: those with large inputs first, as later columns compensate them.
+
+    Blocks of 256 columns come by falling mean of the diagonal; so do the blocks of 32 within them, those of 16 within
+    these, and single columns last. So every block and sub-block of every type keeps its columns, and they stay
+    neighbours (Frantar et al., arXiv 2210.17323, call the order of single columns act-order).
+
+    Args:
+        diagonal: ``(n_cols,)`` of a Hessian.
+
+    """
+    keys, numbers = list[NDArray[Any]]([-diagonal]), np.arange(len(diagonal))
+    for size in (each for each in _NESTED if len(diagonal) % each == 0):
+        means = diagonal.reshape(-1, size).mean(axis=1)
+        keys += [numbers // size, -means.repeat(size)]
+    return np.lexsort(keys)
 
 
 def factor_hessian(
@@ -85,7 +115,11 @@ def factor_hessian(
 
     """
     n_cols = len(hessian)
-    reverse: Float64 = np.array(hessian[::-1, ::-1], dtype=np.float64, order="C")
+    order = rounding_order(hessian.diagonal())
+    reverse: Float64 = np.empty(hessian.shape)
+    for start in range(0, n_cols, _PANEL):
+        rows = order[::-1][start : start + _PANEL]
+        reverse[start : start + _PANEL] = hessian[np.ix_(rows, order[::-1])]
     diagonal = reverse.diagonal().copy()
     mean = float(diagonal.mean())
     if not np.isfinite(reverse).all() or mean <= 0:
@@ -97,14 +131,15 @@ def factor_hessian(
     if failed:
         raise ModelError(
             f"Hessian: not positive definite with shrinkage {shrinkage:g} and damping {damping:g} (column "
-            f"{n_cols - failed})"
+            f"{order[n_cols - failed]})"
         )
     pivots = reverse.diagonal()[::-1].copy()
     upper = np.empty((n_cols, n_cols), dtype=np.float32)
     for start in range(0, n_cols, _PANEL):
         stop = min(start + _PANEL, n_cols)
         upper[:, start:stop] = reverse[::-1, n_cols - stop : n_cols - start][:, ::-1] / pivots[start:stop]
-    return HessianFactors(upper, np.square(pivots).astype(np.float32), diagonal[::-1].astype(np.float32))
+    kept = hessian.diagonal() + damping * mean
+    return HessianFactors(upper, np.square(pivots).astype(np.float32), kept.astype(np.float32), order)
 
 
 class _Recent:

@@ -39,10 +39,14 @@ def round_rows(
         ValueError: arrays of sizes that do not match.
 
     """
-    blocks, errors = _empty(rows, type_name)
-    x, upper, variances = (np.ascontiguousarray(a, dtype=np.float32) for a in (rows, factors.upper, factors.variances))
+    if len(factors.order) != rows.shape[1]:
+        raise ValueError(f"wanted factors of {rows.shape[1]} columns, got {len(factors.order)}")
+    (blocks, errors), ordered = _empty(rows, type_name), np.take(rows, factors.order, axis=1)
+    x, upper, variances = (
+        np.ascontiguousarray(each, dtype=np.float32) for each in (ordered, factors.upper, factors.variances)
+    )
     _round_rows(x, upper, variances, type_name, n_descents, *_arrays(blocks), errors, variant)
-    return blocks, errors
+    return blocks.reordered(factors.order), errors
 
 
 def nearest_rows(rows: Float32, type_name: str, columns: Float32, variant: str = "") -> tuple[Blocks, Float64]:

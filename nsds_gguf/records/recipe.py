@@ -81,6 +81,7 @@ class Options:
         device: key of ``compute.BACKENDS``.
         pad: ``on`` pads the residual stream with zeros to a multiple of 256, ``off`` never does; ``AUTO``: where the
             budget is out of reach otherwise, or padding adds little and the predicted divergence is less.
+        calibration_tokens: how many tokens of calibration text the model generates; default: 8192.
 
     """
 
@@ -101,6 +102,7 @@ class Options:
     seed: int = 0
     device: str = AUTO
     pad: str = AUTO
+    calibration_tokens: int | None = None
 
     @property
     def target(self) -> Target | None:
@@ -129,6 +131,7 @@ class Recipe:
         allocation_seed: of the allocator ``random``.
         device: key of ``compute.BACKENDS``.
         padding: ``width`` where the residual stream is padded with zeros (``quantize.padding``), else ``None``.
+        calibration_tokens: how many tokens of calibration text the model generates; ``None`` where it generates none.
 
     """
 
@@ -146,6 +149,7 @@ class Recipe:
     allocation_seed: int
     device: str
     padding: str | None = None
+    calibration_tokens: int | None = None
 
     def to_json(self) -> str:
         """Return the canonical JSON text: the GGUF key ``nsds_gguf.recipe``."""

@@ -49,7 +49,7 @@ from .settle import check_imatrix, rounds_by_hessians, weighs_columns
 
 FileOf = Callable[[], AbstractContextManager[Path]]
 
-_Source = tuple[str, int, str]  # whose tokens, of what seed, computed by what
+_Source = tuple[str, int, int | None, str]  # whose tokens, of what seed, how many, computed by what
 
 
 class Calibrated:
@@ -86,7 +86,7 @@ class Calibrated:
         self.model, self.imatrix = model, imatrix
         self._run, self._files, self._fast_copy, self._store = run, files, fast_copy, store
         self._workers = workers or Threads(run.n_threads)
-        self._tokens: dict[tuple[str, int, bool], Tokens] = {}
+        self._tokens: dict[tuple[str, int, int | None, bool], Tokens] = {}
         self._sensitivities: dict[_Source, Sensitivities] = {}
         self._callback_moments: dict[_Source, dict[str, Moments]] = {}
         self._hessians: dict[_Source, HessianFiles] = {}
@@ -117,7 +117,8 @@ class Calibrated:
     def _keyed(self, kind: CalibrationKind, recipe: Recipe, *parts: object) -> Store | None:
         """Return the store for results that depend on the tokens of a calibration."""
         made_by = llama.llama_build() if kind.is_generated else ""
-        return self._store and self._store.keyed(kind.token_source, recipe.seed, made_by, *parts)
+        tokens = kind.token_source, recipe.seed, recipe.calibration_tokens
+        return self._store and self._store.keyed(*tokens, made_by, *parts)
 
     def equalization(self, recipe: Recipe) -> Equalization:
         """Return the channel equalization; empty where costs do not count or the Fisher pass does not apply."""
@@ -187,11 +188,12 @@ class Calibrated:
         """Return the tokens of a calibration; none where the Fisher pass does not support the model."""
         if what_is_missing(self.model) and not kind.is_generated:
             return np.zeros((0, 1), np.int64)
-        key = kind.token_source, recipe.seed, for_hessians and not kind.is_generated
+        key = kind.token_source, recipe.seed, recipe.calibration_tokens, for_hessians and not kind.is_generated
         if key not in self._tokens:
             request = TokenRequest(
-                self.model, self._fast_copy, for_hessians, n_threads=self._run.n_threads, seed=recipe.seed
-            )
+                self.model, self._fast_copy, for_hessians, n_threads=self._run.n_threads, seed=recipe.seed,
+                n_tokens=recipe.calibration_tokens,
+            )  # fmt: skip
             if kind.is_generated:
                 store = self._keyed(kind, recipe)
                 self._tokens[key] = kept_tokens(store, "generated text", lambda: self._generated(kind, request))
@@ -202,10 +204,9 @@ class Calibrated:
         return self._tokens[key]
 
     def _generated(self, kind: CalibrationKind, request: TokenRequest) -> Tokens:
-        seconds = generation_seconds(self.model, generated_text.N_TOKENS, self._run.n_threads)
-        self._run.report.say(
-            f"Generating {generated_text.N_TOKENS:,} tokens of calibration text: about {duration(seconds)}."
-        )
+        n_tokens = request.n_tokens or generated_text.N_TOKENS
+        seconds = generation_seconds(self.model, n_tokens, self._run.n_threads)
+        self._run.report.say(f"Generating {n_tokens:,} tokens of calibration text: about {duration(seconds)}.")
         n_blas = self._run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
         with self._fast_copy(), blas_threads(n_blas), self._run.report.stage(GENERATE) as progress:
             return kind.tokens(replace(request, progress=progress))
@@ -240,7 +241,7 @@ class Calibrated:
 
     def _hessian_files(self, kind: CalibrationKind, recipe: Recipe) -> HessianFiles:
         """Return files for the Hessians, none of them taken from the records yet."""
-        folder = self._files.path.absolute() / f"hessians-{kind.name}-{recipe.seed}"
+        folder = self._files.path.absolute() / f"hessians-{kind.name}-{recipe.seed}-{recipe.calibration_tokens}"
         folder.mkdir(exist_ok=True)
         store = self._keyed(kind, recipe, recipe.device, True)
         n_kept = 0 if store is None else store.n_bytes(HESSIANS) + store.n_bytes(FACTORS)
@@ -298,4 +299,4 @@ def _kind(recipe: Recipe) -> CalibrationKind:
 
 def _source(recipe: Recipe) -> _Source:
     """Return what recipes whose statistics are the same have in common."""
-    return _kind(recipe).token_source, recipe.seed, recipe.device
+    return _kind(recipe).token_source, recipe.seed, recipe.calibration_tokens, recipe.device

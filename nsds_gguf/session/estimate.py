@@ -176,7 +176,7 @@ def _rounding_seconds(model: Model, type_name: str, is_gptq: bool, rate: float) 
     if not is_gptq or type_name not in FORMATS:
         ggml.quantize(rows[:1], type_name)  # the first call sets up ggml's tables
         return _seconds(lambda: RtnQuantizer(ones, _TRIAL_ROWS).quantize(rows, type_name)) / rows.size
-    factors = HessianFactors(np.eye(_TRIAL_COLS, dtype=np.float32), ones, ones)
+    factors = HessianFactors(np.eye(_TRIAL_COLS, dtype=np.float32), ones, ones, np.arange(_TRIAL_COLS))
     n_weights = max(1, sum(model.by_name[name].n_weights for name in multiplied(model)))
     n_cols = sum(model.by_name[name].n_weights * model.by_name[name].n_cols for name in multiplied(model)) / n_weights
     trial = _seconds(lambda: round_rows(rows, type_name, factors, 1)) / rows.size

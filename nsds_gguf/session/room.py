@@ -96,8 +96,8 @@ def tell_time(model: Model, run: Run, jobs: Sequence[Recipe | Plan], verifying: 
             scores=not isinstance(job, Plan) and recipe.metric is not None,
             measures=not isinstance(job, Plan) and allocator.needs_costs,
             n_tokens=n_tokens if verifying.enabled else 0,
-            n_generated_tokens=N_TOKENS if generates else 0,
-            n_hessian_tokens=N_SEQUENCES_HESSIANS * N_POSITIONS if rounds_by_hessians(recipe) else 0,
+            n_generated_tokens=(recipe.calibration_tokens or N_TOKENS) if generates else 0,
+            n_hessian_tokens=_hessian_tokens(recipe),
         ),
         run.n_threads,
     )
@@ -106,6 +106,13 @@ def tell_time(model: Model, run: Run, jobs: Sequence[Recipe | Plan], verifying: 
         f"{run.n_threads} threads."
     )
     run.report.expect(stages)
+
+
+def _hessian_tokens(recipe: Recipe) -> int:
+    """Return the number of tokens that Hessians are made of; 0 without Hessians."""
+    if not rounds_by_hessians(recipe):
+        return 0
+    return recipe.calibration_tokens or N_SEQUENCES_HESSIANS * N_POSITIONS
 
 
 def _quantized_types(plan: Plan) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..allocate import ALLOCATORS, check_type, default_types
-from ..calibration import CALIBRATIONS
+from ..calibration import CALIBRATIONS, generated_text
 from ..calibration.imatrix import IMATRIX, Imatrix, read_imatrix
 from ..compute import BACKENDS
 from ..compute.decoder import what_is_missing
@@ -68,6 +68,7 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
     types = _types(options, model, allocator, scores)
     metric, se = _metric(options, allocator, scores, scores_layers)
     rounding, calibration, note = _rounding(replace(options, types=types), model, allocator, scores)
+    calibration = imatrix.name if imatrix is not None else calibration
     device, device_note = choose_device(options.device, model)
     recipe = Recipe(
         target=options.target,
@@ -75,7 +76,7 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
         types=types,
         tensor_types=options.tensor_types,
         rounding=rounding,
-        calibration=imatrix.name if imatrix is not None else calibration,
+        calibration=calibration,
         metric=metric,
         se=se,
         score_weight=options.score_weight,
@@ -83,6 +84,7 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
         seed=options.seed,
         allocation_seed=options.seed,
         device=device,
+        calibration_tokens=_calibration_tokens(options, calibration, scores),
     )
     recipe, alternative = settle_padding(options.pad, model, recipe, scores)
     check_possible(model, recipe)
@@ -222,6 +224,19 @@ def _rounding(options: Options, model: Model, allocator: str, scores: Scores | N
     calibration = _open(options.calibration, GENERATED if needs_hessians and not embeds(model) else RANDOM)
     is_own_choice = not ALLOCATORS[allocator].needs_costs or options.calibration not in (AUTO, GENERATED)
     return rounding, calibration, "" if is_own_choice or options.imatrix is not None else _rtn_note(obstacle)
+
+
+def _calibration_tokens(options: Options, calibration: str, scores: Scores | None) -> int | None:
+    """Return how many tokens the model generates; ``None`` where it generates none, and none are asked for."""
+    if calibration == GENERATED:
+        measured = None if scores is None else scores.recipe.calibration_tokens
+        return options.calibration_tokens or measured or generated_text.N_TOKENS
+    if options.calibration_tokens is not None:
+        raise PlanError(
+            f"--calibration-tokens counts text that the model generates, and the calibration is {calibration}; drop "
+            f"it, or pass --calibration {GENERATED}"
+        )
+    return None
 
 
 def _rtn_note(obstacle: str) -> str:

@@ -19,7 +19,7 @@ from zoo_specs import SPECS, write_spec
 
 from nsds_gguf import conversion
 from nsds_gguf.conversion import convert
-from nsds_gguf.errors import PlanError, RecordError
+from nsds_gguf.errors import PlanError, RecordError, TargetError
 from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.llamacpp.gguf_header import read_gguf_header
@@ -190,7 +190,7 @@ def model(folder: Path) -> Model:
     [
         (Options(target_bpw=4), "width", False),  # 4.1 without
         (Options(target_size=400_000), "width", False),
-        (Options(target_bpw=2), None, False),  # out of reach for both
+        (Options(target_bpw=2), "width", False),  # out of reach for both
         (Options(target_bpw=4.5), None, True),
         (Options(target_bpw=4.5, pad="off"), None, False),
         (Options(target_bpw=4.5, pad="on"), "width", False),
@@ -205,6 +205,12 @@ def test_who_is_padded(model: Model, options: Options, padding: str | None, both
     assert (settled.recipe.padding, settled.alternative is not None) == (padding, both)
     if settled.alternative is not None:
         assert settled.alternative == replace(settled.recipe, padding="width")
+
+
+def test_the_nearest_feasible_target_is_a_padded_one(model: Model, folder: Path) -> None:
+    with pytest.raises(TargetError, match=r"the floor is 3\.046 bpw.*nearest feasible: --target-bpw 3\.047"):
+        _plans(folder, Options(target_bpw=2, rounding="rtn"))
+    assert settle(Options(target_bpw=3.05), model).recipe.padding == "width"
 
 
 def test_much_padding_serves_targets_out_of_reach_alone(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ..allocate import ALLOCATORS, candidates
+from ..allocate import ALLOCATORS, candidates, nearest_bpw
 from ..errors import PlanError
 from ..quantize.header import header_bytes
 from ..quantize.padding import WIDTH, laid_out, padded_width, padding_obstacle
-from ..records import AUTO, Model, Recipe, Scores
+from ..records import AUTO, Model, Recipe, Scores, Target
 
 # Values of ``Options.pad``, and what each does.
 PADDINGS: Mapping[str, str] = {
@@ -50,22 +50,18 @@ def settle_padding(wanted: str, model: Model, recipe: Recipe, scores: Scores | N
         return replace(recipe, padding=measured), None
     if wanted != AUTO:
         return (padded if wanted == "on" else recipe), None
-    if obstacle or not ALLOCATORS[recipe.allocator].needs_costs or not _reaches(model, padded):
-        return recipe, None
-    if not _reaches(model, recipe):
-        return padded, None
-    is_little = padded_width(model) <= (1 + LITTLE) * model.hparams.n_embd
-    return recipe, padded if is_little else None
-
-
-def _reaches(model: Model, recipe: Recipe) -> bool:
-    """Return whether the smallest types fit the budget; false without a budget or with an impossible one."""
     target = recipe.target
-    if target is None or not math.isfinite(target.value):
-        return False
-    laid = laid_out(model, recipe)
-    is_size = target.kind == "size"
+    if obstacle or not ALLOCATORS[recipe.allocator].needs_costs or target is None or not math.isfinite(target.value):
+        return recipe, None
+    floor, padded_floor = _floor(model, recipe, target), _floor(model, padded, target)
+    if floor > target.value:
+        return (padded if padded_floor < floor else recipe), None
+    is_little = padded_width(model) <= (1 + LITTLE) * model.hparams.n_embd
+    return recipe, padded if is_little and padded_floor <= target.value else None
+
+
+def _floor(model: Model, recipe: Recipe, target: Target) -> float:
+    """Return the smallest value that a target could have."""
+    laid, is_size = laid_out(model, recipe), target.kind == "size"
     floor = sum(each.cost(each.types[0], is_size) for each in candidates(laid, recipe.types, recipe.tensor_types))
-    if is_size:
-        return floor + header_bytes(laid, recipe) <= target.value
-    return floor <= math.floor(target.value * model.n_weights / 8)
+    return floor + header_bytes(laid, recipe) if is_size else nearest_bpw(floor, model.n_weights)

@@ -11,6 +11,7 @@ from .. import allocate, metrics
 from ..allocate import ALLOCATORS
 from ..calibration.hessians import note as hessian_note
 from ..calibration.imatrix import Imatrix
+from ..compute.decoder import what_is_missing
 from ..errors import told_of
 from ..evaluate.embedding import EmbeddingCheck, check_close, compare_embeddings
 from ..evaluate.perplexity import Perplexity, Window, check_sane, perplexity
@@ -28,6 +29,7 @@ from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
 from ..system.store import Store
 from ..system.workers import Threads, Workers
 from ..system.workfolder import WorkFolder
+from .agreement import agreement_note, is_bearable
 from .calibrated import Calibrated
 from .estimate import MEASURE, SCORE, VERIFY, WRITE
 from .finished import keep_cost, kept_cost, kept_layers, tell_costs
@@ -185,9 +187,21 @@ class Session:
         for padding in dict.fromkeys(recipe.padding for recipe in recipes):
             alike = [recipe for recipe in recipes if recipe.padding == padding]
             known[padding] = self._scored(alike) if scores is None else scores
-        return [
+        best = [
             self._best([self.plan(one, known[one.padding], each.notes) for one in each.recipes]) for each in settled
         ]
+        in_nats = not what_is_missing(self.model)
+        return [self._warned(plan, known, scores) if in_nats and not is_bearable(plan) else plan for plan in best]
+
+    def _warned(self, plan: Plan, known: dict[str | None, Scores | None], loaded: Scores | None) -> Plan:
+        """Return a plan with a note on what its divergence means; the better budget that it names is not padded."""
+        recipe = plan.recipe if loaded is not None else replace(plan.recipe, padding=None)
+        if recipe.padding not in known:
+            known[recipe.padding] = self._scored([recipe])
+        scores = known[recipe.padding]
+        if scores is None:
+            return plan
+        return replace(plan, notes=(*plan.notes, agreement_note(self.model, plan, recipe, scores)))
 
     def _scored(self, recipes: Sequence[Recipe]) -> Scores | None:
         """Return scores for recipes that differ in budget and types alone; ``None`` where they need none."""

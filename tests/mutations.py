@@ -54,7 +54,7 @@ _NEIGHBOURS = (
 _DEFAULT_LOCAL_THETA = 10000.0  # llama.cpp's (llama-hparams.h, rope_freq_base_train_swa)
 
 # Architectures that may rotate a part of each head.
-_PARTIAL = ("glm4", "glm4moe", "gptneox", "minimax-m2", "phi2", "phi3", "stablelm")
+_PARTIAL = ("glm4", "glm4moe", "gptneox", "minimax-m2", "qwen35", "qwen35moe", "qwen3next", "phi2", "phi3", "stablelm")
 
 # Pairs of roles that an error may exchange.
 _PAIRS = {
@@ -159,8 +159,8 @@ def _attention_mutations(model: Model) -> dict[str, Model]:
 def _norm_mutations(model: Model) -> dict[str, Model]:
     roles = sorted({tensor.role for tensor in model.tensors if tensor.role.endswith("norm")})
     mutants = {f"{role} of ones": _edited(model, re.escape(role), np.ones_like) for role in roles}
-    if model.architecture.startswith("gemma"):
-        mutants["norms without their 1"] = _edited(model, ".*norm", lambda gains: gains - 1)
+    if model.architecture.startswith(("gemma", "qwen3next", "qwen35")):
+        mutants["norms without their 1"] = _edited(model, "(?!ssm_).*norm", lambda gains: gains - 1)
     return mutants
 
 
@@ -208,6 +208,24 @@ def _family_mutations(model: Model) -> dict[str, Model]:
             "the other gating": _with_value(model, "expert_gating_func", 3 - gating),
             "attn_k_b: heads in another order": _edited(model, "attn_k_b", lambda heads: heads[::-1]),
             "attn_v_b: heads in another order": _edited(model, "attn_v_b", lambda heads: heads[::-1]),
+        }
+    if "shortconv.conv.weight" in roles:
+        return {
+            "shortconv.conv backwards": _edited(model, r"shortconv\.conv\.weight", lambda kernels: kernels[:, ::-1]),
+            "thirds of shortconv.in_proj turned": _edited(
+                model, r"shortconv\.in_proj\.weight", lambda rows: np.roll(rows, len(rows) // 3, axis=0)
+            ),
+        }
+    if "ssm_alpha" in roles or "ssm_ba" in roles:
+        return {
+            "ssm_a as its logarithm": _edited(model, "ssm_a", lambda rates: np.log(-rates)),
+            "ssm_conv1d backwards": _edited(model, "ssm_conv1d", lambda kernels: kernels[:, ::-1]),
+            "ssm_out: heads in another order": _edited(
+                model, "ssm_out", lambda rows: np.roll(rows, rows.shape[1] // 4, axis=1)
+            ),
+            "attn_gate: heads in another order": _edited(
+                model, "attn_gate", lambda rows: np.roll(rows, len(rows) // 4, axis=0)
+            ),
         }
     if "ssm_a" in roles:
         return {

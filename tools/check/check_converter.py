@@ -209,12 +209,21 @@ ALLOWED = (
         "of state spaces, which the model does not have",
     ),
     Allowed(
+        r"mistral3\.rope\.scaling\.yarn_beta_(fast|slow)",
+        "absent",
+        r"FLOAT32 (32|1)\.0",
+        "what llama.cpp assumes; other values are refused",
+    ),
+    Allowed(
         r"phi3\.rope\.scaling\.type",
         'STRING "longrope"',
         "absent",
         "names the kind of rope; llama.cpp computes it from the factors either way",
     ),
 )
+
+# Classes whose layers of multi-token prediction the converter would take too, and demands of some.
+_MTP_CLASSES = ("Glm4Moe", "Qwen3Next", "Qwen3_5")
 
 # Models that the converter stops at, and how.
 NOT_CONVERTED = {
@@ -277,7 +286,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         given = {folder.resolve().name: folder for folder in args.folders}
-        folders = given or {name: write_folder(work / name, name) for name in names()}
+        folders = given or {name: write_folder(work / name, name) for name in args.only or names()}
         outcomes, theirs = compare_all(folders, args.llama_cpp, args.transformers4, work)
     for outcome in outcomes:
         print(line(outcome))
@@ -295,10 +304,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--llama-cpp", type=Path, required=True, metavar="DIR", help="llama.cpp source tree")
     parser.add_argument("--transformers4", type=Path, required=True, metavar="DIR4", help="where transformers 4.57 is")
     parser.add_argument("--record", action="store_true", help="write the docs and the record of the tests")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these of the tests' own models")
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="model folders")
     args = parser.parse_args()
-    if args.record and args.folders:
-        parser.error("--record is for the tests' own models; drop the folders")
+    if args.record and (args.folders or args.only):
+        parser.error("--record is for all of the tests' own models; drop the folders and names")
     return args
 
 
@@ -313,7 +323,7 @@ def compare_all(
     failures = run_converter(old, llama_cpp, transformers4) | run_converter(new, llama_cpp)
     outcomes, entries = [], {}
     for name, path in ours.items():
-        class_name = json.loads((folders[name] / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        class_name = _class_name(folders[name])
         if isinstance(path, str):
             outcomes.append(Outcome(name, class_name, faults=(path,)))
         elif failures[name] is not None:
@@ -349,7 +359,13 @@ def _job(folder: Path, ours: Path, work: Path) -> dict[str, str]:
         "outfile": str(work / f"{ours.stem}.theirs"),
         "outtype": _OUTTYPES[file_type],
         "pre": header.metadata["tokenizer.ggml.pre"].value,
+        "options": "--no-mtp" if _class_name(folder).startswith(_MTP_CLASSES) else "",
     }
+
+
+def _class_name(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config["architectures"][0])
 
 
 def _is_form_4(folder: Path) -> bool:
@@ -361,7 +377,7 @@ def run_converter(
     jobs: Mapping[str, Mapping[str, str]], llama_cpp: Path, packages: Path | None = None
 ) -> dict[str, str | None]:
     """Run the converter on all jobs, ``packages`` before those installed; return what each said if it failed."""
-    command = [sys.executable, str(ROOT / "tools" / "run_converter.py"), str(llama_cpp)]
+    command = [sys.executable, str(ROOT / "tools" / "check" / "run_converter.py"), str(llama_cpp)]
     paths = [str(path) for path in (packages, os.environ.get("PYTHONPATH")) if path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(

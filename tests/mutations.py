@@ -98,6 +98,8 @@ def _computing_keys(model: Model) -> set[str]:
     """Return the names of the keys, less the architecture's, that llama.cpp computes with."""
     prefix = f"{model.architecture}."
     given = {key.removeprefix(prefix) for key in model.metadata} - set(_UNUSED_KEYS.get(model.architecture, ()))
+    if "rope.scaling.type" in given and model.metadata[f"{prefix}rope.scaling.type"].value == "none":
+        given -= {"rope.scaling.factor"}
     finetuned = model.metadata.get(f"{prefix}rope.scaling.finetuned")  # Granite 4: whether there is rope at all
     return given - {"rope.freq_base"} if finetuned is not None and not finetuned.value else given
 
@@ -191,7 +193,9 @@ def _family_mutations(model: Model) -> dict[str, Model]:
     if model.architecture in ("glm4", "phi3"):
         return {"halves of ffn_up exchanged": _edited(model, "ffn_up", lambda rows: np.roll(rows, len(rows) // 2, 0))}
     if model.architecture == "apertus":
-        return {f"{key} halved": _with_halves(model, key) for key in ("xielu.alpha_n", "xielu.alpha_p", "xielu.beta")}
+        return {
+            f"{key} one larger": _one_larger(model, key) for key in ("xielu.alpha_n", "xielu.alpha_p", "xielu.beta")
+        }
     if model.architecture == "gpt2":
         return {
             "position_embd one row late": _edited(model, "position_embd", lambda rows: np.roll(rows, 1, axis=0)),
@@ -310,11 +314,11 @@ def _scaled_key(model: Model, name: str, factor: float) -> Model:
     return _with_value(model, name, type(value)(factor * value))
 
 
-def _with_halves(model: Model, key: str) -> Model:
-    """Return the model with half of each number in a list that has no prefix."""
+def _one_larger(model: Model, key: str) -> Model:
+    """Return the model with 1 added to each number in a list that has no prefix."""
     entry = model.metadata[key]
-    halves = kv([value / 2 for value in entry.value], entry.type, entry.sub_type)
-    return replace(model, metadata={**model.metadata, key: halves})
+    larger = kv([value + 1 for value in entry.value], entry.type, entry.sub_type)
+    return replace(model, metadata={**model.metadata, key: larger})
 
 
 def _with_value(model: Model, name: str, value: float | bool) -> Model:

@@ -657,10 +657,10 @@ SPECS = {
         dtype="BF16",
         seed=366,
     ),
-    "lfm2moe": ZooSpec("Lfm2MoeForCausalLM", _LFM2_MOE, seed=370),
-    "qwen3next": ZooSpec("Qwen3NextForCausalLM", _QWEN3_NEXT, **_SHIFTED, seed=375),
+    "lfm2moe": ZooSpec("Lfm2MoeForCausalLM", _LFM2_MOE, seed=371),
+    "qwen3next": ZooSpec("Qwen3NextForCausalLM", _QWEN3_NEXT, **_SHIFTED, n_tokens=64, seed=376),
     "qwen3.5": ZooSpec("Qwen3_5ForCausalLM", _DELTA, **_SHIFTED, seed=380),
-    "qwen3.5-moe": ZooSpec("Qwen3_5MoeForCausalLM", _QWEN35_MOE, **_SHIFTED, seed=385),
+    "qwen3.5-moe": ZooSpec("Qwen3_5MoeForCausalLM", _QWEN35_MOE, **_SHIFTED, n_tokens=64, seed=385),
     "qwen3.5-multimodal": ZooSpec(
         "Qwen3_5ForConditionalGeneration",
         _multimodal("qwen3_5_text", _DELTA, "qwen3_5_vision"),
@@ -672,6 +672,7 @@ SPECS = {
         _multimodal("qwen3_5_moe_text", _QWEN35_MOE, "qwen3_5_moe_vision"),
         dtype="BF16",
         **_SHIFTED,
+        n_tokens=64,
         seed=386,
     ),
     "idefics3": ZooSpec(

@@ -209,16 +209,16 @@ ALLOWED = (
         "of state spaces, which the model does not have",
     ),
     Allowed(
-        r"mistral3\.rope\.scaling\.yarn_beta_(fast|slow)",
-        "absent",
-        r"FLOAT32 (32|1)\.0",
-        "what llama.cpp assumes; other values are refused",
-    ),
-    Allowed(
         r"phi3\.rope\.scaling\.type",
         'STRING "longrope"',
         "absent",
         "names the kind of rope; llama.cpp computes it from the factors either way",
+    ),
+    Allowed(
+        r"mistral3\.rope\.scaling\.yarn_beta_(fast|slow)",
+        "absent",
+        r"FLOAT32 (32|1)\.0",
+        "what llama.cpp assumes; other values are refused",
     ),
 )
 
@@ -307,8 +307,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these of the tests' own models")
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="model folders")
     args = parser.parse_args()
-    if args.record and (args.folders or args.only):
-        parser.error("--record is for all of the tests' own models; drop the folders and names")
+    if args.record and args.folders:
+        parser.error("--record is for the tests' own models; drop the folders")
     return args
 
 
@@ -425,10 +425,20 @@ def line(outcome: Outcome) -> str:
 
 
 def record(outcomes: Sequence[Outcome], theirs: Mapping[str, Entry]) -> None:
-    """Write the documentation and the golden record."""
-    golden = {o.name: to_record(theirs[o.name], o.ours) for o in outcomes if o.name in theirs and not o.faults}
+    """Write the documentation and the golden record; models that were not compared keep their lines."""
+    before = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
+    found = {o.name: to_record(theirs[o.name], o.ours) for o in outcomes if o.name in theirs and not o.faults}
+    compared = {o.name for o in outcomes}
+    golden = {name: found.get(name, before.get(name)) for name in names() if name in found or name not in compared}
+    golden = {name: entry for name, entry in golden.items() if entry is not None}
     GOLDEN.write_text(json.dumps(golden, indent=0) + "\n", encoding="utf-8")
     DOCS.write_text(documentation(outcomes), encoding="utf-8")
+
+
+def _rows_before() -> dict[str, str]:
+    """Return the rows of the table that there is, by the name of the model."""
+    text = DOCS.read_text(encoding="utf-8") if DOCS.exists() else ""
+    return {match[1]: match[0] for match in re.finditer(r"^\| `\w+` \| (\S+) \| .*$", text, re.MULTILINE)}
 
 
 def documentation(outcomes: Sequence[Outcome]) -> str:
@@ -448,12 +458,15 @@ hash, so `tools/check/run_converter.py` names the pre-tokenizer for it, and give
         "| class | model | type | tensors | keys | equal | allowed differences |",
         "|---|---|---|---|---|---|---|",
     ]
-    for o in sorted(outcomes, key=lambda outcome: (outcome.source_class, outcome.name)):
+    rows = _rows_before()
+    for o in outcomes:
         notes = ", ".join(str(number) for number in sorted(numbers[entry] for entry in o.allowed))
         verdict = f"**no**: {'; '.join(o.faults)}" if o.faults else "yes"
         if o.not_converted:
             verdict = f"the converter stops: {o.not_converted}"
-        lines.append(f"| `{o.source_class}` | {o.name} | {o.type} | {o.n_tensors} | {o.n_keys} | {verdict} | {notes} |")
+        counts = f"{o.type} | {o.n_tensors} | {o.n_keys}"
+        rows[o.name] = f"| `{o.source_class}` | {o.name} | {counts} | {verdict} | {notes} |"
+    lines += sorted((row for name, row in rows.items() if name in names()), key=lambda row: row.split(" | ")[:2])
     lines += ["", "## Differences that are allowed", ""]
     for entry, number in numbers.items():
         ours, theirs = (ABSENT if text == ABSENT else "present" for text in (entry.ours, entry.theirs))

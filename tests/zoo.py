@@ -44,7 +44,7 @@ _GAINS = {
     re.compile(r".*(q_proj|q_b_proj|k_proj|kv_b_proj|qkv_proj|wqkv|query_key_value)\.weight"): 2.5,
     re.compile(r".*\.c_attn\.weight"): 2.5 * math.sqrt(3),  # (in, out), and out is three times in
     re.compile(
-        r".*(mlp\.gate(\.wg)?|block_sparse_moe\.gate|router\.layer|mlp\.router|feed_forward\.gate|shared_expert_gate)\.weight"
+        r".*(mlp\.gate(\.wg)?|block_sparse_moe\.gate|router\.layer|mlp\.router|shared_expert_gate)\.weight"
     ): 4.0,
     re.compile(r".*\.sinks"): 8.0,
     re.compile(r".*\.(mlp|feed_forward|block_sparse_moe|shared_mlp)\..*"): 1.5,
@@ -52,9 +52,6 @@ _GAINS = {
 
 # What transformers takes from its own code, whatever is stored.
 _CONSTANTS = {".act_fn.beta": 0.5, ".act_fn.eps": -1e-6}
-
-# Added to probabilities: larger ones would choose experts whose probabilities are rounded away.
-_PROBABILITY, _SMALL = re.compile(r".*\.moe_statics\..*"), 0.1
 
 
 @dataclass(frozen=True)
@@ -156,7 +153,7 @@ def _drawn(spec: ZooSpec, name: str, shape: Shape) -> NDArray[np.float32]:
     if _NORM.fullmatch(name):
         return numbers * np.float32(0.5) + np.float32(1 - spec.norm_shift)
     if name.endswith("bias"):
-        return numbers * np.float32(_SMALL if _PROBABILITY.fullmatch(name) else 1)
+        return numbers
     return numbers * np.float32(_gain(spec, name) * math.sqrt(3 / shape[-1]))
 
 

@@ -262,44 +262,6 @@ _GPT_OSS: Settings = {
 }
 _APERTUS: Settings = {**_RMS, **_rope(_LLAMA3)}
 
-_LFM2: Settings = {
-    **_GQA,
-    "norm_eps": 1e-5,
-    "num_hidden_layers": 3,
-    "layer_types": ["conv", "full_attention", "conv"],
-    "block_multiple_of": 32,
-    "block_ffn_dim_multiplier": 1.2,
-}
-_LFM2_MOE: Settings = {
-    **_GQA,
-    "norm_eps": 1e-5,
-    "num_hidden_layers": 3,
-    "layer_types": ["conv", "full_attention", "conv"],
-    "num_dense_layers": 1,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 48,
-}
-_DELTA: Settings = {
-    **_RMS,
-    **_partial(0.5),
-    "head_dim": 32,
-    "num_hidden_layers": 4,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-}
-_QWEN3_NEXT: Settings = {
-    **_DELTA,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 48,
-    "shared_expert_intermediate_size": 80,
-}
-_QWEN35_MOE: Settings = {key: value for key, value in _QWEN3_NEXT.items() if key != "intermediate_size"}
-_SHIFTED: dict[str, Any] = {"norm_shift": 1.0}
-
 # --- language models of larger models -------------------------------------------------------------------------
 
 _VISION: Settings = {
@@ -647,34 +609,6 @@ SPECS = {
     "gpt-oss-bf16-4": ZooSpec("GptOssForCausalLM", _GPT_OSS, 4, dtype="BF16", seed=356),
     "apertus": ZooSpec("ApertusForCausalLM", _APERTUS, seed=360),
     "apertus-plain": ZooSpec("ApertusForCausalLM", _RMS, seed=361),
-    "lfm2": ZooSpec("Lfm2ForCausalLM", _LFM2, seed=365),
-    "lfm2-old-names-bf16-4": ZooSpec(
-        "LFM2ForCausalLM",
-        {**_LFM2, "block_auto_adjust_ff_dim": False},
-        4,
-        {"intermediate_size": None, "block_ff_dim": 96, "tie_word_embeddings": None, "tie_embedding": True},
-        stand_in="Lfm2ForCausalLM",
-        dtype="BF16",
-        seed=366,
-    ),
-    "lfm2moe": ZooSpec("Lfm2MoeForCausalLM", _LFM2_MOE, seed=371),
-    "qwen3next": ZooSpec("Qwen3NextForCausalLM", _QWEN3_NEXT, **_SHIFTED, n_tokens=64, seed=376),
-    "qwen3.5": ZooSpec("Qwen3_5ForCausalLM", _DELTA, **_SHIFTED, seed=380),
-    "qwen3.5-moe": ZooSpec("Qwen3_5MoeForCausalLM", _QWEN35_MOE, **_SHIFTED, n_tokens=64, seed=385),
-    "qwen3.5-multimodal": ZooSpec(
-        "Qwen3_5ForConditionalGeneration",
-        _multimodal("qwen3_5_text", _DELTA, "qwen3_5_vision"),
-        **_SHIFTED,
-        seed=381,
-    ),
-    "qwen3.5-moe-multimodal": ZooSpec(
-        "Qwen3_5MoeForConditionalGeneration",
-        _multimodal("qwen3_5_moe_text", _QWEN35_MOE, "qwen3_5_moe_vision"),
-        dtype="BF16",
-        **_SHIFTED,
-        n_tokens=64,
-        seed=386,
-    ),
     "idefics3": ZooSpec(
         "Idefics3ForConditionalGeneration", _multimodal("llama", _RMS, "idefics3_vision", scale_factor=1), seed=210
     ),

@@ -23,10 +23,10 @@ MAX_LAYERS = 512  # llama.cpp's (LLAMA_MAX_LAYERS in llama-hparams.h)
 
 # Canonical name -> names in order of precedence.
 ALIASES = {
-    "first_k_dense_replace": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
+    "first_k_dense_replace": ("first_k_dense_replace", "moe_layer_start_index"),
     "hidden_act": ("hidden_activation", "hidden_act", "activation_function"),
     "hidden_size": ("hidden_size", "n_embd"),
-    "intermediate_size": ("block_ff_dim", "intermediate_size", "n_inner"),
+    "intermediate_size": ("intermediate_size", "n_inner"),
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx"),
     "n_shared_experts": ("n_shared_experts", "moe_num_shared_experts", "num_shared_expert", "num_shared_experts"),
     "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
@@ -36,7 +36,6 @@ ALIASES = {
     "num_hidden_layers": ("num_hidden_layers", "n_layer"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct", "rope_pct"),
     "rope_theta": ("rope_theta", "rotary_emb_base"),
-    "tie_word_embeddings": ("tie_embedding", "tie_word_embeddings"),
 }
 
 # Settings of a whole multimodal model that apply to its language model (transformers 5 ties by them).

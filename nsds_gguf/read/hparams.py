@@ -74,24 +74,12 @@ DIVIDED_LOGITS = ("granite", "granitemoe", "granitehybrid", "minicpm")
 # (``build_moe_ffn`` in src/llama-graph.cpp and its callers); ``None``: a key decides. Architectures that are not listed
 # route otherwise, or have not been examined.
 ROUTING: dict[str, tuple[ExpertScores | None, bool | None]] = {
-    **dict.fromkeys(
-        (
-            "ernie4_5-moe",
-            "granitehybrid",
-            "granitemoe",
-            "hunyuan-moe",
-            "llama",
-            "qwen35moe",
-            "qwen3moe",
-            "qwen3next",
-            "qwen3vlmoe",
-        ),
-        ("softmax", True),
-    ),
+    **dict.fromkeys(("granitehybrid", "granitemoe", "llama", "qwen3moe", "qwen3vlmoe"), ("softmax", True)),
     **dict.fromkeys(("deepseek", "olmoe", "qwen2moe"), ("softmax", False)),
     "bailingmoe": ("softmax", None),
     **dict.fromkeys(("dots1", "glm4moe"), (None, None)),
-    **dict.fromkeys(("lfm2moe", "minimax-m2"), (None, True)),
+    **dict.fromkeys(("ernie4_5-moe", "hunyuan-moe"), ("softmax", True)),
+    "minimax-m2": (None, True),
 }
 GATING: dict[int, ExpertScores] = {1: "softmax", 2: "sigmoid"}  # ``expert_gating_func``: llama_expert_gating_func_type
 

@@ -29,13 +29,9 @@ Order = NDArray[np.intp]
 
 # Names of other parts of a multimodal checkpoint.
 _OTHER_MODELS = re.compile(
-    r"(^|\.)(vision_tower|vision_model|multi_modal_projector|multimodal_projector|connector|image_newline|"
-    r"audio_tower|visual)"
+    r"(^|\.)(vision_tower|vision_model|multi_modal_projector|multimodal_projector|connector|image_newline|audio_tower)"
     r"(\.|$)"
 )
-
-# Layers of multi-token prediction beside the model's own.
-_MTP = re.compile(r"(model\.|language_model\.)*mtp\.")
 
 
 # --- orders of rows -------------------------------------------------------------------------------------------
@@ -78,34 +74,10 @@ def _half(n: int, n_rows: int, which: int) -> Order:
     return np.arange(n * 2 * n_rows, dtype=np.intp).reshape(n, 2, n_rows)[:, which].ravel()
 
 
-def _every_second(sizes: Sizes, first: int) -> Order:
-    """Return the even (0) or odd (1) rows of all experts."""
-    return np.arange(first, sizes["experts"] * sizes["2ff_exp"], 2, dtype=np.intp)
-
-
 def _part_of_heads(sizes: Sizes, which: slice) -> Order:
     """DeepSeek stores, for each head, the rows of its key, then those of its value."""
     rows = np.arange(sizes["kv_b"], dtype=np.intp).reshape(sizes["heads"], sizes["nope"] + sizes["v_head"])
     return rows[:, which].ravel()
-
-
-def _delta_parts(sizes: Sizes) -> list[Order]:
-    """Qwen3-Next stores, for each head of keys, its query, key, values and gates: the rows of each of the four."""
-    heads, head = sizes["k_heads"], sizes["delta_k"] // sizes["k_heads"]
-    values = sizes["delta_v"] // heads
-    rows = np.arange(sizes["delta_qkvz"], dtype=np.intp).reshape(heads, -1)
-    return [part.ravel() for part in np.split(rows, np.cumsum([head, head, values]), axis=1)]
-
-
-def _turns(sizes: Sizes, head: int) -> Order:
-    """Qwen 3.5 stores the values' heads by the keys' heads; llama.cpp the first of each, then the second of each."""
-    shape = (sizes["k_heads"], sizes["v_heads/k_heads"], head)
-    return np.arange(math.prod(shape), dtype=np.intp).reshape(shape).swapaxes(0, 1).ravel()
-
-
-def _turns_qkv(sizes: Sizes) -> Order:
-    before = 2 * sizes["delta_k"]
-    return np.concatenate([np.arange(before, dtype=np.intp), before + _turns(sizes, sizes["delta_head"])])
 
 
 # Stored row of each GGUF row, leading dimensions flattened.
@@ -118,25 +90,14 @@ ROW_ORDERS: Mapping[str, Callable[[Sizes], Order]] = {
     "grouped_v": lambda sizes: _grouped(sizes)[:, -1].ravel(),
     "first_half_exps": lambda sizes: _half(sizes["experts"], sizes["ff_exp"], 0),
     "second_half_exps": lambda sizes: _half(sizes["experts"], sizes["ff_exp"], 1),
-    "even_exps": lambda sizes: _every_second(sizes, 0),
-    "odd_exps": lambda sizes: _every_second(sizes, 1),
     "first_half_shexp": lambda sizes: _half(1, sizes["ff_shexp"], 0),
     "second_half_shexp": lambda sizes: _half(1, sizes["ff_shexp"], 1),
     "first_part_of_heads": lambda sizes: _part_of_heads(sizes, slice(0, sizes["nope"])),
-    "delta_qkv": lambda sizes: np.concatenate(_delta_parts(sizes)[:3]),
-    "delta_z": lambda sizes: _delta_parts(sizes)[3],
-    "turns_qkv": _turns_qkv,
-    "turns_v": lambda sizes: _turns(sizes, sizes["delta_head"]),
-    "turns_heads": lambda sizes: _turns(sizes, 1),
     "last_part_of_heads": lambda sizes: _part_of_heads(sizes, slice(sizes["nope"], None)),
 }
 
-# Stored column of each column that a part takes.
-COLUMN_ORDERS: Mapping[str, Callable[[Sizes], Order]] = {
-    "even": lambda sizes: np.arange(0, sizes["2ff_exp"], 2, dtype=np.intp),
-    "odd": lambda sizes: np.arange(1, sizes["2ff_exp"], 2, dtype=np.intp),
-    "turns_v": ROW_ORDERS["turns_v"],
-}
+# First of the columns that a part takes, of every second one.
+COLUMNS = {"even": 0, "odd": 1}
 
 # Elementwise changes, in float32.
 CHANGES: Mapping[str, Transform] = {"plus_one": PlusOne(), "minus_exp": MinusExp()}
@@ -314,7 +275,7 @@ def _left_over(found: Found, used: set[str], family: Family, is_wrapped: bool, n
     patterns = [*IGNORED, *of_layers, *(re.escape(actual("")) + pattern for pattern in family.ignored)]
     left = [name for name in found.stored if name not in used and not any(re.fullmatch(p, name) for p in patterns)]
     beyond = actual(family.layer_prefix.format(i=n_layers)) if family.extra_layers else None
-    extra = {name for name in left if beyond is not None and (name.startswith(beyond) or _MTP.match(name))}
+    extra = {name for name in left if beyond is not None and name.startswith(beyond)}
     foreign = {name for name in left if is_wrapped and _OTHER_MODELS.search(name)} | extra
     unplaced = [name for name in left if name not in foreign]
     if unplaced:
@@ -368,7 +329,7 @@ def _transforms(
         order = ROW_ORDERS[part.order](sizes)
         yield TakeColumns(order) if is_vector else TakeRows(order)  # a bias is one row whose entries are permuted
     if part.columns:
-        yield TakeColumns(COLUMN_ORDERS[part.columns](sizes))
+        yield TakeColumns(np.arange(COLUMNS[part.columns], stored[0].shape[-1], 2, dtype=np.intp))
     if part.transposed and not is_bias and not is_stack:
         yield Transpose((math.prod(shape[:-2]), shape[-2], shape[-1]))
     elif is_vector and len(shape) > 1 and not is_stack:

@@ -38,7 +38,6 @@ from .family import (
     where,
     without,
 )
-from .hybrid import HYBRID
 from .parts import (
     ALL_ATTENTION,
     ALL_FFN,
@@ -59,7 +58,6 @@ from .parts import (
     RMS,
     ROTATED_ATTENTION,
     SANDWICH_NORMS,
-    SHARED_EXPERT,
     SHARED_FF_KEY,
     TANH_GELU,
     UNTIED,
@@ -156,7 +154,10 @@ _QWEN2_MOE_LAYER: Parts = {
     **biased(ATTENTION, QKV, flag("qkv_bias")),
     **FFN_NORM,
     **EXPERTS,
-    **SHARED_EXPERT,
+    "ffn_gate_inp_shexp": Part("mlp.shared_expert_gate", ("one", "embd")),
+    "ffn_gate_shexp": Part("mlp.shared_expert.gate_proj", ("ff_shexp", "embd")),
+    "ffn_up_shexp": Part("mlp.shared_expert.up_proj", ("ff_shexp", "embd")),
+    "ffn_down_shexp": Part("mlp.shared_expert.down_proj", ("embd", "ff_shexp")),
 }
 _GRANITE_BLOCK = "block_sparse_moe"
 _GRANITE_EXPERTS: Parts = {
@@ -958,7 +959,6 @@ FAMILIES = (
     replace(_GRANITE4, architecture="granitemoe", variant=_HAS_EXPERTS, sizes=no_sizes, example="Granite 4 Tiny"),
     replace(_GRANITE4, architecture="granite", variant=always, sizes=no_sizes, example="Granite 4 Micro"),
     *RECENT,
-    *HYBRID,
 )  # fmt: skip
 
 # Multimodal classes whose language model is converted, with the default ``model_type`` of their text_config.
@@ -968,8 +968,6 @@ WRAPPERS = {
     "LlavaForConditionalGeneration": "llama",
     "LlavaNextForConditionalGeneration": "llama",
     "Mistral3ForConditionalGeneration": "mistral",
-    "Qwen3_5ForConditionalGeneration": "qwen3_5_text",
-    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe_text",
     "SmolVLMForConditionalGeneration": "llama",
 }
 TEXT_MODELS = {
@@ -983,8 +981,6 @@ TEXT_MODELS = {
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
-    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
-    "qwen3_5_text": "Qwen3_5ForCausalLM",
 }
 
 # Prefixes of names within the model and beside it (the output projection): of the class itself, of the language model

@@ -65,7 +65,7 @@ class Part:
         when: whether the model has it.
         layers: which layers have it.
         transposed: stored as ``(in, out)``, like GPT-2's Conv1D; for three dimensions, each matrix of the stack.
-        columns: key of ``mapping.COLUMN_ORDERS``, the columns taken of each stored matrix, in order; default: all.
+        columns: ``even`` or ``odd``, every second column of the stored matrices; default: all.
         change: key of ``mapping.CHANGES``, an elementwise change; default: none.
         suffix: follows ``source`` in the checkpoint.
         bare: the GGUF name has no ``.weight`` suffix (nor has a role that contains a dot).

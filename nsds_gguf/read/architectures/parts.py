@@ -68,12 +68,6 @@ EXPERTS: Parts = {
         "mlp.experts.{e}.down_proj", ("experts", "embd", "ff_exp"), also=stacked_forms("down")
     ),
 }  # fmt: skip
-SHARED_EXPERT: Parts = {  # Qwen's, behind a gate
-    "ffn_gate_inp_shexp": Part("mlp.shared_expert_gate", ("one", "embd")),
-    "ffn_gate_shexp": Part("mlp.shared_expert.gate_proj", ("ff_shexp", "embd")),
-    "ffn_up_shexp": Part("mlp.shared_expert.up_proj", ("ff_shexp", "embd")),
-    "ffn_down_shexp": Part("mlp.shared_expert.down_proj", ("embd", "ff_shexp")),
-}
 SANDWICH_NORMS: Parts = {  # Gemma 2 and 3: norms before and after both blocks
     "post_attention_norm": Part("post_attention_layernorm", ("embd",)),
     "ffn_norm": Part("pre_feedforward_layernorm", ("embd",)),

@@ -62,8 +62,14 @@ def _gating(name: str) -> GGUFValue:
     return kv(int(ExpertGatingFuncType[name]), GGUFValueType.UINT32)
 
 
-def sigmoid_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
-    """Return the keys of GLM-4.5 and dots.llm1, which route like DeepSeek-V3."""
+def glm4_moe_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
+    """Return GLM-4.5's keys; layers of multi-token prediction are left out."""
+    none = {"nextn_predict_layers": kv(0, GGUFValueType.UINT32)}
+    return {**expert_keys(config, sizes), "expert_gating_func": _gating("SIGMOID"), **none}
+
+
+def dots1_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
+    """Return dots.llm1's keys: DeepSeek's routing."""
     return {**expert_keys(config, sizes), "expert_gating_func": _gating("SIGMOID")}
 
 
@@ -199,40 +205,28 @@ _MINIMAX_EXPERTS: Parts = {
     ),
 }
 
-# gpt-oss stacks its experts, with gate and up in turns: as columns of (in, out), or as rows of MXFP4 blocks.
-
-
-def _gate_or_up(which: str) -> Part:
-    """Return the ``even`` or ``odd`` part of the stacked gates and ups."""
-    shape = ("experts", "ff_exp", "embd")
-    blocks = Part("mlp.experts.gate_up_proj_blocks", shape, f"{which}_exps", ("experts", "2ff_exp", "embd"), suffix="")
-    return Part(
-        "mlp.experts.gate_up_proj", shape, stored=("experts", "embd", "2ff_exp"), transposed=True, suffix="",
-        columns=which, also=(blocks,),
-    )  # fmt: skip
-
-
-def _gate_or_up_bias(which: str) -> Part:
-    name, stored = "mlp.experts.gate_up_proj_bias", ("experts", "2ff_exp")
-    return Part(name, ("experts", "ff_exp"), stored=stored, suffix="", columns=which)
-
-
-_GPT_OSS_EXPERTS: Parts = {
+# gpt-oss stacks its experts, with the columns of gate and up in turns, and each matrix as (in, out).
+_STACKED = ("experts", "embd", "2ff_exp")
+GPT_OSS_EXPERTS: Parts = {
     "ffn_gate_inp": Part("mlp.router", ("experts", "embd"), bias=always),
-    "ffn_gate_exps": _gate_or_up("even"),
-    "ffn_gate_exps.bias": _gate_or_up_bias("even"),
-    "ffn_up_exps": _gate_or_up("odd"),
-    "ffn_up_exps.bias": _gate_or_up_bias("odd"),
-    "ffn_down_exps": Part(
-        "mlp.experts.down_proj",
-        ("experts", "embd", "ff_exp"),
-        stored=("experts", "ff_exp", "embd"),
-        transposed=True,
-        suffix="",
-        also=(Part("mlp.experts.down_proj_blocks", ("experts", "embd", "ff_exp"), suffix=""),),
+    "ffn_gate_exps": Part(
+        "mlp.experts.gate_up_proj", ("experts", "ff_exp", "embd"), stored=_STACKED, transposed=True, suffix="",
+        columns="even",
     ),
+    "ffn_gate_exps.bias": Part(
+        "mlp.experts.gate_up_proj_bias", ("experts", "ff_exp"), stored=("experts", "2ff_exp"), suffix="", columns="even"
+    ),
+    "ffn_up_exps": Part(
+        "mlp.experts.gate_up_proj", ("experts", "ff_exp", "embd"), stored=_STACKED, transposed=True, suffix="",
+        columns="odd",
+    ),
+    "ffn_up_exps.bias": Part(
+        "mlp.experts.gate_up_proj_bias", ("experts", "ff_exp"), stored=("experts", "2ff_exp"), suffix="", columns="odd"
+    ),
+    "ffn_down_exps": Part("mlp.experts.down_proj", ("experts", "embd", "ff_exp"), transposed=True, suffix="",
+                          stored=("experts", "ff_exp", "embd")),
     "ffn_down_exps.bias": Part("mlp.experts.down_proj_bias", ("experts", "embd"), suffix=""),
-}
+}  # fmt: skip
 
 # --- the table ------------------------------------------------------------------------------------------------
 
@@ -363,7 +357,7 @@ RECENT = (
         rope_kinds=("default",),
         writes_rope_dim=True,
         sizes=shared_sizes,
-        more_keys=sigmoid_keys,
+        more_keys=glm4_moe_keys,
         extra_layers=True,
         example="GLM-4.5 and 4.6",
     ),
@@ -385,7 +379,7 @@ RECENT = (
         window=Window("use_sliding_window"),
         output="required",
         sizes=shared_sizes,
-        more_keys=sigmoid_keys,
+        more_keys=dots1_keys,
         example="dots.llm1",
     ),
     Family(
@@ -427,7 +421,7 @@ RECENT = (
             **biased(ATTENTION, f"{QKV} attn_output", always),
             "attn_sinks": Part("self_attn.sinks", ("heads",), suffix=""),
             **_OWN_POST_NORM,
-            **_GPT_OSS_EXPERTS,
+            **GPT_OSS_EXPERTS,
         },
         outside=OUTSIDE,
         defaults={

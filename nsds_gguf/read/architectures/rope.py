@@ -42,10 +42,6 @@ _NEEDED = {
 _YARN_OPTIONS = ("attention_factor", "mscale", "mscale_all_dim")
 
 
-# Architectures that llama.cpp runs with whole channels as the bounds of yarn's ramp, though the original has fractions.
-_ROUNDED_YARN = ("gpt-oss",)
-
-
 def rope_settings(config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return ``{"rope_type", "rope_theta", ...}`` from either form; ``rope_type`` is ``default`` when unscaled.
 
@@ -124,12 +120,7 @@ def _by_kind_of_layer(stated: Mapping[str, Any], form: str) -> tuple[Mapping[str
 
 
 def rope_note(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the note on what llama.cpp scales otherwise.
-
-    Dynamic scaling: transformers changes theta beyond the context only, llama.cpp never. Bounds of yarn's ramp.
-    """
-    if settings.get("truncate") is False:
-        return ("llama.cpp rounds the bounds of yarn's ramp to whole channels, the original does not.",)
+    """Return the note on dynamic scaling: transformers changes theta beyond the context only, llama.cpp never."""
     if not settings.get("is_dynamic"):
         return ()
     return (
@@ -180,13 +171,11 @@ def check_rope(settings: Mapping[str, Any], architecture: str, kinds: tuple[str,
     if kind == "llama3" and number(settings, "low_freq_factor") >= number(settings, "high_freq_factor"):
         raise ModelError("config.json: llama3 rope: wanted low_freq_factor below high_freq_factor")
     if kind == "yarn":
-        _check_yarn(settings, architecture)
+        _check_yarn(settings)
 
 
-def _check_yarn(settings: Mapping[str, Any], architecture: str) -> None:
-    wanted = {"beta_fast": YARN_BETA_FAST, "beta_slow": YARN_BETA_SLOW}
-    if architecture not in _ROUNDED_YARN:
-        wanted["truncate"] = True
+def _check_yarn(settings: Mapping[str, Any]) -> None:
+    wanted = {"beta_fast": YARN_BETA_FAST, "beta_slow": YARN_BETA_SLOW, "truncate": True}
     for key, value in wanted.items():
         if settings.get(key, value) != value:
             raise UnsupportedError(

@@ -21,7 +21,6 @@ Edit = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 _OPTIONAL_KEYS = (
     "attention.clamp_kqv",
     "attention.scale",
-    "attention.temperature_scale",
     "attn_logit_softcapping",
     "embedding_scale",
     "expert_weights_scale",
@@ -46,15 +45,12 @@ _ROPE_KEYS = ("dimension_count", "freq_base", "freq_base_swa", "scaling.type", "
 _UNUSED_KEYS = {"phi3": ("attention.sliding_window",)}
 
 # Architectures whose rope rotates neighbouring channels (llama.cpp, llama_model_rope_type: NORM).
-_NEIGHBOURS = (
-    "llama", "granite", "granitemoe", "internlm2", "olmo", "smollm3", "command-r", "cohere2", "glm4",
-    "ernie4_5", "ernie4_5-moe", "mistral3",
-)  # fmt: skip
+_NEIGHBOURS = ("llama", "granite", "granitemoe", "internlm2", "olmo", "smollm3", "command-r", "cohere2")
 
 _DEFAULT_LOCAL_THETA = 10000.0  # llama.cpp's (llama-hparams.h, rope_freq_base_train_swa)
 
 # Architectures that may rotate a part of each head.
-_PARTIAL = ("glm4", "glm4moe", "gptneox", "minimax-m2", "phi2", "phi3", "stablelm")
+_PARTIAL = ("gptneox", "phi2", "phi3", "stablelm")
 
 # Pairs of roles that an error may exchange.
 _PAIRS = {
@@ -175,8 +171,6 @@ def _expert_mutations(model: Model) -> dict[str, Model]:
     if "ffn_down_exps" in roles:
         mutants["ffn_down_exps in another order"] = _edited(model, "ffn_down_exps", lambda experts: experts[::-1])
         mutants["ffn_gate_inp in another order"] = _edited(model, "ffn_gate_inp", lambda rows: rows[::-1])
-    if "attn_sinks" in roles:
-        mutants["attn_sinks left out"] = _edited(model, "attn_sinks", lambda sinks: np.full_like(sinks, -1e9))
     if "ffn_gate_inp_shexp" in roles:
         mutants["ffn_gate_inp_shexp left out"] = _edited(model, "ffn_gate_inp_shexp", np.zeros_like)
     return mutants
@@ -188,10 +182,8 @@ def _family_mutations(model: Model) -> dict[str, Model]:
     if model.architecture.startswith("gemma"):
         scale = np.float32(np.sqrt(model.hparams.n_embd))
         return {"embedding scaled by the converter too": _edited(model, "token_embd", lambda rows: rows * scale)}
-    if model.architecture in ("glm4", "phi3"):
+    if model.architecture == "phi3":
         return {"halves of ffn_up exchanged": _edited(model, "ffn_up", lambda rows: np.roll(rows, len(rows) // 2, 0))}
-    if model.architecture == "apertus":
-        return {f"{key} halved": _with_halves(model, key) for key in ("xielu.alpha_n", "xielu.alpha_p", "xielu.beta")}
     if model.architecture == "gpt2":
         return {
             "position_embd one row late": _edited(model, "position_embd", lambda rows: np.roll(rows, 1, axis=0)),
@@ -290,13 +282,6 @@ def _without_key(model: Model, name: str) -> Model:
 def _scaled_key(model: Model, name: str, factor: float) -> Model:
     value = model.metadata[f"{model.architecture}.{name}"].value
     return _with_value(model, name, type(value)(factor * value))
-
-
-def _with_halves(model: Model, key: str) -> Model:
-    """Return the model with half of each number in a list that has no prefix."""
-    entry = model.metadata[key]
-    halves = kv([value / 2 for value in entry.value], entry.type, entry.sub_type)
-    return replace(model, metadata={**model.metadata, key: halves})
 
 
 def _with_value(model: Model, name: str, value: float | bool) -> Model:

@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from gguf import GGUFValueType
-from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from ..errors import ModelError, UnsupportedError
-from ..records import Stack, Tensor, kv
+from ..records import Stack, Tensor
 from ..records.transforms import MinusExp, PlusOne, Reshape, TakeColumns, TakeRows, Transform, Transpose
 from .architectures.families import IGNORED
 from .architectures.family import Config, Family, Part, Sizes
@@ -96,9 +94,6 @@ ROW_ORDERS: Mapping[str, Callable[[Sizes], Order]] = {
     "last_part_of_heads": lambda sizes: _part_of_heads(sizes, slice(sizes["nope"], None)),
 }
 
-# First of the columns that a part takes, of every second one.
-COLUMNS = {"even": 0, "odd": 1}
-
 # Elementwise changes, in float32.
 CHANGES: Mapping[str, Transform] = {"plus_one": PlusOne(), "minus_exp": MinusExp()}
 
@@ -163,22 +158,6 @@ def map_tensors(
         digest.update(f"\n{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
         digest.update(_first_row(item.part, stored[0], sizes))
     return Mapped(tensors, notes, digest.hexdigest())
-
-
-def layer_numbers(checkpoint: Stored, family: Family, n_layers: int) -> dict[str, GGUFValue]:
-    """Return the keys with a number per layer that the checkpoint holds as tensors of one weight.
-
-    Raises ``ModelError`` for a missing tensor, and for one with more than one weight.
-    """
-    keys = {}
-    for key, name in family.layer_numbers.items():
-        names = [family.layer_prefix.format(i=i) + name for i in range(n_layers)]
-        wrong = [name for name in names if name not in checkpoint or math.prod(checkpoint[name].shape) != 1]
-        if wrong:
-            raise ModelError(f"tensors missing from the weights, or not of one number: {some(wrong)}")
-        values = [float(checkpoint[name].rows(slice(0, 1)).item()) for name in names]
-        keys[key] = kv(values, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
-    return keys
 
 
 def _check_stacks(wanted: Sequence[Wanted], sizes: Sizes, checkpoint: Stored) -> None:
@@ -270,9 +249,7 @@ def _tie_notes(found: Found, family: Family) -> list[str]:
 def _left_over(found: Found, used: set[str], family: Family, is_wrapped: bool, n_layers: int) -> str:
     """Return, in words, the skipped tensors of other models; raise for an unused tensor of this model."""
     actual = found.layout.actual
-    numbers = (re.escape(name) for name in family.layer_numbers.values())
-    of_layers = [re.escape(family.layer_prefix).replace(r"\{i\}", r"\d+") + name for name in numbers]
-    patterns = [*IGNORED, *of_layers, *(re.escape(actual("")) + pattern for pattern in family.ignored)]
+    patterns = [*IGNORED, *(re.escape(actual("")) + pattern for pattern in family.ignored)]
     left = [name for name in found.stored if name not in used and not any(re.fullmatch(p, name) for p in patterns)]
     beyond = actual(family.layer_prefix.format(i=n_layers)) if family.extra_layers else None
     extra = {name for name in left if beyond is not None and name.startswith(beyond)}
@@ -328,8 +305,6 @@ def _transforms(
     if part.order and not is_stack:
         order = ROW_ORDERS[part.order](sizes)
         yield TakeColumns(order) if is_vector else TakeRows(order)  # a bias is one row whose entries are permuted
-    if part.columns:
-        yield TakeColumns(np.arange(COLUMNS[part.columns], stored[0].shape[-1], 2, dtype=np.intp))
     if part.transposed and not is_bias and not is_stack:
         yield Transpose((math.prod(shape[:-2]), shape[-2], shape[-1]))
     elif is_vector and len(shape) > 1 and not is_stack:

@@ -65,7 +65,6 @@ class Part:
         when: whether the model has it.
         layers: which layers have it.
         transposed: stored as ``(in, out)``, like GPT-2's Conv1D; for three dimensions, each matrix of the stack.
-        columns: ``even`` or ``odd``, every second column of the stored matrices; default: all.
         change: key of ``mapping.CHANGES``, an elementwise change; default: none.
         suffix: follows ``source`` in the checkpoint.
         bare: the GGUF name has no ``.weight`` suffix (nor has a role that contains a dot).
@@ -80,7 +79,6 @@ class Part:
     when: Condition = always
     layers: LayerCondition = every_layer
     transposed: bool = False
-    columns: str = ""
     change: str = ""
     suffix: str = ".weight"
     bare: bool = False
@@ -144,7 +142,7 @@ class Family:
         activations: activation functions that llama.cpp supports for the architecture.
         rope_kinds: rope scaling kinds that llama.cpp supports; empty without rope.
         has_local_theta: layers with a window may have a separate rope theta.
-        yarn_log_unit: unit of the key that yarn's ``mscale`` settings have in place of the attention factor; 0: none.
+        has_yarn_log_multiplier: yarn's ``mscale`` settings have a key, in place of the attention factor.
         keys: keys in addition to those of every architecture.
         fixed: settings for which llama.cpp supports one value only: the value, or a function of the settings.
         norm: kind of norm, ``rms`` or ``layer``.
@@ -155,7 +153,6 @@ class Family:
             ``required`` if it requires one: a tied embedding is then written twice.
         sizes: returns dimensions in addition to those of every family.
         more_keys: returns computed keys, without the architecture's prefix; they come last.
-        layer_numbers: GGUF key, which has a number per layer and no prefix -> name of the number within the layer.
         extra_layers: the checkpoint may have layers beyond the model's own (multi-token prediction), which are skipped.
         ignored: patterns of checkpoint tensors that the GGUF does not need.
         example: a well-known repository.
@@ -171,7 +168,7 @@ class Family:
     activations: tuple[str, ...] = ("silu", "swish")
     rope_kinds: tuple[str, ...] = ("default", "linear", "yarn")
     has_local_theta: bool = False
-    yarn_log_unit: float = 0.0
+    has_yarn_log_multiplier: bool = False
     keys: tuple[Key, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     norm: str = "rms"
@@ -183,7 +180,6 @@ class Family:
     output: str = "own"
     sizes: Callable[[Config], dict[str, int]] = no_sizes
     more_keys: Callable[[Config, Sizes], dict[str, GGUFValue]] = no_keys
-    layer_numbers: Mapping[str, str] = field(default_factory=dict)
     extra_layers: bool = False
     ignored: tuple[str, ...] = ()
     variant: Condition = always

@@ -166,7 +166,6 @@ def test_factors_of_zero_inputs_are_those_of_dead_columns() -> None:
     errors[:, order < 0] = 0
     np.testing.assert_allclose(spread.row_errors(errors), direct.row_errors(errors), rtol=2e-3)
     is_dead = (order < 0)[spread.order]
-    assert is_dead[-16:].all()  # they come last
     assert 0 < spread.variances[is_dead].max() < 2e-3 * spread.diagonal[order >= 0].mean()
 
 
@@ -309,4 +308,5 @@ def test_budget_counts_original_weights(model: Model) -> None:
     wider = padded(model)
     assert sum(math.prod(tensor.shape) for tensor in wider.tensors) > 1.1 * model.n_weights == 1.1 * wider.n_weights
     assert settle(Options(target_bpw=4), model).recipe == recipe(Target("bpw", 4), padding="width", rounding="gptq",
-                                                                 calibration="generated")  # fmt: skip
+                                                                 calibration="generated",
+                                                                 calibration_tokens=8192)  # fmt: skip

@@ -190,13 +190,13 @@ def test_the_sizes_verb(models, here):
     assert [(each["memory_bytes"] // 10**9, each["n_ctx"]) for each in found["fits"]] == [
         (gb, n) for gb in (4, 6, 8, 12, 16, 24) for n in (4096, 16384, 65536)
     ]
-    assert {each["target_bpw"] for each in found["fits"]} == {6.598}
+    assert {each["target_bpw"] for each in found["fits"]} == {16.022}
     for each, beside in zip(found["fits"], found["beside"] * 6, strict=True):
         total = sum(value for name, value in beside.items() if name != "weights")
         assert each["left"] == each["memory_bytes"] - total - found["sizes"][-1]["file_bytes"]
     assert Path("sizes.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and len(listing(here)) == 2
     text = " ".join(outcome.out.split())
-    assert "Wide: largest size that fits, bpw (divergence)" in text and re.search(r"│ 8 GB │ 6.598 \(0\.\d+\) │", text)
+    assert "Wide: largest size that fits, bpw (divergence)" in text and re.search(r"│ 8 GB │ 16.022 \(0\.\d+\) │", text)
     command = outcome.out.splitlines()[-1]
     assert re.fullmatch(rf"nsds-gguf convert {models}/wide --threads 1 --target-bpw \d\S*", command)
 
@@ -208,5 +208,5 @@ def test_sizes_of_a_model_whose_memory_is_not_known(models, monkeypatch):
     monkeypatch.setattr(sizes, "memory_beside_weights", unknown)
     outcome = call("sizes", models / "wide", *RTN, "--json", "sizes.json")
     found = json.loads(Path("sizes.json").read_text())
-    assert outcome.code == 0 and (found["beside"], found["fits"], len(found["sizes"])) == ([], [], 11)
+    assert outcome.code == 0 and (found["beside"], found["fits"], len(found["sizes"])) == ([], [], 16)
     assert "What fits is not known: the memory of architecture llama is not known: a test says so." in found["notes"]

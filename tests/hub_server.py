@@ -1,19 +1,26 @@
-"""A small stand-in for the Hugging Face Hub on localhost: the few endpoints that a download uses.
+"""A small stand-in for the Hugging Face Hub on localhost: the few endpoints that downloads and uploads use.
 
 ``GET /api/models/ORG/MODEL[/revision/REV]`` lists the files, ``HEAD`` and ``GET /ORG/MODEL/resolve/REV/FILE`` give one;
 weights are redirected to another path, as the Hub redirects to its storage. ``Range`` is understood.
+
+An upload asks ``/api/whoami-v2``, creates with ``/api/repos/create``, compares by ``paths-info``, has the front matter
+of a card checked, asks ``preupload`` how a file goes, sends large ones by git LFS (``info/lfs/objects/batch``, then
+``PUT``), and all of it in one ``commit``.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
 import threading
+import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
+from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -24,9 +31,17 @@ class Hub:
 
     ``status`` other than 200 answers every request so, with ``error_code``; the body of a file in ``cut`` is broken off
     in the middle, once; a file in ``removed`` is listed but cannot be had; ``sizes`` are listed in place of true ones.
+    A repository that does not ``exist`` can be created, which sets ``is_private``; ``commits`` are the names of files
+    by commit; with ``moves`` the repository changes before every commit; ``may_write``: whether tokens may write.
     """
 
     files: Mapping[str, bytes]
+    exists: bool = True
+    is_private: bool | None = None
+    moves: bool = False
+    may_write: bool = True
+    commits: list[list[str]] = field(default_factory=list)
+    stored: dict[str, bytes] = field(default_factory=dict)
     status: int = 200
     error_code: str = ""
     cut: set[str] = field(default_factory=set)
@@ -63,6 +78,14 @@ class Hub:
 _STORED = (".safetensors", ".bin", ".gguf")  # files that are redirected to the storage
 
 
+def _path_info(name: str, content: bytes) -> dict[str, Any]:
+    """Return what ``paths-info`` says of a file."""
+    blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+    large = {"lfs": {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}}
+    found = {"type": "file", "path": name, "size": len(content), "oid": blob}
+    return found | large if name.endswith(_STORED) else found
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     repository: Hub
@@ -76,11 +99,70 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        hub, path = self.repository, self._noted()
+        if not hub.may_write:
+            self._send(403, {})
+        elif path == "/api/repos/create":
+            asked = json.loads(body)  # the key depends on the version of the library
+            hub.exists, hub.is_private = True, asked.get("visibility") == "private" or asked.get("private", False)
+            self._json({"url": f"{hub.url}/org/model", "name": "org/model", "id": "1"})
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif path == "/api/models/org/model/paths-info/main":
+            names = urllib.parse.parse_qs(body.decode())["paths"]
+            self._json([_path_info(name, hub.files[name]) for name in names if name in hub.files])
+        elif path == "/api/models/org/model/preupload/main":
+            listed = json.loads(body)["files"]
+            modes = {file["path"]: "lfs" if file["path"].endswith(_STORED) else "regular" for file in listed}
+            self._json({"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
+        elif path == "/org/model.git/info/lfs/objects/batch":
+            objects = [{**o, "actions": {"upload": {"href": f"{hub.url}/put/{o['oid']}"}}}
+                       for o in json.loads(body)["objects"]]  # fmt: skip
+            self._json({"transfer": "basic", "objects": objects})
+        elif path == "/api/models/org/model/commit/main":
+            self._commit([json.loads(line) for line in body.splitlines()])
+        else:
+            self._send(404, {"X-Error-Code": "RepoNotFound"})
+
+    def do_PUT(self) -> None:
+        oid = self._noted().rsplit("/", 1)[1]
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.repository.stored[oid] = content
+        self._send(200 if hashlib.sha256(content).hexdigest() == oid else 422, {})
+
+    def _commit(self, lines: list[dict[str, Any]]) -> None:
+        hub, (header, *operations) = self.repository, lines
+        if hub.moves or header["value"]["parentCommit"] != COMMIT:
+            self._send(412, {})
+            return
+        added = {}
+        for operation in operations:
+            value = operation["value"]
+            is_large = operation["key"] == "lfsFile"
+            added[value["path"]] = hub.stored[value["oid"]] if is_large else base64.b64decode(value["content"])
+        hub.files = {**hub.files, **added}
+        hub.commits.append(list(added))
+        self._json({"commitUrl": f"{hub.url}/org/model/commit/{COMMIT}", "commitOid": COMMIT})
+
+    def _noted(self) -> str:
+        path = self.path.split("?")[0]
+        headers = {key.lower(): value for key, value in self.headers.items()}
+        self.repository.requests.append((self.command, path, headers))
+        return path
+
+    def _json(self, data: Any) -> None:
+        self._send(200, {"Content-Type": "application/json"}, json.dumps(data).encode())
+
     def _answer(self) -> None:
-        hub, path = self.repository, self.path.split("?")[0]
-        hub.requests.append((self.command, path, {key.lower(): value for key, value in self.headers.items()}))
+        hub, path = self.repository, self._noted()
         if hub.status != 200:
             self._send(hub.status, {"X-Error-Code": hub.error_code})
+        elif path == "/api/whoami-v2":
+            self._json({"name": "user", "type": "user"})
+        elif not hub.exists:
+            self._send(404, {"X-Error-Code": "RepoNotFound"})
         elif re.fullmatch(r"/api/models/org/model(/revision/(main|v1))?", path):
             sizes = {**{name: len(content) for name, content in hub.files.items()}, **hub.sizes}
             files = [{"rfilename": name, "size": size} for name, size in sizes.items()]

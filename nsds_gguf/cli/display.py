@@ -20,6 +20,7 @@ from ..evaluate.texts import spoken
 from ..publish.bundle import Bundle
 from ..publish.explain import in_a_word
 from ..publish.first_words import Sample
+from ..publish.upload import Upload
 from ..records import Plan, PlannedTensor, Scores
 from ..records.comparison import KINDS, OURS, Comparison, Row, geometric_mean
 from ..session.sizes import GOOD_DIVERGENCE, Sizes
@@ -330,6 +331,18 @@ def bundle_view(bundle: Bundle) -> RenderableType:
     for name, digest in bundle.sha256.items():
         table.add_row(name, digest)
     return Group(table, Text("\n".join(f"note: {note}" for note in bundle.notes)))
+
+
+def upload_view(found: Upload) -> RenderableType:
+    """Return what happened, or would happen, to each file of an upload, and where it is."""
+    table = Table(
+        title=f"{'dry run: ' if found.is_dry_run else ''}{found.repo}", title_justify="left", show_header=False
+    )
+    for name, n_bytes in found.files.items():
+        table.add_row(name, bytes_text(n_bytes), found.states[name])
+    kind = "an existing repository" if found.is_private is None else "a private" if found.is_private else "a public"
+    where = kind if found.is_private is None else f"{kind} repository, {'to be created' if found.is_dry_run else 'new'}"
+    return Group(table, Text(f"{found.url} ({where})" + ("; nothing was sent" if found.is_dry_run else "")))
 
 
 def sample_view(found: Sample) -> RenderableType:

@@ -15,6 +15,7 @@ from ..llamacpp.gguf_header import is_gguf
 from ..publish.bundle import check_ollama
 from ..publish.plot import check_plot
 from ..publish.report import check_report
+from ..publish.upload import check_upload
 from ..read.hub import parse_name
 from ..records import AUTO, Options, Plan, Scores, read_json
 from ..session.outputs import Output
@@ -107,11 +108,15 @@ def output_options(arguments: argparse.Namespace) -> Output:
 def check_bundle_arguments(arguments: argparse.Namespace) -> None:
     """Refuse bundle options without ``--bundle``, and options that contradict it, before the work."""
     if arguments.bundle is None:
-        for flag in ("ollama", "base_model"):
-            if getattr(arguments, flag) is not None:
+        for flag in ("ollama", "base_model", "upload", "public", "upload_dry_run"):
+            if getattr(arguments, flag) not in (None, False):
                 option = "--" + flag.replace("_", "-")
                 raise OutputError(f"{option} needs a bundle; pass --bundle DIR too")
         return
+    if arguments.upload is None and (arguments.public or arguments.upload_dry_run):
+        raise OutputError("--public and --upload-dry-run need --upload ORG/NAME")
+    if arguments.upload is not None:
+        check_upload(arguments.upload)
     if arguments.ollama is not None:
         check_ollama()
     if getattr(arguments, "output", None) is not None:

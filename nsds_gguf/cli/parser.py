@@ -294,6 +294,12 @@ def _add_bundle_options(group: Any) -> None:
     group.add_argument("--base-model", metavar="ORG/NAME", type=_argument(parse_repo, "ORG/NAME"),
                        help="repository of the original, for the model card")  # fmt: skip
     group.add_argument("--ollama", metavar="NAME", help="run 'ollama create NAME' with the bundle")
+    group.add_argument("--upload", metavar="ORG/NAME", type=_argument(parse_repo, "ORG/NAME"),
+                       help="upload the bundle to a repository on the Hub, which is created private unless it exists; "
+                       "a file over 50 GB is split (extra hub)")  # fmt: skip
+    group.add_argument("--public", action="store_true", help="create the repository of --upload public")
+    group.add_argument("--upload-dry-run", action="store_true",
+                       help="compare with the repository and say what --upload would do; send nothing")  # fmt: skip
     group.add_argument("--chat", metavar="PROMPT", help="show the beginning of the finished file's answer to PROMPT")
 
 

@@ -27,6 +27,7 @@ from ..publish.first_words import DEFAULT_PROMPT, sample
 from ..publish.plot import plot_comparison, plot_scores, plot_sizes
 from ..publish.report import Check, Report, file_report, plan_report, write_report
 from ..publish.tensor_type_file import tensor_type_file
+from ..publish.upload import Destination, upload
 from ..records import Plan, Scores, read_json
 from ..session.outputs import Output
 from ..session.reference import reference_of
@@ -68,7 +69,11 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
             results = _convert(arguments, screen, Output(folder, arguments.force, arguments.keep_failed))
             bundles = [_bundle_converted(arguments, screen, folder, result) for result in results]
         write_json(arguments.json, [
-            {**_converted_json(arguments, screen, result), "bundle": bundle.to_json()}
+            {
+                **_converted_json(arguments, screen, result),
+                "bundle": bundle.to_json(),
+                **_upload(arguments, screen, bundle),
+            }
             for result, bundle in zip(results, bundles, strict=True)
         ])  # fmt: skip
 
@@ -165,6 +170,16 @@ def _bundle(arguments: argparse.Namespace, screen: Screen, file: Path, folder: P
     return bundle
 
 
+def _upload(arguments: argparse.Namespace, screen: Screen, bundle: Bundle) -> dict[str, Any]:
+    """Upload a bundle where that is wanted, show what happened, and return it for the JSON."""
+    if arguments.upload is None:
+        return {}
+    where = Destination(arguments.upload, arguments.public, arguments.force, arguments.upload_dry_run)
+    found = upload(bundle, where, screen)
+    screen.show(display.upload_view(found))
+    return {"upload": found.to_json()}
+
+
 def _show_sample(arguments: argparse.Namespace, screen: Screen, file: Path) -> dict[str, Any]:
     """Show the beginning of a finished file's answer."""
     with screen.stage("first words"):
@@ -182,7 +197,7 @@ def run_bundle(arguments: argparse.Namespace, screen: Screen) -> None:
     with bundle_folder(arguments.bundle, arguments.force, screen) as folder:
         source = bundles.Source(arguments.file, arguments.base_model, plan, scores)
         bundle = _bundle(arguments, screen, arguments.file, folder, source)
-    found: dict[str, Any] = {"bundle": bundle.to_json()}
+    found: dict[str, Any] = {"bundle": bundle.to_json(), **_upload(arguments, screen, bundle)}
     if arguments.chat is not None:
         found["sample"] = _show_sample(arguments, screen, bundle.gguf)
     write_json(arguments.json, found)

@@ -79,11 +79,12 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Keys and tensors of a file, in its order; ``n_bytes`` is where the data begins."""
+    """Keys and tensors of a file, in its order; ``n_bytes`` is where the data begins, ``keys_end`` where keys end."""
 
     metadata: Mapping[str, GGUFValue]
     tensors: tuple[TensorEntry, ...]
     n_bytes: int
+    keys_end: int = 0
 
 
 def is_gguf(path: Path) -> bool:
@@ -226,6 +227,7 @@ def _header(cursor: _Cursor) -> GgufHeader:
         if name in metadata:
             raise ValueError(f"key {name} is there twice")
         metadata[name] = cursor.value()
+    keys_end = cursor.at
     entries = [_entry(cursor) for _ in range(n_tensors)]
     alignment = metadata["general.alignment"].value if "general.alignment" in metadata else ALIGNMENT_BYTES
     if not isinstance(alignment, int) or alignment <= 0:
@@ -234,7 +236,7 @@ def _header(cursor: _Cursor) -> GgufHeader:
     tensors = tuple(_placed(entry, start, alignment, cursor.n_file) for entry in entries)
     if len({tensor.name for tensor in tensors}) < len(tensors):
         raise ValueError("a tensor is there twice")
-    return GgufHeader(metadata, tensors, start)
+    return GgufHeader(metadata, tensors, start, keys_end)
 
 
 def _entry(cursor: _Cursor) -> TensorEntry:

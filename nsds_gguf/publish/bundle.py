@@ -175,7 +175,7 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
         names = [gguf.name, *(name for name, text in texts.items() if text is not None)]
         with report.stage("hash") as progress:
             sums = _sha256_sums([folder / name for name in names], progress)
-        _write(folder / SUMS, "".join(map(_sum_line, sums, sums.values())), files)
+        _write(folder / SUMS, "".join(map(sum_line, sums, sums.values())), files)
     return Bundle(folder, gguf, sums, chat, origin, tuple(notes))
 
 
@@ -270,7 +270,7 @@ def _sha256_sums(paths: list[Path], progress: Progress) -> dict[str, str]:
     return sums
 
 
-def _sum_line(name: str, digest: str) -> str:
+def sum_line(name: str, digest: str) -> str:
     """Return a line for ``sha256sum -c``, with backslashes in the name escaped and marked."""
     escaped = name.replace("\\", "\\\\")
     return f"{chr(92) if escaped != name else ''}{digest}  {escaped}\n"

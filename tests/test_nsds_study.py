@@ -111,7 +111,8 @@ def answer(name: str, question: str, kinds: dict[str, list[float]], rounding: st
         }
         for kind, chunks in kinds.items()
     ]
-    return {"name": name, "group": group, "n_weights": 1, "rows": rows}
+    what = {"n_weights": 2_000_000, "n_layers": 4, "text": "novel", "n_chunks": 2}
+    return {"name": name, "group": group, **what, "rows": rows}
 
 
 def test_random_orders_are_averaged() -> None:
@@ -147,4 +148,4 @@ def test_the_page_names_the_fisher_plan_and_every_metric() -> None:
     ]
     text = nsds_page.page(found)
     assert "| m | 3 | 3.000 | 1.0000 | – | 0.800 ± 0.100 |" in text
-    assert text.count("\n## ") == 3
+    assert text.count("| m | g | 2.0 M | 4 | novel | 2 |") == 1 and text.count("\n## ") == 3

@@ -36,7 +36,7 @@ What the layer scores of NSDS are worth, by the divergence of files of equal byt
 `tools/quality/nsds_study.py` and `tools/quality/nsds_page.py`; the numbers are in [nsds.json](nsds.json). KLD is the
 mean KL divergence in nats per token. Ratios are over the same tokens, with the standard error of the paired chunks;
 below 1 is better. All files of a table differ in types only: rounding, calibration and channel equalization are the
-same. The trained zoo is measured on held-out books, real models on WikiText-2 (test).
+same.
 
 The readings of structural expressiveness are the product of spectral magnitude and effective rank, and their ratio, as
 in the released code."""
@@ -107,6 +107,22 @@ def mean_ratio(pairs: Iterable[Pair | None]) -> Pair | None:
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def models_table(found: Sequence[Answer]) -> str:
+    """Return the models, and what they were measured on."""
+    rows = {
+        (
+            a["name"],
+            a["group"],
+            f"{a['n_weights'] / 1e6:.1f} M",
+            str(a["n_layers"]),
+            a["text"],
+            str(a["n_chunks"]),
+        ): None
+        for a in found
+    }
+    return table(("model", "group", "weights", "layers", "text", "chunks of 512"), rows)
 
 
 def paper_table(found: Sequence[Answer]) -> str:
@@ -210,6 +226,7 @@ def page(found: Sequence[Answer]) -> str:
     )
     parts = [
         INTRO,
+        models_table(found),
         PAPER_TEXT,
         paper_table(about(found, PAPER)),
         FACTOR_TEXT,

@@ -137,7 +137,9 @@ def check(gguf: Path, folder: Path) -> None:
     known = has_token_for_every_byte(library)
     with llama.open_model(gguf, vocab_only=True) as model:
         strings = [text for text in (*HAND_PICKED, *corpus(N_STRINGS)) if text and known(text)]
-        wrong = [text for text in strings if library.encode(text).ids != model.tokenize(text).tolist()]
+        wrong = [
+            text for text in strings if library.encode(text).ids != model.tokenize(text, parse_special=True).tolist()
+        ]
     print(f"{folder}: {len(original.tensors)} tensors, {len(unequal)} unequal; "
           f"{len(strings)} strings, {len(wrong)} with other ids")  # fmt: skip
     if unequal or wrong:

@@ -213,7 +213,7 @@ def test_a_pass_that_is_stopped_at_every_layer_ends(tmp_path: Path, layers: list
 DAMAGED = {  # part of a file's name, and what is computed again
     "sums_of_layer_1": (["forward 1"] * 2 + ["forward 2"] * 2 + OUTPUT + BACK, "the pass over tokens"),
     "before_layer_2": (["forward 1"] * 2 + ["forward 2"] * 2 + OUTPUT + BACK, "the pass over tokens"),
-    "Hessians_blk.1.attn_output": (["forward 1"] * 2 + ["forward 2"] * 2 + OUTPUT + BACK, "Hessians"),
+    "Hessians+blk.1.attn_output": (["forward 1"] * 2 + ["forward 2"] * 2 + OUTPUT + BACK, "Hessians"),
 }
 
 
@@ -264,8 +264,8 @@ def test_factoring_goes_on_without_another_pass(tmp_path: Path, layers: list[str
     n_inputs = 9  # q, k and v; output; gate and up; down of two layers; the output
     with pytest.raises(KeyboardInterrupt):
         run(source, folder, FEW, Stopping("factor Hessians", after))
-    kept = n_records(folder, "Hessian_factors_")
-    assert kept == after - 1 and n_records(folder, "Hessians_") == n_inputs - kept + 1  # and the list of inputs
+    kept = n_records(folder, "Hessian_factors+")
+    assert kept == after - 1 and n_records(folder, "Hessians+") == n_inputs - kept + 1  # and the list of inputs
     layers.clear()
     again = Stopping("measure tensors", 1)
     with pytest.raises(KeyboardInterrupt):
@@ -274,7 +274,7 @@ def test_factoring_goes_on_without_another_pass(tmp_path: Path, layers: list[str
     assert again.stages["factor Hessians"] == 2 + n_inputs - kept  # the first and the last call count no input
     told = f"Kept from the interrupted run: {kept} of {n_inputs} Hessian factors; {n_inputs - kept} left."
     assert (told in again.said) == (kept > 0)
-    assert n_records(folder, "Hessian_factors_") == n_inputs and n_records(folder, "Hessians_") == 0
+    assert n_records(folder, "Hessian_factors+") == n_inputs and n_records(folder, "Hessians+") == 0
     assert run(source, folder, FEW, Stopping()) == wanted
 
 
@@ -287,7 +287,7 @@ def test_a_damaged_hessian_alone_is_found_again(tmp_path: Path, layers: list[str
     wanted, folder = run(source, tmp_path / "whole", FEW, Stopping()), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(source, folder, FEW, Stopping("factor Hessians", 2))
-    damage(folder, "Hessians_blk.1.ffn_down")
+    damage(folder, "Hessians+blk.1.ffn_down")
     layers.clear()
     again = Stopping()
     assert run(source, folder, FEW, again) == wanted
@@ -300,10 +300,10 @@ def test_records_of_the_pass_go_when_it_is_done(tmp_path: Path) -> None:
     source, folder = write_tiny(tmp_path / "model", TINY), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(source, folder, FEW, Stopping("find sensitivities", 3))
-    assert n_records(folder, "the_pass_over_tokens_")
+    assert n_records(folder, "the_pass_over_tokens+")
     with pytest.raises(KeyboardInterrupt):
         run(source, folder, FEW, Stopping("factor Hessians", 1))
-    assert n_records(folder, "the_pass_over_tokens_") == 0
+    assert n_records(folder, "the_pass_over_tokens+") == 0
 
 
 def test_layers_that_are_scored_are_not_scored_again(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_layers_that_are_scored_are_not_scored_again(tmp_path: Path) -> None:
     wanted = run(source, tmp_path / "whole", RTN, Stopping())
     with pytest.raises(KeyboardInterrupt):
         run(source, folder, RTN, Stopping("score layers (nsds)", 3))
-    damage_head(folder, "scored_layers_1")
+    damage_head(folder, "scored_layers+1")
     scored: list[int | None] = []
     again = Stopping()
     with pytest.MonkeyPatch.context() as patch:

@@ -143,6 +143,31 @@ def test_a_record_of_another_kind_is_stale(store, said):
     assert store.get_arrays("scores/1") is None and said == [STALE]
 
 
+def test_records_of_a_kind_are_counted_and_removed_together(store, tmp_path):
+    for name in ("scores/1", "scores/2", "scores of others/1", "scores"):
+        store.put_arrays(name, ARRAYS)
+    total, others = sum(path.stat().st_size for path in tmp_path.iterdir()), store.n_bytes("scores of others")
+    others += sum(path.stat().st_size for path in tmp_path.glob("scores-*"))
+    assert store.n_bytes("scores") == total - others > 2 * sum(array.nbytes for array in ARRAYS.values())
+    store.keyed("more").remove_all("scores")
+    assert store.n_bytes("scores") == 0 and others == sum(path.stat().st_size for path in tmp_path.iterdir())
+    assert store.get_arrays("scores/1") is None and store.get_arrays("scores of others/1") is not None
+
+
+def test_what_an_earlier_run_left_is_told_once(store, tmp_path, said):
+    store.put("scores/1", 1)
+    store.tell_kept("scores", ["scores/1"], 3)  # put by this run
+    assert said == []
+    later = Store(tmp_path, "key", said.append)
+    later.put("scores/2", 1)
+    for _ in range(2):
+        later.keyed("more").tell_kept("scores", ["scores/1", "scores/2"], 3)
+    later.tell_kept("text", ["text"])
+    later.tell_kept("nothing", [], 3)
+    told = ["Kept from the interrupted run: 1 of 3 scores; 2 left.", "Kept from the interrupted run: text."]
+    assert said == told
+
+
 def test_kinds_of_record_are_told_apart(store, tmp_path, said):
     for name in ("scores/1", "scores/2", "text"):
         store.put(name, 1)

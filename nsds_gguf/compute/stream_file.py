@@ -1,4 +1,4 @@
-"""The residual stream between layers, in an unnamed temporary file that disappears with the process, or as records."""
+"""The residual stream between layers, in an unnamed temporary file that disappears with the process."""
 
 from __future__ import annotations
 

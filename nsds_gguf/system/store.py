@@ -176,7 +176,7 @@ class Store:
         return self.folder / (file_name(name) + suffix)
 
     def _of_kind(self, kind: str) -> Iterator[Path]:
-        return self.folder.glob(f"{_plain(kind)}_*")
+        return self.folder.glob(f"{_plain(kind)}+*")
 
     def _checked(self, name: str, kind: str, read: Callable[[Mapping[str, Any]], Any]) -> Any | None:
         """Return what ``read`` makes of a head; a record that is stale or damaged is removed and told."""
@@ -233,7 +233,8 @@ def file_name(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]", "_", name)
+    """Return a name in letters, digits and ``_.-``, with ``+`` for strokes."""
+    return re.sub(r"[^A-Za-z0-9_.+-]", "_", name.replace("/", "+"))
 
 
 def seal(value: Any) -> bytes:

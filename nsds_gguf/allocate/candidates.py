@@ -107,7 +107,8 @@ def default_types(
     budget, padded = budget_bytes(target, model.n_weights, header_bytes) or 0, target.kind == "size"
     for larger in LARGER_TYPES:
         found = candidates(model, types, fixed)
-        if budget < sum(each.cost(each.types[-2 if each.is_open else 0], padded) for each in found):
+        is_any_open = any(each.is_open for each in found)
+        if not is_any_open or budget < sum(each.cost(each.types[-2 if each.is_open else 0], padded) for each in found):
             break
         types += larger
     return types

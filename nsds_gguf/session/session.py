@@ -190,8 +190,9 @@ class Session:
         best = [
             self._best([self.plan(one, known[one.padding], each.notes) for one in each.recipes]) for each in settled
         ]
-        in_nats = not what_is_missing(self.model)
-        return [self._warned(plan, known, scores) if in_nats and not is_bearable(plan) else plan for plan in best]
+        if what_is_missing(self.model) or not ALLOCATORS[recipes[0].allocator].needs_costs:  # no prediction in nats
+            return best
+        return [plan if is_bearable(plan) else self._warned(plan, known, scores) for plan in best]
 
     def _warned(self, plan: Plan, known: dict[str | None, Scores | None], loaded: Scores | None) -> Plan:
         """Return a plan with a note on what its divergence means; the better budget that it names is not padded."""

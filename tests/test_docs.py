@@ -1,6 +1,7 @@
 """Documentation in step with the code: generated blocks, commands, module tree."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,32 @@ def test_changelog_and_citation_know_the_version():
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == __version__ and "2603.17354" in citation["preferred-citation"]["url"]
+
+
+COMMANDS = [
+    (page.name, line.split("  #")[0].strip())
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    if page.name in ("gallery.md", "memory.md", "upload.md")
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    for line in block.splitlines()
+    if line.startswith("nsds-gguf ")
+]
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=[f"{page}: {command}" for page, command in COMMANDS])
+def test_commands_of_the_gallery_parse(page, command):
+    arguments = build_parser().parse_args(shlex.split(command)[1:])
+    assert callable(arguments.run)
+
+
+def test_the_gallery_has_a_command_for_every_device():
+    text = (ROOT / "docs" / "gallery.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert [title for title, _ in sections] == [
+        "A phone", "Raspberry Pi 5 (8 GB)", "A laptop with 8 GB", "A Mac with 16 GB", "A GPU with 24 GB", "To publish"
+    ]  # fmt: skip
+    assert all("\nnsds-gguf convert " in body for _, body in sections)
+    assert sum(page == "gallery.md" for page, _ in COMMANDS) == text.count("\nnsds-gguf ") >= 15
 
 
 def ci_command(name):

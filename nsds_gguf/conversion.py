@@ -28,6 +28,7 @@ from .session.outputs import (
     named,
     output_paths,
 )
+from .session.projector import ProjectorFile, projector_files, write_projectors
 from .session.reference import reference_file
 from .session.room import check_room, lacks_room_for_original, largest_file_bytes, tell_time
 from .session.run import Run
@@ -53,6 +54,7 @@ class Converted:
         reference: the reference of the check: ``ORIGINAL``, ``QUANTIZED_INPUT``, a path, or ``None``.
         notes: notes on the check.
         embedding: the result of the check of an embedding model.
+        projector: the file of the vision part; ``None`` without one.
 
     """
 
@@ -64,14 +66,19 @@ class Converted:
     reference: str | None = None
     notes: tuple[str, ...] = ()
     embedding: EmbeddingCheck | None = None
+    projector: Path | None = None
 
 
 @dataclass(frozen=True)
 class Planned:
-    """Plans, one per budget, and the scores that they were made from (``None`` for a plan from a file)."""
+    """Plans, one per budget, and the scores that they were made from (``None`` for a plan from a file).
+
+    ``projectors`` holds the file of the vision part, where ``output`` asks for it.
+    """
 
     plans: list[Plan]
     scores: Scores | None = None
+    projectors: tuple[ProjectorFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +131,9 @@ def convert(
     model = open_model(source, run)
     jobs = _jobs(model, options, loaded)
     paths = output_paths([default_name(model, job.settled.recipe) for job in jobs], output)
-    check_not_input(paths, model)
+    projectors = projector_files(model, output, paths[0].parent, run)
+    beside = [each.path for each in projectors]
+    check_not_input([*paths, *beside], model)
     results = []
     with ExitStack() as stack:
         files = stack.enter_context(
@@ -133,10 +142,11 @@ def convert(
         stack.enter_context(unchanged(model.inputs))
         files.open()
         session = Session(model, run, files, jobs[0].settled.imatrix, stack.enter_context(open_workers(run, model)))
-        check_replaceable([path for path in paths if not session.has_finished(path)], output.force)
+        check_replaceable([*(path for path in paths if not session.has_finished(path)), *beside], output.force)
         check_vocabulary(model, verifying, text, files)
         generates = any(job.generates_text(session) for job in jobs)
-        check_room(model, run, files.folder, [job.largest_bytes(model) for job in jobs], verifying, generates)
+        n_bytes = [*(job.largest_bytes(model) for job in jobs), *(each.n_bytes for each in projectors)]
+        check_room(model, run, files.folder, n_bytes, verifying, generates)
         comparing = with_original_at_hand(model, verifying, generates)
         if run.cluster is None:  # estimates are those of this machine
             tell_time(model, run, [job.plan or job.settled.recipe for job in jobs], comparing, generates)
@@ -155,7 +165,10 @@ def convert(
                 found = session.verify(plan, target, verifying, text, compared_with)
             ppl, embedding = (None, found) if isinstance(found, EmbeddingCheck) else (found, None)
             compared = reference_name(model, comparing) if ppl is not None and ppl.divergence is not None else None
-            results.append(Converted(target, plan, ppl, session.scores, model.path, compared, notes, embedding))
+            results.append(
+                Converted(target, plan, ppl, session.scores, model.path, compared, notes, embedding, *beside)
+            )
+        write_projectors(projectors, run, files, session.workers)
     return results
 
 
@@ -163,16 +176,18 @@ def plan(
     source: str | Path | HubName | Source,
     options: Options | Sequence[Options],
     *,
+    output: Output | None = None,
     loaded: Scores | Plan | None = None,
     run: Run | None = None,
 ) -> Planned:
-    """Return the plans of ``convert``; arguments and errors are the same."""
+    """Return the plans of ``convert``; arguments and errors are the same, but nothing is written."""
     run = run or Run()
     model = open_model(source, run)
     jobs = _jobs(model, options, loaded)
+    projectors = projector_files(model, output or Output(), Path(), run)
     with _temporary(run, model) as (files, workers):
         session = Session(model, run, files, jobs[0].settled.imatrix, workers)
-        return Planned(_plans(session, jobs, loaded), session.scores)
+        return Planned(_plans(session, jobs, loaded), session.scores, tuple(projectors))
 
 
 def score(

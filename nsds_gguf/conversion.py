@@ -30,6 +30,7 @@ from .session.outputs import (
     named,
     output_paths,
 )
+from .session.projector import ProjectorFile, projector_files, write_projectors
 from .session.reference import reference_file
 from .session.room import check_room, lacks_room_for_original, largest_file_bytes, tell_time
 from .session.run import Run
@@ -56,6 +57,7 @@ class Converted:
         notes: notes on the check.
         embedding: the result of the check of an embedding model.
         fitted: the memory that the file fits, where options name one.
+        projector: the file of the vision part; ``None`` without one.
 
     """
 
@@ -68,6 +70,7 @@ class Converted:
     notes: tuple[str, ...] = ()
     embedding: EmbeddingCheck | None = None
     fitted: Fitted | None = None
+    projector: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,13 @@ class Planned:
     """Plans, one per budget, and the scores that they were made from (``None`` for a plan from a file).
 
     ``fitted`` has the memory that each plan fits, ``None`` for a plan without one.
+    ``projectors`` holds the file of the vision part, where ``output`` asks for it.
     """
 
     plans: list[Plan]
     scores: Scores | None = None
     fitted: tuple[Fitted | None, ...] = ()
+    projectors: tuple[ProjectorFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,9 @@ def convert(
     model = open_model(source, run)
     jobs = _jobs(model, options, loaded, run)
     paths = output_paths([default_name(model, job.settled.recipe) for job in jobs], output)
-    check_not_input(paths, model)
+    projectors = projector_files(model, output, paths[0].parent, run)
+    beside = [each.path for each in projectors]
+    check_not_input([*paths, *beside], model)
     results = []
     with ExitStack() as stack:
         files = stack.enter_context(
@@ -145,10 +152,11 @@ def convert(
         stack.enter_context(unchanged(model.inputs))
         files.open()
         session = Session(model, run, files, jobs[0].settled.imatrix, stack.enter_context(open_workers(run, model)))
-        check_replaceable([path for path in paths if not session.has_finished(path)], output.force)
+        check_replaceable([*(path for path in paths if not session.has_finished(path)), *beside], output.force)
         check_vocabulary(model, verifying, text, files)
         generates = any(job.generates_text(session) for job in jobs)
-        check_room(model, run, files.folder, [job.largest_bytes(model) for job in jobs], verifying, generates)
+        n_bytes = [*(job.largest_bytes(model) for job in jobs), *(each.n_bytes for each in projectors)]
+        check_room(model, run, files.folder, n_bytes, verifying, generates)
         comparing = with_original_at_hand(model, verifying, generates)
         if run.cluster is None:  # estimates are those of this machine
             tell_time(model, run, [job.plan or job.settled.recipe for job in jobs], comparing, generates)
@@ -169,7 +177,8 @@ def convert(
             compared = reference_name(model, comparing) if ppl is not None and ppl.divergence is not None else None
             fits = job.holding(plan)
             scores = session.scores_of(plan)
-            results.append(Converted(target, plan, ppl, scores, model.path, compared, notes, embedding, fits))
+            results.append(Converted(target, plan, ppl, scores, model.path, compared, notes, embedding, fits, *beside))
+        write_projectors(projectors, run, files, session.workers)
     return results
 
 
@@ -177,18 +186,20 @@ def plan(
     source: str | Path | HubName | Source,
     options: Options | Sequence[Options],
     *,
+    output: Output | None = None,
     loaded: Scores | Plan | None = None,
     run: Run | None = None,
 ) -> Planned:
-    """Return the plans of ``convert``; arguments and errors are the same."""
+    """Return the plans of ``convert``; arguments and errors are the same, but nothing is written."""
     run = run or Run()
     model = open_model(source, run)
     jobs = _jobs(model, options, loaded, run)
+    projectors = projector_files(model, output or Output(), Path(), run)
     with _temporary(run, model) as (files, workers):
         session = Session(model, run, files, jobs[0].settled.imatrix, workers)
         plans = _plans(session, jobs, loaded)
         fits = tuple(job.holding(plan) for job, plan in zip(jobs, plans, strict=True))
-        return Planned(plans, session.scores_of(plans[0]), fits)
+        return Planned(plans, session.scores_of(plans[0]), fits, tuple(projectors))
 
 
 def score(

@@ -53,7 +53,7 @@ def test_the_tables_agree() -> None:
 def test_every_row_order_takes_each_row_once() -> None:
     sizes = {
         "heads": 6, "kv_heads": 2, "head": 8, "qkv": 80, "experts": 3, "ff_exp": 5, "ff_shexp": 7, "nope": 4,
-        "v_head": 3, "kv_b": 42,
+        "v_head": 3, "kv_b": 42, "embd": 48, "channels": 3, "patch": 2, "token": 0,
     }  # fmt: skip
     together = {
         "grouped": ("grouped_q", "grouped_k", "grouped_v"),
@@ -62,6 +62,10 @@ def test_every_row_order_takes_each_row_once() -> None:
         "heads": ("first_part_of_heads", "last_part_of_heads"),
         "rope_q": ("rope_q",),
         "rope_k": ("rope_k",),
+        "rope_vision": ("rope_vision",),
+        "vision": ("vision_q", "vision_k", "vision_v"),
+        "frames": ("frame_0", "frame_1"),
+        "token": ("token",),
     }
     for names in together.values():
         taken = np.concatenate([ROW_ORDERS[name](sizes) for name in names])

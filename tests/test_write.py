@@ -253,7 +253,7 @@ def test_keys_are_packed_as_gguf_packs_them(tmp_path):
     arrays["test.texts"] = kv(["", "a\0b", "Grüße", "😀"], GGUFValueType.ARRAY, GGUFValueType.STRING)
     scalars = {"test.text": kv("Grüße", GGUFValueType.STRING), "test.yes": kv(True, GGUFValueType.BOOL)}
     model = replace(small_decoder(), metadata={**arrays, **scalars})
-    ours = header._header(replace(model, tensors=()), {}, {})
+    ours = header.file_header(model.architecture, model.metadata, (), {})
     writer = GGUFWriter(tmp_path / "theirs.gguf", model.architecture)
     writer.kv_data[0] = dict(model.metadata)
     writer.write_header_to_file()

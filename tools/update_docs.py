@@ -17,10 +17,11 @@ from pathlib import Path
 import nsds_gguf
 from nsds_gguf.cli import EXIT_CODES, build_parser
 from nsds_gguf.read.architectures.families import FAMILIES, TEXT_MODELS, WRAPPERS, find_family
+from nsds_gguf.read.architectures.projectors import PROJECTORS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(nsds_gguf.__file__).parent
-FILES = (ROOT / "docs" / "models.md", ROOT / "docs" / "cli.md", ROOT / "docs" / "architecture.md")
+FILES = tuple(ROOT / "docs" / name for name in ("models.md", "vision.md", "cli.md", "architecture.md"))
 
 
 def models_table() -> str:
@@ -33,6 +34,15 @@ def models_table() -> str:
     wrappers = ", ".join(f"`{name}`" for name in sorted(WRAPPERS))
     within = ", ".join(sorted({find_family(name).architecture for name in TEXT_MODELS.values()}))
     lines += ["", f"Of multimodal models ({wrappers}) the language model is taken, when it is one of: {within}."]
+    return "\n".join(lines)
+
+
+def projectors_table() -> str:
+    """Return the vision parts, a line each."""
+    lines = ["| for example | class | encoder | llama.cpp projector |", "|---|---|---|---|"]
+    for family in PROJECTORS:
+        classes, encoders = (", ".join(f"`{name}`" for name in names) for names in (family.classes, family.encoders))
+        lines.append(f"| {family.example} | {classes} | {encoders} | {family.kind} |")
     return "\n".join(lines)
 
 
@@ -94,7 +104,7 @@ def _meaning(action: argparse.Action) -> str:
     return (action.help or "") % {"default": default}
 
 
-BLOCKS = {"models": models_table, "options": options_tables, "tree": module_tree}
+BLOCKS = {"models": models_table, "projectors": projectors_table, "options": options_tables, "tree": module_tree}
 
 
 def updated(text: str) -> str:

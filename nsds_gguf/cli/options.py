@@ -102,7 +102,7 @@ def output_options(arguments: argparse.Namespace) -> Output:
     name: str | None = arguments.output
     if name is not None and name.endswith(("/", os.sep)) and not Path(name).is_dir():
         raise OutputError(f"{name}: no such folder for the output; create it first")
-    return Output(None if name is None else Path(name), arguments.force, arguments.keep_failed)
+    return Output(None if name is None else Path(name), arguments.force, arguments.keep_failed, arguments.mmproj)
 
 
 def check_bundle_arguments(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from ..evaluate.texts import DEFAULT_CTX
 from ..llamacpp import ggml, llama
 from ..metrics import METRICS, SE_READINGS
 from ..quantize import ROUNDINGS
+from ..read.projector import PROJECTOR_TYPES
 from ..records import AUTO, K_TYPES, Options
 from ..session.pad import PADDINGS
 from ..session.settle import (
@@ -36,7 +37,7 @@ from .fit import DEFAULTS as FIT
 from .screen import Screen
 from .values import argument as _argument
 from .values import integer_from as _integer_from
-from .values import parse_bpw_list, parse_repo, parse_size, parse_type, parse_types
+from .values import parse_bpw_list, parse_projector_type, parse_repo, parse_size, parse_type, parse_types
 from .verbs import (
     run_bundle,
     run_compare,
@@ -127,6 +128,11 @@ def _add_convert(verbs: Any) -> None:
     parser.add_argument(
         "--keep-failed", action="store_true", help="keep a file that failed verification as FILE.failed"
     )
+    parser.add_argument("--mmproj", metavar="TYPE", nargs="?", const=PROJECTOR_TYPES[0],
+                        type=_argument(parse_projector_type, "one of " + ", ".join(PROJECTOR_TYPES)),
+                        help="also write the vision part of a multimodal model folder, beside the output as "
+                        f"mmproj-NAME-TYPE.gguf; TYPE is one of {', '.join(PROJECTOR_TYPES)} "
+                        f"(without: {PROJECTOR_TYPES[0]})")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
     parser.add_argument("--no-resume", action="store_true",
                         help="start over instead of resuming an interrupted run")  # fmt: skip
@@ -268,6 +274,8 @@ def _add_bundle(verbs: Any) -> None:
     parser.add_argument("-o", "--output", metavar="DIR", type=Path, required=True, dest="bundle",
                         help="folder, created if missing")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace the bundle in the folder")
+    parser.add_argument("--mmproj", metavar="FILE", type=Path,
+                        help="GGUF of the vision part of a multimodal model, to go into the bundle")  # fmt: skip
     _add_records(parser)
     _add_bundle_options(parser)
     _add_general(parser)

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import NsdsError
 from ..llamacpp import ggml
 from ..publish.model_card import is_repo
+from ..read.projector import PROJECTOR_TYPES
 
 _SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+) ?(?:([KMG])(i?))?B?", re.IGNORECASE)
 _SIZE_POWERS = {"K": 1, "M": 2, "G": 3}
@@ -46,6 +47,14 @@ def parse_type(text: str) -> str:
     """Parse the name of a type."""
     name = text.strip().upper()
     if name not in ggml.TYPES:
+        raise ValueError(text)
+    return name
+
+
+def parse_projector_type(text: str) -> str:
+    """Parse the type of a vision part."""
+    name = text.strip().upper()
+    if name not in PROJECTOR_TYPES:
         raise ValueError(text)
     return name
 

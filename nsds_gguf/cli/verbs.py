@@ -66,7 +66,9 @@ def run_convert(arguments: argparse.Namespace, screen: Screen) -> None:
         write_json(arguments.json, [_converted_json(arguments, screen, result) for result in results])
     else:
         with bundle_folder(arguments.bundle, arguments.force, screen) as folder:
-            results = _convert(arguments, screen, Output(folder, arguments.force, arguments.keep_failed))
+            results = _convert(
+                arguments, screen, Output(folder, arguments.force, arguments.keep_failed, arguments.mmproj)
+            )
             bundles = [_bundle_converted(arguments, screen, folder, result) for result in results]
         write_json(arguments.json, [
             {
@@ -98,10 +100,16 @@ def _convert(arguments: argparse.Namespace, screen: Screen, output: Output) -> l
             screen.show(display.perplexity_view(result.perplexity, result.path.name, result.reference, result.notes))
         if result.embedding is not None:
             screen.show(display.embedding_view(result.embedding, result.path.name, result.reference))
-        screen.show(Text.assemble((str(result.path), "bold"), f": {result.path.stat().st_size / 2**20:.2f} MiB"))
+        _show_file(screen, result.path)
         if arguments.report is not None:
             _write_report(arguments, screen, result.path.stem, _converted_report(arguments, result))
+    if results[0].projector is not None:
+        _show_file(screen, results[0].projector)
     return results
+
+
+def _show_file(screen: Screen, path: Path) -> None:
+    screen.show(Text.assemble((str(path), "bold"), f": {path.stat().st_size / 2**20:.2f} MiB"))
 
 
 def _converted_report(arguments: argparse.Namespace, result: Converted) -> Report:
@@ -138,6 +146,8 @@ def _converted_json(arguments: argparse.Namespace, screen: Screen, result: Conve
         found["memory"] = result.fitted.to_json()
     if result.embedding is not None:
         found["embedding"] = result.embedding.to_json()
+    if result.projector is not None:
+        found["projector"] = {"path": str(result.projector), "bytes": result.projector.stat().st_size}
     speaks = arguments.bundle is not None and not arguments.no_verify and result.embedding is None
     if arguments.chat is not None or speaks:
         found["sample"] = _show_sample(arguments, screen, result.path)
@@ -155,6 +165,7 @@ def _bundle_converted(arguments: argparse.Namespace, screen: Screen, folder: Pat
         text=SHIPPED_TEXT if arguments.text is None else arguments.text.name,
         command=public_command(arguments.given),
         reference=result.reference,
+        projector=result.projector,
     )
     return _bundle(arguments, screen, result.path, folder, source)
 
@@ -195,7 +206,7 @@ def run_bundle(arguments: argparse.Namespace, screen: Screen) -> None:
     scores = None if arguments.scores is None else Scores.from_json(read_json(arguments.scores), str(arguments.scores))
     inspect_gguf(arguments.file)
     with bundle_folder(arguments.bundle, arguments.force, screen) as folder:
-        source = bundles.Source(arguments.file, arguments.base_model, plan, scores)
+        source = bundles.Source(arguments.file, arguments.base_model, plan, scores, projector=arguments.mmproj)
         bundle = _bundle(arguments, screen, arguments.file, folder, source)
     found: dict[str, Any] = {"bundle": bundle.to_json(), **_upload(arguments, screen, bundle)}
     if arguments.chat is not None:
@@ -211,7 +222,13 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
     options = options_of(arguments)
     if arguments.tensor_type_file is not None and len(options) > 1:
         raise PlanError(f"--tensor-type-file holds one plan, got {len(options)} targets; pass one")
-    planned = make_plans(source_of(arguments), options, loaded=loaded_record(arguments), run=run_of(arguments, screen))
+    planned = make_plans(
+        source_of(arguments),
+        options,
+        output=Output(mmproj=getattr(arguments, "mmproj", None)),
+        loaded=loaded_record(arguments),
+        run=run_of(arguments, screen),
+    )
     plans = planned.plans
     for plan, fits in zip(plans, planned.fitted, strict=True):
         screen.show(display.plan_view(plan))
@@ -224,6 +241,8 @@ def run_plan(arguments: argparse.Namespace, screen: Screen) -> None:
         if arguments.report is not None:
             page = plan_report(plan, scores=planned.scores, model=public_word(str(arguments.model)))
             _write_report(arguments, screen, f"plan-{plan.bpw:.2f}bpw", page)
+    for each in planned.projectors:
+        screen.show(Text(f"{each.path.name}: {each.n_bytes / 2**20:.2f} MiB"))
     if arguments.tensor_type_file is not None:
         write_text(arguments.tensor_type_file, tensor_type_file(plans[0]))
     write_json(arguments.json, plans[0].to_json() if len(plans) == 1 else [plan.to_json() for plan in plans])

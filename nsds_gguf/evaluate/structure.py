@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from gguf.gguf_writer import GGUFValue
 
 from ..errors import ModelError, VerifyError
 from ..llamacpp.gguf_header import GgufHeader, TensorEntry, read_gguf_header
-from ..records import Model, Plan, PlannedTensor
+from ..records import Model, Plan, PlannedTensor, Projector
 
 
 def verify_structure(path: Path, model: Model, plan: Plan) -> None:
@@ -32,6 +33,20 @@ def verify_structure(path: Path, model: Model, plan: Plan) -> None:
     _check_tensors(path, header, plan)
     _check_keys(path, header, model, plan)
     _check_target(path, plan, sum(tensor.n_bytes for tensor in header.tensors), n_bytes)
+
+
+def verify_projector(path: Path, projector: Projector) -> None:
+    """Check names, shapes, types, sizes and keys of a written vision part; raise ``VerifyError`` for a difference."""
+    try:
+        header = read_gguf_header(path)
+    except ModelError as error:
+        raise VerifyError(str(error)) from error
+    found = {tensor.name: (tensor.shape, tensor.type) for tensor in header.tensors}
+    wanted = {tensor.name: (tensor.shape, projector.types[tensor.name]) for tensor in projector.tensors}
+    if found != wanted:
+        name = next(name for name in {**wanted, **found} if found.get(name) != wanted.get(name))
+        raise VerifyError(f"{path}: tensor {name}: wanted {wanted.get(name)}, got {found.get(name)}")
+    _check_metadata(path, header, projector.metadata)
 
 
 def _check_tensors(path: Path, header: GgufHeader, plan: Plan) -> None:
@@ -58,15 +73,19 @@ def _check_tensor(path: Path, found: TensorEntry, planned: PlannedTensor, offset
 
 def _check_keys(path: Path, header: GgufHeader, model: Model, plan: Plan) -> None:
     """Check that the file holds the model's keys unchanged, and this plan's digest."""
-    for key, wanted in model.metadata.items():
+    _check_metadata(path, header, model.metadata)
+    digest = header.metadata.get("nsds_gguf.plan_sha256")
+    if digest is None or digest.value != plan.digest:
+        raise VerifyError(f"{path}: nsds_gguf.plan_sha256: wanted {plan.digest}, got {digest and digest.value}")
+
+
+def _check_metadata(path: Path, header: GgufHeader, metadata: Mapping[str, GGUFValue]) -> None:
+    for key, wanted in metadata.items():
         found = header.metadata.get(key)
         if found is None:
             raise VerifyError(f"{path}: metadata key {key} is missing")
         if found.type != wanted.type or not _same_value(found, wanted):
             raise VerifyError(f"{path}: metadata key {key} differs from the model's")
-    digest = header.metadata.get("nsds_gguf.plan_sha256")
-    if digest is None or digest.value != plan.digest:
-        raise VerifyError(f"{path}: nsds_gguf.plan_sha256: wanted {plan.digest}, got {digest and digest.value}")
 
 
 def _same_value(found: GGUFValue, wanted: GGUFValue) -> bool:

@@ -1,6 +1,7 @@
 """A folder for Hugging Face or Ollama: the GGUF and the files that belong beside it.
 
 ========== ===================================================================================================
+mmproj-*   the vision part of a multimodal model, where known
 Modelfile  for ``ollama create``: chat format, stop strings, sampling parameters
 README.md  model card with the front matter that Hugging Face reads
 plan.json  the plan of the file, where known
@@ -25,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import OutputError, RecordError, UnsupportedError
+from ..errors import ModelError, OutputError, RecordError, UnsupportedError
 from ..evaluate.embedding import EmbeddingCheck
 from ..evaluate.inspect import Inspection, inspect_gguf
 from ..evaluate.perplexity import Perplexity
@@ -61,6 +62,7 @@ class Source:
         text: name of the text.
         command: the command that made it.
         reference: the reference of the perplexity, as ``Converted.reference``.
+        projector: the GGUF of the vision part; ``None`` without one.
 
     """
 
@@ -73,6 +75,7 @@ class Source:
     text: str = ""
     command: str = ""
     reference: str | None = None
+    projector: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
         report: receives stages and notes.
 
     Raises:
-        ModelError: the file is not a GGUF, or is only a part of one.
+        ModelError: the file is not a GGUF, or is only a part of one; or the projector is no vision part.
         RecordError: the plan or the scores belong to another file.
         OutputError: the folder cannot be written, the disk is full, or a Modelfile cannot hold the file's name.
 
@@ -154,14 +157,16 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
         raise OutputError(f"{folder}: no such folder for the bundle; create it first")
     inspection, metadata = inspect_gguf(file), read_gguf_header(file).metadata
     _check_whole(file)
+    _check_projector(source.projector)
     _check_records(inspection, metadata, source)
     chat, notes = _chat_and_notes(metadata)
     origin = Origin((source.base_model,)) if source.base_model else find_origin(metadata, source.path)
-    modelfile_text = modelfile(file.name, metadata, chat, notes, _generation_config(source.path))
+    beside = source.projector.name if source.projector else ""
+    modelfile_text = modelfile(file.name, metadata, chat, notes, _generation_config(source.path), beside)
     if not origin.repos or origin.is_parent:
         notes.append("The repository of the original is not known: pass --base-model ORG/NAME for the model card.")
     facts = Facts(inspection, metadata, origin, chat is not None, source.plan, source.perplexity, source.text,
-                  source.command, source.reference, source.embedding)  # fmt: skip
+                  source.command, source.reference, source.embedding, _named_bytes(source.projector))  # fmt: skip
     texts = {
         MODELFILE: modelfile_text,
         CARD: model_card(facts),
@@ -170,9 +175,10 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
     }
     with WorkFolder(folder, [file.name], report.say) as files:
         gguf = _placed(file, folder, files)
+        beside_it = [_placed(source.projector, folder, files).name] if source.projector else []
         for name, text in texts.items():
             _write(folder / name, text, files)
-        names = [gguf.name, *(name for name, text in texts.items() if text is not None)]
+        names = [gguf.name, *beside_it, *(name for name, text in texts.items() if text is not None)]
         with report.stage("hash") as progress:
             sums = _sha256_sums([folder / name for name in names], progress)
         _write(folder / SUMS, "".join(map(sum_line, sums, sums.values())), files)
@@ -188,6 +194,18 @@ def _check_whole(file: Path) -> None:
         raise UnsupportedError(
             f"{file}: is a part of a split model; convert it first, which joins all parts in one file"
         )
+
+
+def _check_projector(file: Path | None) -> None:
+    """Raise ``ModelError`` for a file that is not the GGUF of a vision part."""
+    if file is not None:
+        architecture = read_gguf_header(file).metadata.get("general.architecture")
+        if architecture is None or architecture.value != "clip":
+            raise ModelError(f"{file}: is not a vision part (mmproj) of llama.cpp: its architecture is not clip")
+
+
+def _named_bytes(file: Path | None) -> tuple[str, int] | None:
+    return None if file is None else (file.name, file.stat().st_size)
 
 
 def _check_records(inspection: Inspection, metadata: Metadata, source: Source) -> None:

@@ -66,6 +66,7 @@ class Facts:
         command: the command that made it; empty where unknown.
         reference: the reference of the perplexity.
         embedding: the embedding check, instead of perplexity.
+        projector: the file of the vision part and its bytes; ``None`` without one.
 
     """
 
@@ -79,6 +80,7 @@ class Facts:
     command: str = ""
     reference: str | None = None
     embedding: EmbeddingCheck | None = None
+    projector: tuple[str, int] | None = None
 
     @property
     def embeds(self) -> bool:
@@ -142,7 +144,8 @@ def front_matter(facts: Facts) -> dict[str, Any]:
             found["base_model_relation"] = "quantized"
     found["quantized_by"] = _text(metadata, "general.quantized_by") or PROJECT
     found["library_name"] = "gguf"
-    found["pipeline_tag"] = "feature-extraction" if facts.embeds else "text-generation"
+    generates = "text-generation" if facts.projector is None else "image-text-to-text"
+    found["pipeline_tag"] = "feature-extraction" if facts.embeds else generates
     if licence := _text(metadata, Keys.General.LICENSE):
         names = licence.split(",")
         found["license"] = licence if len(names) == 1 else names
@@ -175,6 +178,8 @@ def _measured(facts: Facts) -> list[tuple[str, str]]:
         ("bits per weight, quantized tensors", f"{file.quantized_bpw:.4f}"),
         ("bits per weight, whole file", f"{file.file_bpw:.4f}"),
     ]
+    if facts.projector is not None:
+        rows.append(("vision part", f"`{facts.projector[0]}`, {facts.projector[1]:,} bytes"))
     if facts.embeds:
         return [*rows, _measured_embedding(facts)]
     if found is None:
@@ -250,13 +255,21 @@ def _running(facts: Facts) -> list[str]:
     if facts.embeds:
         return [f"llama.cpp: `llama-embedding -m {name}`, the text after `-p`; `llama-server --embeddings -m {name}`"]
     command = "llama-cli" if facts.is_chat else "llama-completion"
-    shell = name if re.fullmatch(r"[\w.-]+", name, re.ASCII) else f"'{name}'"
+    shell = _quoted(name)
+    images = []
+    if facts.projector is not None:
+        images = [f"llama.cpp, with images: `llama-mtmd-cli -m {shell} --mmproj {_quoted(facts.projector[0])}`"]
     return [
         f"llama.cpp: `{command} -m {shell}`" + ("" if facts.is_chat else ", the text to continue after `-p`"),
+        *images,
         "Ollama: `ollama create NAME -f Modelfile`, then `ollama run NAME`. The Modelfile describes its chat format.",
         f"LM Studio: `lms import {shell}`, or put the file two folders deep into the models folder.",
         "`sha256sum -c SHA256SUMS` checks that the files are complete.",
     ]
+
+
+def _quoted(name: str) -> str:
+    return name if re.fullmatch(r"[\w.-]+", name, re.ASCII) else f"'{name}'"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

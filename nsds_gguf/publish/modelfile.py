@@ -207,6 +207,7 @@ def modelfile(
     chat: ChatFormat | None,
     notes: list[str],
     generation: Mapping[str, Any] | None = None,
+    projector: str = "",
 ) -> str:
     """Return the text of a Modelfile.
 
@@ -216,15 +217,17 @@ def modelfile(
         chat: its chat format; ``None`` writes no template, and Ollama uses the one in the GGUF.
         notes: sentences for the reader, written as comments.
         generation: the original's parsed generation_config.json, where there is one.
+        projector: the GGUF of the vision part beside it, for a second FROM; empty without one.
 
     Raises:
-        OutputError: a Modelfile cannot hold the file name.
+        OutputError: a Modelfile cannot hold a file name.
 
     """
-    if not file_name.isprintable() or file_name != file_name.strip():
-        raise OutputError(f"{file_name!r}: a Modelfile cannot hold this name; rename the GGUF")
+    for name in filter(None, (file_name, projector)):
+        if not name.isprintable() or name != name.strip():
+            raise OutputError(f"{name!r}: a Modelfile cannot hold this name; rename the GGUF")
     lines = [f"# Written by nsds-gguf {__version__}. Use: ollama create NAME -f Modelfile", *(f"# {n}" for n in notes)]
-    lines.append(f"FROM ./{file_name}")
+    lines += [f"FROM ./{name}" for name in (file_name, projector) if name]
     if chat is not None:
         lines.append(f'TEMPLATE """{go_template(chat)}"""')
         lines += _line("SYSTEM", chat.default_system)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,15 @@ _NO_DIGEST = "0" * 64  # as long as a real one, so that the header has its final
 def header_bytes(model: Model, recipe: Recipe) -> int:
     """Return the bytes before the tensor data; they depend on the recipe, not on the chosen types."""
     types = {tensor.name: "F32" for tensor in model.tensors}
-    return len(_header(model, _keys(recipe, "F32", _NO_DIGEST, _NO_DIGEST), types))
+    keys = {**model.metadata, **_keys(recipe, "F32", _NO_DIGEST, _NO_DIGEST)}
+    return len(file_header(model.architecture, keys, model.tensors, types))
 
 
 def plan_header(model: Model, plan: Plan) -> bytes:
     """Return everything before the tensor data of a plan's file, padded to the alignment."""
     keys = _keys(plan.recipe, _main_type(plan), plan.scores_digest or _NO_DIGEST, plan.digest)
-    return _header(model, keys, {tensor.name: tensor.type for tensor in plan.tensors})
+    types = {tensor.name: tensor.type for tensor in plan.tensors}
+    return file_header(model.architecture, {**model.metadata, **keys}, model.tensors, types)
 
 
 def write_outline(model: Model, path: Path) -> None:
@@ -46,7 +48,7 @@ def write_outline(model: Model, path: Path) -> None:
     file of the data in the smallest types.
     """
     types = {tensor.name: _outline_type(tensor) for tensor in model.tensors}
-    header = _header(model, {}, types)
+    header = file_header(model.architecture, model.metadata, model.tensors, types)
     n_data = sum(-(-t.n_rows * ggml.row_bytes(types[t.name], t.n_cols) // ALIGNMENT_BYTES) for t in model.tensors)
     try:
         with path.open("wb") as stream:
@@ -109,11 +111,21 @@ class _HeaderWriter(GGUFWriter):
         return head + struct.pack(f"<{len(val)}{self._simple_value_packing[sub_type]}", *val)
 
 
-def _header(model: Model, keys: Mapping[str, GGUFValue], types: Mapping[str, str]) -> bytes:
-    """Return everything before the tensor data, as gguf's writer makes it, padded to the alignment."""
-    writer = _HeaderWriter(None, model.architecture)
-    writer.kv_data[0] = {**model.metadata, **keys}
-    for tensor in model.tensors:
+def file_header(
+    architecture: str, keys: Mapping[str, GGUFValue], tensors: Sequence[Tensor], types: Mapping[str, str]
+) -> bytes:
+    """Return everything before the tensor data, as gguf's writer makes it, padded to the alignment.
+
+    Args:
+        architecture: ``general.architecture``.
+        keys: every key of the file.
+        tensors: in the order of the file.
+        types: type of every tensor by name.
+
+    """
+    writer = _HeaderWriter(None, architecture)
+    writer.kv_data[0] = dict(keys)
+    for tensor in tensors:
         n_bytes = tensor.n_rows * ggml.row_bytes(types[tensor.name], tensor.n_cols)
         ggml_type = GGMLQuantizationType[types[tensor.name]]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, raw_dtype=ggml_type)

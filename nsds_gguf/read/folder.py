@@ -69,7 +69,7 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
     folder = Path(os.path.realpath(path))  # before Python 3.13, Path.resolve raises on a loop of links
     check_files(folder)
     whole = read_config(folder, path)
-    with _naming(folder):
+    with naming(folder):
         return _open_model(folder, whole, pre)
 
 
@@ -111,7 +111,7 @@ def _named(architecture: str, keys: Mapping[str, GGUFValue]) -> dict[str, GGUFVa
 
 
 @contextmanager
-def _naming(folder: Path) -> Iterator[None]:
+def naming(folder: Path) -> Iterator[None]:
     """Prefix messages that begin with ``config.json`` with the folder."""
     try:
         yield
@@ -131,7 +131,7 @@ def check_supported(folder: Path, dtypes: Collection[str] = ()) -> None:
     """
     check_files(folder)
     config = read_config(folder, folder)
-    with _naming(folder):
+    with naming(folder):
         _checked_settings(config)
     refuse_codes(folder, config, dtypes)
 

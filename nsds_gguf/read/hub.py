@@ -26,7 +26,8 @@ from .checkpoint import FORMATS, read_index
 
 # Files beside the weights, chat templates in subfolders included; never code, nor weights in other formats.
 SMALL_FILES = re.compile(
-    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
+    r"(config|generation_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template"
+    r"|preprocessor_config|processor_config)\.json"
     r"|tokenizer\.model|merges\.txt|chat_template\.jinja|additional_chat_templates/\w[\w.-]*\.jinja|README\.md"
 )
 

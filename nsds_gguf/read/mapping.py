@@ -91,6 +91,13 @@ ROW_ORDERS: Mapping[str, Callable[[Sizes], Order]] = {
     "first_half_shexp": lambda sizes: _half(1, sizes["ff_shexp"], 0),
     "second_half_shexp": lambda sizes: _half(1, sizes["ff_shexp"], 1),
     "first_part_of_heads": lambda sizes: _part_of_heads(sizes, slice(0, sizes["nope"])),
+    "rope_vision": lambda sizes: rope_row_order(sizes["heads"], sizes["embd"] // sizes["heads"]),
+    "vision_q": lambda sizes: np.arange(sizes["embd"]),
+    "vision_k": lambda sizes: np.arange(sizes["embd"], 2 * sizes["embd"]),
+    "vision_v": lambda sizes: np.arange(2 * sizes["embd"], 3 * sizes["embd"]),
+    "frame_0": lambda sizes: _half(sizes["embd"] * sizes["channels"], sizes["patch"], 0),
+    "frame_1": lambda sizes: _half(sizes["embd"] * sizes["channels"], sizes["patch"], 1),
+    "token": lambda sizes: np.array([sizes["token"]], np.intp),
     "last_part_of_heads": lambda sizes: _part_of_heads(sizes, slice(sizes["nope"], None)),
 }
 
@@ -153,7 +160,7 @@ def map_tensors(
     digest, tensors = hashlib.sha256(), []
     for item, names in found.places:
         stored = [_reshaped(found.stored[name], item.part, sizes) for name in names]
-        tensor = _tensor(item, stored, sizes)
+        tensor = tensor_of(item, stored, sizes)
         tensors.append(tensor)
         digest.update(f"\n{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
         digest.update(_first_row(item.part, stored[0], sizes))
@@ -268,7 +275,8 @@ def _left_over(found: Found, used: set[str], family: Family, is_wrapped: bool, n
     return ", ".join(f"{group} ({count} tensors)" for group, count in sorted(groups.items()))
 
 
-def _tensor(wanted: Wanted, stored: Sequence[StoredTensor], sizes: Sizes) -> Tensor:
+def tensor_of(wanted: Wanted, stored: Sequence[StoredTensor], sizes: Sizes) -> Tensor:
+    """Return a GGUF tensor from its stored tensors; raise ``ModelError`` for another shape than config.json states."""
     part = wanted.part
     shape = tuple(sizes[name] for name in part.shape)
     in_file = tuple(sizes[name] for name in part.stored or part.shape)

@@ -103,10 +103,15 @@ def find_names(stored: Mapping[str, StoredTensor], wanted: Sequence[Wanted], fam
     return best
 
 
+def without_wrappers(name: str) -> str:
+    """Return a checkpoint name without the words of wrappers."""
+    return _WRAPPERS.sub("", name)
+
+
 def _unwrapped(stored: Mapping[str, StoredTensor]) -> Iterator[Mapping[str, StoredTensor]]:
     """Yield the tensors under their own names, then without words of wrappers if names stay distinct."""
     yield stored
-    names = {_WRAPPERS.sub("", name): tensor for name, tensor in stored.items()}
+    names = {without_wrappers(name): tensor for name, tensor in stored.items()}
     if len(names) == len(stored) and names.keys() != stored.keys():
         yield names
 

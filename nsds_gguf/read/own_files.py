@@ -22,7 +22,8 @@ MAX_TEXT_BYTES = 100 << 20  # the largest known tokenizer.json has 33 MiB
 _TEXTS = (
     "config.json", "generation_config.json", "*.index.json", "tokenizer*.json", "special_tokens_map.json",
     "added_tokens.json", "tekken.json", "vocab.json", "merges.txt", "tokenizer.model", "*.tiktoken", "chat_template.*",
-    "modules.json", "config_sentence_transformers.json", "README.md", "adapter_config.json",
+    "modules.json", "config_sentence_transformers.json", "README.md", "adapter_config.json", "preprocessor_config.json",
+    "processor_config.json",
 )  # fmt: skip
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt")
 _FOLDERS = ("additional_chat_templates", "1_Pooling")

@@ -6,6 +6,7 @@ All are frozen. ``Scores`` and ``Plan`` round-trip through JSON, so that each st
 from .json_records import read_json
 from .model import ALIGNMENT_BYTES, Hparams, Model, Progress, kv, no_progress
 from .plan import PLAN_FORMAT, Plan, PlannedTensor, TensorKind
+from .projector import Projector
 from .recipe import AUTO, K_TYPES, Fit, Options, Recipe, Target, TensorType
 from .scores import SCORES_FORMAT, LayerScore, Scores, TensorCost
 from .sources import SLAB_BYTES, Float32, Float64, FromArray, Rows, Source, Stack
@@ -31,6 +32,7 @@ __all__ = [
     "Plan",
     "PlannedTensor",
     "Progress",
+    "Projector",
     "Recipe",
     "Rows",
     "Scores",

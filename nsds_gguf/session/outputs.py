@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gguf
+from gguf.gguf_writer import GGUFValue
 
 from ..allocate import decided_by
 from ..errors import GgmlError, OutputError, VerifyError, told_of
 from ..llamacpp import gguf_header
-from ..records import Model, Recipe
+from ..records import Model, Projector, Recipe
 
 # Characters that some file systems refuse in names, and the longest name part: names may have 255 bytes.
 _NO_FILE_LETTERS = r'/\:*?"<>|'
@@ -22,11 +24,15 @@ _NAME_LETTERS = 96
 
 @dataclass(frozen=True)
 class Output:
-    """The output path: a file, an existing folder, or ``None`` for the working directory."""
+    """The output path: a file, an existing folder, or ``None`` for the working directory.
+
+    ``mmproj`` is the type of the vision part to write beside it, one of ``PROJECTOR_TYPES``; ``None`` for none.
+    """
 
     path: Path | None = None
     force: bool = False
     keep_failed: bool = False
+    mmproj: str | None = None
 
 
 def default_name(model: Model, recipe: Recipe) -> str:
@@ -34,11 +40,7 @@ def default_name(model: Model, recipe: Recipe) -> str:
 
     The encoding names what decided the types, as ``allocate.decided_by`` returns it.
     """
-
-    def field(key: str) -> str | None:
-        entry = model.metadata.get(f"general.{key}")
-        return _file_letters(entry.value) if entry is not None and isinstance(entry.value, str) else None
-
+    field = partial(_field, model.metadata)
     encoding, target = "_".join(decided_by(recipe)), recipe.target
     if target is not None and recipe.allocator != "uniform":
         bpw = target.value if target.kind == "bpw" else target.value * 8 / model.n_weights
@@ -48,6 +50,21 @@ def default_name(model: Model, recipe: Recipe) -> str:
         model_name, field("basename"), field("finetune"), version, field("size_label"), encoding
     )
     return f"{name}.gguf"
+
+
+def projector_name(projector: Projector) -> str:
+    """Return the file name of a vision part as llama.cpp's converter names it, ``mmproj-Name-F16.gguf``."""
+    field = partial(_field, projector.metadata)
+    name = gguf.naming_convention(
+        field("name"), field("basename"), field("finetune"), field("version"), None, projector.type
+    )
+    return f"mmproj-{name}.gguf"
+
+
+def _field(metadata: Mapping[str, GGUFValue], key: str) -> str | None:
+    """Return a ``general.*`` key in letters of a file name."""
+    entry = metadata.get(f"general.{key}")
+    return _file_letters(entry.value) if entry is not None and isinstance(entry.value, str) else None
 
 
 def _file_letters(text: str) -> str | None:

@@ -361,7 +361,7 @@ def run_converter(
     jobs: Mapping[str, Mapping[str, str]], llama_cpp: Path, packages: Path | None = None
 ) -> dict[str, str | None]:
     """Run the converter on all jobs, ``packages`` before those installed; return what each said if it failed."""
-    command = [sys.executable, str(ROOT / "tools" / "run_converter.py"), str(llama_cpp)]
+    command = [sys.executable, str(Path(__file__).with_name("run_converter.py")), str(llama_cpp)]
     paths = [str(path) for path in (packages, os.environ.get("PYTHONPATH")) if path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(

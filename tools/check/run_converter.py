@@ -2,8 +2,8 @@
 
     python tools/check/run_converter.py LLAMA_CPP_DIR < jobs.json > results.json
 
-A job is ``{"folder", "outfile", "outtype", "pre"}``; its result is ``null``, or the last line that the converter wrote
-when it failed. The converter is imported once and each job runs in a fork of it.
+A job is ``{"folder", "outfile", "outtype", "pre"}``, with ``"mmproj"`` for the vision part; its result is ``null``, or
+the last line that the converter wrote when it failed. The converter is imported once and each job runs in a fork of it.
 
 Two things are replaced, because tiny models have a tiny tokenizer, and only where the converter would give up:
 
@@ -51,8 +51,10 @@ def convert(converter: Any, job: dict[str, str], log: IO[bytes]) -> None:
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     try:
-        allow_tiny_tokenizers(converter, job["pre"])
+        if not job.get("mmproj"):  # a vision part has no tokenizer
+            allow_tiny_tokenizers(converter, job["pre"])
         sys.argv = ["convert_hf_to_gguf.py", job["folder"], "--outfile", job["outfile"], "--outtype", job["outtype"]]
+        sys.argv += ["--mmproj"] if job.get("mmproj") else []
         converter.main()
         code = 0
     finally:

@@ -1,0 +1,61 @@
+"""The vision part of a model beside its file (mmproj): opened before the work, so that a refusal comes first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UnsupportedError, told_of
+from ..evaluate.structure import verify_projector
+from ..quantize.write import projector_bytes, write_projector
+from ..read.projector import open_projector
+from ..records import Model, Projector
+from ..system.atomic import unfinished
+from ..system.filestate import check_unchanged
+from ..system.workers import Workers
+from ..system.workfolder import WorkFolder
+from .outputs import Output, projector_name
+from .run import Run
+
+
+@dataclass(frozen=True)
+class ProjectorFile:
+    """A vision part and the file that it becomes."""
+
+    projector: Projector
+    path: Path
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the whole file."""
+        return projector_bytes(self.projector)
+
+
+def projector_files(model: Model, output: Output, folder: Path, run: Run) -> list[ProjectorFile]:
+    """Return the file of the vision part that ``output`` asks for, or none; say what it will be.
+
+    Raises ``UnsupportedError`` where the model has no vision part that llama.cpp's format holds.
+    """
+    if output.mmproj is None:
+        return []
+    if model.files:
+        raise UnsupportedError(
+            f"{model.path}: a GGUF holds the language model only; --mmproj needs the Hugging Face folder of the model"
+        )
+    projector = open_projector(model.path, output.mmproj)
+    found = ProjectorFile(projector, folder / projector_name(projector))
+    run.report.say(
+        f"The vision part is written beside it: {found.path.name}, projector {projector.kind}, {projector.type}, "
+        f"{found.n_bytes / 2**20:.2f} MiB."
+    )
+    return [found]
+
+
+def write_projectors(found: list[ProjectorFile], run: Run, files: WorkFolder, workers: Workers) -> None:
+    """Write files of vision parts and check their structure."""
+    for each in found:
+        with unfinished(each.path, files) as temporary, told_of(each.path, temporary):
+            with run.report.stage("write projector") as progress:
+                write_projector(each.projector, temporary, workers=workers, progress=progress)
+            verify_projector(temporary, each.projector)
+            check_unchanged(each.projector.inputs)

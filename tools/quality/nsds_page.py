@@ -157,7 +157,7 @@ def classes_table(found: Sequence[Answer]) -> str:
     rows = []
     for rounding in ROUNDINGS:
         for group, members in grouped([a for a in found if a["rows"][0]["rounding"] == rounding]):
-            pairs = [mean_ratio(ratio(a, b, name, "0") for a in members for b in budgets(a)) for name in FACTORS]
+            pairs = [class_ratio(members, name) for name in FACTORS]
             rows.append((group, rounding, *(f"**{with_error(p)}**" if is_worse(p) else with_error(p) for p in pairs)))
     return table(("models", "rounding", *(f"g = {name}" for name in FACTORS)), rows)
 
@@ -177,21 +177,31 @@ def predicted_table(found: Sequence[Answer]) -> str:
     return table(("model", "rounding", *(f"g = {name}" for name in FACTORS)), rows)
 
 
+def class_ratio(members: Sequence[Answer], name: str) -> Pair | None:
+    """Return the mean over a class of a factor over none; ``None`` unless all its models were measured with it."""
+    pairs = [ratio(a, b, name, "0") for a in members for b in budgets(a)]
+    return None if None in pairs else mean_ratio(pairs)
+
+
 def is_worse(pair: Pair | None) -> bool:
     """Return whether a ratio is above 1 by more than its noise."""
     return pair is not None and pair[0] - NOISE * pair[1] > 1
 
 
 def largest_harmless(found: Sequence[Answer], reading: str) -> float:
-    """Return the largest weight up to which no class of models is worse beyond noise."""
+    """Return the largest weight that was measured on every class of models and is worse on none beyond noise.
+
+    No smaller weight is worse either.
+    """
+    classes = [members for rounding in ROUNDINGS
+               for _, members in grouped([a for a in found if a["rows"][0]["rounding"] == rounding])]  # fmt: skip
     largest = 0.0
     for weight in NSDS_WEIGHTS[1:]:
-        name = factor_name(weight, reading)
-        for rounding in ROUNDINGS:
-            for _, members in grouped([a for a in found if a["rows"][0]["rounding"] == rounding]):
-                if is_worse(mean_ratio(ratio(a, b, name, "0") for a in members for b in budgets(a))):
-                    return largest
-        largest = weight
+        pairs = [class_ratio(members, factor_name(weight, reading)) for members in classes]
+        if any(is_worse(pair) for pair in pairs):
+            break
+        if None not in pairs:
+            largest = weight
     return largest
 
 
@@ -221,8 +231,8 @@ def page(found: Sequence[Answer]) -> str:
     factors = about(found, FACTOR)
     weights = {reading: largest_harmless(factors, reading) for reading in ("product", "ratio")}
     verdict = (
-        f"By class of models; bold is worse by more than {NOISE:g} standard errors. Largest weight up to which none is "
-        f"worse: {weights['product']:g} by the product, {weights['ratio']:g} by the ratio."
+        f"By class of models; bold is worse by more than {NOISE:g} standard errors. Largest weight measured on every "
+        f"class and worse on none: {weights['product']:g} by the product, {weights['ratio']:g} by the ratio."
     )
     parts = [
         INTRO,

@@ -141,7 +141,7 @@ _QWEN3_SHAPES: dict[str, Shape] = {
 }  # fmt: skip
 
 
-def _qwen(source_class: str, model_type: str) -> dict[str, Any]:
+def _whole(source_class: str, model_type: str) -> dict[str, Any]:
     text = {"hidden_size": TEXT, "vocab_size": N_VOCAB, "rms_norm_eps": 1e-5, "model_type": f"{model_type}_text"}
     return {"architectures": [source_class], "model_type": model_type, "text_config": text}
 
@@ -165,6 +165,31 @@ PROJECTOR_SPECS = {
         processor={"image_processor": {"image_mean": [0.4, 0.3, 0.2]}, "image_seq_length": 4},
         dtype="BF16",
         seed=2,
+    ),
+    "gemma4": ProjectorSpec(
+        "",
+        {"model_type": "gemma4_vision", **_ENCODER, "num_key_value_heads": 4, "head_dim": 16, "standardize": True,
+         "position_embedding_size": 16, "hidden_activation": "gelu_pytorch_tanh"},
+        {
+            "model.vision_tower.patch_embedder.position_embedding_table": (2, 16, EMBD),
+            "model.vision_tower.patch_embedder.input_proj.weight": (EMBD, 3 * PATCH * PATCH),
+            "model.vision_tower.std_bias": (EMBD,),
+            "model.vision_tower.std_scale": (EMBD,),
+            "model.embed_vision.embedding_projection.weight": (TEXT, EMBD),
+            **_layers("model.vision_tower.encoder.layers.", {
+                **{f"self_attn.{name}_proj.linear.weight": (EMBD, EMBD) for name in "qkvo"},
+                **{f"self_attn.{name}_norm.weight": (16,) for name in "qk"},
+                **{f"mlp.{name}_proj.linear.weight": (FF, EMBD) for name in ("gate", "up")},
+                "mlp.down_proj.linear.weight": (EMBD, FF),
+                **{f"{name}_layernorm.weight": (EMBD,) for name in (
+                    "input", "post_attention", "pre_feedforward", "post_feedforward"
+                )},
+            }),
+        },
+        settings={**_whole("Gemma4ForConditionalGeneration", "gemma4"), "audio_config": None},
+        names={"model.embed_tokens.weight": "model.language_model.embed_tokens.weight"},
+        dtype="BF16",
+        seed=11,
     ),
     "smolvlm": ProjectorSpec(
         "smolvlm",
@@ -242,7 +267,7 @@ PROJECTOR_SPECS = {
                            "mlp.gate_proj": (FF, EMBD), "mlp.up_proj": (FF, EMBD)}),
             }),
         },
-        settings=_qwen("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
+        settings=_whole("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
         dtype="BF16",
         seed=8,
     ),
@@ -256,7 +281,7 @@ PROJECTOR_SPECS = {
             "deepstack_visual_indexes": [1],
         },
         _QWEN3_SHAPES,
-        settings=_qwen("Qwen3VLForConditionalGeneration", "qwen3_vl"),
+        settings=_whole("Qwen3VLForConditionalGeneration", "qwen3_vl"),
         seed=9,
     ),
     "qwen3.5": ProjectorSpec(
@@ -264,7 +289,7 @@ PROJECTOR_SPECS = {
         {**_QWEN, "model_type": "qwen3_5", "hidden_act": "gelu_pytorch_tanh", "num_position_embeddings": 16,
          "deepstack_visual_indexes": []},
         {name: shape for name, shape in _QWEN3_SHAPES.items() if "deepstack" not in name},
-        settings=_qwen("Qwen3_5ForConditionalGeneration", "qwen3_5"),
+        settings=_whole("Qwen3_5ForConditionalGeneration", "qwen3_5"),
         dtype="BF16",
         seed=10,
     ),
@@ -283,7 +308,7 @@ def projector_weights(spec: ProjectorSpec) -> Weights:
     weights = {name: stored(_drawn(spec, name, shape), spec.dtype) for name, shape in spec.shapes.items()}
     if not spec.base:
         name = "model.embed_tokens.weight"
-        return {**weights, name: stored(_drawn(spec, name, (N_VOCAB, TEXT)), spec.dtype)}
+        return {**weights, spec.names.get(name, name): stored(_drawn(spec, name, (N_VOCAB, TEXT)), spec.dtype)}
     shapes = zoo_shapes(spec.base)
     text = {name: shape for name, shape in shapes.items() if "language_model." in name or "text_model." in name
             or name.startswith("lm_head")}  # fmt: skip

@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from ..errors import ModelError, UnsupportedError
 from ..llamacpp import ggml
 from ..records import Projector, Tensor, kv
+from ..records.transforms import SplitRows, TakeColumns
 from ..system.filestate import file_states
 from .architectures.classes import named_class
 from .architectures.family import Config, Part, Sizes
@@ -124,7 +127,7 @@ def _open(
         **about,
         "general.file_type": kv(int(ggml.TYPES[type_name].file_type), GGUFValueType.UINT32),
         "general.quantization_version": kv(_QUANTIZATION_VERSION, GGUFValueType.UINT32),
-        "clip.projector_type": kv(family.kind, GGUFValueType.STRING),
+        family.kind_key: kv(family.kind, GGUFValueType.STRING),
         **vision_keys(config, sizes),
         **family.keys(config, sizes),
     }
@@ -168,7 +171,7 @@ def _token_id(folder: Path, text: str) -> int:
 
 def _check_settings(family: ProjectorFamily, config: Config) -> None:
     """Raise ``UnsupportedError`` for a setting that llama.cpp does not implement for the projector."""
-    activation = config["vision"].get("hidden_act")
+    activation = config["vision"].get("hidden_act", config["vision"].get("hidden_activation"))
     if activation not in family.activations:
         raise UnsupportedError(
             f"config.json: vision_config.hidden_act {activation!r} is not supported for {family.kind}; "
@@ -212,7 +215,16 @@ def _tensors(
             f"tensors that llama.cpp's projector {family.kind}, as config.json describes it, has no place for: "
             f"{some(left)}"
         )
-    return [tensor_of(wanted, [stored[name] for name in names], sizes) for wanted, names in places]
+    tensors = [tensor_of(wanted, [stored[name] for name in names], sizes) for wanted, names in places]
+    return [_folded(tensor, sizes) if tensor.role in family.unfolded else tensor for tensor in tensors]
+
+
+def _folded(tensor: Tensor, sizes: Sizes) -> Tensor:
+    """Return a convolution ``(n, colour, y, x)`` from rows of the pixels of a patch, ``(y, x, colour)``."""
+    patch, colours = sizes["patch"], sizes["channels"]
+    order = np.arange(patch * patch * colours, dtype=np.intp).reshape(patch, patch, colours).transpose(2, 0, 1).ravel()
+    steps = (*tensor.transforms, TakeColumns(order), SplitRows(colours * patch, patch))
+    return replace(tensor, shape=(tensor.shape[0], colours, patch, patch), transforms=steps)
 
 
 def _own(

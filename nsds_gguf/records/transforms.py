@@ -102,6 +102,23 @@ class Reshape(Transform):
 
 
 @dataclass(frozen=True)
+class SplitRows(Transform):
+    """Each row cut into ``n`` rows of ``n_cols`` columns."""
+
+    n: int
+    n_cols: int
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return rows of the result; reads the whole rows below between the first and the last."""
+        first, last = (rows.start, rows.stop) if isinstance(rows, slice) else (int(rows.min()), int(rows.max()) + 1)
+        start = first // self.n
+        whole = below.values(slice(start, -(-last // self.n)), slice(0, self.n * self.n_cols)).reshape(-1, self.n_cols)
+        offset = start * self.n
+        taken = slice(first - offset, last - offset) if isinstance(rows, slice) else rows - offset
+        return np.array(whole[taken, columns], order="C")
+
+
+@dataclass(frozen=True)
 class Transpose(Transform):
     """Each matrix of a stack transposed: ``shape`` is ``(n, n_rows, n_cols)`` of the result, ``n`` 1 for one matrix."""
 

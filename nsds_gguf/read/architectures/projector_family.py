@@ -44,6 +44,8 @@ class ProjectorFamily:
         sizes: returns dimensions in addition to those of every encoder, which it gets.
         more: returns parts that depend on the settings, like ``outside``.
         ignored: returns patterns of checkpoint tensors that the GGUF does not need.
+        unfolded: roles of convolutions stored as matrices, the pixels of a patch in a row, colours last.
+        kind_key: key of ``kind``.
         token: special token whose embedding is part of the file: its id is the size ``token``.
         example: a well-known repository.
     """
@@ -64,6 +66,8 @@ class ProjectorFamily:
     sizes: Callable[[Config, Sizes], dict[str, int]] = lambda _config, _sizes: {}
     more: Callable[[Config], Parts] = lambda _: {}
     ignored: Callable[[Config, Sizes], tuple[str, ...]] = lambda _config, _sizes: ()
+    unfolded: tuple[str, ...] = ()
+    kind_key: str = "clip.projector_type"
     token: str = ""
     example: str = ""
 

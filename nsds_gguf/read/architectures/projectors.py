@@ -138,6 +138,83 @@ _SMOLVLM = ProjectorFamily(
 )
 
 
+# --- Gemma 4 ------------------------------------------------------------------------------------------------------
+
+
+def _standardizes(config: Config) -> bool:
+    return bool(config["vision"]["standardize"])
+
+
+def _clippable(source: str, rows: str, columns: str) -> Part:
+    return Part(f"{source}.linear", (rows, columns))
+
+
+def _gemma4_sizes(config: Config, sizes: Sizes) -> dict[str, int]:
+    """Return further dimensions; refuse what ``gemma4v.cpp`` assumes otherwise."""
+    vision, heads = config["vision"], sizes["heads"]
+    assumed = {
+        "num_key_value_heads": heads,
+        "head_dim": sizes["embd"] // heads,
+        "pooling_kernel_size": 3,
+        "use_clipped_linears": False,
+        "attention_bias": False,
+    }
+    for key, wanted in assumed.items():
+        if vision[key] != wanted:
+            raise UnsupportedError(f"config.json: vision_config.{key} {vision[key]!r}: supported is {wanted!r}")
+    if config.get("audio_config") is not None:
+        raise UnsupportedError("config.json: audio_config: the file needs an audio encoder, which is not converted")
+    positions = positive(vision["position_embedding_size"], "config.json: vision_config.position_embedding_size")
+    pixels = sizes["patch"] ** 2 * sizes["channels"]
+    image = 224  # llama.cpp demands a size and resizes by its own rule
+    return {"two": 2, "positions": positions, "pixels": pixels, "head": sizes["embd"] // heads, "image": image}
+
+
+_GEMMA4 = ProjectorFamily(
+    classes=("Gemma4ForConditionalGeneration",),
+    encoders=("gemma4_vision",),
+    kind="gemma4v",
+    kind_key="clip.vision.projector_type",
+    roots=("vision_tower.", "embed_vision."),
+    layer={
+        "ln1": Part("input_layernorm", ("embd",)),
+        "attn_q": _clippable("self_attn.q_proj", "embd", "embd"),
+        "attn_k": _clippable("self_attn.k_proj", "embd", "embd"),
+        "attn_v": _clippable("self_attn.v_proj", "embd", "embd"),
+        "attn_q_norm": Part("self_attn.q_norm", ("head",)),
+        "attn_k_norm": Part("self_attn.k_norm", ("head",)),
+        "attn_out": _clippable("self_attn.o_proj", "embd", "embd"),
+        "attn_post_norm": Part("post_attention_layernorm", ("embd",)),
+        "ln2": Part("pre_feedforward_layernorm", ("embd",)),
+        "ffn_gate": _clippable("mlp.gate_proj", "ff", "embd"),
+        "ffn_up": _clippable("mlp.up_proj", "ff", "embd"),
+        "ffn_down": _clippable("mlp.down_proj", "embd", "ff"),
+        "ffn_post_norm": Part("post_feedforward_layernorm", ("embd",)),
+    },
+    layer_prefix="vision_tower.encoder.layers.{i}.",
+    outside={
+        "v.patch_embd": Part("vision_tower.patch_embedder.input_proj", ("embd", "pixels")),
+        "v.position_embd": Part(
+            "vision_tower.patch_embedder.position_embedding_table", ("two", "positions", "embd"), suffix=""
+        ),
+        "v.std_bias": Part("vision_tower.std_bias", ("embd",), suffix="", bare=True, when=_standardizes),
+        "v.std_scale": Part("vision_tower.std_scale", ("embd",), suffix="", bare=True, when=_standardizes),
+        "mm.input_projection": Part("embed_vision.embedding_projection", ("text", "embd")),
+    },
+    unfolded=("v.patch_embd",),
+    sizes=_gemma4_sizes,
+    keys=lambda config, _: eps_key(config["vision"]["rms_norm_eps"]),
+    vision={
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 16, "num_attention_heads": 12,
+        "num_key_value_heads": 12, "head_dim": 64, "num_channels": 3, "patch_size": 16, "rms_norm_eps": 1e-6,
+        "hidden_activation": "gelu_pytorch_tanh", "pooling_kernel_size": 3, "position_embedding_size": 10240,
+        "use_clipped_linears": False, "standardize": False, "attention_bias": False,
+    },
+    activations=("gelu_pytorch_tanh",),
+    example="google/gemma-4-31B-it",
+)  # fmt: skip
+
+
 # --- Pixtral: its encoder in LLaVA's class, and Mistral 3 ---------------------------------------------------------
 
 _PIXTRAL_LAYER: Parts = {
@@ -427,7 +504,7 @@ _QWEN35 = replace(
     example="Qwen/Qwen3.5-9B",
 )
 
-PROJECTORS = (_GEMMA3, _SMOLVLM, _CLIP, _PIXTRAL, _MISTRAL3, _QWEN25, _QWEN3, _QWEN35)
+PROJECTORS = (_GEMMA3, _GEMMA4, _SMOLVLM, _CLIP, _PIXTRAL, _MISTRAL3, _QWEN25, _QWEN3, _QWEN35)
 
 
 def projector_classes() -> tuple[str, ...]:

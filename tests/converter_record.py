@@ -71,6 +71,10 @@ def _repository_keys(config: Mapping[str, Any]) -> dict[str, Any]:
             return {"rotary_pct": 1.0}
         case "DeepseekV3ForCausalLM":
             return {"scoring_func": "sigmoid"}
+        case "HunYuanMoEV1ForCausalLM":
+            n_layers, width = config["num_hidden_layers"], config["intermediate_size"]
+            by_layer = {"moe_topk": config["moe_topk"], "num_shared_expert": 1, "moe_intermediate_size": width}
+            return {name: [value] * n_layers for name, value in by_layer.items()}
         case "MambaForCausalLM":
             return {"pad_vocab_size_multiple": 2}
         case "GraniteMoeHybridForCausalLM":

@@ -21,6 +21,7 @@ Edit = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 _OPTIONAL_KEYS = (
     "attention.clamp_kqv",
     "attention.scale",
+    "attention.temperature_scale",
     "attn_logit_softcapping",
     "embedding_scale",
     "expert_weights_scale",
@@ -45,12 +46,15 @@ _ROPE_KEYS = ("dimension_count", "freq_base", "freq_base_swa", "scaling.type", "
 _UNUSED_KEYS = {"phi3": ("attention.sliding_window",)}
 
 # Architectures whose rope rotates neighbouring channels (llama.cpp, llama_model_rope_type: NORM).
-_NEIGHBOURS = ("llama", "granite", "granitemoe", "internlm2", "olmo", "smollm3", "command-r", "cohere2")
+_NEIGHBOURS = (
+    "llama", "granite", "granitemoe", "internlm2", "olmo", "smollm3", "command-r", "cohere2", "glm4",
+    "ernie4_5", "ernie4_5-moe", "mistral3",
+)  # fmt: skip
 
 _DEFAULT_LOCAL_THETA = 10000.0  # llama.cpp's (llama-hparams.h, rope_freq_base_train_swa)
 
 # Architectures that may rotate a part of each head.
-_PARTIAL = ("gptneox", "phi2", "phi3", "stablelm")
+_PARTIAL = ("glm4", "glm4moe", "gptneox", "minimax-m2", "qwen35", "qwen35moe", "qwen3next", "phi2", "phi3", "stablelm")
 
 # Pairs of roles that an error may exchange.
 _PAIRS = {
@@ -94,6 +98,8 @@ def _computing_keys(model: Model) -> set[str]:
     """Return the names of the keys, less the architecture's, that llama.cpp computes with."""
     prefix = f"{model.architecture}."
     given = {key.removeprefix(prefix) for key in model.metadata} - set(_UNUSED_KEYS.get(model.architecture, ()))
+    if "rope.scaling.type" in given and model.metadata[f"{prefix}rope.scaling.type"].value == "none":
+        given -= {"rope.scaling.factor"}
     finetuned = model.metadata.get(f"{prefix}rope.scaling.finetuned")  # Granite 4: whether there is rope at all
     return given - {"rope.freq_base"} if finetuned is not None and not finetuned.value else given
 
@@ -155,8 +161,8 @@ def _attention_mutations(model: Model) -> dict[str, Model]:
 def _norm_mutations(model: Model) -> dict[str, Model]:
     roles = sorted({tensor.role for tensor in model.tensors if tensor.role.endswith("norm")})
     mutants = {f"{role} of ones": _edited(model, re.escape(role), np.ones_like) for role in roles}
-    if model.architecture.startswith("gemma"):
-        mutants["norms without their 1"] = _edited(model, ".*norm", lambda gains: gains - 1)
+    if model.architecture.startswith(("gemma", "qwen3next", "qwen35")):
+        mutants["norms without their 1"] = _edited(model, "(?!ssm_).*norm", lambda gains: gains - 1)
     return mutants
 
 
@@ -171,6 +177,8 @@ def _expert_mutations(model: Model) -> dict[str, Model]:
     if "ffn_down_exps" in roles:
         mutants["ffn_down_exps in another order"] = _edited(model, "ffn_down_exps", lambda experts: experts[::-1])
         mutants["ffn_gate_inp in another order"] = _edited(model, "ffn_gate_inp", lambda rows: rows[::-1])
+    if "attn_sinks" in roles:
+        mutants["attn_sinks left out"] = _edited(model, "attn_sinks", lambda sinks: np.full_like(sinks, -1e9))
     if "ffn_gate_inp_shexp" in roles:
         mutants["ffn_gate_inp_shexp left out"] = _edited(model, "ffn_gate_inp_shexp", np.zeros_like)
     return mutants
@@ -182,8 +190,12 @@ def _family_mutations(model: Model) -> dict[str, Model]:
     if model.architecture.startswith("gemma"):
         scale = np.float32(np.sqrt(model.hparams.n_embd))
         return {"embedding scaled by the converter too": _edited(model, "token_embd", lambda rows: rows * scale)}
-    if model.architecture == "phi3":
+    if model.architecture in ("glm4", "phi3"):
         return {"halves of ffn_up exchanged": _edited(model, "ffn_up", lambda rows: np.roll(rows, len(rows) // 2, 0))}
+    if model.architecture == "apertus":
+        return {
+            f"{key} one larger": _one_larger(model, key) for key in ("xielu.alpha_n", "xielu.alpha_p", "xielu.beta")
+        }
     if model.architecture == "gpt2":
         return {
             "position_embd one row late": _edited(model, "position_embd", lambda rows: np.roll(rows, 1, axis=0)),
@@ -200,6 +212,24 @@ def _family_mutations(model: Model) -> dict[str, Model]:
             "the other gating": _with_value(model, "expert_gating_func", 3 - gating),
             "attn_k_b: heads in another order": _edited(model, "attn_k_b", lambda heads: heads[::-1]),
             "attn_v_b: heads in another order": _edited(model, "attn_v_b", lambda heads: heads[::-1]),
+        }
+    if "shortconv.conv.weight" in roles:
+        return {
+            "shortconv.conv backwards": _edited(model, r"shortconv\.conv\.weight", lambda kernels: kernels[:, ::-1]),
+            "thirds of shortconv.in_proj turned": _edited(
+                model, r"shortconv\.in_proj\.weight", lambda rows: np.roll(rows, len(rows) // 3, axis=0)
+            ),
+        }
+    if "ssm_alpha" in roles or "ssm_ba" in roles:
+        return {
+            "ssm_a as its logarithm": _edited(model, "ssm_a", lambda rates: np.log(-rates)),
+            "ssm_conv1d backwards": _edited(model, "ssm_conv1d", lambda kernels: kernels[:, ::-1]),
+            "ssm_out: heads in another order": _edited(
+                model, "ssm_out", lambda rows: np.roll(rows, rows.shape[1] // 4, axis=1)
+            ),
+            "attn_gate: heads in another order": _edited(
+                model, "attn_gate", lambda rows: np.roll(rows, len(rows) // 4, axis=0)
+            ),
         }
     if "ssm_a" in roles:
         return {
@@ -282,6 +312,13 @@ def _without_key(model: Model, name: str) -> Model:
 def _scaled_key(model: Model, name: str, factor: float) -> Model:
     value = model.metadata[f"{model.architecture}.{name}"].value
     return _with_value(model, name, type(value)(factor * value))
+
+
+def _one_larger(model: Model, key: str) -> Model:
+    """Return the model with 1 added to each number in a list that has no prefix."""
+    entry = model.metadata[key]
+    larger = kv([value + 1 for value in entry.value], entry.type, entry.sub_type)
+    return replace(model, metadata={**model.metadata, key: larger})
 
 
 def _with_value(model: Model, name: str, value: float | bool) -> Model:

@@ -16,7 +16,7 @@ from zoo_specs import SPECS, write_spec
 from nsds_gguf.errors import ModelError, UnsupportedError
 from nsds_gguf.read import open_model
 from nsds_gguf.read.architectures.families import FAMILIES, TEXT_MODELS, WRAPPERS
-from nsds_gguf.read.mapping import CHANGES, ROW_ORDERS
+from nsds_gguf.read.mapping import CHANGES, COLUMN_ORDERS, ROW_ORDERS
 
 
 def written(folder: Path, name: str, config: Mapping[str, Any] | None = None, **tensors: Any) -> Path:
@@ -44,6 +44,7 @@ def test_the_tables_agree() -> None:
         for part in (*family.layer.values(), *family.outside.values()):
             assert not part.order or part.order in ROW_ORDERS
             assert not part.change or part.change in CHANGES
+            assert not part.columns or part.columns in COLUMN_ORDERS
     classes = {name for family in FAMILIES for name in family.classes}
     assert set(TEXT_MODELS.values()) <= classes
     assert not classes & set(WRAPPERS)
@@ -54,10 +55,17 @@ def test_every_row_order_takes_each_row_once() -> None:
     sizes = {
         "heads": 6, "kv_heads": 2, "head": 8, "qkv": 80, "experts": 3, "ff_exp": 5, "ff_shexp": 7, "nope": 4,
         "v_head": 3, "kv_b": 42, "embd": 48, "channels": 3, "patch": 2, "token": 0,
+        "2ff_exp": 10, "k_heads": 2, "v_heads": 6, "v_heads/k_heads": 3, "delta_head": 4,
+        "delta_k": 8, "delta_v": 24, "delta_qkv": 40, "delta_qkvz": 64,
     }  # fmt: skip
     together = {
         "grouped": ("grouped_q", "grouped_k", "grouped_v"),
         "exps": ("first_half_exps", "second_half_exps"),
+        "every second": ("even_exps", "odd_exps"),
+        "delta": ("delta_qkv", "delta_z"),
+        "turns_qkv": ("turns_qkv",),
+        "turns_v": ("turns_v",),
+        "turns_heads": ("turns_heads",),
         "shexp": ("first_half_shexp", "second_half_shexp"),
         "heads": ("first_part_of_heads", "last_part_of_heads"),
         "rope_q": ("rope_q",),
@@ -118,6 +126,55 @@ def test_latent_keys_are_turned_head_by_head(tmp_path: Path) -> None:
     kv_b = rows(path)["model.layers.0.self_attn.kv_b_proj.weight"].reshape(heads, nope + v, -1)
     assert np.array_equal(model.by_name["blk.0.attn_k_b.weight"].load(), kv_b[:, :nope].swapaxes(1, 2))
     assert np.array_equal(model.by_name["blk.0.attn_v_b.weight"].load(), kv_b[:, nope:])
+
+
+def test_of_delta_nets_the_rows_go_by_part(tmp_path: Path) -> None:
+    """Two heads of keys of 16 channels, each with two heads of values: 16 + 16 + 32 + 32 rows a head of keys."""
+    path = written(tmp_path, "qwen3next")
+    by_head = rows(path)["model.layers.0.linear_attn.in_proj_qkvz.weight"].reshape(2, 96, -1)
+    model = open_model(path)
+    parts = (by_head[:, :16], by_head[:, 16:32], by_head[:, 32:64])
+    qkv = np.concatenate([part.reshape(-1, by_head.shape[2]) for part in parts])
+    assert np.array_equal(model.by_name["blk.0.attn_qkv.weight"].load(), qkv)
+    assert np.array_equal(model.by_name["blk.0.attn_gate.weight"].load(), by_head[:, 64:].reshape(64, -1))
+
+
+def test_heads_of_values_take_turns(tmp_path: Path) -> None:
+    """The checkpoint's heads 0 and 1 share the first head of keys, 2 and 3 the second: llama.cpp has 0, 2, 1, 3."""
+    path = written(tmp_path, "qwen3.5")
+    stored, model, prefix = rows(path), open_model(path), "model.layers.0.linear_attn."
+    order = [0, 2, 1, 3]
+    rates = -np.exp(stored[f"{prefix}A_log"][order])
+    assert np.allclose(model.by_name["blk.0.ssm_a"].load(), rates, rtol=1e-6)
+    out = stored[f"{prefix}out_proj.weight"].reshape(-1, 4, 16)[:, order].reshape(-1, 64)
+    assert np.array_equal(model.by_name["blk.0.ssm_out.weight"].load(), out)
+    qkv = stored[f"{prefix}in_proj_qkv.weight"]
+    values = qkv[64:].reshape(4, 16, -1)[order].reshape(64, -1)
+    assert np.array_equal(model.by_name["blk.0.attn_qkv.weight"].load(), np.concatenate([qkv[:64], values]))
+
+
+def test_gates_and_ups_of_gpt_oss_take_turns(tmp_path: Path) -> None:
+    path = written(tmp_path, "gpt-oss")
+    stored, model, prefix = rows(path), open_model(path), "model.layers.1.mlp.experts."
+    for first, role in enumerate(("gate", "up")):
+        wanted = stored[f"{prefix}gate_up_proj"][:, :, first::2].swapaxes(1, 2)
+        assert np.array_equal(model.by_name[f"blk.1.ffn_{role}_exps.weight"].load(), wanted)
+        bias = stored[f"{prefix}gate_up_proj_bias"][:, first::2]
+        assert np.array_equal(model.by_name[f"blk.1.ffn_{role}_exps.bias"].load(), bias)
+    down = stored[f"{prefix}down_proj"].swapaxes(1, 2)
+    assert np.array_equal(model.by_name["blk.1.ffn_down_exps.weight"].load(), down)
+
+
+def test_numbers_of_layers_are_keys(tmp_path: Path) -> None:
+    path = written(tmp_path, "apertus")
+    stored, model = rows(path), open_model(path)
+    for name in ("alpha_n", "alpha_p", "beta", "eps"):
+        values = [float(stored[f"model.layers.{i}.mlp.act_fn.{name}"].item()) for i in range(2)]
+        assert model.metadata[f"xielu.{name}"].value == values
+    del stored["model.layers.1.mlp.act_fn.beta"]
+    save_file(stored, path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"not of one number: model\.layers\.1\.mlp\.act_fn\.beta"):
+        open_model(path)
 
 
 def test_a_state_space_holds_minus_the_exponential(tmp_path: Path) -> None:
@@ -197,6 +254,12 @@ def test_names_may_begin_otherwise(name: str, inner: str, outer: str, tmp_path: 
         ("cohere", {"use_qk_norm": True}, "use_qk_norm True: llama.cpp's command-r supports False only"),
         ("smollm3", {"no_rope_layers": [1, 1]}, r"no_rope_layers \[1, 1\]"),
         ("deepseek2", {"topk_method": "group_limited_greedy"}, "topk_method 'group_limited_greedy'"),
+        ("exaone4", {"sliding_window": 48}, "sliding_window 48: llama.cpp's exaone4 supports None only"),
+        ("exaone4-32b", {"sliding_window": None}, "sliding_window None: llama.cpp's exaone4 supports 4096 only"),
+        ("dots1", {"num_key_value_heads": 2}, "num_key_value_heads 2: llama.cpp's dots1 supports 4 only"),
+        ("ernie4.5-moe", {"moe_layer_interval": 2}, "moe_layer_interval 2: llama.cpp's ernie4_5-moe supports 1 only"),
+        ("ernie4.5-moe", {"moe_layer_end_index": 1}, "moe_layer_end_index 1: llama.cpp's ernie4_5-moe supports 2 only"),
+        ("lfm2", {"conv_bias": True}, "conv_bias True: llama.cpp's lfm2 supports False only"),
         ("gemma", {"tie_word_embeddings": False}, "llama.cpp's gemma has no output projection of its own"),
         ("stablelm", {"head_dim": 8}, "head_dim 8 x 4 heads is not hidden_size"),
         ("llava", {"text_config": {"model_type": "bloom"}}, "around a language model of type 'bloom'; known: gemma"),
@@ -263,6 +326,27 @@ def test_dynamic_scaling_is_none_up_to_the_context(tmp_path: Path) -> None:
     assert model.metadata["internlm2.rope.freq_base"].value == 700.0
     assert "internlm2.rope.scaling.type" not in model.metadata
     assert model.notes[0].startswith("llama.cpp has no dynamic rope scaling: the model works up to 128")
+
+
+def test_the_theta_of_hunyuan_grows_with_alpha(tmp_path: Path) -> None:
+    """As Hunyuan has it: ``theta alpha^(d / (d - 2))`` for heads of 32 channels, at any length of text."""
+    metadata = open_model(written(tmp_path, "hunyuan-dense-alpha-bf16")).metadata
+    assert metadata["hunyuan-dense.rope.freq_base"].value == pytest.approx(10000 * 50 ** (32 / 30))
+    assert metadata["hunyuan-dense.rope.scaling.type"].value == "none"
+    assert metadata["hunyuan-dense.context_length"].value == 262144
+
+
+def test_gpt_oss_has_bounds_of_its_ramp_that_llama_cpp_rounds(tmp_path: Path) -> None:
+    rope = json.loads((written(tmp_path / "a", "gpt-oss") / "config.json").read_text())["rope_parameters"]
+    model = open_model(written(tmp_path / "b", "gpt-oss", {"rope_parameters": {**rope, "truncate": False}}))
+    assert "llama.cpp rounds the bounds of yarn's ramp to whole channels, the original does not." in model.notes
+    with pytest.raises(UnsupportedError, match="yarn rope with truncate False"):
+        open_model(written(tmp_path / "c", "llama-yarn", {"rope_parameters": {**rope, "truncate": False}}))
+
+
+def test_layers_of_multi_token_prediction_may_have_a_name_of_their_own(tmp_path: Path) -> None:
+    model = open_model(written(tmp_path, "qwen3.5", **{"mtp.fc.weight": np.ones((4, 8), np.float32)}))
+    assert "Only the language model is converted; left out: layer of multi-token prediction (1 tensors)." in model.notes
 
 
 def test_the_context_of_command_r(tmp_path: Path) -> None:

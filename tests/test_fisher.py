@@ -31,12 +31,15 @@ from nsds_gguf.sensitivity.sensitivities import sensitivities
 
 # Models of which the pass leaves something out that only moves attention: there the first position is compared, which
 # attends to itself alone.
-MOVED = ("yarn", "longrope", "phi-4", "gemma2", "gemma3", "olmo3", "olmo-clip", "cohere2", "smollm3")
+MOVED = (
+    "yarn", "longrope", "phi-4", "gemma2", "gemma3", "olmo3", "olmo-clip", "cohere2", "smollm3", "exaone4-32b",
+    "ministral3",
+)  # fmt: skip
+NOT_FOLLOWED = ("Deepseek", "Mamba", "GptOss", "Apertus", "Lfm2", "LFM2", "Qwen3Next", "Qwen3_5")
 FOLLOWED = [
     name
     for name, spec in SPECS.items()
-    if spec.source_class not in ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "MambaForCausalLM")
-    and not name.startswith("granite4-h")
+    if not spec.source_class.startswith(NOT_FOLLOWED) and not name.startswith("granite4-h")
 ]
 
 

@@ -380,8 +380,8 @@ def test_methods_that_are_refused(tmp_path, quantization, method, route):
     with pytest.raises(UnsupportedError) as error:
         checkpoint(tmp_path, PACKED, quantization)
     assert str(error.value) == (
-        f"{tmp_path}: the weights are quantized ({method}: a.weight); wanted F32, F16, BF16 or FP8 (fp8, modelopt "
-        "FP8, compressed-tensors float-quantized with one scale per tensor, row or block): use the original "
+        f"{tmp_path}: the weights are quantized ({method}: a.weight); wanted F32, F16, BF16, MXFP4 or FP8 (fp8, "
+        "modelopt FP8, compressed-tensors float-quantized with one scale per tensor, row or block): use the original "
         "checkpoint" + route.format(folder=tmp_path)
     )
 

@@ -323,8 +323,8 @@ def test_an_unsupported_class_names_the_nearest(tmp_path: Path) -> None:
 
 
 def test_a_class_that_llama_cpp_knows_is_pointed_there(tmp_path: Path) -> None:
-    assert refusal(UnsupportedError, changed(tmp_path, config={"architectures": ["Glm4MoeForCausalLM"]})) == (
-        "config.json: class Glm4MoeForCausalLM is not supported; nearest is OlmoeForCausalLM; llama.cpp converts "
+    assert refusal(UnsupportedError, changed(tmp_path, config={"architectures": ["GlmMoeDsaForCausalLM"]})) == (
+        "config.json: class GlmMoeDsaForCausalLM is not supported; nearest is Glm4MoeForCausalLM; llama.cpp converts "
         "it: python convert_hf_to_gguf.py MODEL --outtype bf16 --outfile model.gguf, then nsds-gguf convert model.gguf"
     )
 

@@ -36,16 +36,25 @@ ROUGH = 5e-3  # where ggml takes GELU from a table of half precision
 _GELU_CLASSES = ("GPT", "Gemma", "PhiFor", "Starcoder2")
 
 # What a name says of a tensor. Gains: of the root mean square of a random vector.
-_QK_NORM = re.compile(r".*\.[qk]_(layer)?norm(\.norms\.\d+)?\.weight")
+_QK_NORM = re.compile(r".*\.(q|k|query|key)_(layer)?norm(\.norms\.\d+)?\.weight")
 _NORM = re.compile(r".*(norm|norm_f|ln_\w+)\.weight")
 _EMBEDDING = re.compile(r".*(embed_tokens|wte|embed_in|tok_embeddings|embeddings)\.weight")
 _GAINS = {
     re.compile(r"(.*\.)?wpe\.weight"): 0.02,
     re.compile(r".*(q_proj|q_b_proj|k_proj|kv_b_proj|qkv_proj|wqkv|query_key_value)\.weight"): 2.5,
     re.compile(r".*\.c_attn\.weight"): 2.5 * math.sqrt(3),  # (in, out), and out is three times in
-    re.compile(r".*(mlp\.gate|block_sparse_moe\.gate|router\.layer|shared_expert_gate)\.weight"): 4.0,
+    re.compile(
+        r".*(mlp\.gate(\.wg)?|block_sparse_moe\.gate|router\.layer|mlp\.router|feed_forward\.gate|shared_expert_gate)\.weight"
+    ): 4.0,
+    re.compile(r".*\.sinks"): 8.0,
     re.compile(r".*\.(mlp|feed_forward|block_sparse_moe|shared_mlp)\..*"): 1.5,
 }
+
+# What transformers takes from its own code, whatever is stored.
+_CONSTANTS = {".act_fn.beta": 0.5, ".act_fn.eps": -1e-6}
+
+# Added to probabilities: larger ones would choose experts whose probabilities are rounded away.
+_PROBABILITY, _SMALL = re.compile(r".*\.moe_statics\..*"), 0.1
 
 
 @dataclass(frozen=True)
@@ -137,6 +146,9 @@ def zoo_weights(spec: ZooSpec, shapes: Mapping[str, Shape]) -> Weights:
 
 
 def _drawn(spec: ZooSpec, name: str, shape: Shape) -> NDArray[np.float32]:
+    constant = next((value for ending, value in _CONSTANTS.items() if name.endswith(ending)), None)
+    if constant is not None:
+        return np.full(shape, constant, np.float32)
     seed = hashlib.sha256(f"{spec.seed} {name}".encode()).digest()[:8]
     numbers = Uniform(int.from_bytes(seed, "little")).draw(*shape)
     if _QK_NORM.fullmatch(name):
@@ -144,7 +156,7 @@ def _drawn(spec: ZooSpec, name: str, shape: Shape) -> NDArray[np.float32]:
     if _NORM.fullmatch(name):
         return numbers * np.float32(0.5) + np.float32(1 - spec.norm_shift)
     if name.endswith("bias"):
-        return numbers
+        return numbers * np.float32(_SMALL if _PROBABILITY.fullmatch(name) else 1)
     return numbers * np.float32(_gain(spec, name) * math.sqrt(3 / shape[-1]))
 
 

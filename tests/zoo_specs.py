@@ -202,6 +202,104 @@ _GRANITE4_H: Settings = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 
+_FULL3: Settings = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
+_SEED_OSS: Settings = {**_RMS, "head_dim": 32}
+_GLM4: Settings = {**_RMS, **_partial(0.5), "head_dim": 32}
+_EXAONE4: Settings = {**_RMS, "sliding_window": None, "layer_types": ["full_attention"] * 2}
+_EXAONE4_32B: Settings = {**_RMS, "num_hidden_layers": 64, "intermediate_size": 32, "sliding_window": 24}
+_ERNIE_MOE: Settings = {
+    **_RMS,
+    "num_hidden_layers": 3,
+    "moe_num_experts": 8,
+    "moe_k": 2,
+    "moe_num_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "moe_layer_start_index": 1,
+}
+_HUNYUAN: Settings = {**_RMS, "head_dim": 32, "eod_token_id": N_VOCAB - 1}
+_ALPHA: Settings = {
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0},
+}
+_HUNYUAN_MOE: Settings = {**_HUNYUAN, "num_experts": 8, "moe_topk": 2}
+_GLM4_MOE: Settings = {
+    **_GLM4,
+    **_FULL3,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "routed_scaling_factor": 1.5,
+    "num_mtp_layers": 0,
+    "use_qk_norm": True,
+    "attention_bias": True,
+}
+_DOTS1: Settings = {
+    **_FULL_HEADS,
+    **_FULL3,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "routed_scaling_factor": 1.5,
+    "norm_topk_prob": True,
+    "sliding_window": None,
+}
+_MINIMAX_M2: Settings = {**_RMS, **_partial(0.5), "head_dim": 32, "num_local_experts": 8, "num_experts_per_tok": 2}
+_MINISTRAL3: Settings = {
+    **_RMS,
+    "head_dim": 32,
+    "rope_parameters": {
+        **_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
+    },
+}  # fmt: skip
+_GPT_OSS: Settings = {
+    **_RMS,
+    **_rope(_YARN),
+    "head_dim": 32,
+    "sliding_window": 48,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+_APERTUS: Settings = {**_RMS, **_rope(_LLAMA3)}
+
+_LFM2: Settings = {
+    **_GQA,
+    "norm_eps": 1e-5,
+    "num_hidden_layers": 3,
+    "layer_types": ["conv", "full_attention", "conv"],
+    "block_multiple_of": 32,
+    "block_ffn_dim_multiplier": 1.2,
+}
+_LFM2_MOE: Settings = {
+    **_GQA,
+    "norm_eps": 1e-5,
+    "num_hidden_layers": 3,
+    "layer_types": ["conv", "full_attention", "conv"],
+    "num_dense_layers": 1,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
+_DELTA: Settings = {
+    **_RMS,
+    **_partial(0.5),
+    "head_dim": 32,
+    "num_hidden_layers": 4,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_QWEN3_NEXT: Settings = {
+    **_DELTA,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 80,
+}
+_QWEN35_MOE: Settings = {key: value for key, value in _QWEN3_NEXT.items() if key != "intermediate_size"}
+_SHIFTED: dict[str, Any] = {"norm_shift": 1.0}
+
 # --- language models of larger models -------------------------------------------------------------------------
 
 _VISION: Settings = {
@@ -517,6 +615,65 @@ SPECS = {
         {"layer_types": ["mamba", "attention", "mamba"]},
         dtype="BF16",
         seed=234,
+    ),
+    "seed-oss": ZooSpec("SeedOssForCausalLM", _SEED_OSS, seed=300),
+    "seed-oss-tied-bf16-4": ZooSpec(
+        "SeedOssForCausalLM", {**_SEED_OSS, **_TIED, "attention_bias": False}, 4, dtype="BF16", seed=301
+    ),
+    "glm4": ZooSpec("Glm4ForCausalLM", {**_GLM4, "attention_bias": False}, seed=305),
+    "glm4-biases-bf16-4": ZooSpec("Glm4ForCausalLM", _GLM4, 4, dtype="BF16", seed=306),
+    "exaone4": ZooSpec("Exaone4ForCausalLM", _EXAONE4, seed=310),
+    "exaone4-llama3": ZooSpec("Exaone4ForCausalLM", {**_EXAONE4, **_rope(_LLAMA3)}, dtype="BF16", seed=311),
+    # With this number of layers llama.cpp knows the 32 B model, which rotates in the layers with a window only.
+    "exaone4-32b": ZooSpec("Exaone4ForCausalLM", _EXAONE4_32B, n_tokens=64, seed=312),
+    "ernie4.5": ZooSpec("Ernie4_5ForCausalLM", {**_RMS, "head_dim": 32}, seed=315),
+    "ernie4.5-old-name-bf16-4": ZooSpec(
+        "Ernie4_5_ForCausalLM", _RMS, 4, stand_in="Ernie4_5ForCausalLM", dtype="BF16", seed=316
+    ),
+    "ernie4.5-moe": ZooSpec("Ernie4_5_MoeForCausalLM", _ERNIE_MOE, seed=320),
+    "hunyuan-dense": ZooSpec("HunYuanDenseV1ForCausalLM", _HUNYUAN, seed=325),
+    "hunyuan-dense-alpha-bf16": ZooSpec(
+        "HunYuanDenseV1ForCausalLM", {**_HUNYUAN, **_TIED, **_ALPHA}, dtype="BF16", seed=326
+    ),
+    "hunyuan-moe": ZooSpec("HunYuanMoEV1ForCausalLM", {**_HUNYUAN_MOE, "head_dim": 16}, seed=330),
+    "glm4moe": ZooSpec("Glm4MoeForCausalLM", _GLM4_MOE, seed=335),
+    "glm4moe-air-bf16-4": ZooSpec("Glm4MoeForCausalLM", {**_GLM4_MOE, "use_qk_norm": False}, 4, dtype="BF16", seed=336),
+    "dots1": ZooSpec("Dots1ForCausalLM", _DOTS1, edits={"scoring_func": "sigmoid"}, seed=340),
+    "minimax-m2": ZooSpec(
+        "MiniMaxM2ForCausalLM", _MINIMAX_M2, edits={"rotary_dim": 16, "scoring_func": "sigmoid"}, seed=345
+    ),
+    "ministral3": ZooSpec("Ministral3ForCausalLM", _MINISTRAL3, seed=350),
+    "gpt-oss": ZooSpec("GptOssForCausalLM", _GPT_OSS, seed=355),
+    "gpt-oss-bf16-4": ZooSpec("GptOssForCausalLM", _GPT_OSS, 4, dtype="BF16", seed=356),
+    "apertus": ZooSpec("ApertusForCausalLM", _APERTUS, seed=360),
+    "apertus-plain": ZooSpec("ApertusForCausalLM", _RMS, seed=361),
+    "lfm2": ZooSpec("Lfm2ForCausalLM", _LFM2, seed=365),
+    "lfm2-old-names-bf16-4": ZooSpec(
+        "LFM2ForCausalLM",
+        {**_LFM2, "block_auto_adjust_ff_dim": False},
+        4,
+        {"intermediate_size": None, "block_ff_dim": 96, "tie_word_embeddings": None, "tie_embedding": True},
+        stand_in="Lfm2ForCausalLM",
+        dtype="BF16",
+        seed=366,
+    ),
+    "lfm2moe": ZooSpec("Lfm2MoeForCausalLM", _LFM2_MOE, seed=371),
+    "qwen3next": ZooSpec("Qwen3NextForCausalLM", _QWEN3_NEXT, **_SHIFTED, n_tokens=64, seed=377),
+    "qwen3.5": ZooSpec("Qwen3_5ForCausalLM", _DELTA, **_SHIFTED, seed=380),
+    "qwen3.5-moe": ZooSpec("Qwen3_5MoeForCausalLM", _QWEN35_MOE, **_SHIFTED, n_tokens=64, seed=385),
+    "qwen3.5-multimodal": ZooSpec(
+        "Qwen3_5ForConditionalGeneration",
+        _multimodal("qwen3_5_text", _DELTA, "qwen3_5_vision"),
+        **_SHIFTED,
+        seed=381,
+    ),
+    "qwen3.5-moe-multimodal": ZooSpec(
+        "Qwen3_5MoeForConditionalGeneration",
+        _multimodal("qwen3_5_moe_text", _QWEN35_MOE, "qwen3_5_moe_vision"),
+        dtype="BF16",
+        **_SHIFTED,
+        n_tokens=64,
+        seed=386,
     ),
     "idefics3": ZooSpec(
         "Idefics3ForConditionalGeneration", _multimodal("llama", _RMS, "idefics3_vision", scale_factor=1), seed=210

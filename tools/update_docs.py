@@ -10,27 +10,36 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
 import nsds_gguf
 from nsds_gguf.cli import EXIT_CODES, build_parser
 from nsds_gguf.read.architectures.families import FAMILIES, TEXT_MODELS, WRAPPERS, find_family
+from nsds_gguf.read.architectures.family import Family
 from nsds_gguf.read.architectures.projectors import PROJECTORS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+sys.path.insert(0, str(TESTS))
+
+from zoo_specs import SPECS
+
 PACKAGE = Path(nsds_gguf.__file__).parent
 FILES = tuple(ROOT / "docs" / name for name in ("models.md", "vision.md", "cli.md", "architecture.md"))
 
 
 def models_table() -> str:
     """Return the families, a line each, and the multimodal classes whose language model is taken."""
-    lines = ["| models | class | llama.cpp architecture | rope scaling |", "|---|---|---|---|"]
+    lines = ["| models | class | llama.cpp architecture | rope scaling | checked |", "|---|---|---|---|---|"]
     for family in sorted(FAMILIES, key=lambda family: family.example.lower()):
         classes = ", ".join(f"`{name}`" for name in family.classes)
         kinds = ", ".join(kind for kind in family.rope_kinds if kind != "default") or "none"
-        lines.append(f"| {family.example} | {classes} | {family.architecture} | {kinds} |")
+        lines.append(f"| {family.example} | {classes} | {family.architecture} | {kinds} | {_checked(family)} |")
     wrappers = ", ".join(f"`{name}`" for name in sorted(WRAPPERS))
     within = ", ".join(sorted({find_family(name).architecture for name in TEXT_MODELS.values()}))
     lines += ["", f"Of multimodal models ({wrappers}) the language model is taken, when it is one of: {within}."]
@@ -44,6 +53,15 @@ def projectors_table() -> str:
         classes, encoders = (", ".join(f"`{name}`" for name in names) for names in (family.classes, family.encoders))
         lines.append(f"| {family.example} | {classes} | {encoders} | {family.kind} |")
     return "\n".join(lines)
+
+
+def _checked(family: Family) -> str:
+    """Return what the classes of a family were compared with, from what the tests have recorded of that."""
+    names = [name for name, spec in SPECS.items() if spec.source_class in family.classes]
+    logits = {entry.split("/")[0] for entry in np.load(TESTS / "golden" / "logits.npz")}
+    converter = json.loads((TESTS / "golden" / "converter.json").read_text(encoding="utf-8"))
+    checks = {"logits": logits, "converter": converter}
+    return ", ".join(check for check, recorded in checks.items() if any(name in recorded for name in names))
 
 
 def module_tree() -> str:

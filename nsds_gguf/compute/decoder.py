@@ -23,6 +23,9 @@ from .tape import Node, Tape, angles
 # Roles that change the result of a layer and are not supported.
 _UNKNOWN = ("attn_gate", "attn_sinks", "attn_sub_norm", "ffn_sub_norm", "attn_rot_embd")
 
+# Architectures whose norms of queries and keys come after rope.
+_NORMS_ROTATED = ("hunyuan-dense", "hunyuan-moe")
+
 
 def what_is_missing(model: Model) -> str:
     """Return, in words, the first part of a model that a ``Decoder`` does not support; empty when it supports all."""
@@ -62,11 +65,15 @@ def _has_known_experts(view: Layer, hparams: Hparams) -> bool:
 
 @dataclass(frozen=True)
 class Decoder:
-    """The parts that layers share: hparams, and the cosines and sines of rope, ``(n_positions, n_pairs)``."""
+    """The parts that layers share: hparams, and the cosines and sines of rope, ``(n_positions, n_pairs)``.
+
+    ``norms_rotated``: norms of queries and keys come after rope, not before it.
+    """
 
     hparams: Hparams
     cos: Float32
     sin: Float32
+    norms_rotated: bool = False
 
     @classmethod
     def of(cls, model: Model, n_positions: int) -> Decoder:
@@ -77,7 +84,7 @@ class Decoder:
         factors = model.by_name.get("rope_freqs.weight")
         if factors is not None and factors.n_weights == n_pairs:
             frequencies = frequencies / factors.load().ravel()
-        return cls(h, *angles(n_positions, frequencies))
+        return cls(h, *angles(n_positions, frequencies), norms_rotated=model.architecture in _NORMS_ROTATED)
 
     def layer(self, tape: Tape, view: Layer, x: Node) -> Node:
         """Return the output stream of a layer."""
@@ -115,10 +122,12 @@ class Decoder:
         h, parts = self.hparams, {}
         for part, linear, n_heads in (("q", a.q, a.n_heads), ("k", a.k, a.n_kv_heads)):
             node, gain = tape.linear(linear, x), tensors.get(f"attn_{part}_norm")
-            if gain is not None:
+            if gain is not None and not self.norms_rotated:
                 node = tape.heads_norm(gain, node, n_heads, h.norm, h.norm_eps)
             if self.cos.shape[1]:
                 node = tape.rotate(node, self.cos, self.sin, n_heads, h.rope == "neox")
+            if gain is not None and self.norms_rotated:
+                node = tape.heads_norm(gain, node, n_heads, h.norm, h.norm_eps)
             parts[part] = node
         v = tape.linear(a.v, x)
         scale = a.head_dim**-0.5 if h.attention_scale is None else h.attention_scale

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import ModelError
 from .foreign import foreign_folder
 from .fp8 import with_scales
+from .mxfp4 import with_mxfp4
 from .quantization import read_quantization
 from .safetensors import LFS_MARK, read_header
 from .stored import StoredTensor, same_values, some
@@ -70,8 +71,8 @@ def read_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
         config: the parsed config.json, with the settings of FP8 weights.
 
     Returns:
-        The tensors, FP8 weights combined with their scales. Tensors may have any dtype; reading their values fails for
-        unsupported dtypes.
+        The tensors, FP8 and MXFP4 weights combined with their scales. Tensors may have any dtype; reading their values
+        fails for unsupported dtypes.
 
     Raises:
         ModelError: no weights, a missing shard, a git-lfs pointer, an index that leaves the folder, a header that
@@ -83,6 +84,7 @@ def read_checkpoint(folder: Path, config: Mapping[str, Any]) -> Checkpoint:
     try:
         chosen = _choose(folder, config)
         tensors, notes = _open(chosen)
+        tensors = with_mxfp4(tensors)
         fp8, quantization_notes = read_quantization(folder, config, tensors)
         found = with_scales(tensors, fp8)
         return Checkpoint(found, (*_aside(folder, chosen), *notes, *quantization_notes))

@@ -23,16 +23,20 @@ MAX_LAYERS = 512  # llama.cpp's (LLAMA_MAX_LAYERS in llama-hparams.h)
 
 # Canonical name -> names in order of precedence.
 ALIASES = {
+    "first_k_dense_replace": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
     "hidden_act": ("hidden_activation", "hidden_act", "activation_function"),
     "hidden_size": ("hidden_size", "n_embd"),
-    "intermediate_size": ("intermediate_size", "n_inner"),
+    "intermediate_size": ("block_ff_dim", "intermediate_size", "n_inner"),
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "n_ctx"),
+    "n_shared_experts": ("n_shared_experts", "moe_num_shared_experts", "num_shared_expert", "num_shared_experts"),
     "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     "num_attention_heads": ("num_attention_heads", "n_head"),
-    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+    "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok": ("num_experts_per_tok", "moe_k", "moe_topk"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct", "rope_pct"),
     "rope_theta": ("rope_theta", "rotary_emb_base"),
+    "tie_word_embeddings": ("tie_embedding", "tie_word_embeddings"),
 }
 
 # Settings of a whole multimodal model that apply to its language model (transformers 5 ties by them).
@@ -102,6 +106,7 @@ def canonical(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
         values = [settings.pop(alias) for alias in aliases if alias in settings]
         if values:
             settings[name] = next((value for value in values if value is not None), None)
+    settings |= {name: _one_for_all_layers(settings[name]) for name in _BY_LAYER if name in settings}
     defaults = {**default_sizes(family.classes[0]), **family.defaults}
     absent = [name for name in defaults if name not in ROPE_SETTINGS and settings.get(name) is None]
     absent = [name for name in absent if not (name in settings and name in _MAY_BE_NULL)]
@@ -115,6 +120,16 @@ def canonical(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     if settings.get("tie_word_embeddings") is None:
         settings["tie_word_embeddings"] = True  # transformers' default
     return settings
+
+
+# Settings that Hunyuan MoE repeats for every layer.
+_BY_LAYER = ("moe_intermediate_size", "n_shared_experts", "num_experts_per_tok")
+
+
+def _one_for_all_layers(value: Any) -> Any:
+    """Return the only entry of a list of equal entries, and everything else unchanged."""
+    same = isinstance(value, list) and value and all(entry == value[0] for entry in value)
+    return value[0] if same else value
 
 
 # Integer settings that defaults may be computed from, and their minimums.

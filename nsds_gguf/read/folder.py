@@ -40,7 +40,7 @@ from .checkpoint import read_checkpoint
 from .config import canonical, check_settings, dimensions, read_config, text_model
 from .embedding import read_embedding
 from .hparams import read_hparams
-from .mapping import Mapped, map_tensors
+from .mapping import Mapped, layer_numbers, map_tensors
 from .missing import check_no_adapter
 from .own_files import check_files
 from .quantization import refuse_codes
@@ -89,6 +89,7 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Mode
     vocab = open_vocab(folder, sizes["vocab"], config, pre)
     about, unread = card_keys(folder, whole, tensors)
     keys = {**model_keys(about, config, family, sizes, rope), **_named(family.architecture, embedding.keys)}
+    keys |= layer_numbers(checkpoint.tensors, family, sizes["layers"])
     metadata = {**keys, **vocab.metadata}
     _check_letters(folder, metadata)
     _check_numbers(folder, metadata)
@@ -172,7 +173,7 @@ def _checked_rope(config: Mapping[str, Any], family: Family, sizes: Mapping[str,
         )
     if family.window is None or not family.window.period:
         settings.pop("local_theta", None)
-    settings["has_log_multiplier"] = family.has_yarn_log_multiplier
+    settings["yarn_log_unit"] = family.yarn_log_unit
     check_rope(settings, family.architecture, family.rope_kinds, family.writes_rope_dim)
     return settings
 

@@ -60,8 +60,8 @@ PARALLEL_KEY = ("gptneox",)
 # or biases on the logits); all others have NEOX rope.
 NORM_ROPE = (
     "arcee", "arctic", "baichuan", "bailingmoe", "chameleon", "chatglm", "cohere2", "command-r", "deci", "deepseek",
-    "deepseek2", "ernie4_5", "ernie4_5-moe", "granite", "granitehybrid", "granitemoe", "internlm2", "llada", "llama",
-    "llama4", "minicpm", "mistral3", "neo-bert", "olmo", "plm", "smollm3", "starcoder", "xverse",
+    "deepseek2", "ernie4_5", "ernie4_5-moe", "glm4", "granite", "granitehybrid", "granitemoe", "internlm2", "llada",
+    "llama", "llama4", "minicpm", "mistral3", "neo-bert", "olmo", "plm", "smollm3", "starcoder", "xverse",
 )  # fmt: skip
 NO_ROPE = ("bert", "bloom", "gpt2", "jais", "jina-bert-v2", "mpt", "refact", "starcoder", "t5", "t5encoder")
 
@@ -74,11 +74,24 @@ DIVIDED_LOGITS = ("granite", "granitemoe", "granitehybrid", "minicpm")
 # (``build_moe_ffn`` in src/llama-graph.cpp and its callers); ``None``: a key decides. Architectures that are not listed
 # route otherwise, or have not been examined.
 ROUTING: dict[str, tuple[ExpertScores | None, bool | None]] = {
-    **dict.fromkeys(("granitehybrid", "granitemoe", "llama", "qwen3moe", "qwen3vlmoe"), ("softmax", True)),
+    **dict.fromkeys(
+        (
+            "ernie4_5-moe",
+            "granitehybrid",
+            "granitemoe",
+            "hunyuan-moe",
+            "llama",
+            "qwen35moe",
+            "qwen3moe",
+            "qwen3next",
+            "qwen3vlmoe",
+        ),
+        ("softmax", True),
+    ),
     **dict.fromkeys(("deepseek", "olmoe", "qwen2moe"), ("softmax", False)),
     "bailingmoe": ("softmax", None),
-    "dots1": (None, None),
-    "minimax-m2": (None, True),
+    **dict.fromkeys(("dots1", "glm4moe"), (None, None)),
+    **dict.fromkeys(("lfm2moe", "minimax-m2"), (None, True)),
 }
 GATING: dict[int, ExpertScores] = {1: "softmax", 2: "sigmoid"}  # ``expert_gating_func``: llama_expert_gating_func_type
 

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from gguf import GGUFValueType
+from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
 from ..errors import ModelError, UnsupportedError
-from ..records import Stack, Tensor
+from ..records import Stack, Tensor, kv
 from ..records.transforms import MinusExp, PlusOne, Reshape, TakeColumns, TakeRows, Transform, Transpose
 from .architectures.families import IGNORED
 from .architectures.family import Config, Family, Part, Sizes
@@ -27,9 +29,13 @@ Order = NDArray[np.intp]
 
 # Names of other parts of a multimodal checkpoint.
 _OTHER_MODELS = re.compile(
-    r"(^|\.)(vision_tower|vision_model|multi_modal_projector|multimodal_projector|connector|image_newline|audio_tower)"
+    r"(^|\.)(vision_tower|vision_model|multi_modal_projector|multimodal_projector|connector|image_newline|"
+    r"audio_tower|visual)"
     r"(\.|$)"
 )
+
+# Layers of multi-token prediction beside the model's own.
+_MTP = re.compile(r"(model\.|language_model\.)*mtp\.")
 
 
 # --- orders of rows -------------------------------------------------------------------------------------------
@@ -72,10 +78,35 @@ def _half(n: int, n_rows: int, which: int) -> Order:
     return np.arange(n * 2 * n_rows, dtype=np.intp).reshape(n, 2, n_rows)[:, which].ravel()
 
 
+def _every_second(sizes: Sizes, first: int) -> Order:
+    """Return the even (0) or odd (1) rows of all experts."""
+    return np.arange(first, sizes["experts"] * sizes["2ff_exp"], 2, dtype=np.intp)
+
+
 def _part_of_heads(sizes: Sizes, which: slice) -> Order:
     """DeepSeek stores, for each head, the rows of its key, then those of its value."""
     rows = np.arange(sizes["kv_b"], dtype=np.intp).reshape(sizes["heads"], sizes["nope"] + sizes["v_head"])
     return rows[:, which].ravel()
+
+
+def _delta_parts(sizes: Sizes) -> list[Order]:
+    """Qwen3-Next stores, for each head of keys, its query, key, values and gates: the rows of each of the four."""
+    heads, head = sizes["k_heads"], sizes["delta_k"] // sizes["k_heads"]
+    values = sizes["delta_v"] // heads
+    rows = np.arange(sizes["delta_qkvz"], dtype=np.intp).reshape(heads, -1)
+    return [part.ravel() for part in np.split(rows, np.cumsum([head, head, values]), axis=1)]
+
+
+def _turns(sizes: Sizes, head: int) -> Order:
+    """Qwen 3.5 stores the values' heads by the keys' heads; llama.cpp the first of each, then the second of each."""
+    shape = (sizes["k_heads"], sizes["v_heads/k_heads"], head)
+    order: Order = np.arange(math.prod(shape), dtype=np.intp).reshape(shape).swapaxes(0, 1).ravel()
+    return order
+
+
+def _turns_qkv(sizes: Sizes) -> Order:
+    before = 2 * sizes["delta_k"]
+    return np.concatenate([np.arange(before, dtype=np.intp), before + _turns(sizes, sizes["delta_head"])])
 
 
 # Stored row of each GGUF row, leading dimensions flattened.
@@ -88,6 +119,8 @@ ROW_ORDERS: Mapping[str, Callable[[Sizes], Order]] = {
     "grouped_v": lambda sizes: _grouped(sizes)[:, -1].ravel(),
     "first_half_exps": lambda sizes: _half(sizes["experts"], sizes["ff_exp"], 0),
     "second_half_exps": lambda sizes: _half(sizes["experts"], sizes["ff_exp"], 1),
+    "even_exps": lambda sizes: _every_second(sizes, 0),
+    "odd_exps": lambda sizes: _every_second(sizes, 1),
     "first_half_shexp": lambda sizes: _half(1, sizes["ff_shexp"], 0),
     "second_half_shexp": lambda sizes: _half(1, sizes["ff_shexp"], 1),
     "first_part_of_heads": lambda sizes: _part_of_heads(sizes, slice(0, sizes["nope"])),
@@ -98,7 +131,19 @@ ROW_ORDERS: Mapping[str, Callable[[Sizes], Order]] = {
     "frame_0": lambda sizes: _half(sizes["embd"] * sizes["channels"], sizes["patch"], 0),
     "frame_1": lambda sizes: _half(sizes["embd"] * sizes["channels"], sizes["patch"], 1),
     "token": lambda sizes: np.array([sizes["token"]], np.intp),
+    "delta_qkv": lambda sizes: np.concatenate(_delta_parts(sizes)[:3]),
+    "delta_z": lambda sizes: _delta_parts(sizes)[3],
+    "turns_qkv": _turns_qkv,
+    "turns_v": lambda sizes: _turns(sizes, sizes["delta_head"]),
+    "turns_heads": lambda sizes: _turns(sizes, 1),
     "last_part_of_heads": lambda sizes: _part_of_heads(sizes, slice(sizes["nope"], None)),
+}
+
+# Stored column of each column that a part takes.
+COLUMN_ORDERS: Mapping[str, Callable[[Sizes], Order]] = {
+    "even": lambda sizes: np.arange(0, sizes["2ff_exp"], 2, dtype=np.intp),
+    "odd": lambda sizes: np.arange(1, sizes["2ff_exp"], 2, dtype=np.intp),
+    "turns_v": ROW_ORDERS["turns_v"],
 }
 
 # Elementwise changes, in float32.
@@ -165,6 +210,22 @@ def map_tensors(
         digest.update(f"\n{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
         digest.update(_first_row(item.part, stored[0], sizes))
     return Mapped(tensors, notes, digest.hexdigest())
+
+
+def layer_numbers(checkpoint: Stored, family: Family, n_layers: int) -> dict[str, GGUFValue]:
+    """Return the keys with a number per layer that the checkpoint holds as tensors of one weight.
+
+    Raises ``ModelError`` for a missing tensor, and for one with more than one weight.
+    """
+    keys = {}
+    for key, name in family.layer_numbers.items():
+        names = [family.layer_prefix.format(i=i) + name for i in range(n_layers)]
+        wrong = [name for name in names if name not in checkpoint or math.prod(checkpoint[name].shape) != 1]
+        if wrong:
+            raise ModelError(f"tensors missing from the weights, or not of one number: {some(wrong)}")
+        values = [float(checkpoint[name].rows(slice(0, 1)).item()) for name in names]
+        keys[key] = kv(values, GGUFValueType.ARRAY, GGUFValueType.FLOAT32)
+    return keys
 
 
 def _check_stacks(wanted: Sequence[Wanted], sizes: Sizes, checkpoint: Stored) -> None:
@@ -256,10 +317,12 @@ def _tie_notes(found: Found, family: Family) -> list[str]:
 def _left_over(found: Found, used: set[str], family: Family, is_wrapped: bool, n_layers: int) -> str:
     """Return, in words, the skipped tensors of other models; raise for an unused tensor of this model."""
     actual = found.layout.actual
-    patterns = [*IGNORED, *(re.escape(actual("")) + pattern for pattern in family.ignored)]
+    numbers = (re.escape(name) for name in family.layer_numbers.values())
+    of_layers = [re.escape(family.layer_prefix).replace(r"\{i\}", r"\d+") + name for name in numbers]
+    patterns = [*IGNORED, *of_layers, *(re.escape(actual("")) + pattern for pattern in family.ignored)]
     left = [name for name in found.stored if name not in used and not any(re.fullmatch(p, name) for p in patterns)]
     beyond = actual(family.layer_prefix.format(i=n_layers)) if family.extra_layers else None
-    extra = {name for name in left if beyond is not None and name.startswith(beyond)}
+    extra = {name for name in left if beyond is not None and (name.startswith(beyond) or _MTP.match(name))}
     foreign = {name for name in left if is_wrapped and _OTHER_MODELS.search(name)} | extra
     unplaced = [name for name in left if name not in foreign]
     if unplaced:
@@ -313,6 +376,8 @@ def _transforms(
     if part.order and not is_stack:
         order = ROW_ORDERS[part.order](sizes)
         yield TakeColumns(order) if is_vector else TakeRows(order)  # a bias is one row whose entries are permuted
+    if part.columns:
+        yield TakeColumns(COLUMN_ORDERS[part.columns](sizes))
     if part.transposed and not is_bias and not is_stack:
         yield Transpose((math.prod(shape[:-2]), shape[-2], shape[-1]))
     elif is_vector and len(shape) > 1 and not is_stack:

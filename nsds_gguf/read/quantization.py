@@ -1,4 +1,4 @@
-"""Quantized weights in config.json: accept FP8, refuse every other method with a way around it."""
+"""Quantized weights in config.json: accept FP8 and MXFP4, refuse every other method with a way around it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError, UnsupportedError
+from .mxfp4 import MxTensor
 from .packed import CODES, ORIGINAL, Packed, packed_weights
 from .stored import StoredTensor
 
@@ -50,6 +51,8 @@ def read_quantization(
     settings, packed = _settings(config), packed_weights(tensors)
     if packed is not None:
         raise _unsupported(folder, settings, packed)
+    if any(isinstance(tensor, MxTensor) for tensor in tensors.values()):
+        return None, []
     has_codes = any(tensor.dtype == "F8_E4M3" for tensor in tensors.values())
     if not settings:
         return (Fp8(DEFAULT_BLOCK), [_SILENT]) if has_codes else (None, [])
@@ -63,9 +66,13 @@ def read_quantization(
 def refuse_codes(folder: Path, config: Mapping[str, Any], dtypes: Collection[str]) -> None:
     """Raise ``UnsupportedError`` when config.json and dtypes show packed weights, before their download."""
     settings, codes = _settings(config), sorted(set(dtypes) & set(CODES))
-    if settings and codes:
+    if settings and codes and not _is_mxfp4(settings):
         method = _called(settings)
         raise _unsupported(folder, settings, Packed(method, f"stored as {', '.join(codes)}", ORIGINAL))
+
+
+def _is_mxfp4(settings: Any) -> bool:
+    return isinstance(settings, Mapping) and settings.get("quant_method") == "mxfp4"
 
 
 def _leftover(settings: Any, tensors: Mapping[str, StoredTensor]) -> str:
@@ -121,8 +128,8 @@ def _unsupported(folder: Path, settings: Any, packed: Packed) -> UnsupportedErro
             f"model-F16.gguf {folder}`, then `nsds-gguf convert model-F16.gguf`"
         )
     return UnsupportedError(
-        f"{folder}: the weights are quantized ({method}: {packed.name}); wanted F32, F16, BF16 or FP8 (fp8, modelopt "
-        "FP8, compressed-tensors float-quantized with one scale per tensor, row or block): "
+        f"{folder}: the weights are quantized ({method}: {packed.name}); wanted F32, F16, BF16, MXFP4 or FP8 (fp8, "
+        "modelopt FP8, compressed-tensors float-quantized with one scale per tensor, row or block): "
         f"{packed.step.replace('IN', str(folder))}{route}"
     )
 

@@ -214,7 +214,16 @@ ALLOWED = (
         "absent",
         "names the kind of rope; llama.cpp computes it from the factors either way",
     ),
+    Allowed(
+        r"mistral3\.rope\.scaling\.yarn_beta_(fast|slow)",
+        "absent",
+        r"FLOAT32 (32|1)\.0",
+        "what llama.cpp assumes; other values are refused",
+    ),
 )
+
+# Classes whose layers of multi-token prediction the converter would take too, and demands of some.
+_MTP_CLASSES = ("Glm4Moe", "Qwen3Next", "Qwen3_5")
 
 # Models that the converter stops at, and how.
 NOT_CONVERTED = {
@@ -277,7 +286,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         given = {folder.resolve().name: folder for folder in args.folders}
-        folders = given or {name: write_folder(work / name, name) for name in names()}
+        folders = given or {name: write_folder(work / name, name) for name in args.only or names()}
         outcomes, theirs = compare_all(folders, args.llama_cpp, args.transformers4, work)
     for outcome in outcomes:
         print(line(outcome))
@@ -295,6 +304,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--llama-cpp", type=Path, required=True, metavar="DIR", help="llama.cpp source tree")
     parser.add_argument("--transformers4", type=Path, required=True, metavar="DIR4", help="where transformers 4.57 is")
     parser.add_argument("--record", action="store_true", help="write the docs and the record of the tests")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these of the tests' own models")
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER", help="model folders")
     args = parser.parse_args()
     if args.record and args.folders:
@@ -313,7 +323,7 @@ def compare_all(
     failures = run_converter(old, llama_cpp, transformers4) | run_converter(new, llama_cpp)
     outcomes, entries = [], {}
     for name, path in ours.items():
-        class_name = json.loads((folders[name] / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+        class_name = _class_name(folders[name])
         if isinstance(path, str):
             outcomes.append(Outcome(name, class_name, faults=(path,)))
         elif failures[name] is not None:
@@ -349,7 +359,13 @@ def _job(folder: Path, ours: Path, work: Path) -> dict[str, str]:
         "outfile": str(work / f"{ours.stem}.theirs"),
         "outtype": _OUTTYPES[file_type],
         "pre": header.metadata["tokenizer.ggml.pre"].value,
+        "options": "--no-mtp" if _class_name(folder).startswith(_MTP_CLASSES) else "",
     }
+
+
+def _class_name(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config["architectures"][0])
 
 
 def _is_form_4(folder: Path) -> bool:
@@ -361,7 +377,7 @@ def run_converter(
     jobs: Mapping[str, Mapping[str, str]], llama_cpp: Path, packages: Path | None = None
 ) -> dict[str, str | None]:
     """Run the converter on all jobs, ``packages`` before those installed; return what each said if it failed."""
-    command = [sys.executable, str(Path(__file__).with_name("run_converter.py")), str(llama_cpp)]
+    command = [sys.executable, str(ROOT / "tools" / "check" / "run_converter.py"), str(llama_cpp)]
     paths = [str(path) for path in (packages, os.environ.get("PYTHONPATH")) if path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
@@ -409,10 +425,20 @@ def line(outcome: Outcome) -> str:
 
 
 def record(outcomes: Sequence[Outcome], theirs: Mapping[str, Entry]) -> None:
-    """Write the documentation and the golden record."""
-    golden = {o.name: to_record(theirs[o.name], o.ours) for o in outcomes if o.name in theirs and not o.faults}
+    """Write the documentation and the golden record; models that were not compared keep their lines."""
+    before = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
+    found = {o.name: to_record(theirs[o.name], o.ours) for o in outcomes if o.name in theirs and not o.faults}
+    compared = {o.name for o in outcomes}
+    golden = {name: found.get(name, before.get(name)) for name in names() if name in found or name not in compared}
+    golden = {name: entry for name, entry in golden.items() if entry is not None}
     GOLDEN.write_text(json.dumps(golden, indent=0) + "\n", encoding="utf-8")
     DOCS.write_text(documentation(outcomes), encoding="utf-8")
+
+
+def _rows_before() -> dict[str, str]:
+    """Return the rows of the table that there is, by the name of the model."""
+    text = DOCS.read_text(encoding="utf-8") if DOCS.exists() else ""
+    return {match[1]: match[0] for match in re.finditer(r"^\| `\w+` \| (\S+) \| .*$", text, re.MULTILINE)}
 
 
 def documentation(outcomes: Sequence[Outcome]) -> str:
@@ -432,12 +458,15 @@ hash, so `tools/check/run_converter.py` names the pre-tokenizer for it, and give
         "| class | model | type | tensors | keys | equal | allowed differences |",
         "|---|---|---|---|---|---|---|",
     ]
-    for o in sorted(outcomes, key=lambda outcome: (outcome.source_class, outcome.name)):
+    rows = _rows_before()
+    for o in outcomes:
         notes = ", ".join(str(number) for number in sorted(numbers[entry] for entry in o.allowed))
         verdict = f"**no**: {'; '.join(o.faults)}" if o.faults else "yes"
         if o.not_converted:
             verdict = f"the converter stops: {o.not_converted}"
-        lines.append(f"| `{o.source_class}` | {o.name} | {o.type} | {o.n_tensors} | {o.n_keys} | {verdict} | {notes} |")
+        counts = f"{o.type} | {o.n_tensors} | {o.n_keys}"
+        rows[o.name] = f"| `{o.source_class}` | {o.name} | {counts} | {verdict} | {notes} |"
+    lines += sorted((row for name, row in rows.items() if name in names()), key=lambda row: row.split(" | ")[:2])
     lines += ["", "## Differences that are allowed", ""]
     for entry, number in numbers.items():
         ours, theirs = (ABSENT if text == ABSENT else "present" for text in (entry.ours, entry.theirs))

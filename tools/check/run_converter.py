@@ -2,13 +2,15 @@
 
     python tools/check/run_converter.py LLAMA_CPP_DIR < jobs.json > results.json
 
-A job is ``{"folder", "outfile", "outtype", "pre"}``, with ``"mmproj"`` for the vision part; its result is ``null``, or
-the last line that the converter wrote when it failed. The converter is imported once and each job runs in a fork of it.
+A job is ``{"folder", "outfile", "outtype", "pre", "options"}``, with ``"mmproj"`` for the vision part; its result is
+``null``, or the last line that the converter wrote when it failed. The converter is imported once and each job runs in
+a fork of it.
 
 Two things are replaced, because tiny models have a tiny tokenizer, and only where the converter would give up:
 
 * ``get_vocab_base_pre`` knows pre-tokenizers by a hash of token ids: where it does not know it, the job's ``pre``;
-* ``set_vocab`` of classes that want ``tokenizer.model``: where there is none, that of byte-level tokenizers.
+* ``set_vocab`` of classes that want ``tokenizer.model``, or tokens or attributes of their own: where there are none,
+  that of byte-level tokenizers.
 """
 
 from __future__ import annotations
@@ -55,6 +57,7 @@ def convert(converter: Any, job: dict[str, str], log: IO[bytes]) -> None:
             allow_tiny_tokenizers(converter, job["pre"])
         sys.argv = ["convert_hf_to_gguf.py", job["folder"], "--outfile", job["outfile"], "--outtype", job["outtype"]]
         sys.argv += ["--mmproj"] if job.get("mmproj") else []
+        sys.argv += job.get("options", "").split()
         converter.main()
         code = 0
     finally:
@@ -83,7 +86,7 @@ def allow_tiny_tokenizers(converter: Any, pre: str) -> None:
         def set_vocab(self: Any) -> None:
             try:
                 own(self)
-            except (FileNotFoundError, SystemExit):
+            except (AttributeError, FileNotFoundError, KeyError, SystemExit):
                 if (self.dir_model / "tokenizer.model").exists():
                     raise
                 self._set_vocab_gpt2()

@@ -38,91 +38,37 @@ from .family import (
     where,
     without,
 )
-
-# --- parts ----------------------------------------------------------------------------------------------------
-
-OUTSIDE: Parts = {
-    "token_embd": Part("model.embed_tokens", ("vocab", "embd")),
-    "output_norm": Part("model.norm", ("embd",)),
-    "output": Part("lm_head", ("vocab", "embd")),
-}
-ATTENTION_NORM: Parts = {"attn_norm": Part("input_layernorm", ("embd",))}
-ATTENTION: Parts = {
-    "attn_q": Part("self_attn.q_proj", ("q", "embd")),
-    "attn_k": Part("self_attn.k_proj", ("kv", "embd")),
-    "attn_v": Part("self_attn.v_proj", ("kv", "embd")),
-    "attn_output": Part("self_attn.o_proj", ("embd", "q")),
-}
-# ggml's NORM rope rotates adjacent channels, transformers the two halves of a head (NEOX).
-ROTATED_ATTENTION: Parts = {
-    **ATTENTION,
-    "attn_q": replace(ATTENTION["attn_q"], order="rope_q"),
-    "attn_k": replace(ATTENTION["attn_k"], order="rope_k"),
-}
-QK_NORMS: Parts = {
-    "attn_q_norm": Part("self_attn.q_norm", ("head",)),
-    "attn_k_norm": Part("self_attn.k_norm", ("head",)),
-}
-WIDE_QK_NORMS: Parts = {
-    "attn_q_norm": Part("self_attn.q_norm", ("q",)),
-    "attn_k_norm": Part("self_attn.k_norm", ("kv",)),
-}
-FFN_NORM: Parts = {"ffn_norm": Part("post_attention_layernorm", ("embd",))}
-FFN: Parts = {
-    "ffn_gate": Part("mlp.gate_proj", ("ff", "embd")),
-    "ffn_up": Part("mlp.up_proj", ("ff", "embd")),
-    "ffn_down": Part("mlp.down_proj", ("embd", "ff")),
-}
-
-
-def stacked_forms(place: str, own: str = "mlp", mlx: str = "mlp") -> tuple[Part, ...]:
-    """Return how ``gate``, ``up`` or ``down`` (the place) of all experts are saved in one tensor.
-
-    Transformers 5 keeps gate and up in one, ``(experts, 2 ff, embd)``, in the block ``own``; MLX each by itself in the
-    block ``mlx``.
-    """
-    wide, narrow = ("experts", "ff_exp", "embd"), ("experts", "embd", "ff_exp")
-    if place == "down":
-        return Part(f"{own}.experts.down_proj", narrow, suffix=""), Part(f"{mlx}.switch_mlp.down_proj", narrow)
-    half = "first_half_exps" if place == "gate" else "second_half_exps"
-    fused = Part(f"{own}.experts.gate_up_proj", wide, half, ("experts", "2ff_exp", "embd"), suffix="")
-    return fused, Part(f"{mlx}.switch_mlp.{place}_proj", wide)
-
-
-EXPERTS: Parts = {
-    "ffn_gate_inp": Part("mlp.gate", ("experts", "embd")),
-    "ffn_gate_exps": Part(
-        "mlp.experts.{e}.gate_proj", ("experts", "ff_exp", "embd"), also=stacked_forms("gate")
-    ),
-    "ffn_up_exps": Part("mlp.experts.{e}.up_proj", ("experts", "ff_exp", "embd"), also=stacked_forms("up")),
-    "ffn_down_exps": Part(
-        "mlp.experts.{e}.down_proj", ("experts", "embd", "ff_exp"), also=stacked_forms("down")
-    ),
-}  # fmt: skip
-SANDWICH_NORMS: Parts = {  # Gemma 2 and 3: norms before and after both blocks
-    "post_attention_norm": Part("post_attention_layernorm", ("embd",)),
-    "ffn_norm": Part("pre_feedforward_layernorm", ("embd",)),
-    "post_ffw_norm": Part("post_feedforward_layernorm", ("embd",)),
-}
-POST_NORMS: Parts = {  # OLMo 2: norms after both blocks only
-    "post_attention_norm": Part("post_attention_layernorm", ("embd",)),
-    "post_ffw_norm": Part("post_feedforward_layernorm", ("embd",)),
-}
-
-LAYER: Parts = {**ATTENTION_NORM, **ATTENTION, **FFN_NORM, **FFN}
-LLAMA_LAYER: Parts = {**ATTENTION_NORM, **ROTATED_ATTENTION, **FFN_NORM, **FFN}
-
-_QKV = "attn_q attn_k attn_v"
-_ALL_ATTENTION = f"{_QKV} attn_output"
-_ALL_FFN = "ffn_gate ffn_up ffn_down"
+from .hybrid import HYBRID
+from .parts import (
+    ALL_ATTENTION,
+    ALL_FFN,
+    ATTENTION,
+    ATTENTION_NORM,
+    EXPERT_FF_KEY,
+    EXPERTS,
+    FFN,
+    FFN_NORM,
+    LAYER,
+    LAYER_NORM,
+    LLAMA_LAYER,
+    LLAMA_ROPE_KINDS,
+    OUTSIDE,
+    POST_NORMS,
+    QK_NORMS,
+    QKV,
+    RMS,
+    ROTATED_ATTENTION,
+    SANDWICH_NORMS,
+    SHARED_EXPERT,
+    SHARED_FF_KEY,
+    TANH_GELU,
+    UNTIED,
+    WIDE_QK_NORMS,
+    stacked_forms,
+)
+from .recent import RECENT, is_dense_layer, is_sparse_layer
 
 # --- settings -------------------------------------------------------------------------------------------------
-
-_UNTIED = {"tie_word_embeddings": False}
-_RMS = {**_UNTIED, "norm_eps": 1e-6}
-_LAYER_NORM = {"norm_eps": 1e-5}
-_LLAMA_ROPE_KINDS = ("default", "linear", "yarn", "llama3")
-_TANH_GELU = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu")  # ggml's GELU is the tanh form
 
 _GEMMA_KEYS = (
     Key("attn_logit_softcapping", "attn_logit_softcapping"),
@@ -135,16 +81,12 @@ _GRANITE_KEYS = (
     Key("logit_scale", "logits_scaling"),
 )
 _GRANITE_DEFAULTS = {
-    **_RMS,
+    **RMS,
     "attention_multiplier": 1.0,
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
     "logits_scaling": 1.0,
 }
-_EXPERT_FF_KEY = Key("expert_feed_forward_length", "moe_intermediate_size", GGUFValueType.UINT32)
-_SHARED_FF_KEY = Key(
-    "expert_shared_feed_forward_length", "shared_expert_intermediate_size", GGUFValueType.UINT32
-)  # fmt: skip
 _PARALLEL_KEY = Key("use_parallel_residual", "use_parallel_residual", GGUFValueType.BOOL)
 _LOGIT_SCALE_KEY = Key("logit_scale", "logit_scale")
 _ALL_SPARSE = {"decoder_sparse_step": 1, "mlp_only_layers": []}
@@ -201,23 +143,20 @@ def has_many_layers(config: Config) -> bool:
 _LLAMA = Family(
     classes=("LlamaForCausalLM", "LLaMAForCausalLM", "IQuestCoderForCausalLM"),
     architecture="llama",
-    layer=biased(biased(LLAMA_LAYER, _ALL_ATTENTION, flag("attention_bias")), _ALL_FFN, flag("mlp_bias")),
+    layer=biased(biased(LLAMA_LAYER, ALL_ATTENTION, flag("attention_bias")), ALL_FFN, flag("mlp_bias")),
     outside=OUTSIDE,
-    defaults={**_RMS, "attention_bias": False, "mlp_bias": False},
-    rope_kinds=_LLAMA_ROPE_KINDS,
+    defaults={**RMS, "attention_bias": False, "mlp_bias": False},
+    rope_kinds=LLAMA_ROPE_KINDS,
     writes_rope_dim=True,
     writes_vocab_size=True,
     example="Llama 2 and 3, Yi, DeepSeek-LLM, TinyLlama, SmolLM 1 and 2",
 )
 _QWEN2_MOE_LAYER: Parts = {
     **ATTENTION_NORM,
-    **biased(ATTENTION, _QKV, flag("qkv_bias")),
+    **biased(ATTENTION, QKV, flag("qkv_bias")),
     **FFN_NORM,
     **EXPERTS,
-    "ffn_gate_inp_shexp": Part("mlp.shared_expert_gate", ("one", "embd")),
-    "ffn_gate_shexp": Part("mlp.shared_expert.gate_proj", ("ff_shexp", "embd")),
-    "ffn_up_shexp": Part("mlp.shared_expert.up_proj", ("ff_shexp", "embd")),
-    "ffn_down_shexp": Part("mlp.shared_expert.down_proj", ("embd", "ff_shexp")),
+    **SHARED_EXPERT,
 }
 _GRANITE_BLOCK = "block_sparse_moe"
 _GRANITE_EXPERTS: Parts = {
@@ -281,7 +220,7 @@ _NEOX_LAYER: Parts = {
 }
 _PHI2_LAYER: Parts = {
     "attn_norm": Part("input_layernorm", ("embd",), bias=always),
-    **biased(ATTENTION, _QKV, always),
+    **biased(ATTENTION, QKV, always),
     "attn_output": Part("self_attn.dense", ("embd", "q"), bias=always),
     "ffn_up": Part("mlp.fc1", ("ff", "embd"), bias=always),
     "ffn_down": Part("mlp.fc2", ("embd", "ff"), bias=always),
@@ -296,7 +235,7 @@ _PHI3_LAYER: Parts = {
 }
 _STABLELM_LAYER: Parts = {
     **biased(ATTENTION_NORM, "attn_norm", always),
-    **biased(ATTENTION, _QKV, flag("use_qkv_bias")),
+    **biased(ATTENTION, QKV, flag("use_qkv_bias")),
     "attn_q_norm": Part("self_attn.q_layernorm.norms.{e}", ("heads", "head"), when=flag("qk_layernorm")),
     "attn_k_norm": Part("self_attn.k_layernorm.norms.{e}", ("kv_heads", "head"), when=flag("qk_layernorm")),
     "ffn_norm": replace(FFN_NORM["ffn_norm"], bias=always, when=unless("use_parallel_residual")),
@@ -304,7 +243,7 @@ _STABLELM_LAYER: Parts = {
 }
 _STARCODER2_LAYER: Parts = {
     **biased(ATTENTION_NORM, "attn_norm", always),
-    **biased(ATTENTION, _ALL_ATTENTION, flag("use_bias")),
+    **biased(ATTENTION, ALL_ATTENTION, flag("use_bias")),
     **biased(FFN_NORM, "ffn_norm", always),
     "ffn_up": Part("mlp.c_fc", ("ff", "embd"), bias=flag("use_bias")),
     "ffn_down": Part("mlp.c_proj", ("embd", "ff"), bias=flag("use_bias")),
@@ -326,16 +265,6 @@ _MLA_ATTENTION: Parts = {
     "attn_v_b": Part("self_attn.kv_b_proj", ("heads", "v_head", "kv_lora"), "last_part_of_heads", ("kv_b", "kv_lora")),
     "attn_output": Part("self_attn.o_proj", ("embd", "v")),
 }
-
-
-def is_dense_layer(config: Config, layer: int) -> bool:
-    """Return whether a layer of a DeepSeek model has one feed-forward block in place of experts."""
-    return not config.get("num_experts") or layer < (config.get("first_k_dense_replace") or 0)
-
-
-def is_sparse_layer(config: Config, layer: int) -> bool:
-    """Return whether a layer of a DeepSeek model has experts."""
-    return not is_dense_layer(config, layer)
 
 
 def mla_sizes(config: Config) -> dict[str, int]:
@@ -401,13 +330,13 @@ _DEEPSEEK2 = Family(
     },
     outside=OUTSIDE,
     defaults={
-        **_RMS, "attention_bias": False, "mlp_bias": False, "num_experts": 64, "n_shared_experts": 2,
+        **RMS, "attention_bias": False, "mlp_bias": False, "num_experts": 64, "n_shared_experts": 2,
         "num_experts_per_tok": 6, "moe_intermediate_size": 1407, "routed_scaling_factor": 1.0, "norm_topk_prob": False,
         "first_k_dense_replace": 0, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
         "v_head_dim": 128, "q_lora_rank": 1536, "scoring_func": "softmax", "topk_method": "greedy",
     },
     keys=(
-        _EXPERT_FF_KEY,
+        EXPERT_FF_KEY,
         Key("expert_weights_scale", "routed_scaling_factor"),
         Key("expert_weights_norm", "norm_topk_prob", GGUFValueType.BOOL),
     ),
@@ -418,7 +347,7 @@ _DEEPSEEK2 = Family(
     rope_kinds=("default", "yarn"),
     writes_rope_dim=True,
     writes_vocab_size=True,
-    has_yarn_log_multiplier=True,
+    yarn_log_unit=0.1,
     sizes=mla_sizes,
     more_keys=mla_keys,
     example="DeepSeek-V2-Lite",
@@ -557,7 +486,7 @@ _MAMBA2_PARTS: Parts = {
 _HAS_EXPERTS, _HAS_NONE = flag("num_experts"), unless("num_experts")
 _GRANITE4_LAYER: Parts = {
     **ATTENTION_NORM,
-    **where(biased(ROTATED_ATTENTION, _ALL_ATTENTION, flag("attention_bias")), is_attention_layer),
+    **where(biased(ROTATED_ATTENTION, ALL_ATTENTION, flag("attention_bias")), is_attention_layer),
     **where(_MAMBA2_PARTS, is_mamba_layer),
     **FFN_NORM,
     **{role: replace(part, when=_HAS_EXPERTS) for role, part in {**_GRANITE_EXPERTS, **_GRANITE_SHARED}.items()},
@@ -599,7 +528,7 @@ FAMILIES = (
         _LLAMA,
         classes=("MistralForCausalLM",),
         layer=LLAMA_LAYER,
-        defaults={**_RMS, "sliding_window": 4096},
+        defaults={**RMS, "sliding_window": 4096},
         window=Window(),
         example="Mistral 7B",
     ),
@@ -626,16 +555,16 @@ FAMILIES = (
                 also=stacked_forms("down", mlx="block_sparse_moe"),
             ),
         },
-        defaults={**_UNTIED, "norm_eps": 1e-5, "rope_theta": 1e6, "num_experts": 8, "num_experts_per_tok": 2},
+        defaults={**UNTIED, "norm_eps": 1e-5, "rope_theta": 1e6, "num_experts": 8, "num_experts_per_tok": 2},
         window=Window(),
         example="Mixtral 8x7B",
     ),
     Family(
         classes=("Qwen2ForCausalLM",),
         architecture="qwen2",
-        layer=biased(LAYER, _QKV, always),
+        layer=biased(LAYER, QKV, always),
         outside=OUTSIDE,
-        defaults={**_RMS, "sliding_window": 4096, "max_window_layers": 28},
+        defaults={**RMS, "sliding_window": 4096, "max_window_layers": 28},
         fixed_head_dim=True,
         window=Window("use_sliding_window"),
         example="Qwen 2 and 2.5",
@@ -643,9 +572,9 @@ FAMILIES = (
     Family(
         classes=("Qwen3ForCausalLM",),
         architecture="qwen3",
-        layer={**ATTENTION_NORM, **biased(ATTENTION, _QKV, flag("attention_bias")), **QK_NORMS, **FFN_NORM, **FFN},
+        layer={**ATTENTION_NORM, **biased(ATTENTION, QKV, flag("attention_bias")), **QK_NORMS, **FFN_NORM, **FFN},
         outside=OUTSIDE,
-        defaults={**_RMS, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+        defaults={**RMS, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
         window=Window("use_sliding_window"),
         example="Qwen 3",
     ),
@@ -655,10 +584,10 @@ FAMILIES = (
         layer=_QWEN2_MOE_LAYER,
         outside=OUTSIDE,
         defaults={
-            **_RMS, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "qkv_bias": True,
+            **RMS, "num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408, "qkv_bias": True,
             "shared_expert_intermediate_size": 5632, "sliding_window": 4096, "max_window_layers": 28,
         },
-        keys=(_EXPERT_FF_KEY, _SHARED_FF_KEY),
+        keys=(EXPERT_FF_KEY, SHARED_FF_KEY),
         fixed={"norm_topk_prob": False, **_ALL_SPARSE},
         fixed_head_dim=True,
         window=Window("use_sliding_window"),
@@ -668,13 +597,13 @@ FAMILIES = (
     Family(
         classes=("Qwen3MoeForCausalLM",),
         architecture="qwen3moe",
-        layer={**ATTENTION_NORM, **biased(ATTENTION, _QKV, flag("attention_bias")), **QK_NORMS, **FFN_NORM, **EXPERTS},
+        layer={**ATTENTION_NORM, **biased(ATTENTION, QKV, flag("attention_bias")), **QK_NORMS, **FFN_NORM, **EXPERTS},
         outside=OUTSIDE,
         defaults={
-            **_RMS, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False,
+            **RMS, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False,
             "sliding_window": 4096, "max_window_layers": 28,
         },
-        keys=(_EXPERT_FF_KEY,),
+        keys=(EXPERT_FF_KEY,),
         fixed={"norm_topk_prob": True, **_ALL_SPARSE},
         window=Window("use_sliding_window"),
         example="Qwen 3 30B-A3B",
@@ -685,7 +614,7 @@ FAMILIES = (
         layer=shifted(LAYER),
         outside=shifted(OUTSIDE),
         defaults={"norm_eps": 1e-6, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh"},
-        activations=_TANH_GELU,
+        activations=TANH_GELU,
         fixed={"attention_bias": False, **_CAUSAL},
         rope_kinds=("default",),
         output="tied",
@@ -700,7 +629,7 @@ FAMILIES = (
             "norm_eps": 1e-6, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256,
             "sliding_window": 4096, "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
         },
-        activations=_TANH_GELU,
+        activations=TANH_GELU,
         keys=_GEMMA_KEYS,
         fixed={"attention_bias": False, "query_pre_attn_scalar": attention_scale(46), **_CAUSAL},
         rope_kinds=("default",),
@@ -718,7 +647,7 @@ FAMILIES = (
             "sliding_window": 4096, "num_attention_heads": 8, "num_key_value_heads": 4, "rope_theta": 1e6,
             "rope_local_base_freq": 1e4, "max_position_embeddings": 131072, "vocab_size": 262208,
         },
-        activations=_TANH_GELU,
+        activations=TANH_GELU,
         keys=_GEMMA_KEYS,
         fixed={
             "attention_bias": False, "attn_logit_softcapping": None, "query_pre_attn_scalar": attention_scale(62),
@@ -738,8 +667,8 @@ FAMILIES = (
             "output_norm": Part("model.final_layernorm", ("embd",), bias=always),
             "output": replace(OUTSIDE["output"], bias=always),
         },
-        defaults={**_UNTIED, **_LAYER_NORM, "partial_rotary_factor": 0.5, "hidden_act": "gelu_new"},
-        activations=_TANH_GELU,
+        defaults={**UNTIED, **LAYER_NORM, "partial_rotary_factor": 0.5, "hidden_act": "gelu_new"},
+        activations=TANH_GELU,
         norm="layer",
         fixed={"qk_layernorm": False},
         fixed_head_dim=True,
@@ -753,7 +682,7 @@ FAMILIES = (
         architecture="phi3",
         layer=_PHI3_LAYER,
         outside=OUTSIDE,
-        defaults={**_UNTIED, "norm_eps": 1e-5, "original_max_position_embeddings": PHI3_CONTEXT},
+        defaults={**UNTIED, "norm_eps": 1e-5, "original_max_position_embeddings": PHI3_CONTEXT},
         fixed_head_dim=True,
         rope_kinds=("default", "longrope"),
         window=Window(),
@@ -773,8 +702,8 @@ FAMILIES = (
         },
         prefix="transformer.",
         layer_prefix="transformer.h.{i}.",
-        defaults={**_LAYER_NORM, "hidden_act": "gelu_new", "max_position_embeddings": 1024},
-        activations=_TANH_GELU,
+        defaults={**LAYER_NORM, "hidden_act": "gelu_new", "max_position_embeddings": 1024},
+        activations=TANH_GELU,
         norm="layer",
         fixed={
             "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
@@ -797,10 +726,10 @@ FAMILIES = (
         prefix="gpt_neox.",
         layer_prefix="gpt_neox.layers.{i}.",
         defaults={
-            **_UNTIED, **_LAYER_NORM, "hidden_act": "gelu", "partial_rotary_factor": 0.25, "attention_bias": True,
+            **UNTIED, **LAYER_NORM, "hidden_act": "gelu", "partial_rotary_factor": 0.25, "attention_bias": True,
             "use_parallel_residual": True,
         },
-        activations=_TANH_GELU,
+        activations=TANH_GELU,
         keys=(_PARALLEL_KEY,),
         norm="layer",
         fixed={"attention_bias": True},
@@ -817,7 +746,7 @@ FAMILIES = (
         architecture="stablelm",
         layer=_STABLELM_LAYER,
         outside=_BIASED_OUTSIDE,
-        defaults={**_UNTIED, **_LAYER_NORM, "partial_rotary_factor": 0.25, "use_parallel_residual": False},
+        defaults={**UNTIED, **LAYER_NORM, "partial_rotary_factor": 0.25, "use_parallel_residual": False},
         keys=(_PARALLEL_KEY,),
         norm="layer",
         fixed_head_dim=True,
@@ -831,7 +760,7 @@ FAMILIES = (
         architecture="olmo",
         layer={**ROTATED_ATTENTION, **FFN},
         outside=without(OUTSIDE, "output_norm"),
-        defaults={**_UNTIED, "norm_eps": 1e-5},
+        defaults={**UNTIED, "norm_eps": 1e-5},
         keys=(Key("attention.clamp_kqv", "clip_qkv"),),
         norm="layer",
         fixed={"attention_bias": False},
@@ -844,7 +773,7 @@ FAMILIES = (
         architecture="olmo2",
         layer={**ATTENTION, **WIDE_QK_NORMS, **POST_NORMS, **FFN},
         outside=OUTSIDE,
-        defaults={**_UNTIED, "norm_eps": 1e-5},
+        defaults={**UNTIED, "norm_eps": 1e-5},
         fixed={"attention_bias": False},
         fixed_head_dim=True,
         output="required",
@@ -855,7 +784,7 @@ FAMILIES = (
         architecture="olmo2",
         layer={**ATTENTION, **WIDE_QK_NORMS, **POST_NORMS, **FFN},
         outside=OUTSIDE,
-        defaults={**_UNTIED, "norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
+        defaults={**UNTIED, "norm_eps": 1e-5, "sliding_window": 4096, "rope_theta": 5e5},
         fixed={"attention_bias": False},
         fixed_head_dim=True,
         window=Window(period=4, lists_layers=True),
@@ -870,7 +799,7 @@ FAMILIES = (
             for role, part in EXPERTS.items()
         }},
         outside=OUTSIDE,
-        defaults={**_UNTIED, "norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
+        defaults={**UNTIED, "norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8},
         fixed={"attention_bias": False, "norm_topk_prob": False, "clip_qkv": None},
         fixed_head_dim=True,
         output="required",
@@ -879,12 +808,12 @@ FAMILIES = (
     Family(
         classes=("GraniteForCausalLM",),
         architecture="granite",
-        layer=biased(biased(LLAMA_LAYER, _ALL_ATTENTION, flag("attention_bias")), _ALL_FFN, flag("mlp_bias")),
+        layer=biased(biased(LLAMA_LAYER, ALL_ATTENTION, flag("attention_bias")), ALL_FFN, flag("mlp_bias")),
         outside=OUTSIDE,
         defaults=_GRANITE_DEFAULTS,
         keys=_GRANITE_KEYS,
         fixed_head_dim=True,
-        rope_kinds=_LLAMA_ROPE_KINDS,
+        rope_kinds=LLAMA_ROPE_KINDS,
         writes_rope_dim=True,
         writes_vocab_size=True,
         example="Granite 3",
@@ -893,7 +822,7 @@ FAMILIES = (
         classes=("GraniteMoeForCausalLM", "GraniteMoeSharedForCausalLM"),
         architecture="granitemoe",
         layer={
-            **ATTENTION_NORM, **biased(ROTATED_ATTENTION, _ALL_ATTENTION, flag("attention_bias")), **FFN_NORM,
+            **ATTENTION_NORM, **biased(ROTATED_ATTENTION, ALL_ATTENTION, flag("attention_bias")), **FFN_NORM,
             **_GRANITE_EXPERTS, **_GRANITE_SHARED,
         },
         outside=OUTSIDE,
@@ -903,7 +832,7 @@ FAMILIES = (
             Key("expert_shared_feed_forward_length", "shared_intermediate_size", GGUFValueType.UINT32),
         ),
         fixed_head_dim=True,
-        rope_kinds=_LLAMA_ROPE_KINDS,
+        rope_kinds=LLAMA_ROPE_KINDS,
         writes_rope_dim=True,
         writes_vocab_size=True,
         example="Granite 3 MoE",
@@ -919,7 +848,7 @@ FAMILIES = (
             **FFN,
         },
         outside=OUTSIDE,
-        defaults={**_LAYER_NORM, "logit_scale": 0.0625, "use_qk_norm": False, "rope_theta": 5e5},
+        defaults={**LAYER_NORM, "logit_scale": 0.0625, "use_qk_norm": False, "rope_theta": 5e5},
         keys=(_LOGIT_SCALE_KEY,),
         norm="layer",
         fixed={"attention_bias": False, "use_qk_norm": has_many_layers},
@@ -934,7 +863,7 @@ FAMILIES = (
         architecture="cohere2",
         layer={**ATTENTION_NORM, **ATTENTION, **FFN},
         outside=OUTSIDE,
-        defaults={**_LAYER_NORM, "logit_scale": 0.0625, "sliding_window": 4096},
+        defaults={**LAYER_NORM, "logit_scale": 0.0625, "sliding_window": 4096},
         keys=(_LOGIT_SCALE_KEY,),
         norm="layer",
         fixed={"attention_bias": False, "use_qk_norm": False},
@@ -956,7 +885,7 @@ FAMILIES = (
             "output_norm": Part("model.norm", ("embd",)),
             "output": Part("output", ("vocab", "embd")),
         },
-        defaults={**_UNTIED, "norm_eps": 1e-6, "bias": False},
+        defaults={**UNTIED, "norm_eps": 1e-6, "bias": False},
         fixed={"bias": False},
         fixed_head_dim=True,
         rope_kinds=("default", "linear"),
@@ -981,8 +910,8 @@ FAMILIES = (
         architecture="starcoder2",
         layer=_STARCODER2_LAYER,
         outside=_BIASED_OUTSIDE,
-        defaults={**_LAYER_NORM, "hidden_act": "gelu_pytorch_tanh", "use_bias": True, "sliding_window": None},
-        activations=_TANH_GELU,
+        defaults={**LAYER_NORM, "hidden_act": "gelu_pytorch_tanh", "use_bias": True, "sliding_window": None},
+        activations=TANH_GELU,
         norm="layer",
         fixed={"use_bias": True},
         fixed_head_dim=True,
@@ -1028,6 +957,8 @@ FAMILIES = (
     _GRANITE4,
     replace(_GRANITE4, architecture="granitemoe", variant=_HAS_EXPERTS, sizes=no_sizes, example="Granite 4 Tiny"),
     replace(_GRANITE4, architecture="granite", variant=always, sizes=no_sizes, example="Granite 4 Micro"),
+    *RECENT,
+    *HYBRID,
 )  # fmt: skip
 
 # Multimodal classes whose language model is converted, with the default ``model_type`` of their text_config.
@@ -1037,6 +968,8 @@ WRAPPERS = {
     "LlavaForConditionalGeneration": "llama",
     "LlavaNextForConditionalGeneration": "llama",
     "Mistral3ForConditionalGeneration": "mistral",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5_text",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5_moe_text",
     "SmolVLMForConditionalGeneration": "llama",
 }
 TEXT_MODELS = {
@@ -1044,11 +977,14 @@ TEXT_MODELS = {
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
 }
 
 # Prefixes of names within the model and beside it (the output projection): of the class itself, of the language model

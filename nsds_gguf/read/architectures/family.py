@@ -65,6 +65,7 @@ class Part:
         when: whether the model has it.
         layers: which layers have it.
         transposed: stored as ``(in, out)``, like GPT-2's Conv1D; for three dimensions, each matrix of the stack.
+        columns: key of ``mapping.COLUMN_ORDERS``, the columns taken of each stored matrix, in order; default: all.
         change: key of ``mapping.CHANGES``, an elementwise change; default: none.
         suffix: follows ``source`` in the checkpoint.
         bare: the GGUF name has no ``.weight`` suffix (nor has a role that contains a dot).
@@ -79,6 +80,7 @@ class Part:
     when: Condition = always
     layers: LayerCondition = every_layer
     transposed: bool = False
+    columns: str = ""
     change: str = ""
     suffix: str = ".weight"
     bare: bool = False
@@ -142,7 +144,7 @@ class Family:
         activations: activation functions that llama.cpp supports for the architecture.
         rope_kinds: rope scaling kinds that llama.cpp supports; empty without rope.
         has_local_theta: layers with a window may have a separate rope theta.
-        has_yarn_log_multiplier: yarn's ``mscale`` settings have a key, in place of the attention factor.
+        yarn_log_unit: unit of the key that yarn's ``mscale`` settings have in place of the attention factor; 0: none.
         keys: keys in addition to those of every architecture.
         fixed: settings for which llama.cpp supports one value only: the value, or a function of the settings.
         norm: kind of norm, ``rms`` or ``layer``.
@@ -153,6 +155,7 @@ class Family:
             ``required`` if it requires one: a tied embedding is then written twice.
         sizes: returns dimensions in addition to those of every family.
         more_keys: returns computed keys, without the architecture's prefix; they come last.
+        layer_numbers: GGUF key, which has a number per layer and no prefix -> name of the number within the layer.
         extra_layers: the checkpoint may have layers beyond the model's own (multi-token prediction), which are skipped.
         ignored: patterns of checkpoint tensors that the GGUF does not need.
         example: a well-known repository.
@@ -168,7 +171,7 @@ class Family:
     activations: tuple[str, ...] = ("silu", "swish")
     rope_kinds: tuple[str, ...] = ("default", "linear", "yarn")
     has_local_theta: bool = False
-    has_yarn_log_multiplier: bool = False
+    yarn_log_unit: float = 0.0
     keys: tuple[Key, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     norm: str = "rms"
@@ -180,6 +183,7 @@ class Family:
     output: str = "own"
     sizes: Callable[[Config], dict[str, int]] = no_sizes
     more_keys: Callable[[Config, Sizes], dict[str, GGUFValue]] = no_keys
+    layer_numbers: Mapping[str, str] = field(default_factory=dict)
     extra_layers: bool = False
     ignored: tuple[str, ...] = ()
     variant: Condition = always

@@ -45,7 +45,8 @@ def model_keys(
     writer.add_block_count(sizes["layers"])
     writer.add_context_length(sizes["ctx"])
     writer.add_embedding_length(sizes["embd"])
-    writer.add_feed_forward_length(sizes["ff"])
+    if sizes["ff"]:
+        writer.add_feed_forward_length(sizes["ff"])
     writer.add_head_count(sizes["heads"])
     if family.writes_kv_heads:
         writer.add_head_count_kv(sizes["kv_heads"])

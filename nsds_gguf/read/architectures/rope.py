@@ -21,8 +21,6 @@ DEFAULT_THETA = 10000.0  # transformers' default for most classes; families may 
 # llama.cpp's constants of yarn; it reads no keys for them in the supported architectures (llama-model.cpp).
 YARN_BETA_FAST, YARN_BETA_SLOW = 32.0, 1.0
 
-YARN_LOG_UNIT = 0.1  # of the key yarn_log_multiplier: llama.cpp divides by it again (deepseek2.cpp)
-
 # Ranges of float32 and uint32 keys.
 MIN_NUMBER, MAX_NUMBER = (float(limit) for limit in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 MAX_CONTEXT = 2**32 - 1
@@ -44,6 +42,10 @@ _NEEDED = {
 _YARN_OPTIONS = ("attention_factor", "mscale", "mscale_all_dim")
 
 
+# Architectures that llama.cpp runs with whole channels as the bounds of yarn's ramp, though the original has fractions.
+_ROUNDED_YARN = ("gpt-oss",)
+
+
 def rope_settings(config: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return ``{"rope_type", "rope_theta", ...}`` from either form; ``rope_type`` is ``default`` when unscaled.
 
@@ -62,15 +64,25 @@ def rope_settings(config: Mapping[str, Any], defaults: Mapping[str, Any] | None 
     if len(forms) == 2 and forms[0] != forms[1]:
         raise ModelError("config.json: rope_parameters and rope_scaling disagree; keep the correct one")
     settings = forms[0] if forms else _settings(config, None)
+    if settings.get("partial_rotary_factor") is None and config.get("rotary_dim") and config.get("head_dim"):
+        settings["partial_rotary_factor"] = config["rotary_dim"] / config["head_dim"]  # MiniMax-M2
     for key, value in {"rope_theta": DEFAULT_THETA, **(defaults or {})}.items():
         if key in (*_OUTER_KEYS, _LOCAL_THETA) and settings.get(key) is None:
             settings[key] = value
     # The original context defaults to the context (transformers modeling_rope_utils, standardize_rope_params).
     settings.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    if settings.get("is_dynamic") and settings.get("alpha") and config.get("has_alpha_rope"):  # at any length of text
+        settings |= {"is_dynamic": False, "rope_theta": _stretched_theta(settings, config)}
     local = settings.pop(_LOCAL_THETA, None)
     if local is not None:
         settings.setdefault("local_theta", local)
     return settings
+
+
+def _stretched_theta(settings: Mapping[str, Any], config: Mapping[str, Any]) -> float:
+    """Return Hunyuan's theta, ``theta alpha^(d / (d - 2))`` for heads of ``d`` channels (llama.cpp, hunyuan.py)."""
+    d = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return float(number(settings, "rope_theta") * number(settings, "alpha") ** (d / (d - 2)))
 
 
 def _settings(config: Mapping[str, Any], form: str | None) -> dict[str, Any]:
@@ -110,7 +122,12 @@ def _by_kind_of_layer(stated: Mapping[str, Any], form: str) -> tuple[Mapping[str
 
 
 def rope_note(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the note on dynamic scaling: transformers changes theta beyond the context only, llama.cpp never."""
+    """Return the note on what llama.cpp scales otherwise.
+
+    Dynamic scaling: transformers changes theta beyond the context only, llama.cpp never. Bounds of yarn's ramp.
+    """
+    if settings.get("truncate") is False:
+        return ("llama.cpp rounds the bounds of yarn's ramp to whole channels, the original does not.",)
     if not settings.get("is_dynamic"):
         return ()
     return (
@@ -161,11 +178,13 @@ def check_rope(settings: Mapping[str, Any], architecture: str, kinds: tuple[str,
     if kind == "llama3" and number(settings, "low_freq_factor") >= number(settings, "high_freq_factor"):
         raise ModelError("config.json: llama3 rope: wanted low_freq_factor below high_freq_factor")
     if kind == "yarn":
-        _check_yarn(settings)
+        _check_yarn(settings, architecture)
 
 
-def _check_yarn(settings: Mapping[str, Any]) -> None:
-    wanted = {"beta_fast": YARN_BETA_FAST, "beta_slow": YARN_BETA_SLOW, "truncate": True}
+def _check_yarn(settings: Mapping[str, Any], architecture: str) -> None:
+    wanted = {"beta_fast": YARN_BETA_FAST, "beta_slow": YARN_BETA_SLOW}
+    if architecture not in _ROUNDED_YARN:
+        wanted["truncate"] = True
     for key, value in wanted.items():
         if settings.get(key, value) != value:
             raise UnsupportedError(
@@ -174,7 +193,7 @@ def _check_yarn(settings: Mapping[str, Any]) -> None:
     for key in _YARN_OPTIONS:
         if key in settings:
             number(settings, key)
-    if settings.get("has_log_multiplier") and settings.get("mscale") != settings.get("mscale_all_dim", 0):
+    if settings.get("yarn_log_unit") and settings.get("mscale") != settings.get("mscale_all_dim", 0):
         raise UnsupportedError(
             f"config.json: yarn rope with mscale {settings.get('mscale')} and mscale_all_dim "
             f"{settings.get('mscale_all_dim')}: llama.cpp supports latent attention only if they are equal"
@@ -192,8 +211,8 @@ def add_rope_keys(writer: GGUFWriter, settings: Mapping[str, Any]) -> None:
         writer.add_rope_scaling_factor(number(settings, "factor"))
     if kind == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(number(settings, "original_max_position_embeddings")))
-    if kind == "yarn" and settings.get("has_log_multiplier"):
-        writer.add_rope_scaling_yarn_log_mul(YARN_LOG_UNIT * number(settings, "mscale_all_dim"))
+    if kind == "yarn" and settings.get("yarn_log_unit"):
+        writer.add_rope_scaling_yarn_log_mul(settings["yarn_log_unit"] * number(settings, "mscale_all_dim"))
     elif kind == "yarn":
         correction = yarn_attention_factor(settings) / yarn_magnitude(number(settings, "factor"))
         if not math.isclose(correction, 1.0, rel_tol=1e-6):

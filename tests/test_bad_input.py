@@ -224,8 +224,8 @@ CASES = {
         f"already quantized: {method}": Case(
             3,
             f"{{tmp}}/model: the weights are quantized ({method} 4: model.layers.0.self_attn.q_proj.weight); wanted "
-            "F32, F16, BF16, MXFP4 or FP8 (fp8, modelopt FP8, compressed-tensors float-quantized with one scale per tensor, "
-            "row or block): use the original checkpoint",
+            "F32, F16, BF16, MXFP4 or FP8 (fp8, modelopt FP8, compressed-tensors float-quantized with one scale per "
+            "tensor, row or block): use the original checkpoint",
             quantized(method),
         )
         for method in ("awq", "hqq")

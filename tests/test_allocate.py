@@ -208,7 +208,8 @@ class TestMeasure:
             for type_name, error in cost.errors.items():
                 data = ggml.quantize(x.astype("f4"), type_name, weights_by_name.get(name))
                 y = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[type_name]).astype(np.float64)
-                assert error == pytest.approx((weights * (x - y) ** 2).sum() / (weights * x**2).sum(), rel=1e-4)
+                by_row = (weights * (x - y) ** 2).sum(axis=1) / (weights * x**2).sum(axis=1)
+                assert error == pytest.approx(by_row.mean(), rel=1e-4)
 
     @pytest.mark.parametrize("limit", [1 << 30, 1], ids=["whole", "sampled"])
     def test_experts_are_measured_with_weights_of_their_own(self, monkeypatch, limit):
@@ -224,12 +225,12 @@ class TestMeasure:
         (cost,) = measure([(tensor, ("Q4_K",))], TensorQuantizers("rtn", {name: weights}), {}, Threads(1))
         rows = sample_rows(tensor)
         assert (len(rows) == 150) == (limit > 1) and len(rows) >= 64
-        error = squared_norm = 0.0
+        errors = []
         for row in rows:
             x, w = stack.reshape(-1, 256)[row : row + 1], weights[row // 50]
             delta = gguf.quants.dequantize(ggml.quantize(x, "Q4_K", w), gguf.GGMLQuantizationType.Q4_K) - x
-            error, squared_norm = error + (w * delta**2).sum(), squared_norm + (w * x**2).sum()
-        assert cost.errors["Q4_K"] == pytest.approx(error / squared_norm, rel=1e-5)
+            errors.append((w * delta**2).sum() / (w * x**2).sum())
+        assert cost.errors["Q4_K"] == pytest.approx(np.mean(errors), rel=1e-5)
 
     def test_sample_of_rows_is_fixed_and_stratified(self):
         model = make_model(*random_arrays(seed=5, **{**ALIGNED, "n_vocab": 4096}))
@@ -281,6 +282,20 @@ class TestMeasure:
         plan = make_plan(model, scores, recipe(17, types=types), HEADER)
         planned = {tensor.name: tensor.type for tensor in plan.tensors}
         assert planned[large] == "BF16" and planned[small] == "F16"
+
+    def test_a_row_of_huge_norm_does_not_hide_the_others(self):
+        """One row holds nearly all of the squared norm and is exact in every type; rows of zeros do not count."""
+        arrays, hparams = random_arrays(seed=6, **ALIGNED)
+        rows = np.random.default_rng(1).standard_normal((300, 256)).astype("f4")
+        rows[7], rows[200:] = 1e4, 0
+        arrays["output.weight"] = rows
+        tensor = make_model(arrays, hparams).by_name["output.weight"]
+        plain = make_model({**arrays, "output.weight": np.delete(rows[:200], 7, axis=0)}, hparams)
+        found, others = (
+            measure([(each, ("Q2_K",))], TensorQuantizers(), {}, Threads(1))[0].errors["Q2_K"]
+            for each in (tensor, plain.by_name["output.weight"])
+        )
+        assert found == pytest.approx(others * 199 / 200, rel=1e-4) and others > 0.01
 
     def test_ratio_estimate_by_hand(self):
         # rows (1, 2), (2, 2): ratio 3/4; residuals -1/2, 1/2; variance 1/2; half the rows sampled

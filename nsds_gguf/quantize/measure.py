@@ -1,9 +1,13 @@
 """The error of each tensor in each type, on a sample of its rows, by the quantizer that will write them.
 
+The error is the mean over rows of a row's relative error: rows have scales of their own, and a row of huge norm, as the
+ones behind attention sinks, says nothing of the others. In a ratio of sums such a row would hide them (docs/log.md,
+2026-11-28).
+
 Small tensors are measured whole. For large ones a stratified sample is drawn, one row from each of equally long
-stretches, by a generator seeded with the tensor's name: the same rows every time. The relative error is a ratio
-of two sums over rows, so its standard error is that of a ratio estimator (Cochran, Sampling Techniques, eq. 6.9). Where
-that is above ``WANTED_STDERR`` in some type, a larger sample is drawn, until it is not.
+stretches, by a generator seeded with the tensor's name: the same rows every time. Rows of zeros do not count, so the
+mean is a ratio of two sums over rows, with the standard error of a ratio estimator (Cochran, Sampling Techniques, eq.
+6.9). Where that is above ``WANTED_STDERR`` in some type, a larger sample is drawn, until it is not.
 """
 
 from __future__ import annotations
@@ -112,9 +116,15 @@ def _n_wanted(estimates: Mapping[str, RatioEstimate]) -> int:
 
 
 def _estimates(task: _Measuring, rows: NDArray[np.intp]) -> dict[str, RatioEstimate]:
-    """Return the relative error in each type, from some rows."""
+    """Return the mean relative error of rows in each type, from some rows."""
     squared_norms, squared_errors = _row_sums(task.tensor, rows, task.types, task.quantizer)
-    return {name: ratio_estimate(squared_errors[name], squared_norms, task.tensor.n_rows) for name in task.types}
+    counts = squared_norms > 0
+    relative = {
+        name: np.divide(squared, squared_norms, out=np.zeros(len(rows)), where=counts)
+        for name, squared in squared_errors.items()
+    }
+    n_rows, ones = task.tensor.n_rows, counts.astype(np.float64)
+    return {name: ratio_estimate(errors, ones, n_rows) for name, errors in relative.items()}
 
 
 def _row_sums(

@@ -233,6 +233,26 @@ def test_a_fused_gate_has_the_sensitivity_of_its_parts():
     whole = one.sensitivity["blk.0.ffn_gate_up_exps.weight"]
     assert whole == pytest.approx(apart.sensitivity[gate] + apart.sensitivity[up], rel=1e-5)
     np.testing.assert_allclose(one.inputs["blk.0.ffn_gate_up_exps.weight"], apart.inputs[up], rtol=1e-5)
+    n_experts, n_ff, _ = arrays[gate].shape
+    parts = [apart.of_rows[name].reshape(n_experts, n_ff) for name in (gate, up)]
+    rows = one.of_rows["blk.0.ffn_gate_up_exps.weight"].reshape(n_experts, 2 * n_ff)
+    np.testing.assert_allclose(rows, np.concatenate(parts, axis=1), rtol=1e-4, atol=1e-12)
+    for found in (apart, one):
+        for name, of_rows in found.of_rows.items():
+            assert of_rows.sum() == pytest.approx(found.sensitivity[name], rel=1e-5)
+
+
+def test_rows_of_zeros_have_no_sensitivity():
+    arrays, hparams = random_arrays(6, n_layers=1)
+    name, row = "blk.0.ffn_down.weight", 3
+    only = np.zeros_like(arrays[name])
+    only[row] = arrays[name][row]
+    tokens = np.random.default_rng(0).integers(0, hparams.n_vocab, (2, 16))
+    found = fisher(make_model({**arrays, name: only}, hparams), tokens, 1)
+    assert found.of_rows[name][row] == pytest.approx(found.sensitivity[name], rel=1e-5) and found.sensitivity[name] > 0
+    assert np.count_nonzero(found.of_rows[name]) == 1
+    whole = fisher(make_model(arrays, hparams), tokens, 1)
+    assert (whole.of_rows[name] > 0).all() and whole.of_rows[name].shape == (len(arrays[name]),)
 
 
 def test_plain_matrices_beside_experts_have_hessians(tmp_path):

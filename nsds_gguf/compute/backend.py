@@ -34,7 +34,7 @@ class LayerPass(Protocol):
     def forward(self, x: Float32) -> Float32:
         """Return the output stream of the layer; add the inputs of its matrices to the sums."""
 
-    def backward(self, x: Float32, grad: Float32) -> tuple[Float32, Mapping[str, float]]:
+    def backward(self, x: Float32, grad: Float32) -> tuple[Float32, Mapping[str, Float32]]:
         """Recompute the layer from ``x``, then differentiate.
 
         Args:
@@ -42,8 +42,9 @@ class LayerPass(Protocol):
             grad: derivative of the loss with respect to its output stream.
 
         Returns:
-            The derivative with respect to ``x``, and by stored name ``sum (W dL/dW)^2`` of every matrix: the gradient
-            of each sequence is squared separately, and the squares are summed over sequences.
+            The derivative with respect to ``x``, and by stored name ``sum (W dL/dW)^2`` of every row of the matrices,
+            ``(n_rows,)``: the gradient of each sequence is squared separately, and the squares are summed over
+            sequences.
 
         """
 

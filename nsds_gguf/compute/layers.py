@@ -131,7 +131,8 @@ def view_layer(model: Model, index: int) -> Layer:
 def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
     """Return rows ``start`` to ``stop`` of a tensor, leading dimensions flattened, as a matrix."""
     transforms = (*tensor.transforms, SliceRows(start, stop))
-    return replace(tensor, shape=(stop - start, tensor.n_cols), transforms=transforms)
+    shape = stop - start, tensor.n_cols
+    return replace(tensor, shape=shape, transforms=transforms, first_row=tensor.first_row + start)
 
 
 def entries_of(vector: Tensor, start: int, stop: int, row: int = 0) -> Tensor:

@@ -21,7 +21,7 @@ from .embedding import embed, lookup_squared_norm
 from .input_moments import InputSums, NamedHessian, Recording
 from .layers import Layer, view_layer
 from .output import loss_gradient, output_norm
-from .tape import Ids, Node, Tape, each
+from .tape import Ids, Node, RowNorms, Tape, each
 from .weights import LayerWeights, held_bytes, slabs
 
 _STRIPE = 512  # columns per job of a sum of squares or products
@@ -94,6 +94,15 @@ class NumpyBackend:
                     total += part
         return found
 
+    def of_stored_rows(self, parts: Iterable[RowNorms]) -> dict[str, Float32]:
+        """Return the sums of squared norms of rows, ``(n_rows,)`` by stored name; 0 for rows that no view has."""
+        found: dict[str, Float64] = {}
+        for part in parts:
+            for (name, first), norms in part.items():
+                rows = found.setdefault(name, np.zeros(self.model.by_name[name].n_rows))
+                rows[first : first + len(norms)] += norms
+        return {name: rows.astype(np.float32) for name, rows in found.items()}
+
     def embed(self, tokens: NDArray[np.int64]) -> Float32:
         """Return the input stream of the first layer."""
         return embed(self.model, self.decoder, self.tape(), tokens)[1].value
@@ -139,12 +148,12 @@ class NumpyLayer:
         self._recorder.add_batch(list(backend.each_sequence(job, len(x))))
         return out
 
-    def backward(self, x: Float32, grad: Float32) -> tuple[Float32, Mapping[str, float]]:
+    def backward(self, x: Float32, grad: Float32) -> tuple[Float32, Mapping[str, Float32]]:
         """Return the derivative with respect to the input, and the squared norms."""
         backend, by_x, n_jobs = self._backend, np.zeros_like(grad), len(x) // self._backend.n_positions
         self._weights.decode(self._view.matrices(), backend.pool)
 
-        def job(rows: slice) -> Mapping[str, float]:
+        def job(rows: slice) -> RowNorms:
             tape, entry = backend.tape(self._weights, n_jobs=n_jobs), Node(x[rows])
             backend.decoder.layer(tape, self._view, entry).receive(grad[rows])
             tape.backward()
@@ -152,11 +161,7 @@ class NumpyLayer:
                 by_x[rows] = entry.grad
             return tape.squared_norms
 
-        squared_norms: dict[str, float] = {}
-        for found in backend.each_sequence(job, len(x)):
-            for name, squared in found.items():
-                squared_norms[name] = squared_norms.get(name, 0.0) + squared
-        return by_x, squared_norms
+        return by_x, backend.of_stored_rows(backend.each_sequence(job, len(x)))
 
     def input_sums(self) -> Sequence[InputSums]:
         """Return the sums."""

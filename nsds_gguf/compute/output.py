@@ -13,7 +13,7 @@ from ..errors import ModelError
 from ..records import Float32, Float64, Model
 from .decoder import Decoder
 from .norms import Norm
-from .tape import Node, Tape, each, weighted_gradient_norm
+from .tape import Node, Tape, each, squared_gradient_norms
 from .weights import LayerWeights, Slab, slabs
 
 
@@ -136,4 +136,5 @@ class Head:
         inside = np.flatnonzero((drawn >= slab[0]) & (drawn < slab[1]))
         grad[inside, drawn[inside] - slab[0]] += 1
         grad *= signs[:, np.newaxis] * slope
-        return grad @ rows, weighted_gradient_norm(rows, grad, self.x, range(0, len(grad) + 1, length))
+        squared = squared_gradient_norms(rows, grad, self.x, range(0, len(grad) + 1, length))
+        return grad @ rows, float(squared.sum())

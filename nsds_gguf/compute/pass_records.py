@@ -44,14 +44,15 @@ class Backward:
         index: the layer that it has reached; the number of layers behind the output.
         grad: ``(n, n_embd)`` derivative with respect to the input stream of that layer.
         of_output: ``sum (W dL/dW)^2`` of the output matrix.
-        squared_norms: the same of the matrices of the layers from ``index`` on, by stored name.
+        squared_norms: the same of every row of the matrices of the layers from ``index`` on, ``(n_rows,)`` by stored
+            name.
 
     """
 
     index: int
     grad: Float32
     of_output: float
-    squared_norms: Mapping[str, float]
+    squared_norms: Mapping[str, Float32]
 
 
 class RecordStreams:
@@ -120,11 +121,11 @@ def tell_layers(store: Store, n_done: int, n_layers: int) -> None:
     store.tell_kept("layers of the forward pass", names, n_layers)
 
 
-def put_backward(store: Store, seed: int, state: Backward) -> None:
-    """Record the state of a backward pass in place of the one a layer before."""
-    norms = {f"norm\n{name}": np.array(squared) for name, squared in state.squared_norms.items()}
-    arrays = {"grad": state.grad, "of output": np.array(state.of_output), **norms}
-    store.put_arrays(_backward(seed, state.index), arrays)
+def put_backward(store: Store, seed: int, state: Backward, found: Mapping[str, Float32]) -> None:
+    """Record the state of a backward pass in place of the last one, and the norms that it found since then."""
+    if found:
+        store.put_arrays(_norms(seed, state.index), found)
+    store.put_arrays(_backward(seed, state.index), {"grad": state.grad, "of output": np.array(state.of_output)})
     store.remove(_backward(seed, state.index + 1))
 
 
@@ -132,12 +133,20 @@ def get_backward(store: Store, seed: int, n_layers: int) -> Backward | None:
     """Return and tell how far a backward pass came; ``None`` where nothing can be used."""
     for index in range(n_layers + 1):
         arrays = store.get_arrays(_backward(seed, index))
-        if arrays is not None:
+        norms = None if arrays is None else _all_norms(store, seed, range(index, n_layers))
+        if arrays is not None and norms is not None:
             names = [_backward(seed, index)] * (n_layers - index)
             store.tell_kept("layers of the backward pass", names, n_layers)
-            norms = {key.partition("\n")[2]: float(value) for key, value in arrays.items() if key.startswith("norm\n")}
             return Backward(index, arrays["grad"], float(arrays["of output"]), norms)
     return None
+
+
+def _all_norms(store: Store, seed: int, layers: Iterable[int]) -> dict[str, Float32] | None:
+    """Return the recorded norms of these layers; ``None`` where some are lost."""
+    found = [store.get_arrays(_norms(seed, index)) for index in layers]
+    if any(part is None for part in found):
+        return None
+    return {name: norms for part in found if part is not None for name, norms in part.items()}
 
 
 def _arrays(part: str, found: Iterable[InputSums]) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -163,6 +172,10 @@ def _stream(index: int, batch: int) -> str:
 
 def _layer(index: int) -> str:
     return f"{PASS}/sums of layer {index}"
+
+
+def _norms(seed: int, index: int) -> str:
+    return f"{PASS}/squared norms {seed} of layer {index}"
 
 
 def _backward(seed: int, index: int) -> str:

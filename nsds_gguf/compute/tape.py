@@ -27,6 +27,7 @@ _LEAST_SUM = np.float32(2.0**-14)  # least divisor of expert weights: llama.cpp'
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Ids = NDArray[np.intp]
+RowNorms = dict[tuple[str, int], Float64]  # by stored name and first row of a matrix, ``(n_rows,)`` each
 
 
 @dataclass(eq=False)
@@ -48,7 +49,7 @@ class Tape:
     Attributes:
         pool: runs the jobs of an operation; ``None``: they run in turn.
         n_positions: tokens of a sequence; rows of one sequence lie together.
-        squared_norms: by stored tensor name, ``sum (W dL/dW)^2`` summed over sequences; filled by ``backward``.
+        squared_norms: ``sum (W dL/dW)^2`` of every row, summed over sequences; filled by ``backward``.
         on_input: called forward for every matrix that is not part of a stack: stored name and input, ``(n, n_cols)``.
         keeps_values: whether ``backward`` can follow; otherwise values are freed as soon as nothing needs them.
         on_expert: called forward for every matrix of a routed expert: stored name, number of the expert, the tokens
@@ -59,7 +60,7 @@ class Tape:
 
     pool: Executor | None
     n_positions: int
-    squared_norms: dict[str, float]
+    squared_norms: RowNorms
     on_input: Callable[[str, Float32], None] | None = None
     keeps_values: bool = True
     on_expert: Callable[[str, int, Ids, Float32], None] | None = None
@@ -111,7 +112,7 @@ class Tape:
         return out
 
     def through(self, weight: Tensor, grad: Float32, x: Float32) -> Float32:
-        """Return the derivative by the input of a matrix; add ``sum (W dL/dW)^2`` to its squared norm.
+        """Return the derivative by the input of a matrix; add ``sum (W dL/dW)^2`` of its rows to the squared norms.
 
         Args:
             weight: the matrix.
@@ -121,16 +122,22 @@ class Tape:
         """
         edges = self.edges(len(x))
 
-        def job(slab: tuple[int, int]) -> tuple[Float32, float]:
+        def job(slab: tuple[int, int]) -> tuple[Float32, Float64]:
             rows = self.weights.rows(weight, slab)
             part = np.ascontiguousarray(grad[:, slice(*slab)])
-            return part @ rows, weighted_gradient_norm(rows, part, x, edges)
+            return part @ rows, squared_gradient_norms(rows, part, x, edges)
 
-        total: Float32 = np.zeros_like(x)
+        total, norms = np.zeros_like(x), list[Float64]()
         for by_input, squared in self.each(job, slabs(weight)):
             total += by_input
-            self.squared_norms[weight.name] = self.squared_norms.get(weight.name, 0.0) + squared
+            norms.append(squared)
+        self.add_norms(weight, np.concatenate(norms))
         return total
+
+    def add_norms(self, weight: Tensor, norms: Float64) -> None:
+        """Add to the squared norms of the rows of a matrix, which may be used several times."""
+        key = weight.name, weight.first_row
+        self.squared_norms[key] = self.squared_norms[key] + norms if key in self.squared_norms else norms
 
     def norm(self, norm: Norm, x: Node, kind: str, eps: float) -> Node:
         """Normalize each row: RMS norm, or layer norm (``kind`` ``layer``), with gain and bias."""
@@ -424,8 +431,8 @@ def each(pool: Executor | None, function: Callable[[Job], Result], jobs: Iterabl
     return map(quietly, jobs) if pool is None else pool.map(quietly, jobs)
 
 
-def weighted_gradient_norm(rows: Float32, grad: Float32, x: Float32, edges: Sequence[int]) -> float:
-    """Return ``sum (W dL/dW)^2`` over some rows of a matrix, summed over sequences.
+def squared_gradient_norms(rows: Float32, grad: Float32, x: Float32, edges: Sequence[int]) -> Float64:
+    """Return ``sum (W dL/dW)^2`` of some rows of a matrix, ``(n_rows,)``, summed over sequences.
 
     Args:
         rows: ``(n_rows, n_cols)`` of ``W``.
@@ -434,13 +441,13 @@ def weighted_gradient_norm(rows: Float32, grad: Float32, x: Float32, edges: Sequ
         edges: the first row of each sequence in ``x``, and ``n``.
 
     """
-    total = 0.0
+    total = np.zeros(len(rows))
     for start, stop in itertools.pairwise(edges):
         if start == stop:
             continue
         by_weight = grad[start:stop].T @ x[start:stop]
         by_weight *= rows
-        total += float(np.vdot(by_weight, by_weight))
+        total += np.einsum("ij,ij->i", by_weight, by_weight)
     return total
 
 

@@ -22,7 +22,7 @@ from .layers import view_layer
 from .numpy_backend import InputRecorder, NumpyBackend, NumpyLayer, NumpyOutput, SequenceInputs
 from .output import Head, Scan, drawn_signs, output_norm, sampled
 from .torch_device import free_device_bytes
-from .torch_tape import TorchTape, squared_gradient_norm, tensor_of
+from .torch_tape import TorchTape, squared_gradient_norms, tensor_of
 from .weights import HELD_SHARE, LayerWeights, Slab, held_bytes, slabs
 
 
@@ -119,13 +119,13 @@ class TorchLayer(NumpyLayer):
             self._recorder.add_batch([inputs])
             return out
 
-    def backward(self, x: Float32, grad: Float32) -> tuple[Float32, Mapping[str, float]]:
+    def backward(self, x: Float32, grad: Float32) -> tuple[Float32, Mapping[str, Float32]]:
         """Return the derivative with respect to the input, and the squared norms."""
         tape = self._backend.torch_tape(self._weights)
         entry = tape.input(x)
         tape.backward_from(self._backend.decoder.layer(tape, self._view, entry), tape.on_device(grad))
-        squared_norms = {name: float(squared) for name, squared in tape.squared_norms.items()}
-        found = tensor_of(entry).grad
+        norms = {key: _array(squared) for key, squared in tape.squared_norms.items()}
+        found, squared_norms = tensor_of(entry).grad, self._backend.of_stored_rows([norms])
         return np.zeros_like(grad) if found is None else _array(found), squared_norms
 
 
@@ -201,7 +201,7 @@ class TorchHead(Head):
         inside = np.flatnonzero((drawn >= slab[0]) & (drawn < slab[1]))
         grad[self._on_device(inside), self._on_device(drawn[inside] - slab[0])] += 1
         grad *= self._on_device(signs)[:, None] * slope
-        return grad @ rows, squared_gradient_norm(rows, grad, self.x, range(0, len(grad) + 1, length))
+        return grad @ rows, squared_gradient_norms(rows, grad, self.x, range(0, len(grad) + 1, length)).sum()
 
     def _on_device(self, values: Any) -> Any:
         return torch.from_numpy(values).to(self.x.device)

@@ -72,12 +72,12 @@ class TorchTape(Tape):
 
     def through(self, weight: Tensor, grad: Any, x: Any) -> Any:
         """See ``Tape``."""
-        edges, total, squared = self.edges(len(x)), torch.zeros_like(x), 0.0
+        edges, total, norms = self.edges(len(x)), torch.zeros_like(x), []
         for slab in slabs(weight):
             rows, part = self.weights.rows(weight, slab), grad[:, slice(*slab)]
             total += part @ rows
-            squared = squared + squared_gradient_norm(rows, part, x, edges)
-        self.squared_norms[weight.name] = self.squared_norms.get(weight.name, 0.0) + squared
+            norms.append(squared_gradient_norms(rows, part, x, edges))
+        self.add_norms(weight, torch.cat(norms))
         return total
 
     def norm(self, norm: Norm, x: Node, kind: str, eps: float) -> Node:
@@ -186,12 +186,12 @@ class _Product(torch.autograd.Function):  # type: ignore[misc]
         return context.tape.through(context.weight, grad, context.saved_tensors[0]), None, None
 
 
-def squared_gradient_norm(rows: Any, grad: Any, x: Any, edges: Any) -> Any:
-    """Return ``sum (W dL/dW)^2`` as a float64 scalar on the device; see ``tape.weighted_gradient_norm``."""
-    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+def squared_gradient_norms(rows: Any, grad: Any, x: Any, edges: Any) -> Any:
+    """Return ``sum (W dL/dW)^2`` of the rows in float64 on the device; see ``tape.squared_gradient_norms``."""
+    total = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     for start, stop in itertools.pairwise(edges):
         if start < stop:
-            total += (grad[start:stop].T @ x[start:stop]).mul_(rows).square_().sum(dtype=torch.float64)
+            total += (grad[start:stop].T @ x[start:stop]).mul_(rows).square_().sum(1, dtype=torch.float64)
     return total
 
 

@@ -1,13 +1,13 @@
 """The error of each tensor in each type, on a sample of its rows, by the quantizer that will write them.
 
-The error is the mean over rows of a row's relative error: rows have scales of their own, and a row of huge norm, as the
-ones behind attention sinks, says nothing of the others. In a ratio of sums such a row would hide them (docs/log.md,
-2026-11-28).
+The error is the mean over rows of a row's relative error, weighted by the row's share of the tensor's sensitivity where
+that is known: the divergence is the sum over rows of sensitivity times error. In a ratio of sums over all rows, a row
+of huge norm, as the ones behind attention sinks, would hide the others (docs/log.md, 2026-11-28).
 
 Small tensors are measured whole. For large ones a stratified sample is drawn, one row from each of equally long
-stretches, by a generator seeded with the tensor's name: the same rows every time. Rows of zeros do not count, so the
-mean is a ratio of two sums over rows, with the standard error of a ratio estimator (Cochran, Sampling Techniques, eq.
-6.9). Where that is above ``WANTED_STDERR`` in some type, a larger sample is drawn, until it is not.
+stretches, by a generator seeded with the tensor's name: the same rows every time. Rows of zeros do not count. The mean
+is a ratio of two sums over rows, with the standard error of a ratio estimator (Cochran, Sampling Techniques, eq. 6.9).
+Where that is above ``WANTED_STDERR`` in some type, a larger sample is drawn, until it is not.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 
 from ..errors import ModelError
 from ..llamacpp import ggml
-from ..records import Float64, Progress, Tensor, TensorCost, no_progress
+from ..records import Float32, Float64, Progress, Tensor, TensorCost, no_progress
 from ..system.workers import FAR_AHEAD, Workers
+from .padding import rows_of, spread_vector
 from .quantizer import Quantizer, Quantizers
 
 WHOLE_BELOW_WEIGHTS = 1 << 17  # tensors up to this size are measured whole
@@ -46,6 +47,7 @@ def measure(
     workers: Workers,
     progress: Progress = no_progress,
     on_cost: OnCost | None = None,
+    of_rows: Mapping[str, Float32] | None = None,
 ) -> tuple[TensorCost, ...]:
     """Measure tensors in types.
 
@@ -56,6 +58,8 @@ def measure(
         workers: measure tensors, one per task.
         progress: called with weights done and weights in all.
         on_cost: called with each cost when it is measured, in order.
+        of_rows: by tensor name, the sensitivity of every row of the original, ``(n_rows,)``; all rows of tensors that
+            are absent count alike.
 
     Returns:
         One cost per tensor, in order.
@@ -65,9 +69,12 @@ def measure(
 
     """
     total = sum(tensor.n_weights for tensor, _ in tensors)
-    costs, done = [], 0
+    costs, done, of_rows = [], 0, of_rows or {}
     progress(0, total)
-    tasks = (_Measuring(t, tuple(types), quantizers(t), sensitivity.get(t.name, 0.0)) for t, types in tensors)
+    tasks = (
+        _Measuring(t, tuple(types), quantizers(t), sensitivity.get(t.name, 0.0), of_rows.get(t.name))
+        for t, types in tensors
+    )
     with closing(workers.ordered(_measure_one, tasks, ahead=FAR_AHEAD)) as measured:
         for task, cost in measured:
             costs.append(cost)
@@ -80,12 +87,25 @@ def measure(
 
 @dataclass(frozen=True)
 class _Measuring:
-    """A tensor, the types to measure it in, what will round it, and its sensitivity."""
+    """A tensor, the types to measure it in, what will round it, and its sensitivity, as a whole and by original row."""
 
     tensor: Tensor
     types: tuple[str, ...]
     quantizer: Quantizer
     sensitivity: float
+    of_rows: Float32 | None
+
+    def weights(self, rows: NDArray[np.intp], squared_norms: Float64) -> Float64:
+        """Return the weights of some rows in the error of the tensor; 0 for rows of zeros.
+
+        Rows that no token has reached say nothing of the tensor; without others they count alike.
+        """
+        alike = (squared_norms > 0).astype(np.float64)
+        if self.of_rows is None:
+            return alike
+        order = rows_of(self.tensor)
+        weights = alike * (self.of_rows if order is None else spread_vector(self.of_rows, order))[rows]
+        return weights if weights.any() else alike
 
 
 def sample_rows(tensor: Tensor, n_wanted: int = FIRST_SAMPLE) -> NDArray[np.intp]:
@@ -116,15 +136,11 @@ def _n_wanted(estimates: Mapping[str, RatioEstimate]) -> int:
 
 
 def _estimates(task: _Measuring, rows: NDArray[np.intp]) -> dict[str, RatioEstimate]:
-    """Return the mean relative error of rows in each type, from some rows."""
+    """Return the weighted mean of the relative errors of rows in each type, from some rows."""
     squared_norms, squared_errors = _row_sums(task.tensor, rows, task.types, task.quantizer)
-    counts = squared_norms > 0
-    relative = {
-        name: np.divide(squared, squared_norms, out=np.zeros(len(rows)), where=counts)
-        for name, squared in squared_errors.items()
-    }
-    n_rows, ones = task.tensor.n_rows, counts.astype(np.float64)
-    return {name: ratio_estimate(errors, ones, n_rows) for name, errors in relative.items()}
+    weights, n_rows = task.weights(rows, squared_norms), task.tensor.n_rows
+    by_error = np.divide(weights, squared_norms, out=np.zeros(len(rows)), where=squared_norms > 0)
+    return {name: ratio_estimate(by_error * squared, weights, n_rows) for name, squared in squared_errors.items()}
 
 
 def _row_sums(

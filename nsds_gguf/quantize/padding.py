@@ -14,7 +14,8 @@ The padded model computes the same, in any llama.cpp. With width d, padded to D:
   value heads, and so the cache, stay.
 
 A zero is exact in every type where its sub-block is zero, so widths must be a multiple of 32. Statistics of the model
-itself serve the padded one: ``columns_of`` says which column of a padded tensor is which of the original.
+itself serve the padded one: ``columns_of`` and ``rows_of`` say which column and row of a padded tensor is which of the
+original.
 """
 
 from __future__ import annotations
@@ -131,6 +132,11 @@ def columns_of(tensor: Tensor) -> Order | None:
     return next((step.order for step in tensor.transforms if isinstance(step, SpreadColumns)), None)
 
 
+def rows_of(tensor: Tensor) -> Order | None:
+    """Return the original row of each row of a padded tensor, -1 for zeros; ``None`` where all rows stay."""
+    return next((step.order for step in tensor.transforms if isinstance(step, SpreadRows)), None)
+
+
 def _widths(model: Model) -> _Widths:
     h = model.hparams
     stream = np.full(padded_width(model), -1, np.intp)
@@ -216,7 +222,7 @@ def _note(model: Model, widths: _Widths) -> str:
 
 
 def spread_vector(values: NDArray[np.float32], order: Order) -> NDArray[np.float32]:
-    """Return values ``(n,)`` of original columns as those of padded columns, zero for new ones."""
+    """Return values ``(n,)`` of original rows or columns as those of padded ones, zero for new ones."""
     spread = np.zeros(len(order), values.dtype)
     spread[order >= 0] = values
     return spread

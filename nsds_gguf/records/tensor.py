@@ -53,6 +53,7 @@ class Tensor:
         stored: source of the weights.
         transforms: applied to the weights in order.
         n_zeros: zeros that padding added; they do not count as weights.
+        first_row: of a view of some rows: the row of the stored tensor that it begins with.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Tensor:
     stored: Source = field(repr=False, compare=False)
     transforms: tuple[Transform, ...] = field(default=(), repr=False, compare=False)
     n_zeros: int = 0
+    first_row: int = 0
 
     @property
     def n_cols(self) -> int:

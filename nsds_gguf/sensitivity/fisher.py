@@ -27,7 +27,7 @@ from ..compute.backend import Tokens
 from ..compute.pass_records import Backward, get_backward, put_backward
 from ..compute.walk import Walk, WalkOptions, walk
 from ..errors import ModelError
-from ..records import Float64, Model, Progress, no_progress
+from ..records import Float32, Float64, Model, Progress, no_progress
 from ..system.store import Store
 
 SCORED_FROM = 0.5  # share of a sequence; like perplexity, skip tokens with little context
@@ -40,6 +40,7 @@ class Fisher:
 
     Attributes:
         sensitivity: nats of divergence per unit of relative error.
+        of_rows: the same of every row of the matrices of layers, ``(n_rows,)`` float32; it adds up to the sensitivity.
         inputs: ``(n_cols,)`` float64, mean square of the input of each column; for a tied embedding, averaged over both
             roles. ``(n_experts, n_cols)`` for experts with separate inputs: the mean over the others for experts that
             no token is routed to.
@@ -49,6 +50,7 @@ class Fisher:
     """
 
     sensitivity: Mapping[str, float]
+    of_rows: Mapping[str, Float32]
     inputs: Mapping[str, Float64]
     looked_up: float = 0.0
     n_experts: int = 0
@@ -98,30 +100,32 @@ def walk_back(forward: Walk, seed: int = 0, progress: Progress = no_progress) ->
     state = None if records is None else get_backward(records, seed, n_layers)
     if state is None:
         state = Backward(n_layers, *backend.output().backward(forward.streams.read(n_layers), scored, seed), {})
-        _keep(records, seed, state)
+        _keep(records, seed, state, {})
     progress(1 + _BACK * (n_layers - state.index), steps_back(model))
     for index in reversed(range(state.index)):
         grad, found = backend.layer(index).backward(forward.streams.read(index), state.grad)
         state = Backward(index, grad, state.of_output, {**state.squared_norms, **found})
-        _keep(records, seed, state)
+        _keep(records, seed, state, found)
         progress(1 + _BACK * (n_layers - index), steps_back(model))
     of_lookup = backend.embed_backward(forward.tokens, state.grad)
-    if not all(np.isfinite(squared) for squared in (*state.squared_norms.values(), state.of_output, of_lookup)):
+    of_rows = state.squared_norms.values()
+    if not np.isfinite([*(squared.sum() for squared in of_rows), state.of_output, of_lookup]).all():
         raise ModelError("the derivatives of the logits are not finite; the weights are damaged")
     return _result(forward, state.squared_norms, state.of_output, of_lookup, 0.5 / len(scored))
 
 
-def _keep(records: Store | None, seed: int, state: Backward) -> None:
+def _keep(records: Store | None, seed: int, state: Backward, found: Mapping[str, Float32]) -> None:
     if records is not None:
-        put_backward(records, seed, state)
+        put_backward(records, seed, state, found)
 
 
 def _result(
-    forward: Walk, squared_norms: Mapping[str, float], of_output: float, of_lookup: float, per_token: float
+    forward: Walk, squared_norms: Mapping[str, Float32], of_output: float, of_lookup: float, per_token: float
 ) -> Fisher:
     """Return the result, with the two roles of a tied embedding combined."""
     model, inputs, looked_up = forward.model, column_moments(forward.first_inputs), 0.0
-    head, found = model.unembedding().name, dict(squared_norms)
+    head = model.unembedding().name
+    found = {name: float(squared.sum(dtype=np.float64)) for name, squared in squared_norms.items()}
     if model.is_tied:
         found[head] = of_lookup + of_output
         looked_up = of_lookup / found[head] if found[head] else 0.0
@@ -131,4 +135,5 @@ def _result(
     own = [sums.counts[1] for name, sums in forward.first_inputs.items() if sums.is_stack and has_own_inputs(name)]
     n_experts, n_missed = (sum(counts.size for counts in own), sum(int((counts == 0).sum()) for counts in own))
     sensitivity = {name: per_token * squared for name, squared in found.items()}
-    return Fisher(sensitivity, inputs, looked_up, n_experts, n_missed)
+    of_rows = {name: np.float32(per_token) * squared for name, squared in squared_norms.items()}
+    return Fisher(sensitivity, of_rows, inputs, looked_up, n_experts, n_missed)

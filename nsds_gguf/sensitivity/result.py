@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..compute.input_moments import Moments
-from ..records import Float64
+from ..records import Float32, Float64
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Sensitivities:
         notes: facts that the user must see, one sentence each.
         looked_up: share of a tied embedding's sensitivity that is due to lookups, not to the output.
         moments: of all tokens that the model has read; empty without tokens.
+        of_rows: sensitivity of every row of a matrix, ``(n_rows,)`` float32, where the Fisher pass finds it.
         column_squares: squared norm of each column of the weights, ``(n_cols,)``; empty without tokens.
 
     """
@@ -33,3 +34,4 @@ class Sensitivities:
     looked_up: float = 0.0
     moments: Mapping[str, Moments] = field(default_factory=dict)
     column_squares: Mapping[str, Float64] = field(default_factory=dict)
+    of_rows: Mapping[str, Float32] = field(default_factory=dict)

@@ -65,7 +65,9 @@ def kept_sensitivities(store: Store | None, name: str, compute: Callable[[], Sen
             return _sensitivities(facts, arrays)
     found = compute()
     if store is not None:
-        parts = {"inputs": found.inputs, "gains": found.gains, "columns": found.column_squares}
+        parts: dict[str, Mapping[str, NDArray[np.floating]]] = {
+            "inputs": found.inputs, "gains": found.gains, "columns": found.column_squares, "rows": found.of_rows,
+        }  # fmt: skip
         arrays = {f"{part} {key}": array for part, values in parts.items() for key, array in values.items()}
         store.put_arrays(f"{name}/arrays", {**arrays, **_moment_arrays(found.moments)})
         facts = {"sensitivity": dict(found.sensitivity), "notes": list(found.notes), "looked_up": found.looked_up}
@@ -120,6 +122,7 @@ def _sensitivities(facts: Mapping[str, object], arrays: Arrays) -> Sensitivities
         looked_up=values.looked_up,
         moments=_moments(arrays),
         column_squares=part("columns"),
+        of_rows={name: rows.astype(np.float32) for name, rows in part("rows").items()},
     )
 
 

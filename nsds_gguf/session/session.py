@@ -170,6 +170,7 @@ class Session:
                 self.workers,
                 progress,
                 lambda cost: keep_cost(store, cost),
+                found.of_rows,
             )
         known |= {cost.name: cost for cost in costs}
         notes = [*scores.notes, *found.notes]

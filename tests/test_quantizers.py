@@ -10,6 +10,7 @@ import pytest
 from gguf import GGUFReader
 from plans import uniform_plan, writable_model
 
+from nsds_gguf.calibration.hessians import HessianFiles
 from nsds_gguf.errors import GgmlError
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.quantize import ROUNDINGS, Rounding, TensorQuantizers, gptq, kernel, measure, rtn
@@ -264,3 +265,20 @@ def test_k_quants_to_nearest_refuse_rows_of_other_lengths():
     for act in (quantizer.quantize, quantizer.errors):
         with pytest.raises(GgmlError, match=r"^Q4_K needs rows of a multiple of 256 weights, got 160$"):
             act(np.ones((2, 160), "f4"), "Q4_K")
+
+
+@pytest.mark.parametrize("n_cols", [1, 96, 300])
+def test_files_hold_triangles(tmp_path, n_cols):
+    """Hessians and factors come back as they were, from files of half their size."""
+    x = np.random.default_rng(n_cols).standard_normal((2 * n_cols, n_cols)).astype("f4")
+    hessian = x.T @ x
+    hessian = (hessian + hessian.T) / 2
+    files, factors = HessianFiles(tmp_path), FactorStore(tmp_path)
+    files.add((PLAIN,), hessian)
+    ((names, file),) = files.take()
+    assert names == (PLAIN,) and file.path.stat().st_size == 128 + 2 * n_cols * (n_cols + 1)
+    np.testing.assert_array_equal(file.read(), hessian)
+    factors.add([PLAIN], hessian, 0.05)
+    found, made = factors.of(PLAIN), factor_hessian(hessian, shrinkage=0.05)
+    for name in ("upper", "variances", "diagonal", "order"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(made, name))

@@ -15,6 +15,7 @@ from ..compute.input_moments import Moments, NamedHessian
 from ..llamacpp.rules import kept_reason
 from ..quantize.equalization import Equalization
 from ..quantize.hessian_factors import FactorStore
+from ..quantize.triangle import mirrored, n_packed, packed, unpacked
 from ..records import Float32, Float64, Model, Progress, no_progress
 from ..system.resources import available_memory_bytes
 from ..system.store import Store
@@ -34,7 +35,7 @@ class HessianFile:
     """A Hessian in a file.
 
     Attributes:
-        path: of a float32 array, ``(n_cols, n_cols)``, as ``numpy.save`` writes it.
+        path: of its upper triangle, float32, ``packed``, as ``numpy.save`` writes it.
         record: the store that it is a record of, and its name there.
 
     """
@@ -44,8 +45,7 @@ class HessianFile:
 
     def read(self) -> Float32:
         """Return the Hessian."""
-        found: Float32 = np.load(self.path, allow_pickle=False)
-        return found
+        return mirrored(unpacked(np.load(self.path, mmap_mode="r", allow_pickle=False)))
 
     def remove(self) -> None:
         """Remove the file."""
@@ -61,7 +61,7 @@ FoundHessian = tuple[tuple[str, ...], Float32 | HessianFile]
 
 
 class HessianFiles:
-    """Hessians on disk, float32, one file per input: in a folder of the caller, who removes it, or as records."""
+    """Hessians on disk, one file per input: in a folder of the caller, who removes it, or as records."""
 
     def __init__(self, folder: Path, records: Store | None = None) -> None:
         """Take an existing folder, and a store to use instead of it."""
@@ -72,12 +72,12 @@ class HessianFiles:
         """Write the Hessian of the matrices that share an input; raise ``OutputError`` when the disk is full."""
         if self._records is not None:
             with self._records.put_file(_record_name(names)) as path, path.open("wb") as file:
-                np.save(file, hessian, allow_pickle=False)
+                np.save(file, packed(hessian), allow_pickle=False)
             self._know(names, self._records)
             return
         path = self._folder / f"hessian-{len(self._files)}.npy"
         try:
-            np.save(path, hessian)
+            np.save(path, packed(hessian))
         except OSError as error:
             raise output_error(path, error) from error
         self._files[names] = HessianFile(path)
@@ -299,4 +299,4 @@ def note(model: Model, factors: FactorStore) -> str:
 def disk_bytes(model: Model) -> int:
     """Return an upper bound on the disk space of Hessians and factors: as if no matrices shared an input."""
     columns = {name: model.by_name[name].n_cols for name in multiplied(model)}
-    return sum(4 * n**2 for n in columns.values())
+    return sum(4 * n_packed(n) for n in columns.values())

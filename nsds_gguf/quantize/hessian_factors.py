@@ -18,6 +18,7 @@ from ..records import Float32, Float64
 from ..system.store import Store, file_name
 from ..system.workfolder import output_error
 from .cholesky import cholesky
+from .triangle import packed, unpacked
 
 FACTORS = "Hessian factors"  # begins the names of their records
 
@@ -25,6 +26,7 @@ DAMPING = 1e-3  # share of the mean of a Hessian's diagonal that is added to it
 
 _IN_MEMORY = 3  # factors in memory: of the current tensor, the next one, and one spare
 _PANEL = 256  # columns of one matrix product over a triangle
+_PACKED = "upper"  # the field that files hold as a triangle
 _NESTED = (16, 32, 256)  # columns of blocks and sub-blocks of all formats
 
 Int64 = NDArray[np.int64]
@@ -155,8 +157,9 @@ class _Recent:
         key = path, state.st_size, state.st_mtime_ns
         with self._lock:
             if key not in self._found:
-                with np.load(path, allow_pickle=False) as arrays:
-                    self._found[key] = HessianFactors(**{name: arrays[name] for name in arrays.files})
+                with np.load(path, allow_pickle=False) as stored:
+                    arrays = {name: stored[name] for name in stored.files}
+                self._found[key] = HessianFactors(**{**arrays, _PACKED: unpacked(arrays[_PACKED])})
             self._found.move_to_end(key)
             while len(self._found) > _IN_MEMORY:
                 self._found.popitem(last=False)
@@ -199,6 +202,7 @@ class FactorStore:
         """Do the work of ``add``, in any process, and return the file."""
         factors = self._factoring(hessian, shrinkage=shrinkage)
         arrays = {f.name: getattr(factors, f.name) for f in fields(HessianFactors)}
+        arrays[_PACKED] = packed(factors.upper)
         name = record_name(names)
         if self._records is not None:
             with self._records.put_file(name) as path, path.open("wb") as stream:

@@ -27,6 +27,7 @@ from nsds_gguf.llamacpp.gguf_header import read_gguf_header
 from nsds_gguf.llamacpp.llama import logits
 from nsds_gguf.read.gguf_source import LEFT_OUT, open_gguf
 from nsds_gguf.records import COPIED_TYPES, Options, Plan, role_and_layer
+from nsds_gguf.session.original import fast_plan
 from nsds_gguf.session.run import Run
 from nsds_gguf.session.source import Source
 
@@ -543,6 +544,12 @@ def test_the_input_is_never_replaced(tiny):
         text = message(call("plan", "tiny.gguf", "--target-bpw", "6", flag, "tiny.gguf"), 5)
         assert text == f"{flag} tiny.gguf: is a GGUF file and is not replaced; choose another name"
     assert Path("tiny.gguf").read_bytes() == before
+
+
+@pytest.mark.parametrize("type_name, is_copied", [("F32", True), ("BF16", True), ("Q8_0", False)])
+def test_only_wider_types_need_a_fast_copy(tmp_path, type_name, is_copied):
+    model = open_gguf(write_tiny_gguf(tmp_path / "tiny.gguf", type_name))
+    assert (fast_plan(model) is not None) == is_copied
 
 
 def test_no_part_of_the_input_is_replaced(tmp_path):

@@ -48,7 +48,8 @@ def _run(given: list[str]) -> int:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # not every terminal encodes the lines of tables
         arguments = build_parser().parse_args(given, argparse.Namespace(given=given))
-        logging.basicConfig(level=logging.INFO if arguments.verbose else logging.ERROR)
+        logging.basicConfig(level=logging.ERROR)
+        logging.getLogger("nsds_gguf").setLevel(logging.INFO if arguments.verbose else logging.ERROR)
         screen = Screen(quiet=arguments.quiet, json_to_stdout=arguments.json == "-", verbose=arguments.verbose)
         check_destinations(arguments)
         with gpu_layers(getattr(arguments, "gpu_layers", None) or 0):

@@ -37,11 +37,11 @@ def original_plan(model: Model) -> Plan:
 
 
 def fast_plan(model: Model) -> Plan | None:
-    """Return the plan of a copy in Q8_0, which llama.cpp evaluates fast; ``None`` if the weights are quantized already.
+    """Return the plan of a copy in Q8_0, which llama.cpp evaluates fast; ``None`` if no weights are of a wider type.
 
     Text from it differs little from that of the original (docs/log.md, 2026-11-28).
     """
-    if not any(tensor.is_matrix and tensor.dtype in SOURCE_TYPES for tensor in model.tensors):
+    if not any(tensor.is_matrix and tensor.dtype in ggml.FLOAT_TYPES for tensor in model.tensors):
         return None
     recipe = replace(PLAIN, types=("Q8_0",))
     return allocate.make_plan(model, None, recipe, header_bytes(model, recipe))

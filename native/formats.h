@@ -4,7 +4,7 @@
 //
 // with integers s and m of its sub-block, float16 scales d and dmin of its block.
 
-enum class Search { affine, symmetric_in_blocks, symmetric, curve, largest };
+enum class Search { affine, symmetric_in_blocks, symmetric, curve, largest, few };
 
 template <int BLOCK_, int SUB_, int LOW_, int HIGH_, int S_LOW_, int S_HIGH_, int M_MAX_, Search SEARCH_>
 struct Format {
@@ -31,6 +31,7 @@ typedef Format<32, 32, -127, 113, 1, 1, 0, Search::curve> IQ4_NL;
 typedef Format<32, 32, -16, 15, 1, 1, 0, Search::symmetric> Q5_0;
 typedef Format<32, 32, 0, 31, 1, 1, 1, Search::affine> Q5_1;
 typedef Format<32, 32, -128, 127, 1, 1, 0, Search::largest> Q8_0;
+typedef Format<64, 64, -1, 2, 1, 1, 0, Search::few> Q2_0;
 
 // The levels of IQ4_NL: kvalues_iq4nl of ggml-common.h.
 constexpr int N_CURVE = 16;

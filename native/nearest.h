@@ -74,6 +74,7 @@ inline bool nearest_named(const char* type, const float* rows, int n_rows, int64
         return true;                                                 \
     }
     NSDS_NEAREST(Q2_K) NSDS_NEAREST(Q3_K) NSDS_NEAREST(Q4_K) NSDS_NEAREST(Q5_K) NSDS_NEAREST(Q6_K)
+    NSDS_NEAREST(Q2_0)
 #undef NSDS_NEAREST
     return false;
 }

@@ -125,7 +125,7 @@ class Tile {
   public:
     Tile()
         : weights_(PANEL * STRIDE), targets_(PANEL * STRIDE), residuals_(PANEL * STRIDE), levels_(PANEL * STRIDE),
-          a_(PANEL * STRIDE), ra_(PANEL * STRIDE), rb_(PANEL * STRIDE), changes_(32 * STRIDE), gradient_(32 * STRIDE),
+          a_(PANEL * STRIDE), ra_(PANEL * STRIDE), rb_(PANEL * STRIDE), changes_(STRIDE * STRIDE), gradient_(STRIDE * STRIDE),
           s_(16 * STRIDE), m_(16 * STRIDE), d_(STRIDE), dmin_(STRIDE), codes_(PANEL * STRIDE) {}
 
     // Round columns `start` and following of `n_rows` rows. `pull` is U^T e of the columns before the panel; `errors`, from
@@ -449,6 +449,7 @@ inline bool round_named(const char* type, const float* rows, int n_rows, int64_t
     }
     NSDS_ROUND(Q2_K) NSDS_ROUND(Q3_K) NSDS_ROUND(Q4_K) NSDS_ROUND(Q5_K) NSDS_ROUND(Q6_K)
     NSDS_ROUND(Q4_0) NSDS_ROUND(IQ4_NL) NSDS_ROUND(Q5_0) NSDS_ROUND(Q5_1) NSDS_ROUND(Q8_0)
+    NSDS_ROUND(Q2_0)
 #undef NSDS_ROUND
     return false;
 }

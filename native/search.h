@@ -173,6 +173,28 @@ NSDS_INLINE Lanes search_curve(const float* x, const Lanes* w) {
     return select(magnitude(largest) < all(NOTHING), all(0), scale);
 }
 
+// The scale of a block of Q2_0, levels -1 to 2, of either sign. ggml's quantizer takes the largest magnitude, which
+// leaves most weights 0; this one tries the scales that give it 0.6 to 2.6 times a level, and fits each to its levels.
+NSDS_INLINE Lanes search_few(const float* x, const Lanes* w, int n) {
+    const Lanes largest = largest_of(x, n), low = all(-1), high = all(2);
+    Lanes scale = all(0), best = all(0);
+    for (int step = -26; step <= 26; ++step) {
+        if (step > -6 && step < 6) continue;
+        const Lanes over = all(0.1f * float(step)) / largest;
+        Lanes sum_lx = all(0), sum_ll = all(0);
+        for (int i = 0; i < n; ++i) {
+            const Lanes xi = load(x + i * STRIDE), l = lower(higher(nearest(over * xi), low), high), wl = w[i] * l;
+            sum_lx += wl * xi;
+            sum_ll += wl * l;
+        }
+        const Lanes found = sum_lx / sum_ll;
+        const Mask better = (sum_ll > all(0)) & (sum_lx * sum_lx > best * sum_ll);
+        scale = select(better, found, scale);
+        best = select(better, found * sum_lx, best);
+    }
+    return select(magnitude(largest) < all(NOTHING), all(0), scale);
+}
+
 // Weights of a sub-block: those of columns, times a magnitude that ggml takes for the values' own.
 template <int N>
 NSDS_INLINE void weigh(const float* x, const float* columns, Lanes mean_square, Lanes* w) {
@@ -196,7 +218,7 @@ NSDS_INLINE void search(const float* x, const float* columns, float* s, float* m
     for (int i = 0; i < T::BLOCK; ++i) squares += load(x + i * STRIDE) * load(x + i * STRIDE);
     store(dmin, all(0));
     if constexpr (!T::HAS_S) {
-        const Lanes mean = squares / all(32);
+        const Lanes mean = squares / all(float(T::BLOCK));
         store(s, all(1));
         store(m, all(float(T::M_MAX)));
         if constexpr (T::SEARCH == Search::largest) {
@@ -204,6 +226,9 @@ NSDS_INLINE void search(const float* x, const float* columns, float* s, float* m
         } else if constexpr (T::SEARCH == Search::curve) {
             weigh<32>(x, columns, squares * all(2.0f / 32), w);
             store(d, to_float16(search_curve(x, w)));
+        } else if constexpr (T::SEARCH == Search::few) {
+            for (int i = 0; i < T::BLOCK; ++i) w[i] = all(columns[i]);
+            store(d, to_float16(search_few(x, w, T::BLOCK)));
         } else if constexpr (T::SEARCH == Search::symmetric) {
             weigh<32>(x, columns, mean, w);
             store(d, to_float16(search_symmetric(x, w, 32, float(-T::LOW), nullptr)));

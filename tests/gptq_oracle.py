@@ -33,7 +33,7 @@ def round_rows(rows: Float32, type_name: str, factors: HessianFactors, n_descent
         pull = factors.upper[:start, columns].T @ errors[:start]
         pull = solve_triangular(triangle, pull, trans=1, unit_diagonal=True, check_finite=False)
         targets = weights[columns] + pull
-        work = _Columns(targets, format.unpack(ggml.quantize(targets.T, type_name, variances)), format)
+        work = _Columns(targets, scaled(targets.T, type_name, variances), format)
         work.round(triangle)
         form = (triangle * variances) @ triangle.T
         for _ in range(n_descents):
@@ -43,7 +43,30 @@ def round_rows(rows: Float32, type_name: str, factors: HessianFactors, n_descent
     return in_place(joined(rounded), factors.order, format)
 
 
-def order_of(columns: list[int], diagonal: Float32, sizes: tuple[int, ...] = (256, 32, 16)) -> list[int]:
+def scaled(targets: Float32, type_name: str, variances: Float32) -> Blocks:
+    """Return blocks with the scales that the targets get, ``(n_rows, n_cols)``: those of ggml, where it searches."""
+    blocks = FORMATS[type_name].unpack(ggml.quantize(targets, type_name, variances))
+    if type_name == "Q2_0":
+        with np.errstate(over="ignore"):
+            blocks.d[...] = to_float16(few_levels(targets.reshape(*blocks.d.shape, -1), variances))
+    return blocks
+
+
+def few_levels(x: Float32, w: Float32) -> Float32:
+    """Return the scale of levels -1 to 2 of every block, ``(n_rows, n_blocks, 64)`` to ``(n_rows, n_blocks)``."""
+    w = w.reshape(x.shape[1:])
+    largest = np.take_along_axis(x, np.abs(x).argmax(-1, keepdims=True), -1)
+    scale, best = np.zeros_like(x[..., 0]), np.zeros_like(x[..., 0])
+    for step in (*range(-26, -5), *range(6, 27)):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            levels = np.clip(np.rint(np.float32(0.1) * np.float32(step) / largest * x), -1, 2)
+            lx, ll = (w * levels * x).sum(-1), (w * levels * levels).sum(-1)
+            better = (ll > 0) & (lx * lx > best * ll)
+            scale, best = np.where(better, lx / ll, scale), np.where(better, lx / ll * lx, best)
+    return np.where(np.abs(largest[..., 0]) < 1e-15, np.float32(0), scale)
+
+
+def order_of(columns: list[int], diagonal: Float32, sizes: tuple[int, ...] = (256, 64, 32, 16)) -> list[int]:
     """Return columns in the order of rounding: blocks of the first size by falling mean, and so on within each."""
     if not sizes:
         return sorted(columns, key=lambda j: -diagonal[j])

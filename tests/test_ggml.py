@@ -19,16 +19,17 @@ from nsds_gguf.llamacpp import ggml
 BITS = {
     "F32": 32, "F16": 16, "BF16": 16,
     "Q2_K": 2.625, "Q3_K": 3.4375, "Q4_K": 4.5, "Q5_K": 5.5, "Q6_K": 6.5625,
-    "Q4_0": 4.5, "IQ4_NL": 4.5, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5,
+    "Q4_0": 4.5, "IQ4_NL": 4.5, "Q5_0": 5.5, "Q5_1": 6.0, "Q8_0": 8.5, "Q2_0": 2.25,
 }  # fmt: skip
 
 # Numbers of enum llama_ftype in llama.h.
 FILE_TYPES = {
     "F32": 0, "F16": 1, "BF16": 32,
     "Q2_K": 10, "Q3_K": 12, "Q4_K": 15, "Q5_K": 17, "Q6_K": 18,
-    "Q4_0": 2, "IQ4_NL": 25, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7,
+    "Q4_0": 2, "IQ4_NL": 25, "Q5_0": 8, "Q5_1": 9, "Q8_0": 7, "Q2_0": 41,
 }  # fmt: skip
 
+# Where ggml's quantizer takes column weights. For Q2_0 it does not, but ours does.
 WEIGH_COLUMNS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q4_0", "IQ4_NL", "Q5_0", "Q5_1")
 
 # Where gguf-py has a quantizer of its own; it rounds as ggml's reference does.
@@ -45,12 +46,12 @@ def random_rows(n_rows: int = 5, n_cols: int = 512, seed: int = 0) -> np.ndarray
 def test_the_types_are_those_counted_here():
     assert list(ggml.TYPES) == list(BITS)
     assert {name: int(row.file_type) for name, row in ggml.TYPES.items()} == FILE_TYPES
-    assert tuple(name for name, row in ggml.TYPES.items() if row.weighs_columns) == WEIGH_COLUMNS
+    assert tuple(name for name, row in ggml.TYPES.items() if row.weighs_columns) == (*WEIGH_COLUMNS, "Q2_0")
     assert {name for name, row in ggml.TYPES.items() if not row.is_fast} == {
-        "F32", "F16", "BF16", "Q3_K", "Q5_0", "Q5_1"
+        "F32", "F16", "BF16", "Q3_K", "Q5_0", "Q5_1", "Q2_0"
     }  # fmt: skip
     assert (tuple(BITS)[:3], tuple(BITS)[3:8]) == (ggml.FLOAT_TYPES, ggml.K_TYPES)
-    assert tuple(BITS)[8:] == ggml.NARROW_TYPES
+    assert tuple(BITS)[8:-1] == ggml.NARROW_TYPES
 
 
 @pytest.mark.parametrize("name", ggml.K_TYPES)
@@ -67,7 +68,7 @@ def test_bits_per_weight(name):
 
 @pytest.mark.parametrize("name", ggml.TYPES)
 def test_rows_must_be_whole_blocks(name):
-    n_weights = {"F32": 1, "F16": 1, "BF16": 1}.get(name, 256 if name in ggml.K_TYPES else 32)
+    n_weights = {"F32": 1, "F16": 1, "BF16": 1, "Q2_0": 64}.get(name, 256 if name in ggml.K_TYPES else 32)
     assert ggml.fits(name, 3 * n_weights)
     if n_weights > 1:
         assert not ggml.fits(name, 3 * n_weights - 1)
@@ -82,7 +83,12 @@ def test_dequantize_is_what_gguf_py_computes(name, with_importance):
     importance = np.random.default_rng(1).gamma(1, 1, rows.shape[1]).astype(np.float32) if with_importance else None
     data = ggml.quantize(rows, name, importance)
     assert data.shape == (len(rows), ggml.row_bytes(name, rows.shape[1]))
-    oracle = gguf.quants.dequantize(data, GGMLQuantizationType[name])
+    if name == "Q2_0":  # gguf does not have it yet: two bits a weight, from the lowest, minus 1
+        d = data.reshape(-1, 18)[:, :2].copy().view("<f2").astype(np.float32)
+        oracle = d * ((data.reshape(-1, 18)[:, 2:, None] >> np.arange(0, 8, 2)) & 3).reshape(-1, 64).astype("f4") - d
+    else:
+        oracle = gguf.quants.dequantize(data, GGMLQuantizationType[name])
+    oracle = oracle.reshape(rows.shape)
     np.testing.assert_allclose(ggml.dequantize(data, name, rows.shape[1]), oracle, rtol=1e-6, atol=0)
 
 

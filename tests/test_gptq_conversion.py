@@ -12,12 +12,12 @@ from pathlib import Path
 import gguf.quants
 import numpy as np
 import pytest
-from command import TINY, call, message
+from command import QUICK, TINY, call, message
 from gguf import GGUFReader
 from llama_forward import matrix_inputs
 from recorded_inputs import recorded_inputs, without_first
 from tiny_archs import write_tiny_arch
-from tiny_gguf import tiny_weights, write_tiny_gguf
+from tiny_gguf import tiny_text, tiny_weights, write_tiny_gguf
 from tiny_models import write_tiny
 
 from nsds_gguf import conversion, read
@@ -27,6 +27,7 @@ from nsds_gguf.calibration.random_tokens import draw_tokens
 from nsds_gguf.compute.decoder import what_is_missing
 from nsds_gguf.errors import OutputError, PlanError
 from nsds_gguf.evaluate.texts import VerifyOptions
+from nsds_gguf.llamacpp.gguf_header import read_gguf_header
 from nsds_gguf.records import UNQUANTIZED, Options, Plan
 from nsds_gguf.session import session
 from nsds_gguf.session.run import Run, Silent
@@ -234,3 +235,22 @@ def test_several_readings_by_llama_cpp_give_the_hessians_of_one(models, monkeypa
         assert names == names_again
         np.testing.assert_array_equal(hessian, again)
         np.testing.assert_allclose(hessian.diagonal(), moments[names[0]].mean_squares, rtol=1e-5)
+
+
+def test_q2_0_is_used_where_it_is_named_and_llama_cpp_reads_it(models, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text(tiny_text(), encoding="utf-8")
+    outcome = call(
+        "convert", models / "wide", "--target-bpw", "3", "--types", "Q2_0,Q4_K", *GPTQ, "-o", "a.gguf",
+        "--text", text, *QUICK, "--reference", "original", "--json", "a.json",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    (made,) = json.loads(Path("a.json").read_text())
+    types = {tensor["type"] for tensor in made["plan"]["tensors"]}
+    assert {"Q2_0", "Q4_K"} <= types
+    (note,) = [note for note in made["plan"]["notes"] if "Q2_0" in note]
+    assert "since July 2026" in note
+    assert 0 < made["perplexity"]["divergence"]["kld_mean"] < 5
+    assert {tensor.type for tensor in read_gguf_header(Path("a.gguf")).tensors} == types
+    plain = call("plan", models / "wide", "--target-bpw", "3", *GPTQ, "--json", "b.json")
+    assert plain.code == 0 and "Q2_0" not in Path("b.json").read_text()

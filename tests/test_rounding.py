@@ -64,7 +64,7 @@ def with_finite_scales(data, type_name):
 
 
 def test_types_covered_are_all_that_are_quantized():
-    assert set(COVERED_TYPES) == {*ggml.K_TYPES, *ggml.NARROW_TYPES}
+    assert set(COVERED_TYPES) == set(ggml.TYPES) - set(ggml.FLOAT_TYPES)
 
 
 @pytest.mark.parametrize("source", ["ggml", "random bytes"])
@@ -115,7 +115,10 @@ FIELDS = ("codes", "s", "m", "d", "dmin")
 @pytest.mark.parametrize("variant", kernel.variants())
 @pytest.mark.parametrize("name", COVERED_TYPES)
 def test_scales_are_ggmls_bit_for_bit_where_columns_do_not_mix(name, variant):
-    """With U the identity, targets are the weights, whose scales ggml's quantizer finds with the variances."""
+    """With U the identity, targets are the weights, whose scales ggml's quantizer finds with the variances.
+
+    ggml does not search for the scales of Q2_0: those are the oracle's.
+    """
     rows, variances = random_rows(70), np.random.default_rng(6).gamma(1, 1, 512).astype(np.float32)
     rows[3] = 0
     rows[4, 100:400] = 0
@@ -126,7 +129,8 @@ def test_scales_are_ggmls_bit_for_bit_where_columns_do_not_mix(name, variant):
     ours, _ = kernel.round_rows(rows, name, factors, 0, variant)
     n = FORMATS[name].block
     theirs = formats.joined([
-        FORMATS[name].unpack(ggml.quantize(rows[:, i : i + n], name, variances[i : i + n])) for i in range(0, 512, n)
+        gptq_oracle.scaled(np.ascontiguousarray(rows[:, i : i + n]), name, variances[i : i + n])
+        for i in range(0, 512, n)
     ])  # fmt: skip
     for field in ("s", "m", "d", "dmin"):
         found, wanted = getattr(ours, field), getattr(theirs, field)
@@ -143,7 +147,7 @@ def test_the_compiled_loop_rounds_as_the_oracle(name, n_descents):
     assert errors.sum() == pytest.approx(measured.sum(), rel=2e-3)
     rows_apart = (ours.codes != oracle.codes).reshape(150, -1).any(axis=1)
     assert rows_apart.mean() < 0.25
-    np.testing.assert_allclose(errors[~rows_apart], measured[~rows_apart], rtol=3e-3)
+    np.testing.assert_allclose(errors[~rows_apart], measured[~rows_apart], rtol=5e-3)
     assert (ours.codes != oracle.codes).mean() < 0.01
     assert all(getattr(ours, field).dtype == getattr(oracle, field).dtype for field in FIELDS)
 

@@ -84,7 +84,7 @@ def make_plan(model: Model, scores: Scores | None, recipe: Recipe, header_bytes:
         scores_digest=scores.digest if scores else "",
         versions=dict(scores.versions) if scores else {},
     )
-    return replace(plan, notes=(*plan.notes, *_plan_notes(plan, found), *_speed_notes(plan)))
+    return replace(plan, notes=(*plan.notes, *_plan_notes(plan, found), *_reader_notes(plan), *_speed_notes(plan)))
 
 
 def _planned(
@@ -111,6 +111,17 @@ def _planned(
         n_rows_sampled=cost.n_rows_sampled if cost and measured else None,
         sensitivity=cost.sensitivity * factors.get(tensor.layer, 1.0) if cost else None,
         n_zeros=tensor.n_zeros,
+    )
+
+
+def _reader_notes(plan: Plan) -> tuple[str, ...]:
+    """Return what reads the file, where not every program of today does."""
+    new = [t for t in plan.tensors if t.type == "Q2_0"]
+    if not new:
+        return ()
+    return (
+        f"{len(new)} tensors are Q2_0, which llama.cpp has since July 2026: older builds, and programs that hold one, "
+        "refuse the file. ARM CPUs, Metal, Vulkan and CUDA run it fast; x86 CPUs have no fast kernel.",
     )
 
 

@@ -27,7 +27,7 @@ from ..session.sizes import GOOD_DIVERGENCE, Sizes
 
 # From few bits to many, safe for colour-blind readers (viridis); the text names the type in any case.
 TYPE_COLOURS = {
-    "Q2_K": "#fde725", "Q3_K": "#90d743", "Q4_K": "#35b779", "Q4_0": "#35b779", "IQ4_NL": "#35b779",
+    "Q2_0": "#fde725", "Q2_K": "#fde725", "Q3_K": "#90d743", "Q4_K": "#35b779", "Q4_0": "#35b779", "IQ4_NL": "#35b779",
     "Q5_K": "#21918c", "Q5_0": "#21918c", "Q5_1": "#21918c", "Q6_K": "#31688e", "Q8_0": "#443983",
     "F16": "#8c6bb1", "BF16": "#8c6bb1", "F32": "#8c6bb1",
 }  # fmt: skip

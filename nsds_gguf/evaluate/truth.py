@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf import GGMLQuantizationType, LlamaFileType
+from gguf import LlamaFileType
 
+from ..llamacpp import ggml
 from .inspect import FoundTensor, Inspection
 
 # Bits per weight of llama.cpp's presets on Llama 3.1 8B (tools/quantize/README.md).
@@ -21,16 +22,16 @@ USUAL_BPW = {
     "IQ3_XS": 3.50, "IQ3_S": 3.66, "IQ3_M": 3.76, "IQ4_XS": 4.46, "IQ4_NL": 4.68, "Q2_K_S": 2.97, "Q2_K": 3.16,
     "Q3_K_S": 3.64, "Q3_K_M": 4.00, "Q3_K_L": 4.30, "Q4_K_S": 4.67, "Q4_K_M": 4.89, "Q5_K_S": 5.57, "Q5_K_M": 5.70,
     "Q6_K": 6.56, "Q4_0": 4.66, "Q4_1": 5.13, "Q5_0": 5.59, "Q5_1": 6.07, "Q8_0": 8.50, "F16": 16.0, "BF16": 16.0,
-    "F32": 32.0,
+    "F32": 32.0, "Q2_0": 2.25,
 }  # fmt: skip
 TOLERANCE = 0.15  # of the usual bits per weight, beyond which a name misleads about the size
 
 # What tensor_type_fallback gives rows that are not a multiple of 256, and of 32.
 _FALLBACKS = ("Q4_0", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "F16")
 _SUPER_BLOCK = 256
-_SMALL_BLOCKS = ("IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32")
+_SMALL_BLOCKS = ("IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_0", "F16", "BF16", "F32")
 
-_TYPES = frozenset(member.name for member in GGMLQuantizationType)
+_TYPES = frozenset(ggml.TYPE_NUMBERS)
 _NAMES = "|".join(sorted({*USUAL_BPW, "Q3_K", "Q4_K", "Q5_K"}, key=lambda name: -len(name)))
 _CLAIM = re.compile(rf"(?<![A-Z0-9])(?P<own>UD[-_])?(?P<type>{_NAMES})(?P<size>_X?[SLM]+)?(?![A-Z0-9])")
 _OWN_BPW = re.compile(r"(\d+)_(\d{2})BPW")

@@ -26,6 +26,20 @@ from numpy.typing import NDArray
 from ..errors import GgmlError
 from ..records import Float32
 
+# Types of ggml.h that no release of gguf has yet: number in enum ggml_type, weights and bytes of a block.
+_NEWER_TYPES = {"Q2_0": (42, (64, 18))}
+
+# By name, all types that a file may have: number in enum ggml_type.
+TYPE_NUMBERS: Mapping[str, int] = {
+    **{member.name: int(member) for member in GGMLQuantizationType},
+    **{name: number for name, (number, _) in _NEWER_TYPES.items()},
+}
+_BLOCKS: Mapping[str, tuple[int, int]] = {
+    **{member.name: sizes for member, sizes in GGML_QUANT_SIZES.items()},
+    **{name: sizes for name, (_, sizes) in _NEWER_TYPES.items()},
+}
+_MOSTLY_Q2_0 = 41  # llama.h, enum llama_ftype; gguf does not have it yet
+
 
 @dataclass(frozen=True)
 class QuantType:
@@ -33,23 +47,23 @@ class QuantType:
 
     Attributes:
         name: ggml's name, in capitals.
-        file_type: ``general.file_type`` of a file in which most bytes are of this type.
+        file_type: ``general.file_type`` of a file in which most bytes are of this type: llama.h, enum llama_ftype.
         is_fast: whether ggml-cpu has kernels for rows that it interleaves when it loads them, on some processor at
             least (ggml-cpu/repack.cpp, ggml_repack_get_optimal_repack_type).
-        weighs_columns: whether ggml's quantizer minimizes an error with column weights; the others round to nearest.
+        weighs_columns: whether the scales minimize an error with column weights; the others round to nearest.
         fallback: what takes its place where rows are not whole blocks; empty where only F16 does.
 
     """
 
     name: str
-    file_type: LlamaFileType
+    file_type: int
     is_fast: bool = False
     weighs_columns: bool = True
     fallback: str = ""
 
 
-# In the order of menus and of ties between equal sizes. Bits per weight follow from gguf's GGML_QUANT_SIZES (block of
-# weights, block bytes). A type whose name is in ``quantize.formats.FORMATS`` can be rounded by GPTQ too.
+# In the order of menus and of ties between equal sizes. A type whose name is in ``quantize.formats.FORMATS`` can be
+# rounded by GPTQ too.
 #
 # The fallback of a K-quant is the type with blocks of 32 nearest above it, and IQ4_NL rather than llama.cpp's Q4_0, for
 # the same bytes with a better codebook (tensor_type_fallback).
@@ -67,13 +81,15 @@ TYPES: Mapping[str, QuantType] = {row.name: row for row in (
     QuantType("Q5_0", LlamaFileType.MOSTLY_Q5_0),
     QuantType("Q5_1", LlamaFileType.MOSTLY_Q5_1),
     QuantType("Q8_0", LlamaFileType.MOSTLY_Q8_0, is_fast=True, weighs_columns=False),
+    QuantType("Q2_0", _MOSTLY_Q2_0),
 )}  # fmt: skip
 
 
 def _of_block(n_weights: int) -> tuple[str, ...]:
-    return tuple(name for name in TYPES if GGML_QUANT_SIZES[GGMLQuantizationType[name]][0] == n_weights)
+    return tuple(name for name in TYPES if _BLOCKS[name][0] == n_weights)
 
 
+# NARROW_TYPES take the place of K-quants in rows that do not fit; Q2_0, with blocks of 64, is used where it is named.
 FLOAT_TYPES, NARROW_TYPES, K_TYPES = _of_block(1), _of_block(32), _of_block(256)
 
 # Further types that ggml dequantizes, which files that are quantized already may hold; gguf may be too old for some.
@@ -153,8 +169,12 @@ class _TypeTraits(ctypes.Structure):
 
 def block(type_name: str) -> tuple[int, int]:
     """Return ``(weights, bytes)`` of one block of a type."""
-    n_weights, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
-    return n_weights, n_bytes
+    return _BLOCKS[type_name]
+
+
+def type_named(number: int) -> str | None:
+    """Return the name of a type by its number in enum ggml_type; ``None`` for a number that is not known."""
+    return next((name for name, each in TYPE_NUMBERS.items() if each == number), None)
 
 
 def bits_per_weight(type_name: str) -> float:
@@ -202,7 +222,7 @@ def quantize(rows: Float32, type_name: str, importance: Float32 | None = None) -
         if weights.shape != (n_cols,):
             raise GgmlError(f"importance: wanted {n_cols} columns, got shape {weights.shape}")
     written = _library().ggml_quantize_chunk(
-        GGMLQuantizationType[type_name], rows.ctypes.data, out.ctypes.data, 0, n_rows, n_cols,
+        TYPE_NUMBERS[type_name], rows.ctypes.data, out.ctypes.data, 0, n_rows, n_cols,
         None if weights is None else weights.ctypes.data,
     )  # fmt: skip
     if written != out.nbytes:
@@ -314,7 +334,7 @@ def _tensor_values(address: int) -> NDArray[Any]:
     tensor = _Tensor.from_address(address)
     dtypes: dict[int, Any] = {_F32: np.float32, _F16: np.float16, _I32: np.int32}
     if tensor.type not in dtypes:
-        name, type_name = tensor.name.decode(), GGMLQuantizationType(tensor.type).name
+        name, type_name = tensor.name.decode(), type_named(tensor.type)
         raise GgmlError(f"{name}: activations of type {type_name} cannot be read; wanted F32 or F16")
     data = np.empty(library.ggml_nbytes(address), np.uint8)
     library.ggml_backend_tensor_get(address, data.ctypes.data, 0, data.nbytes)
@@ -367,7 +387,7 @@ def _library_path() -> Path:
 
 def _check_types(library: ctypes.CDLL, path: Path) -> None:
     for name in READ_TYPES:
-        traits = library.ggml_get_type_traits(GGMLQuantizationType[name]).contents
+        traits = library.ggml_get_type_traits(TYPE_NUMBERS[name]).contents
         found = (traits.type_name.decode().upper(), traits.blck_size, traits.type_size)
         if found != (name, *block(name)):
             raise GgmlError(f"{path}: type {name}: wanted {block(name)} weights and bytes a block, got {found}")
@@ -375,7 +395,7 @@ def _check_types(library: ctypes.CDLL, path: Path) -> None:
 
 @functools.cache
 def _traits(type_name: str) -> _TypeTraits:
-    traits: _TypeTraits = _library().ggml_get_type_traits(GGMLQuantizationType[type_name]).contents
+    traits: _TypeTraits = _library().ggml_get_type_traits(TYPE_NUMBERS[type_name]).contents
     return traits
 
 

@@ -34,11 +34,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
 from ..errors import ModelError
 from ..records import ALIGNMENT_BYTES, kv
+from . import ggml
 
 MAX_DIMS = 4  # GGML_MAX_DIMS
 _BUFFER_BYTES = 1 << 20  # keys and names are short and many
@@ -246,14 +247,14 @@ def _entry(cursor: _Cursor) -> TensorEntry:
         raise ValueError(f"tensor {name}: {n_dims} dimensions")
     dims = [cursor.u64() for _ in range(n_dims)]
     number = cursor.u32()
-    if number not in GGMLQuantizationType.__members__.values():
+    kind = ggml.type_named(number)
+    if kind is None:
         raise ValueError(f"tensor {name}: type {number} is not known; upgrade the package gguf if the file is newer")
-    kind = GGMLQuantizationType(number)
-    block_weights, block_bytes = GGML_QUANT_SIZES[kind]
+    block_weights, block_bytes = ggml.block(kind)
     if dims[0] % block_weights:
-        raise ValueError(f"tensor {name}: rows of {dims[0]} weights cannot be {kind.name}")
+        raise ValueError(f"tensor {name}: rows of {dims[0]} weights cannot be {kind}")
     n_bytes = math.prod(dims) // block_weights * block_bytes
-    return TensorEntry(name, tuple(reversed(dims)), kind.name, n_bytes, cursor.u64())
+    return TensorEntry(name, tuple(reversed(dims)), kind, n_bytes, cursor.u64())
 
 
 def _placed(entry: TensorEntry, start: int, alignment: int, n_file: int) -> TensorEntry:

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from gguf import GGMLQuantizationType, GGUFValueType
+from gguf import GGUFValueType
 
 from ..records import ALIGNMENT_BYTES, Progress, no_progress
+from . import ggml
 from .gguf_header import MAGIC, SPLIT_COUNT, SPLIT_NO, SPLIT_TENSORS, GgufHeader, TensorEntry, read_gguf_header
 
 _VERSION = 3
@@ -83,7 +84,7 @@ def _part_header(
     alignment, table, offset = _alignment(header), b"", 0
     for tensor in tensors:
         dims = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *reversed(tensor.shape))
-        table += _string(tensor.name) + dims + struct.pack("<IQ", GGMLQuantizationType[tensor.type], offset)
+        table += _string(tensor.name) + dims + struct.pack("<IQ", ggml.TYPE_NUMBERS[tensor.type], offset)
         offset += -(-tensor.n_bytes // alignment) * alignment
     found = _START.pack(MAGIC, _VERSION, len(tensors), n_keys + 3) + keys + table
     return found + b"\0" * (-len(found) % alignment)

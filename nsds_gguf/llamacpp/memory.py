@@ -19,9 +19,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
 from ..errors import PlanError, UnsupportedError
+from . import ggml
 from .binding import N_PHYSICAL_BATCH
 
 # Types of the KV cache that llama.cpp's programs accept (common/arg.cpp, kv_cache_types).
@@ -395,12 +394,12 @@ def _state_space(dims: Dimensions) -> int:
 
 def row_bytes(cache_type: str, n: int) -> int:
     """Return the bytes of a row of ``n`` numbers in a type of the cache."""
-    per_block, n_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[cache_type.upper()]]
+    per_block, n_bytes = ggml.block(cache_type.upper())
     return n // per_block * n_bytes
 
 
 def _check_cache_type(cache_type: str, *head_dims: int) -> None:
-    per_block = GGML_QUANT_SIZES[GGMLQuantizationType[cache_type.upper()]][0]
+    per_block = ggml.block(cache_type.upper())[0]
     wrong = [n for n in head_dims if n % per_block]
     if wrong:
         raise PlanError(

@@ -1,6 +1,6 @@
 """Byte layouts of the block formats, as tables: unpack bytes into codes and scales, and pack them again.
 
-A format cuts a row into blocks (256 weights in K-quants, 32 in the others) and a block into sub-blocks. A
+A format cuts a row into blocks (256 weights in K-quants, 64 in Q2_0, 32 in the others) and a block into sub-blocks. A
 weight with code ``code``, integers s and m of its sub-block and float16 scales d and dmin of its block is
 
     d * s * levels[code] - dmin * m
@@ -22,6 +22,7 @@ holds the upper bits of the same values.
     Q5_0     22     0: d   2: codes, bit 4   6: codes, bits 0-3
     Q5_1     24     0: d   2: -dmin, m = 1   4: codes, bit 4   8: codes, bits 0-3
     Q8_0     34     0: d   2: codes - 128, int8
+    Q2_0     18     0: d, of either sign   2: codes
 
 Source: llama.cpp, ggml-common.h (``block_q2_K`` and following) and ggml-quants.c (``dequantize_row_*``).
 """
@@ -327,4 +328,5 @@ FORMATS = {
     "Q5_1": Format(32, 32, 24, _whole(0, 31), (1, 1), 1, (_Field(8, 16, 1, 4), _Field(4, 4, 4, 1, 4)), _Fixed(1), 0, 2,
                    _dmin_sign=-1),
     "Q8_0": Format(32, 32, 34, _whole(-128, 127), (1, 1), 0, (_Field(2, 32, 1, 8),), _Fixed(), 0, _code_flip=0x80),
+    "Q2_0": Format(64, 64, 18, _whole(-1, 2), (1, 1), 0, (_Field(2, 16, 16, 2),), _Fixed(), 0),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf import GGUFValueType, GGUFWriter
 from gguf.gguf_writer import GGUFValue, WriterState
 
 from .. import __version__
@@ -127,7 +127,7 @@ def file_header(
     writer.kv_data[0] = dict(keys)
     for tensor in tensors:
         n_bytes = tensor.n_rows * ggml.row_bytes(types[tensor.name], tensor.n_cols)
-        ggml_type = GGMLQuantizationType[types[tensor.name]]
+        ggml_type: Any = ggml.TYPE_NUMBERS[types[tensor.name]]  # may be newer than gguf
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), n_bytes, raw_dtype=ggml_type)
     memory = io.BytesIO()
     writer.fout, writer.state = [io.BufferedWriter(memory)], WriterState.EMPTY  # as open_output_file, without a disk

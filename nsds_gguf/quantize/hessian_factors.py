@@ -27,7 +27,7 @@ DAMPING = 1e-3  # share of the mean of a Hessian's diagonal that is added to it
 _IN_MEMORY = 3  # factors in memory: of the current tensor, the next one, and one spare
 _PANEL = 256  # columns of one matrix product over a triangle
 _PACKED = "upper"  # the field that files hold as a triangle
-_NESTED = (16, 32, 256)  # columns of blocks and sub-blocks of all formats
+_NESTED = (16, 32, 64, 256)  # columns of blocks and sub-blocks of all formats
 
 Int64 = NDArray[np.int64]
 
@@ -81,9 +81,9 @@ class HessianFactors:
 def rounding_order(diagonal: NDArray[np.floating]) -> Int64:
     """Return the order in which GPTQ rounds columns: those with large inputs first, as later columns compensate them.
 
-    Blocks of 256 columns come by falling mean of the diagonal; so do the blocks of 32 within them, those of 16 within
-    these, and single columns last. So every block and sub-block of every type keeps its columns, and they stay
-    neighbours (Frantar et al., arXiv 2210.17323, call the order of single columns act-order).
+    Blocks of 256 columns come by falling mean of the diagonal; so do the blocks of 64 within them, those of 32 and of
+    16 within these, and single columns last. So every block and sub-block of every type keeps its columns, and they
+    stay neighbours (Frantar et al., arXiv 2210.17323, call the order of single columns act-order).
 
     Args:
         diagonal: ``(n_cols,)`` of a Hessian.

@@ -14,7 +14,8 @@ from ._rounding import variants as _variants
 from .formats import FORMATS, Blocks
 from .hessian_factors import HessianFactors
 
-NEAREST_TYPES = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"})
+NEAREST_TYPES = frozenset({"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q2_0"})
+OWN_SEARCH = frozenset({"Q2_0"})  # of these types, for whose scales ggml does not search
 
 
 def round_rows(
@@ -50,7 +51,9 @@ def round_rows(
 
 
 def nearest_rows(rows: Float32, type_name: str, columns: Float32, variant: str = "") -> tuple[Blocks, Float64]:
-    """Round rows to nearest in a K-quant, to the scales and codes of ggml's quantizer with column weights.
+    """Round rows to nearest, in a K-quant to the scales and codes of ggml's quantizer with column weights.
+
+    In Q2_0 ggml does not search for scales; those found here leave about half of its error.
 
     Rows with a scale of 0, or of no finite value, may have other codes than ggml's (``FORMATS`` packs them to other
     bytes of the same value). Releases the GIL; uses one thread.

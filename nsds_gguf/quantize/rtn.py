@@ -16,7 +16,7 @@ from ..llamacpp import ggml
 from ..records import Float32, Float64, Tensor
 from .formats import FORMATS
 from .hessian_factors import HessianFactors
-from .kernel import NEAREST_TYPES, nearest_rows
+from .kernel import NEAREST_TYPES, OWN_SEARCH, nearest_rows
 from .quantizer import Rounding
 
 
@@ -37,7 +37,7 @@ class RtnQuantizer:
 
     def quantize(self, rows: Float32, type_name: str, first_row: int = 0) -> NDArray[np.uint8]:
         """See ``Quantizer``."""
-        weights = self._weights_at(first_row)
+        weights = self._searched_with(rows, type_name, first_row)
         if weights is None or type_name not in NEAREST_TYPES:
             return ggml.quantize(rows, type_name, weights)
         ggml.row_bytes(type_name, rows.shape[1])
@@ -45,7 +45,7 @@ class RtnQuantizer:
 
     def errors(self, rows: Float32, type_name: str, first_row: int = 0) -> Float64:
         """See ``Quantizer``."""
-        weights = self._weights_at(first_row)
+        weights = self._searched_with(rows, type_name, first_row)
         if weights is not None and type_name in NEAREST_TYPES:
             ggml.row_bytes(type_name, rows.shape[1])
             return nearest_rows(rows, type_name, weights)[1]
@@ -56,6 +56,12 @@ class RtnQuantizer:
     def squared_norms(self, rows: Float32, first_row: int = 0) -> Float64:
         """See ``Quantizer``."""
         return self._weighted(np.square(rows), first_row)
+
+    def _searched_with(self, rows: Float32, type_name: str, first_row: int) -> Float32 | None:
+        """Return the column weights for the search for scales; ``None`` where ggml searches without."""
+        if self.weights is None and type_name in OWN_SEARCH:
+            return np.ones(rows.shape[1], np.float32)
+        return self._weights_at(first_row)
 
     def _weights_at(self, row: int) -> Float32 | None:
         if self.weights is None or self.weights.ndim == 1:
@@ -70,7 +76,7 @@ class RtnQuantizer:
 
 
 def _packed(rows: Float32, type_name: str, weights: Float32) -> NDArray[np.uint8]:
-    """Return the bytes of rows in a K-quant; ggml rounds the blocks whose codes it takes from an earlier step."""
+    """Return the bytes of rows; ggml rounds the blocks whose codes it takes from an earlier step."""
     format, blocks = FORMATS[type_name], nearest_rows(rows, type_name, weights)[0]
     with np.errstate(over="ignore", invalid="ignore"):  # scales beyond float16 become infinite
         data = format.pack(blocks)

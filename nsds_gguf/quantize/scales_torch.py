@@ -158,6 +158,18 @@ def _q8_0(x: Any, w: Any) -> Scales:
     return _plain(x.abs().amax(-1) / 127)
 
 
+def _q2_0(x: Any, w: Any) -> Scales:
+    largest = _largest(x)
+    scale = best = torch.zeros_like(largest)
+    for step in (*range(-26, -5), *range(6, 27)):  # the scales that give the largest value 0.6 to 2.6 times a level
+        q = torch.round(0.1 * step / largest * x).clamp(-1, 2)
+        qx, q2 = (w * q * x).sum(-1, keepdim=True), (w * q * q).sum(-1, keepdim=True)
+        found = _ratio(qx, q2)
+        better = (q2 > 0) & (qx * qx > best * q2)
+        scale, best = torch.where(better, found, scale), torch.where(better, found * qx, best)
+    return _plain(torch.where(largest.abs() < _ZERO, 0.0, scale)[..., 0])
+
+
 def _iq4_nl(x: Any, w: Any) -> Scales:
     levels = torch.tensor(_IQ4_NL, device=x.device, dtype=torch.float32)
     midpoints = (levels[1:] + levels[:-1]) / 2
@@ -215,4 +227,5 @@ _SEARCHES: dict[str, Callable[[Any, Any], Scales]] = {
     "Q5_0": _one_scale(16),
     "Q5_1": _q5_1,
     "Q8_0": _q8_0,
+    "Q2_0": _q2_0,
 }

@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gguf import GGMLQuantizationType
-
 from .. import allocate
 from ..compute.torch_device import free_device_bytes, missing_cuda
 from ..errors import PlanError, TargetError, VerifyError
 from ..evaluate.texts import outline_file
-from ..llamacpp import llama
+from ..llamacpp import ggml, llama
 from ..llamacpp.memory import Context, Memory, memory
 from ..quantize.header import header_bytes
 from ..records import Fit, Model, Options, Plan, Recipe
@@ -110,7 +108,7 @@ def memory_beside_weights(model: Model, contexts: Sequence[Context], run: Run) -
 
 def _reported(path: Path, context: Context) -> Memory:
     """Return what llama.cpp reports for the outline of a model."""
-    found = llama.memory(path, context.n_ctx, GGMLQuantizationType[context.cache_type.upper()])
+    found = llama.memory(path, context.n_ctx, ggml.TYPE_NUMBERS[context.cache_type.upper()])
     return Memory(
         weights=0,
         attention_cache=round(found["attention cache"]),

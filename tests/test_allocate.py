@@ -24,7 +24,7 @@ from nsds_gguf.allocate import (
     parse_tensor_type,
 )
 from nsds_gguf.allocate.allocators import FAST_MARGIN
-from nsds_gguf.allocate.candidates import check_target
+from nsds_gguf.allocate.candidates import SMALL_ROW_TYPES, check_target
 from nsds_gguf.calibration.column_weights import normalized
 from nsds_gguf.errors import ModelError, PlanError, RecordError, TargetError
 from nsds_gguf.llamacpp import ggml
@@ -193,6 +193,18 @@ class TestTarget:
         floor = sum(c.n_bytes(c.types[0]) for c in found)
         assert text.startswith(f"target 2 bpw is out of reach: the floor is {floor * 8 / model.n_weights:.3f} bpw, ")
         assert f"{floor} bytes for the tensors, set by layers at Q2_K (" in text and "--tensor-type (" in text
+
+    @pytest.mark.parametrize(
+        ("n_cols", "types", "is_told"), [(320, K_TYPES, True), (96, K_TYPES, False), (320, SMALL_ROW_TYPES, False)]
+    )
+    def test_message_names_types_for_rows_of_64(self, n_cols, types, is_told):
+        _, hparams = random_arrays(seed=0)
+        model = make_model({"blk.0.ffn_down.weight": np.ones((8, n_cols), "f4")}, hparams)
+        found = candidates(model, types)
+        with pytest.raises(TargetError) as caught:
+            check_target(found, Target("bpw", 2.0), HEADER)
+        hint = "; smaller with --types Q2_0,IQ4_NL,Q5_0,Q5_1,Q8_0, for llama.cpp since July 2026"
+        assert str(caught.value).endswith(hint) == is_told
 
 
 class TestMeasure:

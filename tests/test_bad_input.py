@@ -577,7 +577,7 @@ FLOORS = {
 FLOOR = re.compile(
     r"target (?:0\.5 bpw|5000 bytes) is out of reach: the floor is (?P<bpw>\d+\.\d{3}) bpw, (?P<bytes>\d+) bytes for "
     r"the (?:tensors|whole file \((?P<header>\d+) of them header and tokenizer\)), set by .+ \(\d+ %\).*; "
-    r"nearest feasible: (?P<flag>--target-\w+) (?P<nearest>[\d.]+)"
+    r"nearest feasible: (?P<flag>--target-\w+) (?P<nearest>\d+(?:\.\d+)?)(?:; smaller with --types Q2_0,.*)?"
 )
 
 

@@ -12,12 +12,13 @@ from arrays import random_arrays
 from models import make_model
 from recipes import recipe, uniform
 
-from nsds_gguf import conversion
+from nsds_gguf import conversion, read
 from nsds_gguf.allocate import (
     ALLOCATORS,
     PREFERENCES,
     candidates,
     check_recipe,
+    decided_by,
     layer_factors,
     make_plan,
     measurable,
@@ -34,6 +35,7 @@ from nsds_gguf.quantize.hessian_factors import FactorStore
 from nsds_gguf.quantize.measure import RatioEstimate, measure, ratio_estimate, sample_rows
 from nsds_gguf.records import K_TYPES, UNQUANTIZED, LayerScore, Options, Plan, Scores, Target, Tensor, TensorType
 from nsds_gguf.sensitivity.moment_propagation import propagate
+from nsds_gguf.sensitivity.typical import by_role
 from nsds_gguf.session.run import Run
 from nsds_gguf.session.settle import settle
 from nsds_gguf.system.workers import Threads
@@ -566,3 +568,35 @@ class TestPreferFast:
 def slow_weights(plan):
     """Return the weights of every tensor of a slow type."""
     return [t.n_weights for t in plan.tensors if t.type not in UNQUANTIZED and not ggml.TYPES[t.type].is_fast]
+
+
+class TestNsds:
+    """Sensitivities typical of roles, times NSDS: a plan without text."""
+
+    def test_sensitivities_are_those_of_roles(self):
+        model = read.open_model(DEMO)
+        found = by_role(model)
+        of_layer = {role: found.sensitivity[f"blk.0.{role}.weight"] for role in ("attn_q", "ffn_down")}
+        assert of_layer == pytest.approx({"attn_q": 0.19 / 6, "ffn_down": 1.10 / 6})
+        assert (found.sensitivity["output.weight"], found.sensitivity["token_embd.weight"]) == (2.55, 0.76)
+        assert "blk.0.attn_norm.weight" not in found.sensitivity and not found.of_rows
+
+    def test_one_read_of_the_weights_gives_a_plan(self, monkeypatch):
+        """No pass over tokens is made; NSDS of a layer is a factor of e to the power of its distance from the mean."""
+
+        def refuse(*_):
+            raise AssertionError("a pass over tokens")
+
+        monkeypatch.setattr("nsds_gguf.session.calibrated.sensitivities", refuse)
+        (plan,) = conversion.plan(DEMO, Options(target_bpw=3, allocator="nsds"), run=Run(1)).plans
+        assert 2.99 * plan.n_weights / 8 < plan.tensor_bytes <= 3 * plan.n_weights / 8
+        assert decided_by(plan.recipe) == ("nsds",)
+        assert any(note.startswith("Sensitivities are typical of the roles") for note in plan.notes)
+        scores = [layer.score for layer in conversion.score(DEMO, measures=False, run=Run(1)).layers]
+        found = {tensor.layer: tensor.sensitivity for tensor in plan.tensors if tensor.role == "ffn_down"}
+        wanted = {layer: 1.10 / 6 * math.exp(score - np.mean(scores)) for layer, score in enumerate(scores)}
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+    def test_scores_of_a_pass_are_refused(self, model, scores):
+        with pytest.raises(RecordError, match="sensitivities of allocator fisher, the plan uses nsds; drop --scores"):
+            make_plan(model, scores, recipe(3.6, allocator="nsds"), HEADER)

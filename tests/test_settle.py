@@ -171,6 +171,14 @@ def test_the_commands_take_what_scores_were_measured_with(
         (Options(target_size=900_000), {"target": Target("size", 900_000), "allocator": "fisher"}),
         (Options(uniform="q4_k"), {"target": None, "allocator": "uniform", "types": ("Q4_K",)}),
         (replace(OPEN, allocator="paper"), {"types": ("Q2_K", "Q4_K"), "metric": "nsds", "se": "product"}),
+        (
+            replace(OPEN, allocator="nsds"),
+            {"metric": "nsds", "se": "product", "score_weight": 1.0, "rounding": "rtn", "calibration": "norm"},
+        ),
+        (
+            replace(OPEN, allocator="nsds", score_weight=2, rounding="gptq"),
+            {"score_weight": 2, "rounding": "gptq", "calibration": "generated"},
+        ),
         (replace(OPEN, score_weight=1.0), {"metric": "nsds", "se": "product", "score_weight": 1.0}),
         (replace(OPEN, score_weight=1.0, se="ratio"), {"metric": "nsds", "se": "ratio"}),
         (replace(OPEN, score_weight=1.0, metric="zd"), {"metric": "zd", "se": None}),
@@ -208,7 +216,7 @@ def test_scores_bring_their_metric(model: Model) -> None:
             "--uniform and --allocator paper contradict each other; drop one",
         ),
         ({"uniform": "Q9"}, f"--uniform: type 'Q9' is not known; wanted one of {', '.join(ggml.TYPES)}"),
-        ({"allocator": "x"}, "allocator 'x' is not known; wanted one of fisher, paper, random, uniform"),
+        ({"allocator": "x"}, "allocator 'x' is not known; wanted one of fisher, nsds, paper, random, uniform"),
         ({"calibration": "x"}, f"calibration 'x' is not known; wanted one of {', '.join(CALIBRATIONS)}"),
         ({"rounding": "x"}, f"rounding 'x' is not known; wanted one of {', '.join(ROUNDINGS)}"),
         ({"device": "x"}, "device 'x' is not known; wanted one of cpu, cuda, torch-cpu"),

@@ -91,7 +91,7 @@ def test_a_gguf_whose_rows_fit_no_k_quant(models):
     assert inner == [5, 5.5, 6, 6.5, 7, 7.5, 8, 12] and set(found["sizes"][-1]["types"]) == {"F16", "F32"}
     assert call("plan", models / "narrow.gguf", "--target-bpw", first, *RTN).code == 0
     line = message(call("plan", models / "narrow.gguf", "--target-bpw", first - 0.001, *RTN), 4)
-    assert line.endswith(f"nearest feasible: --target-bpw {first:g}")
+    assert f"nearest feasible: --target-bpw {first:g}; smaller with --types Q2_0," in line
     (plan,) = (json.loads(call("plan", models / "narrow.gguf", "--target-bpw", last + 1, *RTN, "--json", "-").out),)
     assert plan["sums"]["bpw"] == found["sizes"][-1]["bpw"]
     assert found["original_bytes"] == (models / "narrow.gguf").stat().st_size and found["in_nats"]

@@ -2,6 +2,7 @@
 
 * ``fisher``: the exact knapsack over Fisher sensitivity x measured error; with a score weight, layer scores (NSDS)
   multiply the sensitivities of a layer's tensors.
+* ``nsds``: the same with sensitivities typical of roles, times NSDS: one read of the weights, no text.
 * ``paper``: whole layers by their score, the most sensitive ones at 4 bits, the rest at 2 (arXiv 2603.17354).
 * ``random``: random types within the budget, the baseline.
 * ``uniform``: one type for every matrix; also the plain converter to F32, F16, BF16 and Q8_0.
@@ -67,11 +68,13 @@ class Allocator:
         choose: chooses the types.
         description: one line for ``--help``.
         reason: why a tensor has its type, in a word.
-        needs_costs: whether it reads Fisher sensitivities and measured errors; layer scores then multiply the
-            sensitivities where the recipe gives them a weight.
+        needs_costs: whether it reads sensitivities and measured errors; layer scores then multiply the sensitivities
+            where the recipe gives them a weight.
+        by_role: whether those sensitivities are typical of roles, not found by a pass over tokens.
         needs_layers: whether it always reads layer scores.
         needs_target: whether it needs a budget.
         types: the types that it chooses from; ``None`` for those of the recipe.
+        score_weight: weight of layer scores where the user gives none.
 
     """
 
@@ -79,9 +82,16 @@ class Allocator:
     description: str
     reason: str
     needs_costs: bool = False
+    by_role: bool = False
     needs_layers: bool = False
     needs_target: bool = True
     types: tuple[str, ...] | None = None
+    score_weight: float = 0.0
+
+    @property
+    def predicts(self) -> bool:
+        """Whether it predicts divergence in nats, from a pass over tokens."""
+        return self.needs_costs and not self.by_role
 
     def uses_layers(self, score_weight: float) -> bool:
         """Return whether layer scores affect the choice."""
@@ -170,6 +180,15 @@ ALLOCATORS: dict[str, Allocator] = {
         reason="optimum",
         needs_costs=True,
     ),
+    "nsds": Allocator(
+        allocate_fisher,
+        "like fisher, with sensitivities typical of roles times NSDS: one read of the weights, no text",
+        reason="optimum",
+        needs_costs=True,
+        by_role=True,
+        needs_layers=True,
+        score_weight=1.0,
+    ),
     "paper": Allocator(
         allocate_paper,
         "whole layers at 4 or 2 bits by their NSDS score, as in the paper",
@@ -228,6 +247,11 @@ def _checked_costs(problem: Problem) -> dict[str, TensorCost]:
                 f"the scores were measured with {name} {measured}, the plan uses {planned}; score again or pass "
                 f"{remedy}"
             )
+    if ALLOCATORS[scores.recipe.allocator].by_role != ALLOCATORS[recipe.allocator].by_role:
+        raise RecordError(
+            f"the scores hold sensitivities of allocator {scores.recipe.allocator}, the plan uses {recipe.allocator}; "
+            "drop --scores or --allocator"
+        )
     if recipe.score_weight and not scores.layers:
         raise RecordError("the scores hold no layer scores for --score-weight; score again with --score-weight")
     costs = {cost.name: cost for cost in scores.costs}

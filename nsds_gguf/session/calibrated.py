@@ -38,6 +38,7 @@ from ..quantize.hessian_factors import FACTORS, FactorStore, record_name
 from ..records import Float32, Model, Recipe
 from ..sensitivity.result import Sensitivities
 from ..sensitivity.sensitivities import sensitivities
+from ..sensitivity.typical import by_role
 from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
 from ..system.store import Store
 from ..system.workers import Threads, Workers
@@ -95,6 +96,8 @@ class Calibrated:
 
     def sensitivities(self, recipe: Recipe) -> Sensitivities:
         """Return sensitivities and column moments on the recipe's tokens; collect Hessians too where it needs them."""
+        if ALLOCATORS[recipe.allocator].by_role:
+            return by_role(self.model)
         kind = _kind(recipe)
         key = _source(recipe)
         if key not in self._sensitivities:
@@ -122,7 +125,7 @@ class Calibrated:
 
     def equalization(self, recipe: Recipe) -> Equalization:
         """Return the channel equalization; empty where costs do not count or the Fisher pass does not apply."""
-        if not ALLOCATORS[recipe.allocator].needs_costs or what_is_missing(self.model):
+        if not ALLOCATORS[recipe.allocator].predicts or what_is_missing(self.model):
             return Equalization()
         key = _source(recipe)
         if key not in self._equalizations:

@@ -52,6 +52,7 @@ class Work:
         n_files: files to write.
         scores: whether layers are scored (at the cost of ``nsds``).
         measures: whether tensors are measured in every type.
+        passes: whether a pass over tokens finds sensitivities.
         n_tokens: tokens that the perplexity check decodes, over all files and references.
         n_generated_tokens: tokens of calibration text that the model generates.
         n_hessian_tokens: tokens for Hessians; 0 without Hessians.
@@ -62,6 +63,7 @@ class Work:
     n_files: int
     scores: bool
     measures: bool
+    passes: bool
     n_tokens: int = 0
     n_generated_tokens: int = 0
     n_hessian_tokens: int = 0
@@ -83,7 +85,7 @@ def estimate_stages(model: Model, work: Work, n_threads: int) -> list[tuple[str,
     stages = [(SCORE, score_operations(model) / rate)] if work.scores else []
     if work.n_generated_tokens:
         stages.append((GENERATE, generation_seconds(model, work.n_generated_tokens, n_threads, rate)))
-    if work.measures:
+    if work.passes:
         stages.append((SENSITIVITIES, _pass_seconds(model, work, rate)))
     if is_gptq:
         stages.append((FACTOR, _factor_seconds(model, rate)))

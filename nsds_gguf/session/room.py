@@ -95,6 +95,7 @@ def tell_time(model: Model, run: Run, jobs: Sequence[Recipe | Plan], verifying: 
             n_files=len(jobs),
             scores=not isinstance(job, Plan) and recipe.metric is not None,
             measures=not isinstance(job, Plan) and allocator.needs_costs,
+            passes=not isinstance(job, Plan) and allocator.predicts,
             n_tokens=n_tokens if verifying.enabled else 0,
             n_generated_tokens=(recipe.calibration_tokens or N_TOKENS) if generates else 0,
             n_hessian_tokens=_hessian_tokens(recipe),

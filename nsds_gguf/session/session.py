@@ -191,7 +191,7 @@ class Session:
         best = [
             self._best([self.plan(one, known[one.padding], each.notes) for one in each.recipes]) for each in settled
         ]
-        if what_is_missing(self.model) or not ALLOCATORS[recipes[0].allocator].needs_costs:  # no prediction in nats
+        if what_is_missing(self.model) or not ALLOCATORS[recipes[0].allocator].predicts:  # no prediction in nats
             return best
         return [plan if is_bearable(plan) else self._warned(plan, known, scores) for plan in best]
 

@@ -27,7 +27,8 @@ from .pad import settle_padding
 GPTQ_WEIGHTS = 10 * 10**9
 
 DEFAULT_ALLOCATOR, DEFAULT_METRIC, DEFAULT_SE = "fisher", "nsds", "product"
-GENERATED, RANDOM = "generated", "random"  # calibrations: text that the model generates, random tokens
+# Calibrations: text that the model generates, random tokens, gains of norms.
+GENERATED, RANDOM, NORM = "generated", "random", "norm"
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
         calibration=calibration,
         metric=metric,
         se=se,
-        score_weight=options.score_weight,
+        score_weight=options.score_weight or ALLOCATORS[allocator].score_weight,
         prefer=options.prefer,
         seed=options.seed,
         allocation_seed=options.seed,
@@ -221,8 +222,9 @@ def _rounding(options: Options, model: Model, allocator: str, scores: Scores | N
     obstacle = _against_gptq(options, model, allocator) if options.rounding == AUTO else ""
     rounding = _open(options.rounding, "rtn" if obstacle else "gptq")
     needs_hessians = ROUNDINGS[_known("rounding", rounding, ROUNDINGS)].needs_hessians
-    calibration = _open(options.calibration, GENERATED if needs_hessians and not embeds(model) else RANDOM)
-    is_own_choice = not ALLOCATORS[allocator].needs_costs or options.calibration not in (AUTO, GENERATED)
+    without_text = NORM if ALLOCATORS[allocator].by_role else RANDOM
+    calibration = _open(options.calibration, GENERATED if needs_hessians and not embeds(model) else without_text)
+    is_own_choice = not ALLOCATORS[allocator].predicts or options.calibration not in (AUTO, GENERATED)
     return rounding, calibration, "" if is_own_choice or options.imatrix is not None else _rtn_note(obstacle)
 
 
@@ -250,7 +252,7 @@ def _rtn_note(obstacle: str) -> str:
 
 def _against_gptq(options: Options, model: Model, allocator: str) -> str:
     """Return why an open rounding is not GPTQ; empty where it is."""
-    if not ALLOCATORS[allocator].needs_costs:
+    if not ALLOCATORS[allocator].predicts:
         return f"the allocator is {allocator}"
     if options.imatrix is not None:
         return "an importance matrix sets the column weights"

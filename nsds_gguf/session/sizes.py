@@ -200,7 +200,7 @@ def possible_budgets(model: Model, recipe: Recipe) -> list[Target]:
 
 
 def _tell_time(model: Model, run: Run, recipe: Recipe) -> None:
-    work = Work(types=recipe.types, n_files=0, scores=recipe.metric is not None, measures=True)
+    work = Work(types=recipe.types, n_files=0, scores=recipe.metric is not None, measures=True, passes=True)
     stages = estimate_stages(model, work, run.n_threads)
     run.report.say(
         f"{model.name}, {model.n_weights / 1e6:.1f}M parameters: measuring takes about "

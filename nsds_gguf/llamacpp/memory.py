@@ -99,7 +99,7 @@ _BOTH_EVERYWHERE = ("falcon-h1",)  # attention and a state in every layer
 _NO_CACHE = "it computes a whole text at once, without a KV cache, in buffers that grow with the text"
 _INDEXER = "its attention keeps a second cache, of an indexer"
 _OTHER = "llama.cpp keeps states for it that have no formula here"
-_TWO_MODELS = "it runs beside a second model and shares its cache"
+_TWO_MODELS = "it runs together with a second model and shares its cache"
 WITHOUT_FORMULA = {
     **dict.fromkeys(
         (

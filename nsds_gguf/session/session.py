@@ -29,7 +29,7 @@ from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
 from ..system.store import Store
 from ..system.workers import Threads, Workers
 from ..system.workfolder import WorkFolder
-from .agreement import agreement_note, is_bearable
+from .agreement import agreement_note, is_acceptable
 from .calibrated import Calibrated
 from .estimate import MEASURE, SCORE, VERIFY, WRITE
 from .finished import keep_cost, kept_cost, kept_layers, tell_costs
@@ -181,7 +181,7 @@ class Session:
         return replace(scores, costs=in_order, notes=tuple(notes), versions=versions)
 
     def plans(self, settled: Sequence[Settled], scores: Scores | None) -> list[Plan]:
-        """Score once, or use ``scores``, and allocate for every budget; of two recipes take the better plan."""
+        """Score once, or use ``scores``, and allocate for every budget; of two recipes keep the better plan."""
         known: dict[str | None, Scores | None] = {}
         recipes = [recipe for each in settled for recipe in each.recipes]
         for padding in dict.fromkeys(recipe.padding for recipe in recipes):
@@ -192,7 +192,7 @@ class Session:
         ]
         if what_is_missing(self.model) or not ALLOCATORS[recipes[0].allocator].needs_costs:  # no prediction in nats
             return best
-        return [plan if is_bearable(plan) else self._warned(plan, known, scores) for plan in best]
+        return [plan if is_acceptable(plan) else self._warned(plan, known, scores) for plan in best]
 
     def _warned(self, plan: Plan, known: dict[str | None, Scores | None], loaded: Scores | None) -> Plan:
         """Return a plan with a note on what its divergence means; the better budget that it names is not padded."""

@@ -196,14 +196,14 @@ def _written(
     reference: Path | None,
 ) -> Perplexity | EmbeddingCheck | None:
     """Write a file, unless an interrupted run finished it, and verify it; return what ``Session.verify`` found."""
-    if session.has_finished(target, plan):
-        return session.verify(plan, target, verifying, text, reference)
-    with unfinished(target, session.files, output.keep_failed, True) as temporary, named(target, temporary, output):
-        session.write(plan, temporary, resumes=True)
-        found = session.verify(plan, temporary, verifying, text, reference)
-        check_unchanged(session.model.inputs)
-    session.note_finished(target, plan)
-    return found
+    if not session.has_finished(target, plan):
+        with unfinished(target, session.files, output.keep_failed, True) as temporary, named(target, temporary, output):
+            session.write(plan, temporary, resumes=True)
+            found = session.verify(plan, temporary, verifying, text, reference)
+            check_unchanged(session.model.inputs)
+        session.note_finished(target, plan)
+        return found
+    return session.verify(plan, target, verifying, text, reference)
 
 
 def plan(

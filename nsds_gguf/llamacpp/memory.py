@@ -9,7 +9,7 @@ They follow llama.cpp's source for one sequence, flash attention and physical ba
 * buffers of results: ``llama_context::output_reserve``; compute buffers: ``sched_reserve``, where ggml-alloc lays out a
   graph. Its peaks were fitted to what llama.cpp reports, see ``compute_bytes``.
 
-``Engine.memory`` in ``binding`` has llama.cpp's own word for the same numbers.
+``Engine.memory`` in ``binding`` returns llama.cpp's own figures.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def _files(bundle: Bundle, work: WorkFolder, report: Reporter) -> dict[str, Path
 
 
 def _head(api: Any, library: ModuleType, repo: str) -> str | None:
-    """Return the commit that the repository is at, ``None`` where there is none that this token may see."""
+    """Return the commit that the repository is at, ``None`` if this token sees none."""
     try:
         return str(api.repo_info(repo).sha)
     except library.errors.RepositoryNotFoundError:

@@ -64,7 +64,7 @@ class HessianFactors:
         """Return the factors for padded columns: column i is column ``order[i]``, or always zero where it is negative.
 
         Zero inputs get the variance that damping gives dead columns, and no correlation with other columns. The columns
-        are ordered and factored anew: their blocks are those of the padded rows.
+        are ordered and factored again: their blocks are those of the padded rows.
         """
         stored = np.flatnonzero(order >= 0)
         mine: Float64 = (self.upper * self.variances).astype(np.float64) @ self.upper.T

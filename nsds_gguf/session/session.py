@@ -92,7 +92,7 @@ class Session:
 
     @contextmanager
     def fast_copy(self) -> Iterator[Path]:
-        """Give the model as a GGUF that llama.cpp evaluates fast, to generate and read text, in a ``with`` block.
+        """Yield the model as a GGUF that llama.cpp evaluates fast, to generate and read text, in a ``with`` block.
 
         It is a temporary file of Q8_0, or the original if its matrices are quantized already.
         """

@@ -1,6 +1,7 @@
 """Builds the compiled rounding; everything else is in pyproject.toml."""
 
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 
@@ -13,7 +14,7 @@ setup(
         Extension(
             "nsds_gguf.quantize._rounding",
             sources=[f"native/{name}.cpp" for name in ("module", "rounding_avx512", "rounding_avx2", "rounding_plain")],
-            depends=[f"native/{name}.h" for name in ("formats", "lanes", "nearest", "rounding", "search", "variants")],
+            depends=sorted(map(str, Path("native").glob("*.h"))),
             extra_compile_args=(MSVC if sys.platform == "win32" else GCC).split(),
             language="c++",
         )

@@ -10,22 +10,14 @@ class NearestBlock {
 
     // `rows` are those of the matrix, from the block's first column on; `columns` the weights of its columns.
     void round(const float* rows, int64_t n, int n_rows, const float* columns, int64_t index, const Output& out) {
-        for (int r = 0; r < (n_rows + LANES - 1) / LANES * LANES; ++r)
-            for (int j = 0; j < T::BLOCK; ++j) x_[j * STRIDE + r] = r < n_rows ? rows[r * n + j] : 0.0f;
+        transpose(rows, n, n_rows, T::BLOCK, x_.data());
         for (int first = 0; first < n_rows; first += LANES) {
             search<T>(&x_[first], columns, &s_[first], &m_[first], &d_[first], &dmin_[first]);
             const Lanes sum = round_lanes(first, columns);
             for (int lane = 0; lane < LANES && first + lane < n_rows; ++lane) out.errors[first + lane] += sum[lane];
         }
-        const int64_t n_blocks = n / T::BLOCK;
+        keep_scales<T>({s_.data(), m_.data(), d_.data(), dmin_.data()}, n_rows, n / T::BLOCK, index, out);
         for (int r = 0; r < n_rows; ++r) {
-            const int64_t place = r * n_blocks + index;
-            out.d[place] = d_[r];
-            out.dmin[place] = dmin_[r];
-            for (int sub = 0; sub < T::N_SUB; ++sub) {
-                out.s[place * T::N_SUB + sub] = int16_t(s_[sub * STRIDE + r]);
-                out.m[place * T::N_SUB + sub] = int16_t(m_[sub * STRIDE + r]);
-            }
             uint8_t* codes = out.codes + r * n + index * T::BLOCK;
             for (int j = 0; j < T::BLOCK; ++j) codes[j] = uint8_t(int32_t(x_[j * STRIDE + r]));
         }
@@ -56,9 +48,7 @@ void nearest_rows(const float* rows, int n_rows, int64_t n, const float* columns
     NearestBlock<T> block;
     const int64_t n_blocks = n / T::BLOCK;
     for (int64_t first = 0; first < n_rows; first += STRIDE) {
-        const Output part{out.codes + first * n, out.s + first * n_blocks * T::N_SUB,
-                          out.m + first * n_blocks * T::N_SUB, out.d + first * n_blocks,
-                          out.dmin + first * n_blocks, out.errors + first, 0, 0};
+        const Output part = results_from<T>(out, first, n);
         for (int64_t index = 0; index < n_blocks; ++index)
             block.round(rows + first * n + index * T::BLOCK, n, int(std::min<int64_t>(n_rows - first, STRIDE)),
                         columns + index * T::BLOCK, index, part);

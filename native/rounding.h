@@ -136,7 +136,7 @@ class Tile {
         n_vectors_ = (n_rows + LANES - 1) / LANES;
         pull_ = pull;
         errors_ = errors;
-        take(rows, n, n_rows);
+        transpose(rows, n, n_rows, u.n_cols, weights_.data());
         for (int block = 0; block < u.n_cols; block += T::BLOCK) {
             block_ = block;
             round_block(start == 0 && block == 0);
@@ -155,11 +155,6 @@ class Tile {
     std::vector<uint8_t> codes_;
 
     static float* at(Floats& array, int column, int vector = 0) { return array.data() + column * STRIDE + vector * LANES; }
-
-    void take(const float* rows, int64_t n, int n_rows) {
-        for (int r = 0; r < n_vectors_ * LANES; ++r)
-            for (int j = 0; j < u_->n_cols; ++j) weights_[j * STRIDE + r] = r < n_rows ? rows[r * n + j] : 0.0f;
-    }
 
     void give(uint8_t* codes, int64_t n, int n_rows) {
         for (int r = 0; r < n_rows; ++r)
@@ -369,17 +364,9 @@ class Tile {
 
     // Keep the errors of a block, its codes and its scales.
     void finish(const Output& out, int64_t n, int n_rows, int start) {
-        const int64_t n_blocks = n / BLOCK, index = (start + block_) / BLOCK;
         for (int v = 0; v < n_vectors_; ++v) keep(v, n_rows, out.errors);
-        for (int r = 0; r < n_rows; ++r) {
-            const int64_t place = r * n_blocks + index;
-            out.d[place] = d_[r];
-            out.dmin[place] = dmin_[r];
-            for (int sub = 0; sub < T::N_SUB; ++sub) {
-                out.s[place * T::N_SUB + sub] = int16_t(s_[sub * STRIDE + r]);
-                out.m[place * T::N_SUB + sub] = int16_t(m_[sub * STRIDE + r]);
-            }
-        }
+        const int64_t index = (start + block_) / BLOCK;
+        keep_scales<T>({s_.data(), m_.data(), d_.data(), dmin_.data()}, n_rows, n / BLOCK, index, out);
     }
 
     NSDS_INLINE void keep(int v, int n_rows, double* errors) {
@@ -429,10 +416,8 @@ void round_rows(const float* rows, int n_rows, int64_t n, const float* upper, co
         std::fill(pull.begin(), pull.end(), 0.0f);
         pull_panel(upper, n, start, width, errors.data(), n_rows, pull.data(), chunk);
         for (int tile = 0; tile < n_tiles; ++tile) {
-            const int64_t first = tile * STRIDE, n_blocks = n / T::BLOCK;
-            const Output part{out.codes + first * n, out.s + first * n_blocks * T::N_SUB,
-                              out.m + first * n_blocks * T::N_SUB, out.d + first * n_blocks,
-                              out.dmin + first * n_blocks, out.errors + first, 0, 0};
+            const int64_t first = tile * STRIDE;
+            const Output part = results_from<T>(out, first, n);
             work.round(triangle, rows + first * n + start, n, std::min<int>(n_rows - int(first), STRIDE), start,
                        pull.data() + tile * PANEL * STRIDE, errors.data() + (tile * n + start) * STRIDE, n_descents, part);
         }

@@ -21,6 +21,7 @@ namespace avx2 {
 #include "lanes.h"
 #include "formats.h"
 #include "search.h"
+#include "tiles.h"
 #include "rounding.h"
 #include "nearest.h"
 

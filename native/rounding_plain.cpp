@@ -13,6 +13,7 @@ namespace plain {
 #include "lanes.h"
 #include "formats.h"
 #include "search.h"
+#include "tiles.h"
 #include "rounding.h"
 #include "nearest.h"
 

@@ -165,21 +165,45 @@ def convert(
         for target, plan, job in zip(paths, plans, jobs, strict=True):
             notes = () if comparing is verifying else lacks_room_for_original(model, plan, verifying.n_ctx)
             compared_with = None if notes else reference
-            if not session.has_finished(target, plan):
-                with unfinished(target, files, output.keep_failed, True) as temporary, named(target, temporary, output):
-                    session.write(plan, temporary, resumes=True)
-                    found = session.verify(plan, temporary, verifying, text, compared_with)
-                    check_unchanged(model.inputs)
-                session.note_finished(target, plan)
-            else:  # by a run that was interrupted at a later file
-                found = session.verify(plan, target, verifying, text, compared_with)
+            found = _written(session, plan, target, output, verifying, text, compared_with)
             ppl, embedding = (None, found) if isinstance(found, EmbeddingCheck) else (found, None)
             compared = reference_name(model, comparing) if ppl is not None and ppl.divergence is not None else None
-            fits = job.holding(plan)
-            scores = session.scores_of(plan)
-            results.append(Converted(target, plan, ppl, scores, model.path, compared, notes, embedding, fits, *beside))
+            results.append(
+                Converted(
+                    path=target,
+                    plan=plan,
+                    perplexity=ppl,
+                    scores=session.scores_of(plan),
+                    source=model.path,
+                    reference=compared,
+                    notes=notes,
+                    embedding=embedding,
+                    fitted=job.holding(plan),
+                    projector=next(iter(beside), None),
+                )
+            )
         write_projectors(projectors, run, files, session.workers)
     return results
+
+
+def _written(
+    session: Session,
+    plan: Plan,
+    target: Path,
+    output: Output,
+    verifying: VerifyOptions,
+    text: str,
+    reference: Path | None,
+) -> Perplexity | EmbeddingCheck | None:
+    """Write a file, unless an interrupted run finished it, and verify it; return what ``Session.verify`` found."""
+    if not session.has_finished(target, plan):
+        with unfinished(target, session.files, output.keep_failed, True) as temporary, named(target, temporary, output):
+            session.write(plan, temporary, resumes=True)
+            found = session.verify(plan, temporary, verifying, text, reference)
+            check_unchanged(session.model.inputs)
+        session.note_finished(target, plan)
+        return found
+    return session.verify(plan, target, verifying, text, reference)
 
 
 def plan(

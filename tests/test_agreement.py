@@ -11,7 +11,7 @@ from tiny_models import Spec, write_tiny
 
 from nsds_gguf.conversion import plan
 from nsds_gguf.records import Options, Plan, Scores
-from nsds_gguf.session.agreement import GOOD, LEAST, expected_agreement, is_bearable
+from nsds_gguf.session.agreement import GOOD, LEAST, expected_agreement, is_acceptable
 from nsds_gguf.session.run import Run
 from nsds_gguf.session.session import Session
 
@@ -87,7 +87,7 @@ def test_a_plan_that_costs_too_much_says_so_in_words(folder: Path) -> None:
     (better,) = plan(folder, Options(target_bpw=float(match[3]), rounding="rtn"), run=Run(1)).plans
     assert better.predicted_divergence is not None and float(match[3]) % 0.5 == 0 and low.bpw < better.bpw
     assert int(match[4]) == pytest.approx(100 * expected_agreement(better.predicted_divergence), abs=1)
-    assert int(match[4]) >= 100 * GOOD and is_bearable(better)
+    assert int(match[4]) >= 100 * GOOD and is_acceptable(better)
     assert not notes_of(high) and not notes_of(better)
 
 
@@ -103,5 +103,5 @@ def test_the_better_budget_of_a_padded_plan_needs_no_padding(narrow: Path) -> No
 
 def test_a_plan_that_a_model_bears_says_nothing(folder: Path) -> None:
     low, high = planned(folder)
-    assert low.predicted_divergence is not None and low.predicted_divergence < 0.17 and is_bearable(low)
+    assert low.predicted_divergence is not None and low.predicted_divergence < 0.17 and is_acceptable(low)
     assert not notes_of(low) and not notes_of(high)

@@ -82,7 +82,7 @@ def test_auto_leaves_a_gpu_without_room(model: Model, monkeypatch: pytest.Monkey
     monkeypatch.setattr(device, "device_bytes", lambda _: 2**32)
     settled = settle(OPEN, model)
     assert settled.recipe.device == "cpu"
-    assert f"The GPU is not used: {model.name} takes 4.0 GiB; --device cuda tries it." in settled.notes
+    assert f"The GPU is not used: {model.name} needs 4.0 GiB; --device cuda tries anyway." in settled.notes
     assert settle(replace(OPEN, device="cuda"), model).recipe.device == "cuda"
 
 

@@ -77,9 +77,11 @@ def test_every_module_has_a_layer():
 
 def test_stages_are_called_in_order():
     text = (ROOT / "conversion.py").read_text(encoding="utf-8")
-    body = ast.unparse(next(n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef) and n.name == "convert"))
-    order = [body.index(word) for word in ("open_model(", "_plans(", "session.write(", "session.verify(")]
-    assert order == sorted(order)
+    bodies = {n.name: ast.unparse(n) for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)}
+    stages = {"convert": ("open_model(", "_plans(", "_written("), "_written": ("session.write(", "session.verify(")}
+    for name, words in stages.items():
+        order = [bodies[name].index(word) for word in words]
+        assert order == sorted(order)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -103,7 +103,7 @@ def test_heads_of_zeros_join_their_groups(tmp_path: Path) -> None:
     ("name", "reason"),
     [
         ("phi-3", "its architecture phi3 is not one of llama, qwen2, qwen3, gemma3"),
-        ("mixtral", "padding does not know what blk.0.ffn_gate_inp.weight reads and writes"),
+        ("mixtral", "how to pad blk.0.ffn_gate_inp.weight is not known"),
         ("gemma3-27b", "llama.cpp scales the attention of this size by its width"),
     ],
 )

@@ -237,7 +237,7 @@ def test_damage_to_a_pass_is_told_and_computed_again(
 
 
 @pytest.mark.usefixtures("batches")
-def test_lost_streams_of_later_batches_start_the_pass_anew(tmp_path: Path, layers: list[str]) -> None:
+def test_lost_streams_of_later_batches_restart_the_pass(tmp_path: Path, layers: list[str]) -> None:
     source = write_tiny(tmp_path / "model", THREE)
     wanted, folder = run(source, tmp_path / "whole", FEW, Stopping()), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib
 import json
@@ -135,7 +136,7 @@ def test_a_dry_run_sends_nothing(folder, send):
 def test_what_the_hub_refuses(folder, send):
     with Hub({}) as hub:
         line = message(send(hub, token=""), 5)
-        assert line == "--upload org/model: no token of the Hub is at hand: run `hf auth login`, or set HF_TOKEN"
+        assert line == "--upload org/model: no Hub token found: run `hf auth login`, or set HF_TOKEN"
         assert not (folder / "out").exists()
         hub.may_write = False
         line = message(send(hub), 5)
@@ -150,6 +151,8 @@ def test_what_the_hub_refuses(folder, send):
         assert hub.commits == []
         hub.status = 401
         assert "refuses access (401)" in message(send(hub, "--force"), 5)
+        hub.status = 500  # at the first request, before there is a bundle
+        assert message(send(hub, "--force"), 5) == f"--upload org/model: a request to {hub.url} failed: status 500"
 
 
 def test_convert_uploads_its_bundle(tmp_path):
@@ -237,13 +240,27 @@ def test_a_tensor_over_the_limit_has_a_part_of_its_own(folder):
     assert split_tensors(header, 10**12) == [list(header.tensors)]
 
 
+def test_a_full_disk_is_no_failure_of_the_hub(folder, monkeypatch, send):
+    (folder / "out").mkdir()
+    bundle = make_bundle(folder / "tiny.gguf", folder / "out")
+    monkeypatch.setattr(uploads, "LARGEST_FILE_BYTES", bundle.gguf.stat().st_size // 2)
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr(uploads, "write_parts", fail)
+    with pytest.raises(errors.OutputError, match=r"out: disk full or file too large while writing") as found:
+        upload(bundle, Destination("org/model"), Silent())
+    assert "request" not in str(found.value)
+
+
 def test_a_large_model_is_uploaded_in_parts(folder, monkeypatch, send):
     (folder / "out").mkdir()
     bundle = make_bundle(folder / "tiny.gguf", folder / "out")
     monkeypatch.setattr(uploads, "LARGEST_FILE_BYTES", bundle.gguf.stat().st_size // 2)
     with Hub({}, exists=False) as hub:
         line = message(send(hub, "--force", token=""), 5)
-        assert "no token" in line  # and now the library knows this Hub
+        assert "no Hub token" in line  # and now the library knows this Hub
         monkeypatch.setenv("HF_TOKEN", "t")
         found = upload(bundle, Destination("org/model"), Silent())
         names = list(found.files)

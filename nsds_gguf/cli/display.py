@@ -340,8 +340,10 @@ def upload_view(found: Upload) -> RenderableType:
     )
     for name, n_bytes in found.files.items():
         table.add_row(name, bytes_text(n_bytes), found.states[name])
-    kind = "an existing repository" if found.is_private is None else "a private" if found.is_private else "a public"
-    where = kind if found.is_private is None else f"{kind} repository, {'to be created' if found.is_dry_run else 'new'}"
+    where = "an existing repository"
+    if found.is_new:
+        where = f"a {'private' if found.is_private else 'public'} repository, "
+        where += "to be created" if found.is_dry_run else "new"
     return Group(table, Text(f"{found.url} ({where})" + ("; nothing was sent" if found.is_dry_run else "")))
 
 

@@ -26,8 +26,8 @@ def add_fit(parser: argparse.ArgumentParser, has_ctx_size: bool) -> None:
     group = parser.add_argument_group("memory")
     group.add_argument("--fit", metavar="N", type=_fit,
                        help="make the largest file that fits a memory, for example 8GB, together with llama.cpp's KV "
-                       f"cache, compute buffers and projector; '{AUTO}': {100 * SHARE_OF_FREE:.0f} %% of what the GPU "
-                       "has free, or else this machine")  # fmt: skip
+                       f"cache, compute buffers and projector; '{AUTO}': {100 * SHARE_OF_FREE:.0f} %% of the free "
+                       "memory of the GPU, or of this machine if it has none")  # fmt: skip
     if not has_ctx_size:
         group.add_argument("--ctx-size", metavar="N", type=integer_from(MIN_CTX),
                            help=f"tokens of the context to make room for (default: {DEFAULTS.n_ctx})")  # fmt: skip
@@ -35,7 +35,7 @@ def add_fit(parser: argparse.ArgumentParser, has_ctx_size: bool) -> None:
 
 
 def add_cache(group: Any) -> None:
-    """Add the arguments of what lies in the memory beside the weights."""
+    """Add the arguments of what the memory holds besides the weights."""
     group.add_argument("--cache-type", choices=CACHE_TYPES,
                        help=f"type of the KV cache, as llama.cpp's --cache-type-k and --cache-type-v "
                        f"(default: {DEFAULTS.cache_type})")  # fmt: skip
@@ -51,7 +51,7 @@ def _fit(text: str) -> int | str:
 
 
 def fit_of(arguments: argparse.Namespace) -> Fit | None:
-    """Return the memory to fit; raises ``PlanError`` for arguments that need one, or a context without a use."""
+    """Return the memory to fit, ``None`` without ``--fit``; raises ``PlanError`` for arguments that need one."""
     asked = getattr(arguments, "fit", None)
     if asked is None:
         for option in ("cache_type", "projector", *(() if hasattr(arguments, "chunks") else ("ctx_size",))):

@@ -47,6 +47,6 @@ def fits_view(found: Sizes, memories: Sequence[int]) -> RenderableType:
         cells = ["-" if size is None else f"{size.target_bpw:g} ({two_digits(size.predicted)})" for size in sizes]
         table.add_row(f"{memory / 1e9:g} GB", *cells)
     cache_type = found.contexts[0].cache_type
-    table.caption = f"beside the file: KV cache ({cache_type}), states, buffers and projector"
+    table.caption = f"besides the file: KV cache ({cache_type}), states, buffers and projector"
     table.caption_justify = "left"
     return table

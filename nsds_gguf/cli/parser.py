@@ -123,16 +123,7 @@ def _add_convert(verbs: Any) -> None:
     _add_model(parser)
     _add_requantize(parser)
     _add_cluster(parser)
-    parser.add_argument("-o", "--output", metavar="FILE", help="output file or existing folder")
-    parser.add_argument("--force", action="store_true", help="replace an existing output")
-    parser.add_argument(
-        "--keep-failed", action="store_true", help="keep a file that failed verification as FILE.failed"
-    )
-    parser.add_argument("--mmproj", metavar="TYPE", nargs="?", const=PROJECTOR_TYPES[0],
-                        type=_argument(parse_projector_type, "one of " + ", ".join(PROJECTOR_TYPES)),
-                        help="also write the vision part of a multimodal model folder, beside the output as "
-                        f"mmproj-NAME-TYPE.gguf; TYPE is one of {', '.join(PROJECTOR_TYPES)} "
-                        f"(without: {PROJECTOR_TYPES[0]})")  # fmt: skip
+    _add_output(parser)
     parser.add_argument("--dry-run", action="store_true", help="plan only, write nothing")
     parser.add_argument("--no-resume", action="store_true",
                         help="start over instead of resuming an interrupted run")  # fmt: skip
@@ -142,6 +133,26 @@ def _add_convert(verbs: Any) -> None:
     _add_rounding(parser)
     _add_scoring(parser)
     _add_records(parser)
+    _add_verification(parser)
+    _add_bundle_folder(parser)
+    _add_general(parser)
+    parser.set_defaults(tensor_type_file=None, why=[])
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--output", metavar="FILE", help="output file or existing folder")
+    parser.add_argument("--force", action="store_true", help="replace an existing output")
+    parser.add_argument(
+        "--keep-failed", action="store_true", help="keep a file that failed verification as FILE.failed"
+    )
+    parser.add_argument("--mmproj", metavar="TYPE", nargs="?", const=PROJECTOR_TYPES[0],
+                        type=_argument(parse_projector_type, "one of " + ", ".join(PROJECTOR_TYPES)),
+                        help="also write the vision part of a multimodal model folder, next to the output, as "
+                        f"mmproj-NAME-TYPE.gguf; TYPE is one of {', '.join(PROJECTOR_TYPES)} "
+                        f"(default: {PROJECTOR_TYPES[0]})")  # fmt: skip
+
+
+def _add_verification(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("verification")
     _add_text(group, chunks=8, fits=True)
     group.add_argument("--reference", metavar="REF",
@@ -149,13 +160,14 @@ def _add_convert(verbs: Any) -> None:
                        "GGUF of a model folder) or a GGUF file (default: the original for GGUF input or when the model "
                        "generates calibration text, else none)")  # fmt: skip
     group.add_argument("--no-verify", action="store_true", help="skip the perplexity check; still check the structure")
+
+
+def _add_bundle_folder(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("bundle")
     group.add_argument("--bundle", metavar="DIR", type=Path,
                        help="write the file into a folder with a Modelfile for Ollama, a model card for Hugging Face, "
                        "plan, scores and SHA-256 sums")  # fmt: skip
     _add_bundle_options(group)
-    _add_general(parser)
-    parser.set_defaults(tensor_type_file=None, why=[])
 
 
 def _add_plan(verbs: Any) -> None:
@@ -357,9 +369,9 @@ def _add_pad(group: Any) -> None:
 
 def _add_cluster(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", metavar="ADDRESS", nargs="?", const=LOCAL,
-                        help="run the tasks of layers and tensors on a Dask cluster: the address of its scheduler, as "
-                        f"tcp://host:8786; without one, or '{LOCAL}', on worker processes of this machine, as many as "
-                        "--threads")  # fmt: skip
+                        help="run the tasks of layers and tensors on a Dask cluster: the address of its scheduler, "
+                        f"such as tcp://host:8786; without an address, or with '{LOCAL}': on as many worker "
+                        "processes of this machine as --threads says")  # fmt: skip
 
 
 def _add_rounding(parser: argparse.ArgumentParser) -> None:
@@ -385,7 +397,7 @@ def _add_rounding(parser: argparse.ArgumentParser) -> None:
 
 def _add_gpu_layers(group: Any) -> None:
     group.add_argument("--gpu-layers", metavar="N", type=_integer_from(0),
-                       help="layers that llama.cpp computes on a GPU, where its build has one: for generated text, "
+                       help="layers that llama.cpp computes on a GPU, if its build supports one: for generated text, "
                        "statistics and perplexity (default: 0)")  # fmt: skip
 
 

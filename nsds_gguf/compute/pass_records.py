@@ -41,7 +41,7 @@ class Backward:
     """State of a backward pass.
 
     Attributes:
-        index: the layer that it has reached; the number of layers behind the output.
+        index: the layer that it has reached; the number of layers if it has only passed the output.
         grad: ``(n, n_embd)`` derivative with respect to the input stream of that layer.
         of_output: ``sum (W dL/dW)^2`` of the output matrix.
         squared_norms: the same of every row of the matrices of the layers from ``index`` on, ``(n_rows,)`` by stored
@@ -116,7 +116,7 @@ def get_layers(store: Store, n_layers: int) -> Iterator[LayerSums]:
 
 
 def tell_layers(store: Store, n_done: int, n_layers: int) -> None:
-    """Tell how much of a forward pass is kept."""
+    """Report how much of a forward pass is kept."""
     names = [_layer(index) for index in range(min(n_done, n_layers))]
     store.tell_kept("layers of the forward pass", names, n_layers)
 
@@ -130,7 +130,7 @@ def put_backward(store: Store, seed: int, state: Backward, found: Mapping[str, F
 
 
 def get_backward(store: Store, seed: int, n_layers: int) -> Backward | None:
-    """Return and tell how far a backward pass came; ``None`` where nothing can be used."""
+    """Return, and report, how far a backward pass came; ``None`` if nothing can be used."""
     for index in range(n_layers + 1):
         arrays = store.get_arrays(_backward(seed, index))
         norms = None if arrays is None else _all_norms(store, seed, range(index, n_layers))

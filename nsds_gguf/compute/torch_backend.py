@@ -29,13 +29,13 @@ from .weights import HELD_SHARE, LayerWeights, Slab, held_bytes, slabs
 @contextmanager
 def open_torch(device: str, model: Model, n_positions: int, n_threads: int) -> Iterator[TorchBackend]:
     """Open the backend on a device of PyTorch; the threads decode weights and draw noise."""
-    with exact_products(), memory_told(), ThreadPoolExecutor(n_threads) as pool:
+    with exact_products(), reports_full_memory(), ThreadPoolExecutor(n_threads) as pool:
         yield TorchBackend(device, model, n_positions, pool)
 
 
 @contextmanager
-def memory_told() -> Iterator[None]:
-    """Raise ``OutputError`` where the device runs out of memory while the context is open."""
+def reports_full_memory() -> Iterator[None]:
+    """Raise ``OutputError`` if the device runs out of memory while the context is open."""
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf import LlamaFileType
+from gguf.constants import QK_K
 
 from ..llamacpp import ggml
 from .inspect import FoundTensor, Inspection
@@ -26,9 +27,8 @@ USUAL_BPW = {
 }  # fmt: skip
 TOLERANCE = 0.15  # of the usual bits per weight, beyond which a name misleads about the size
 
-# What tensor_type_fallback gives rows that are not a multiple of 256, and of 32.
+# The types that tensor_type_fallback gives to rows that are not a multiple of 256, or not of 32.
 _FALLBACKS = ("Q4_0", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "F16")
-_SUPER_BLOCK = 256
 _SMALL_BLOCKS = ("IQ4_NL", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_0", "F16", "BF16", "F32")
 
 _TYPES = frozenset(ggml.TYPE_NUMBERS)
@@ -47,14 +47,14 @@ class Truth:
         file: name of the file.
         claim: preset or budget that the name states, else the preset of ``general.file_type``; empty without either.
         source: where the claim stands: ``name``, ``general.file_type`` or empty.
-        claimed_bpw: bits per weight that the claim stands for; ``None`` where it stands for none.
+        claimed_bpw: bits per weight that the claim stands for; ``None`` if it stands for none.
         bpw: bits over the weights of all tensors.
         file_bytes: bytes of all files.
         shares: share of the bytes by type, largest first.
         n_matrices: matrices of the file.
         fallbacks: names of tensors in larger types than the claim, since their rows are not a multiple of 256.
         fallback_share: their share of the weights.
-        lies: what is wrong with the claim, in a few words; empty if nothing is.
+        lies: how types or bits contradict the claim; empty if they do not.
     """
 
     file: str
@@ -71,7 +71,7 @@ class Truth:
 
     @property
     def line(self) -> str:
-        """All of it in one line."""
+        """The record as one line for people."""
         shown = [entry for entry in self.shares.items() if entry[1] >= _SHOWN_SHARE][:_SHOWN_TYPES]
         types = ", ".join(f"{name} {100 * share:.0f} %" for name, share in shown)
         parts = [f"{self.file}: {self.bpw:.2f} bpw, {self.file_bytes / 1e6:,.0f} MB; bytes: {types}"]
@@ -125,13 +125,13 @@ def _claim(found: Inspection) -> tuple[str, str]:
     number = found.metadata.get("general.file_type")
     known = {member.value: member.name for member in LlamaFileType}
     if found.made_by_us or number not in known:
-        return "", ""  # ours has the type with most bytes there, which promises nothing
+        return "", ""  # in our files it is the type with most bytes, which promises nothing
     preset = known[number].removeprefix("MOSTLY_").removeprefix("ALL_")
     return (preset, "general.file_type") if preset in USUAL_BPW else ("", "")
 
 
 def _claimed_bpw(claim: str) -> float | None:
-    """Return the bits per weight of a claim; ``None`` for mixes of a maker's own (``UD-``, ``_XL``)."""
+    """Return the bits per weight of a claim; ``None`` for names that are not llama.cpp's (``UD-``, ``_XL``)."""
     own = _OWN_BPW.fullmatch(claim)
     return float(f"{own[1]}.{own[2]}") if own is not None else USUAL_BPW.get(claim)
 
@@ -141,7 +141,7 @@ def _promises_large_blocks(claim: str, found: Inspection) -> bool:
 
 
 def _is_fallback(tensor: FoundTensor) -> bool:
-    return tensor.shape[-1] % _SUPER_BLOCK != 0 and tensor.type in _FALLBACKS
+    return tensor.shape[-1] % QK_K != 0 and tensor.type in _FALLBACKS
 
 
 def _lies(found: Inspection, claim: str, fallback_share: float) -> str:

@@ -46,7 +46,6 @@ N_PHYSICAL_BATCH = 512
 # llama.cpp issue 20824, pull request 26954. So weights stay in their own layout where those kernels would be used.
 _AMX = "AMX_INT8 = 1"
 
-
 # The lines in which a context reports what it allocates, in MiB: llama-kv-cache.cpp, llama-memory-recurrent.cpp,
 # llama-context.cpp. Without weights the buffers of caches are not allocated either, but their sizes are the same.
 _MEMORY_LINES = {
@@ -281,28 +280,25 @@ class Engine:
 
     def check_loads(self, file: Path, path: str) -> None:
         """Load a model without its weights and build what it computes; raises ``VerifyError`` where that fails."""
-        binding = self._binding
-        params = binding.llama_model_default_params()
-        params.no_alloc, params.load_mode, params.n_gpu_layers = True, _LOAD_MODE_NONE, 0
-        self._messages.clear()
-        model = binding.llama_model_load_from_file(os.fsencode(path), params)
-        if not model:
-            raise VerifyError(f"{file}: llama.cpp cannot load it: {self._error()}")
-        try:
-            context_params = binding.llama_context_default_params()
-            context_params.n_ctx = context_params.n_batch = N_PHYSICAL_BATCH
-            context = binding.llama_init_from_model(model, context_params)
-            if not context:
-                raise VerifyError(f"{file}: llama.cpp cannot run it: {self._error()}")
-            binding.llama_free(context)
-        finally:
-            binding.llama_model_free(model)
+        params = self._binding.llama_context_default_params()
+        params.n_ctx = params.n_batch = N_PHYSICAL_BATCH
+        self._build_without_weights(file, path, params)
 
     def memory(self, file: Path, path: str, n_ctx: int, cache_type: int) -> dict[str, float]:
         """Return the bytes that llama.cpp would allocate for a context, by kind, from what it logs.
 
         It loads the model without its weights; ``llama.memory`` names the kinds.
         """
+        params = self._binding.llama_context_default_params()
+        params.n_ctx, params.n_seq_max, params.swa_full = n_ctx, 1, False
+        params.type_k = params.type_v = cache_type
+        params.offload_kqv = params.op_offload = False  # all of it in one place: the CPU
+        self._build_without_weights(file, path, params)
+        text = "".join(self._sizes)
+        return {kind: sum(map(float, re.findall(pattern, text))) * 2**20 for kind, pattern in _MEMORY_LINES.items()}
+
+    def _build_without_weights(self, file: Path, path: str, context_params: Any) -> None:
+        """Load a model without its weights and create a context; ``_sizes`` then holds what the context logged."""
         binding = self._binding
         params = binding.llama_model_default_params()
         params.no_alloc, params.load_mode, params.n_gpu_layers = True, _LOAD_MODE_NONE, 0
@@ -311,10 +307,6 @@ class Engine:
         if not model:
             raise VerifyError(f"{file}: llama.cpp cannot load it: {self._error()}")
         try:
-            context_params = binding.llama_context_default_params()
-            context_params.n_ctx, context_params.n_seq_max, context_params.swa_full = n_ctx, 1, False
-            context_params.type_k = context_params.type_v = cache_type
-            context_params.offload_kqv = context_params.op_offload = False  # all of it in one place: the CPU
             self._messages.clear()
             self._sizes.clear()
             context = binding.llama_init_from_model(model, context_params)
@@ -323,8 +315,6 @@ class Engine:
             binding.llama_free(context)
         finally:
             binding.llama_model_free(model)
-        text = "".join(self._sizes)
-        return {kind: sum(map(float, re.findall(pattern, text))) * 2**20 for kind, pattern in _MEMORY_LINES.items()}
 
     def quantize(
         self, source: str, target: str, preset: str, n_threads: int, importance: Mapping[str, Float32] | None

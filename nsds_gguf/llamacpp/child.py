@@ -93,7 +93,7 @@ class _Server:
             return "result", getattr(self._engine, method)(*arguments)
         except (NsdsError, MemoryError) as error:
             return "error", error
-        except Exception:
+        except Exception:  # a bug: the parent raises it with this traceback, and the process serves further calls
             return "bug", traceback.format_exc()
 
     def watch(self) -> None:

@@ -9,7 +9,7 @@ They follow llama.cpp's source for one sequence, flash attention and physical ba
 * buffers of results: ``llama_context::output_reserve``; compute buffers: ``sched_reserve``, where ggml-alloc lays out a
   graph. Its peaks were fitted to what llama.cpp reports, see ``compute_bytes``.
 
-``Engine.memory`` in ``binding`` has llama.cpp's own word for the same numbers.
+``Engine.memory`` in ``binding`` returns llama.cpp's own figures.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ _BOTH_EVERYWHERE = ("falcon-h1",)  # attention and a state in every layer
 _NO_CACHE = "it computes a whole text at once, without a KV cache, in buffers that grow with the text"
 _INDEXER = "its attention keeps a second cache, of an indexer"
 _OTHER = "llama.cpp keeps states for it that have no formula here"
-_TWO_MODELS = "it runs beside a second model and shares its cache"
+_TWO_MODELS = "it runs together with a second model and shares its cache"
 WITHOUT_FORMULA = {
     **dict.fromkeys(
         (

@@ -274,7 +274,7 @@ def output_projection(model: Model, algebra: Algebra = CPU) -> Float32:
 
 
 def _unembedding(model: Model) -> Tensor | int:
-    """Return the unembedding, or the stream's width where there is none of it."""
+    """Return the unembedding, or the stream's width if no tensor has that many columns."""
     found = model.by_name.get("output.weight") or model.by_name.get("token_embd.weight")
     return model.hparams.n_embd if found is None or found.n_cols != model.hparams.n_embd else found
 

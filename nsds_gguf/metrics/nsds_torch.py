@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..compute.torch_backend import memory_told
+from ..compute.torch_backend import reports_full_memory
 from ..records import Float64
 from .stats import Matrix
 
@@ -23,7 +23,7 @@ class TorchAlgebra:
 
     def gram(self, slabs: Iterable[Float64], d: int) -> Float64:
         """See ``nsds.residual_gram``; returns the whole matrix."""
-        with memory_told():
+        with reports_full_memory():
             total = torch.zeros(d, d, dtype=torch.float64, device=self.device)
             for slab in slabs:
                 rows = torch.from_numpy(slab).to(self.device)
@@ -33,13 +33,13 @@ class TorchAlgebra:
 
     def eigh(self, gram: Float64) -> tuple[Float64, Float64]:
         """Return eigenvalues, ascending, and eigenvectors, columns, of a symmetric matrix."""
-        with memory_told():
+        with reports_full_memory():
             values, vectors = torch.linalg.eigh(torch.from_numpy(gram).to(self.device), UPLO="U")
             return values.cpu().numpy(), vectors.cpu().numpy()
 
     def fourth_powers(self, left: Matrix, right: Matrix) -> float:
         """Return ``sum((left @ right)**4)``, products in the dtype of the factors, sums in float64."""
-        with memory_told():
+        with reports_full_memory():
             a, b = (torch.from_numpy(np.ascontiguousarray(part)).to(self.device) for part in (left, right))
             parts = ((rows @ b).square_().double().square_().sum() for rows in a.split(_ROWS))
             return float(sum(parts))

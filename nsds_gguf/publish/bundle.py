@@ -147,7 +147,7 @@ def make_bundle(file: Path, folder: Path, source: Source | None = None, report: 
         report: receives stages and notes.
 
     Raises:
-        ModelError: the file is not a GGUF, or is only a part of one; or the projector is no vision part.
+        ModelError: the file is not a GGUF, or is only a part of one; or the projector is not a vision part.
         RecordError: the plan or the scores belong to another file.
         OutputError: the folder cannot be written, the disk is full, or a Modelfile cannot hold the file's name.
 

@@ -106,7 +106,7 @@ def plot_comparison(found: Comparison, path: Path) -> None:
 
 
 def plot_sizes(found: Sizes, memories: Sequence[int], path: Path) -> None:
-    """Plot the predicted divergence of every size against its bytes, and below it what memories have room for.
+    """Plot the predicted divergence of every size against its bytes, and below it how large a file each memory holds.
 
     Raises the errors of ``plot_scores``.
     """
@@ -129,13 +129,13 @@ def plot_sizes(found: Sizes, memories: Sequence[int], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if found.beside:
         _draw_rooms(grid[1], found, memories, axes.get_xlim())
-    grid[-1].set_xlabel("file, GB (beside each point: bits per weight)")
+    grid[-1].set_xlabel("file, GB (labels: bits per weight)")
     with small_file(path) as temporary:
         figure.savefig(temporary, dpi=150, format=path.suffix[1:].lower())
 
 
 def _draw_rooms(axes: Any, found: Sizes, memories: Sequence[int], limits: tuple[float, float]) -> None:
-    """Draw a row per memory: what it leaves for the file in each context. Room for more than all stands at the edge."""
+    """Draw a row per memory: what it leaves for the file in each context; markers beyond the curve stay at its edge."""
     rows = range(len(memories))
     for context, beside, marker in zip(found.contexts, found.beside, "o^sDv", strict=False):
         rooms = [(memory - beside.total) / 1e9 for memory in memories]

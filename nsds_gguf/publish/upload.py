@@ -19,11 +19,14 @@ from ..errors import OutputError
 from ..llamacpp.gguf_split import write_parts
 from ..session.run import Reporter
 from ..system.resources import check_disk
-from ..system.workfolder import WorkFolder
+from ..system.workfolder import WorkFolder, output_error
 from .bundle import CARD, MODELFILE, SUMS, Bundle, sum_line
 
 LARGEST_FILE_BYTES = 50 * 10**9  # the Hub's limit of a file
 _HASHED_BYTES = 1 << 20
+
+# Ends the message of a failed request after the bundle has been written.
+_BUNDLE_IS_COMPLETE = "; the bundle is complete: run `nsds-gguf bundle` with --force and --upload to send it again"
 
 State = Literal["new", "unchanged", "replaced"]
 
@@ -36,7 +39,7 @@ class Upload:
         repo: the repository, ``ORG/NAME``.
         url: its address, or that of the commit.
         is_new: whether the repository was created.
-        is_private: whether nobody else sees it; ``None`` for one that existed, which stays as it is.
+        is_private: whether it was created private; ``None`` for one that existed, which stays as it is.
         files: bytes by name.
         states: what happens to each in the repository.
         is_dry_run: whether nothing was sent.
@@ -77,7 +80,7 @@ def check_upload(repo: str) -> None:
     library = _library(repo)
     with _plain_errors(repo, library):
         if not library.get_token():
-            raise OutputError(f"--upload {repo}: no token of the Hub is at hand: run `hf auth login`, or set HF_TOKEN")
+            raise OutputError(f"--upload {repo}: no Hub token found: run `hf auth login`, or set HF_TOKEN")
         library.HfApi().whoami()
 
 
@@ -90,31 +93,40 @@ def upload(bundle: Bundle, where: Destination, report: Reporter) -> Upload:
 
     """
     library = _library(where.repo)
-    with WorkFolder(bundle.folder) as work, _plain_errors(where.repo, library):
-        files, api = _files(bundle, work, report), library.HfApi()
-        head = _head(api, library, where.repo)
-        with report.stage("compare with the Hub"):
-            states = _states({} if head is None else _there(api, where.repo, files), files)
-        _check_states(where, states)
+    with WorkFolder(bundle.folder) as work:
+        try:
+            files = _files(bundle, work, report)
+        except OSError as error:
+            raise output_error(work.path / bundle.gguf.name, error) from error
+        with _plain_errors(where.repo, library, _BUNDLE_IS_COMPLETE):
+            return _compare_and_send(library, where, files, report)
+
+
+def _compare_and_send(library: ModuleType, where: Destination, files: Mapping[str, Path], report: Reporter) -> Upload:
+    api = library.HfApi()
+    head = _head(api, library, where.repo)
+    with report.stage("compare with the Hub"):
+        states = _states({} if head is None else _there(api, where.repo, files), files)
+    _check_states(where, states)
+    url = f"{library.constants.ENDPOINT}/{where.repo}"
+    if not where.is_dry_run:
         changed = {name: path for name, path in files.items() if states[name] != "unchanged"}
-        url = f"{library.constants.ENDPOINT}/{where.repo}"
-        if not where.is_dry_run:
-            url = _send(library, where, changed, head, report)
-        return Upload(
-            repo=where.repo,
-            url=url,
-            is_new=head is None,
-            is_private=None if head is not None else not where.is_public,
-            files={name: path.stat().st_size for name, path in files.items()},
-            states=states,
-            is_dry_run=where.is_dry_run,
-        )
+        url = _send(library, where, changed, head, report)
+    return Upload(
+        repo=where.repo,
+        url=url,
+        is_new=head is None,
+        is_private=None if head is not None else not where.is_public,
+        files={name: path.stat().st_size for name, path in files.items()},
+        states=states,
+        is_dry_run=where.is_dry_run,
+    )
 
 
 def _files(bundle: Bundle, work: WorkFolder, report: Reporter) -> dict[str, Path]:
-    """Return the files to upload by name; a model over the limit in parts, with a card and sums that name them.
+    """Return the files to upload by name: a model over the limit in parts, with a card and sums that name the parts.
 
-    Ollama reads no parts, so that the Modelfile is left out with them.
+    Ollama does not read parts, so the Modelfile is left out with them.
     """
     files = {name: bundle.folder / name for name in (*bundle.sha256, SUMS)}
     n_bytes = bundle.gguf.stat().st_size
@@ -135,7 +147,7 @@ def _files(bundle: Bundle, work: WorkFolder, report: Reporter) -> dict[str, Path
 
 
 def _head(api: Any, library: ModuleType, repo: str) -> str | None:
-    """Return the commit that the repository is at, ``None`` where there is none that this token may see."""
+    """Return the commit that the repository is at, ``None`` if this token sees none."""
     try:
         return str(api.repo_info(repo).sha)
     except library.errors.RepositoryNotFoundError:
@@ -143,7 +155,7 @@ def _head(api: Any, library: ModuleType, repo: str) -> str | None:
 
 
 def _there(api: Any, repo: str, files: Mapping[str, Path]) -> dict[str, Any]:
-    """Return what the repository knows of files that it has under the same names."""
+    """Return the repository's record of every file that it has under the same name."""
     return {info.path: info for info in api.get_paths_info(repo, list(files))}
 
 
@@ -218,17 +230,17 @@ def _library(repo: str) -> ModuleType:
 
 
 @contextmanager
-def _plain_errors(repo: str, library: ModuleType) -> Iterator[None]:
-    """Convert errors of the library and its HTTP client to one line that says what to do."""
+def _plain_errors(repo: str, library: ModuleType, ending: str = "") -> Iterator[None]:
+    """Convert errors of the library and its HTTP client to one line that says what to do, with an ending if unknown."""
     errors = library.errors
     transport = errors.HfHubHTTPError.__bases__[0]  # base class of the HTTP client, which depends on the version
     try:
         yield
     except (transport, errors.HFValidationError, OSError, ValueError, RuntimeError) as error:
-        raise OutputError(f"--upload {repo}: {_reason(library, error)}") from error
+        raise OutputError(f"--upload {repo}: {_reason(library, error, ending)}") from error
 
 
-def _reason(library: ModuleType, error: Exception) -> str:
+def _reason(library: ModuleType, error: Exception, ending: str) -> str:
     endpoint = library.constants.ENDPOINT
     answers = (getattr(each, "response", None) for each in (error, error.__cause__))
     status = next((answer.status_code for answer in answers if answer is not None), None)
@@ -237,4 +249,4 @@ def _reason(library: ModuleType, error: Exception) -> str:
     if status in (409, 412):
         return f"the repository changed meanwhile ({status}): run the command again"
     said = f"status {status}" if status else next(iter(str(error.__cause__ or error).splitlines()), repr(error))
-    return f"the upload to {endpoint} failed: {said}; the bundle is complete: `nsds-gguf bundle` uploads it again"
+    return f"a request to {endpoint} failed: {said}{ending}"

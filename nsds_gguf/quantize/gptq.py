@@ -46,7 +46,7 @@ class GptqQuantizer:
     """Rounds the rows of one tensor by GPTQ: less error in the matrix's output than ggml's quantizers, same bytes.
 
     A row's error is ``(x - q)^T H (x - q)``, its squared norm ``sum_j H_jj x_j**2``. The bytes and the error of a row
-    depend on no other row; processors with other vector instructions may differ in last bits. In memory, beside the
+    depend on no other row; processors with other vector instructions may differ in last bits. In memory, besides the
     result: two float32 copies of the rows.
 
     Attributes:

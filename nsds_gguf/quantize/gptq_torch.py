@@ -1,7 +1,7 @@
 """GPTQ rounding and Hessian factors on a PyTorch device: the algorithm of ``gptq``, all rows of a tile at once.
 
-``gptq`` explains the formulas and ``formats`` the layouts; the functions here follow theirs step by step. Scales come
-from ``scales_torch``, so the search too runs on the device. Importing this module imports torch.
+``gptq`` explains the formulas and ``formats`` the layouts; the steps are those of native/rounding.h. Scales come from
+``scales_torch``, so the search runs on the device too. Importing this module imports torch.
 """
 
 from __future__ import annotations
@@ -15,39 +15,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..compute.torch_backend import exact_products, memory_told
-from ..errors import GgmlError, ModelError
+from ..compute.torch_backend import exact_products, is_finite, reports_full_memory
+from ..errors import GgmlError
 from ..llamacpp import ggml
 from ..records import Float32, Float64, Tensor
 from .formats import FORMATS, Blocks, Format, UInt8, joined
-from .hessian_factors import HessianFactors, rounding_order
+from .hessian_factors import DAMPING, SHRINKAGE, HessianFactors, check_factorable, not_definite, rounding_order
 from .quantizer import Quantizer
 from .rtn import make_rtn
 from .scales_torch import find_scales
 
 ROW_TILE = 4096  # most rows of a tile: a GPU works on them at once
-_DETERMINED = 1e-6  # as in ``formats``
+# A determinant below this share of the product of the diagonal counts as 0, as in native/rounding.h.
+_DETERMINED = 1e-6
 _STEPS = (-3, -2, -1, 0, 1, 2, 3)  # of s, tried in a descent
 _KEPT_FACTORS = 2  # on the device
 
 
 def factor_hessian_on(
-    device: str, hessian: NDArray[np.floating], *, shrinkage: float = 0.05, damping: float = 1e-3
+    device: str, hessian: NDArray[np.floating], *, shrinkage: float = SHRINKAGE, damping: float = DAMPING
 ) -> HessianFactors:
     """Factor a Hessian in float64 on a device; arguments, result and errors are those of ``factor_hessian``."""
-    with memory_told():
+    with reports_full_memory():
         order = rounding_order(hessian.diagonal())
         h = torch.from_numpy(hessian[np.ix_(order, order)]).to(device).double()
         diagonal = h.diagonal().clone()
         mean = float(diagonal.mean())
-        if not torch.isfinite(h).all() or mean <= 0:
-            raise ModelError(f"Hessian: wanted finite numbers and a positive diagonal, got a diagonal of mean {mean:g}")
+        check_factorable(is_finite(h), mean)
         diagonal += damping * mean
         h *= 1 - shrinkage
         h.diagonal().copy_(diagonal)
         lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
         if int(info):
-            raise ModelError(f"Hessian: not positive definite with shrinkage {shrinkage:g} and damping {damping:g}")
+            raise not_definite(shrinkage, damping, order[len(order) - int(info)])
         upper = lower.flip(0, 1)
         pivots = upper.diagonal().clone()
         found, variances = (part.float().cpu().numpy() for part in (upper / pivots, pivots.square()))
@@ -109,7 +109,7 @@ class TorchGptqQuantizer:
         return out, squared
 
     def _round_tile(self, tile: Float32, type_name: str) -> tuple[Blocks, Float64]:
-        with _on_device, memory_told(), exact_products(), torch.no_grad():
+        with _on_device, reports_full_memory(), exact_products(), torch.no_grad():
             factors = _factors_on(self.device, self.factors)
             weights = torch.from_numpy(tile.T[self.factors.order]).to(self.device)
             blocks, errors = round_columns(weights, type_name, factors, self.n_descents)
@@ -171,7 +171,15 @@ def round_columns(weights: Any, type_name: str, factors: DeviceFactors, n_descen
 
 
 class _Columns:
-    """The columns of one block being rounded; see ``gptq._Columns``."""
+    """The columns of one block being rounded.
+
+    Attributes:
+        codes: ``(block, n_rows)`` uint8.
+        errors: ``(block, n_rows)`` float32, targets minus rounded values.
+        d, dmin: ``(n_rows,)`` float32, values of float16.
+        s, m: ``(n_sub, n_rows)`` float32, integers.
+
+    """
 
     def __init__(self, targets: Any, scales: tuple[Any, Any, Any, Any], format: Format) -> None:
         """Take the targets, ``(block, n_rows)``, and the scales of one block of every row."""

@@ -22,6 +22,7 @@ from .triangle import packed, unpacked
 
 FACTORS = "Hessian factors"  # begins the names of their records
 
+SHRINKAGE = 0.05  # share by which entries off a Hessian's diagonal are reduced
 DAMPING = 1e-3  # share of the mean of a Hessian's diagonal that is added to it
 
 _IN_MEMORY = 3  # factors in memory: of the current tensor, the next one, and one spare
@@ -64,8 +65,8 @@ class HessianFactors:
     def spread(self, order: NDArray[np.intp]) -> HessianFactors:
         """Return the factors for padded columns: column i is column ``order[i]``, or always zero where it is negative.
 
-        Zero inputs get the variance that damping gives dead columns, and no tie to other columns. The columns are
-        ordered and factored anew: their blocks are those of the padded rows.
+        Zero inputs get the variance that damping gives dead columns, and no correlation with other columns. The columns
+        are ordered and factored again: their blocks are those of the padded rows.
         """
         stored = np.flatnonzero(order >= 0)
         mine: Float64 = (self.upper * self.variances).astype(np.float64) @ self.upper.T
@@ -97,7 +98,7 @@ def rounding_order(diagonal: NDArray[np.floating]) -> Int64:
 
 
 def factor_hessian(
-    hessian: NDArray[np.floating], *, shrinkage: float = 0.05, damping: float = DAMPING, n_threads: int = 1
+    hessian: NDArray[np.floating], *, shrinkage: float = SHRINKAGE, damping: float = DAMPING, n_threads: int = 1
 ) -> HessianFactors:
     """Factor a Hessian.
 
@@ -124,17 +125,13 @@ def factor_hessian(
         reverse[start : start + _PANEL] = hessian[np.ix_(rows, order[::-1])]
     diagonal = reverse.diagonal().copy()
     mean = float(diagonal.mean())
-    if not np.isfinite(reverse).all() or mean <= 0:
-        raise ModelError(f"Hessian: wanted finite numbers and a positive diagonal, got a diagonal of mean {mean:g}")
+    check_factorable(bool(np.isfinite(reverse).all()), mean)
     diagonal += damping * mean
     reverse *= 1 - shrinkage
     np.fill_diagonal(reverse, diagonal)
     failed = cholesky(reverse, n_threads)
     if failed:
-        raise ModelError(
-            f"Hessian: not positive definite with shrinkage {shrinkage:g} and damping {damping:g} (column "
-            f"{order[n_cols - failed]})"
-        )
+        raise not_definite(shrinkage, damping, order[n_cols - failed])
     pivots = reverse.diagonal()[::-1].copy()
     upper = np.empty((n_cols, n_cols), dtype=np.float32)
     for start in range(0, n_cols, _PANEL):
@@ -142,6 +139,19 @@ def factor_hessian(
         upper[:, start:stop] = reverse[::-1, n_cols - stop : n_cols - start][:, ::-1] / pivots[start:stop]
     kept = hessian.diagonal() + damping * mean
     return HessianFactors(upper, np.square(pivots).astype(np.float32), kept.astype(np.float32), order)
+
+
+def check_factorable(is_finite: bool, mean: float) -> None:
+    """Raise ``ModelError`` for a Hessian that is not finite, or whose diagonal has no positive mean."""
+    if not is_finite or mean <= 0:
+        raise ModelError(f"Hessian: wanted finite numbers and a positive diagonal, got a diagonal of mean {mean:g}")
+
+
+def not_definite(shrinkage: float, damping: float, column: int) -> ModelError:
+    """Return the error of a Hessian that cannot be factored; ``column`` is the first that fails."""
+    return ModelError(
+        f"Hessian: not positive definite with shrinkage {shrinkage:g} and damping {damping:g} (column {column})"
+    )
 
 
 class _Recent:

@@ -23,7 +23,7 @@ def round_rows(
 ) -> tuple[Blocks, Float64]:
     """Round rows by GPTQ; see ``gptq`` for the method.
 
-    Each row's result depends on no other row. Releases the GIL; uses one thread. In memory, beside the result: a
+    Each row's result depends on no other row. Releases the GIL; uses one thread. In memory, besides the result: a
     float32 copy of the rows.
 
     Args:
@@ -42,7 +42,8 @@ def round_rows(
     """
     if len(factors.order) != rows.shape[1]:
         raise ValueError(f"wanted factors of {rows.shape[1]} columns, got {len(factors.order)}")
-    (blocks, errors), ordered = _empty(rows, type_name), np.take(rows, factors.order, axis=1)
+    blocks, errors = _empty(rows, type_name)
+    ordered = np.take(rows, factors.order, axis=1)
     x, upper, variances = (
         np.ascontiguousarray(each, dtype=np.float32) for each in (ordered, factors.upper, factors.variances)
     )

@@ -8,14 +8,14 @@ The padded model computes the same, in any llama.cpp. With width d, padded to D:
   and gains of new channels are zero. Norms of heads keep their width and gains; where they share eps with the others
   (Qwen 3), it is far below the squares that it is added to.
 * Gemma multiplies the embedding by ``sqrt(D)``, so its whole stream is larger by ``sqrt(D / d)``: what is added to it
-  takes that factor in front of its norm. Then eps and the gains of norms behind blocks stay.
+  takes that factor before its norm. Then eps and the gains of norms after blocks stay.
 * Head sizes, which llama.cpp would derive from the width, become explicit. Qwen 2 in llama.cpp wants as many query
   channels as the stream has: each group of query heads gets heads of zeros, whose output meets zero columns. Key and
   value heads, and so the cache, stay.
 
-A zero is exact in every type where its sub-block is zero, so widths must be a multiple of 32. Statistics of the model
-itself serve the padded one: ``columns_of`` and ``rows_of`` say which column and row of a padded tensor is which of the
-original.
+A zero is exact in every type where its sub-block is zero, so widths must be a multiple of 32. Statistics of the
+original also hold for the padded model: ``columns_of`` and ``rows_of`` say which column and row of a padded tensor is
+which of the original.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from gguf import GGUFValueType
+from gguf.constants import QK_K
 from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
@@ -34,22 +35,22 @@ from ..records.transforms import Order, Scale, SpreadColumns, SpreadRows
 
 WIDTH = "width"  # the padding of recipes: of the residual stream
 
-_MULTIPLE, _SUB_BLOCK = 256, 32
+_MULTIPLE, _SUB_BLOCK = QK_K, 32
 
 _LAYERS_OF_GEMMA3_27B = 62
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 
-_READ = ("token_embd", "output", "attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
-_WRITE = ("attn_output", "ffn_down")
+_CONSUMERS = ("token_embd", "output", "attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
+_PRODUCERS = ("attn_output", "ffn_down")
 _GAINS = ("attn_norm", "ffn_norm", "output_norm")
-_GAINS_BEHIND = ("post_attention_norm", "post_ffw_norm")
-_WRITE_BIASES = ("attn_output.bias", "ffn_down.bias")
+_POST_GAINS = ("post_attention_norm", "post_ffw_norm")
+_PRODUCER_BIASES = ("attn_output.bias", "ffn_down.bias")
 _OTHERS = (
     "attn_q.bias", "attn_k.bias", "attn_v.bias", "attn_q_norm", "attn_k_norm", "ffn_gate.bias", "ffn_up.bias",
     "output.bias", "rope_freqs",
 )  # fmt: skip
-_KNOWN = frozenset((*_READ, *_WRITE, *_GAINS, *_GAINS_BEHIND, *_WRITE_BIASES, *_OTHERS))
+_KNOWN = frozenset((*_CONSUMERS, *_PRODUCERS, *_GAINS, *_POST_GAINS, *_PRODUCER_BIASES, *_OTHERS))
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,14 @@ def padding_obstacle(model: Model) -> str:
     if h.n_embd % _MULTIPLE == 0:
         return f"its width {h.n_embd} is a multiple of {_MULTIPLE} already"
     if h.n_embd % _SUB_BLOCK:
-        return f"its width {h.n_embd} is not a multiple of {_SUB_BLOCK}, so that zeros would share sub-blocks"
+        return f"its width {h.n_embd} is not a multiple of {_SUB_BLOCK}, so zeros would share sub-blocks with weights"
     if h.norm != "rms":
         return f"its norms are of kind {h.norm}, not RMS"
     if model.architecture == "gemma3" and h.n_layers == _LAYERS_OF_GEMMA3_27B:
         return "llama.cpp scales the attention of this size by its width"
     unknown = next((tensor for tensor in model.tensors if tensor.role not in _KNOWN), None)
     if unknown is not None:
-        return f"padding does not know what {unknown.name} reads and writes"
+        return f"how to pad {unknown.name} is not known"
     if model.architecture == "qwen2" and _more_heads(model) == 0:
         return (
             f"llama.cpp wants {padded_width(model)} query channels in it, which heads of {h.head_dim} shared by "
@@ -164,16 +165,16 @@ def _scales_embedding(model: Model) -> bool:
 def _padded(tensor: Tensor, model: Model, widths: _Widths) -> Tensor:
     """Return a tensor with zeros; norms, and what is added to Gemma's stream, with a factor."""
     role, rows, columns = tensor.role, None, None
-    if role in (*_READ, *_WRITE_BIASES, *_GAINS, *_GAINS_BEHIND):
+    if role in (*_CONSUMERS, *_PRODUCER_BIASES, *_GAINS, *_POST_GAINS):
         columns = widths.stream
-    if role in _WRITE:
+    if role in _PRODUCERS:
         rows = widths.stream
     if role == "attn_q":
         rows = widths.heads
     elif role in ("attn_q.bias", "attn_output"):
         columns = widths.heads
     factor = math.sqrt(widths.share) if role in _GAINS else 1.0
-    if _scales_embedding(model) and role in (*_WRITE, *_WRITE_BIASES):
+    if _scales_embedding(model) and role in (*_PRODUCERS, *_PRODUCER_BIASES):
         factor = 1 / math.sqrt(widths.share)
     return _spread(tensor, rows, columns, factor)
 

@@ -76,7 +76,10 @@ class RtnQuantizer:
 
 
 def _packed(rows: Float32, type_name: str, weights: Float32) -> NDArray[np.uint8]:
-    """Return the bytes of rows; ggml rounds the blocks whose codes it takes from an earlier step."""
+    """Return the bytes of rows .
+
+    Blocks with a scale that is 0 or not finite go through ggml, which keeps codes of an earlier step there.
+    """
     format, blocks = FORMATS[type_name], nearest_rows(rows, type_name, weights)[0]
     with np.errstate(over="ignore", invalid="ignore"):  # scales beyond float16 become infinite
         data = format.pack(blocks)

@@ -41,7 +41,7 @@ class Resume:
 
     Attributes:
         key: digest of what its bytes depend on; a file with another key is written from the start.
-        say: told of the tensors that are kept, and of those that must be written again.
+        say: called with a note on the tensors that are kept, and on those that must be written again.
 
     """
 

@@ -34,7 +34,7 @@ _OTHER_MODELS = re.compile(
     r"(\.|$)"
 )
 
-# Layers of multi-token prediction beside the model's own.
+# Layers of multi-token prediction, in addition to the model's own.
 _MTP = re.compile(r"(model\.|language_model\.)*mtp\.")
 
 
@@ -90,7 +90,7 @@ def _part_of_heads(sizes: Sizes, which: slice) -> Order:
 
 
 def _delta_parts(sizes: Sizes) -> list[Order]:
-    """Qwen3-Next stores, for each head of keys, its query, key, values and gates: the rows of each of the four."""
+    """Return the rows of queries, keys, values and gates, which Qwen3-Next stores together for each key head."""
     heads, head = sizes["k_heads"], sizes["delta_k"] // sizes["k_heads"]
     values = sizes["delta_v"] // heads
     rows = np.arange(sizes["delta_qkvz"], dtype=np.intp).reshape(heads, -1)
@@ -98,7 +98,7 @@ def _delta_parts(sizes: Sizes) -> list[Order]:
 
 
 def _turns(sizes: Sizes, head: int) -> Order:
-    """Qwen 3.5 stores the values' heads by the keys' heads; llama.cpp the first of each, then the second of each."""
+    """Return value heads in llama.cpp's order, the first of every key head first; Qwen 3.5 groups them by key head."""
     shape = (sizes["k_heads"], sizes["v_heads/k_heads"], head)
     order: Order = np.arange(math.prod(shape), dtype=np.intp).reshape(shape).swapaxes(0, 1).ravel()
     return order

@@ -42,7 +42,7 @@ class TensorType:
 
 @dataclass(frozen=True)
 class Fit:
-    """A memory that a file must fit, together with all that llama.cpp keeps beside the weights.
+    """A memory that a file must fit, together with all that llama.cpp keeps besides the weights.
 
     Attributes:
         memory_bytes: the memory.
@@ -79,8 +79,8 @@ class Options:
         prefer: key of ``allocate.PREFERENCES``: the tie-breaker between types of about the same cost.
         seed: of random tokens, and of the allocator ``random``.
         device: key of ``compute.BACKENDS``.
-        pad: ``on`` pads the residual stream with zeros to a multiple of 256, ``off`` never does; ``AUTO``: where the
-            budget is out of reach otherwise, or padding adds little and the predicted divergence is less.
+        pad: ``on`` pads the residual stream with zeros to a multiple of 256, ``off`` never does; ``AUTO`` pads
+            if the budget is out of reach otherwise, or if padding adds little and lowers the predicted divergence.
         calibration_tokens: how many tokens of calibration text the model generates; default: 8192.
 
     """
@@ -130,7 +130,7 @@ class Recipe:
         seed: of the tokens that calibration draws or generates.
         allocation_seed: of the allocator ``random``.
         device: key of ``compute.BACKENDS``.
-        padding: ``width`` where the residual stream is padded with zeros (``quantize.padding``), else ``None``.
+        padding: ``width`` if the residual stream is padded with zeros (``quantize.padding``), else ``None``.
         calibration_tokens: how many tokens of calibration text the model generates; ``None`` where it generates none.
 
     """

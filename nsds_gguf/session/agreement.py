@@ -1,4 +1,4 @@
-"""What a predicted divergence means to a reader of the model's text: how often the file picks the same next token.
+"""What a predicted divergence means for generated text: how often the file picks the original's next token.
 
 With the KL divergence D from the original, in nats per token, the most likely token is the original's at about
 
@@ -31,14 +31,14 @@ def expected_agreement(divergence: float) -> float:
     return math.exp(-SLOPE * math.sqrt(divergence))
 
 
-def is_bearable(plan: Plan) -> bool:
-    """Return whether a plan needs no warning; true where its divergence is not predicted."""
+def is_acceptable(plan: Plan) -> bool:
+    """Return whether a plan needs no warning; true if its divergence is not predicted."""
     predicted = plan.predicted_divergence
     return predicted is None or expected_agreement(predicted) >= LEAST
 
 
 def agreement_note(model: Model, plan: Plan, recipe: Recipe, scores: Scores) -> str:
-    """Return the warning of a plan that is not bearable, with the smallest budget that gives a good one.
+    """Return the warning of a plan that is not acceptable, with the smallest budget whose agreement is good.
 
     Args:
         model: the original.
@@ -61,7 +61,7 @@ def agreement_note(model: Model, plan: Plan, recipe: Recipe, scores: Scores) -> 
 
 
 def _smallest_good(model: Model, plan: Plan, recipe: Recipe, scores: Scores) -> Plan | None:
-    """Return the plan of the smallest budget, in steps, whose agreement is good; ``None`` where there is none."""
+    """Return the plan of the smallest budget, in steps, whose agreement is good; ``None`` if there is none."""
     laid = laid_out(model, recipe)
     found = candidates(laid, recipe.types, recipe.tensor_types)
     floor = nearest_bpw(sum(each.n_bytes(each.types[0]) for each in found), model.n_weights)

@@ -76,7 +76,7 @@ class Calibrated:
             model: the model.
             run: threads and reporter.
             files: folder for temporary files.
-            fast_copy: gives the model as a GGUF that generates and reads text, for the length of a ``with`` block.
+            fast_copy: yields the model as a GGUF that generates and reads text, for the length of a ``with`` block.
             imatrix: the importance matrix that recipes name; raises ``RecordError`` when it belongs to another model.
             store: records of finished work; ``None`` for no records.
             workers: run the tasks of stages; default: the threads of ``run``.

@@ -19,7 +19,7 @@ from .run import Run
 
 @contextmanager
 def open_workers(run: Run, model: Model) -> Iterator[Workers]:
-    """Give the workers of a run for the length of a ``with`` block.
+    """Yield the workers of a run for the length of a ``with`` block.
 
     Raises ``ClusterError`` when the cluster cannot be reached or one of its workers does not fit.
     """
@@ -32,7 +32,7 @@ def open_workers(run: Run, model: Model) -> Iterator[Workers]:
 
 
 def software() -> dict[str, str]:
-    """Return what results depend on beside the input: versions, and the kernels that BLAS chose for this CPU."""
+    """Return what results depend on besides the input: versions, and the kernels that BLAS chose for this CPU."""
     import scipy.linalg  # noqa: F401  with a BLAS of its own, which shows once it is loaded
 
     blas = {str(pool.get("architecture", "")) for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"}

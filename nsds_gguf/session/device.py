@@ -1,4 +1,4 @@
-"""The device of a run: where ``auto`` leaves it open, the GPU if it can be used and has room, else the CPU."""
+"""The device of a run: for ``auto`` the GPU, if it can be used and has room, else the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FACTORING_BYTES = 32  # per entry of a Hessian: float64 Hessian, its scaled cop
 
 
 def choose_device(name: str, model: Model) -> tuple[str, str]:
-    """Return the key of ``BACKENDS`` to use, and a note where a GPU is there but too small.
+    """Return the key of ``BACKENDS`` to use, and a note if there is a GPU but it is too small.
 
     Raises ``PlanError`` for a named device that cannot run here.
     """
@@ -23,7 +23,7 @@ def choose_device(name: str, model: Model) -> tuple[str, str]:
         return DEFAULT_BACKEND, ""
     shortage = lacks_device_memory(device_bytes(model))
     if shortage:
-        return DEFAULT_BACKEND, f"The GPU is not used: {model.name} takes {shortage}; --device cuda tries it."
+        return DEFAULT_BACKEND, f"The GPU is not used: {model.name} needs {shortage}; --device cuda tries anyway."
     return CUDA, ""
 
 

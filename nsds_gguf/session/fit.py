@@ -1,4 +1,4 @@
-"""The largest file that fits a memory, beside the KV cache, the buffers and the projector of llama.cpp."""
+"""The largest file that fits a memory together with llama.cpp's KV cache, buffers and projector."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ..system.workfolder import WorkFolder
 from .run import Run
 from .settle import settle
 
-SHARE_OF_FREE = 0.9  # of the memory that is free now: other programs, and the driver, want some of it
+SHARE_OF_FREE = 0.9  # of the memory that is free now; the rest is for other programs and the driver
 _SMALLEST_CTX = 512
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A memory, and what goes into it; of the weights, the whole file counts."""
+    """A memory, and what goes into it; the whole file counts as weights."""
 
     fit: Fit
     memory: Memory
@@ -46,7 +46,7 @@ class Fitted:
 
 
 def machine_memory() -> tuple[int, str]:
-    """Return the bytes to fit a file into on this machine, and whose they are: those of its GPU if it has one."""
+    """Return the memory to fit, in bytes, and what it belongs to: the GPU if there is one, else this machine."""
     free = free_nvidia_bytes()
     if free is None and not missing_cuda():
         free = free_device_bytes()
@@ -55,7 +55,7 @@ def machine_memory() -> tuple[int, str]:
 
 
 def fitted(model: Model, options: Options, run: Run) -> tuple[Options, Fitted | None]:
-    """Return options with the budget that a memory leaves, and what goes into that memory beside the file.
+    """Return options with the budget that a memory leaves for the file, and what else goes into that memory.
 
     Raises:
         PlanError: a second budget, or a type of the cache that the model's heads do not fit.
@@ -86,14 +86,12 @@ def _check_alone(options: Options) -> None:
 
 
 def memory_beside_weights(model: Model, contexts: Sequence[Context], run: Run) -> list[Memory]:
-    """Return what llama.cpp keeps beside the weights, one entry per context.
+    """Return what llama.cpp keeps besides the weights, one entry per context.
 
-    The formulas say whether and what; where llama.cpp can load an outline of the model, its own figures count.
+    Formulas decide whether that is known; if llama.cpp can load an outline of the model, its own figures replace them.
     Raises ``UnsupportedError`` and ``PlanError`` as ``memory`` does.
     """
-    keys = {key: entry.value for key, entry in model.metadata.items()}
-    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
-    found = [memory(model.architecture, keys, shapes, context) for context in contexts]
+    found = [_calculated(model, context) for context in contexts]
     try:
         with (
             run.report.stage("ask llama.cpp for buffers"),
@@ -104,6 +102,13 @@ def memory_beside_weights(model: Model, contexts: Sequence[Context], run: Run) -
     except VerifyError as error:
         run.report.say(f"Sizes of cache and buffers are calculated, since llama.cpp does not report them: {error}")
         return found
+
+
+def _calculated(model: Model, context: Context) -> Memory:
+    """Return what the formulas say."""
+    keys = {key: entry.value for key, entry in model.metadata.items()}
+    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
+    return memory(model.architecture, keys, shapes, context)
 
 
 def _reported(path: Path, context: Context) -> Memory:
@@ -125,12 +130,10 @@ def smallest_file_bytes(model: Model, recipe: Recipe) -> int:
 
 
 def _too_small(model: Model, fit: Fit, beside: Memory, smallest: int) -> str:
-    """Return what is lacking, and the largest context that would fit, if any would."""
-    keys = {key: entry.value for key, entry in model.metadata.items()}
-    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
+    """Return the message of a model that does not fit, with the largest context that would, if any."""
     n_ctx = fit.n_ctx // 2
     while n_ctx >= _SMALLEST_CTX:
-        less = memory(model.architecture, keys, shapes, Context(n_ctx, fit.cache_type))
+        less = _calculated(model, Context(n_ctx, fit.cache_type))
         if less.total + fit.projector_bytes + smallest <= fit.memory_bytes:
             break
         n_ctx //= 2

@@ -26,7 +26,7 @@ _NAME_LETTERS = 96
 class Output:
     """The output path: a file, an existing folder, or ``None`` for the working directory.
 
-    ``mmproj`` is the type of the vision part to write beside it, one of ``PROJECTOR_TYPES``; ``None`` for none.
+    ``mmproj`` is the type of the vision part to write next to it, one of ``PROJECTOR_TYPES``; ``None`` for none.
     """
 
     path: Path | None = None

@@ -1,4 +1,4 @@
-"""Whether the files of a recipe are padded: as the user says, or as the budget asks for."""
+"""Whether the files of a recipe are padded: as the user says, or as the budget requires."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..records import AUTO, Model, Recipe, Scores, Target
 
 # Values of ``Options.pad``, and what each does.
 PADDINGS: Mapping[str, str] = {
-    AUTO: "where the budget is out of reach otherwise, or padding adds little and the predicted divergence is less",
+    AUTO: "pad if the budget is out of reach otherwise, or if padding adds little and lowers the predicted divergence",
     "on": "pad",
     "off": "never pad",
 }
@@ -24,7 +24,7 @@ LITTLE = 0.15
 
 
 def settle_padding(wanted: str, model: Model, recipe: Recipe, scores: Scores | None) -> tuple[Recipe, Recipe | None]:
-    """Return a recipe with its padding, and an alternative where both ways have to be planned.
+    """Return a recipe with its padding, and an alternative if both ways have to be planned.
 
     Args:
         wanted: key of ``PADDINGS``.

@@ -1,4 +1,4 @@
-"""The vision part of a model beside its file (mmproj): opened before the work, so that a refusal comes first."""
+"""The vision part of a model, a file of its own (mmproj): opened first, so that it is refused before any work."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class ProjectorFile:
 
 
 def projector_files(model: Model, output: Output, folder: Path, run: Run) -> list[ProjectorFile]:
-    """Return the file of the vision part that ``output`` asks for, or none; say what it will be.
+    """Return the file of the vision part that ``output`` asks for, or none; report its name and size.
 
-    Raises ``UnsupportedError`` where the model has no vision part that llama.cpp's format holds.
+    Raises ``UnsupportedError`` if the model has no vision part that llama.cpp's format holds.
     """
     if output.mmproj is None:
         return []
@@ -45,8 +45,8 @@ def projector_files(model: Model, output: Output, folder: Path, run: Run) -> lis
     projector = open_projector(model.path, output.mmproj)
     found = ProjectorFile(projector, folder / projector_name(projector))
     run.report.say(
-        f"The vision part is written beside it: {found.path.name}, projector {projector.kind}, {projector.type}, "
-        f"{found.n_bytes / 2**20:.2f} MiB."
+        f"The vision part is written to a file of its own: {found.path.name}, projector {projector.kind}, "
+        f"{projector.type}, {found.n_bytes / 2**20:.2f} MiB."
     )
     return [found]
 

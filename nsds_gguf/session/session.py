@@ -29,7 +29,7 @@ from ..system.resources import THREADED_WIDTH, blas_threads, check_disk
 from ..system.store import Store
 from ..system.workers import Threads, Workers
 from ..system.workfolder import WorkFolder
-from .agreement import agreement_note, is_bearable
+from .agreement import agreement_note, is_acceptable
 from .calibrated import Calibrated
 from .estimate import MEASURE, SCORE, VERIFY, WRITE
 from .finished import keep_cost, kept_cost, kept_layers, tell_costs
@@ -92,7 +92,7 @@ class Session:
 
     @contextmanager
     def fast_copy(self) -> Iterator[Path]:
-        """Give the model as a GGUF that llama.cpp evaluates fast, to generate and read text, in a ``with`` block.
+        """Yield the model as a GGUF that llama.cpp evaluates fast, to generate and read text, in a ``with`` block.
 
         It is a temporary file of Q8_0, or the original if its matrices are quantized already.
         """
@@ -182,7 +182,7 @@ class Session:
         return replace(scores, costs=in_order, notes=tuple(notes), versions=versions)
 
     def plans(self, settled: Sequence[Settled], scores: Scores | None) -> list[Plan]:
-        """Score once, or use ``scores``, and allocate for every budget; of two recipes take the better plan."""
+        """Score once, or use ``scores``, and allocate for every budget; of two recipes keep the better plan."""
         known: dict[str | None, Scores | None] = {}
         recipes = [recipe for each in settled for recipe in each.recipes]
         for padding in dict.fromkeys(recipe.padding for recipe in recipes):
@@ -193,7 +193,7 @@ class Session:
         ]
         if what_is_missing(self.model) or not ALLOCATORS[recipes[0].allocator].predicts:  # no prediction in nats
             return best
-        return [plan if is_bearable(plan) else self._warned(plan, known, scores) for plan in best]
+        return [plan if is_acceptable(plan) else self._warned(plan, known, scores) for plan in best]
 
     def _warned(self, plan: Plan, known: dict[str | None, Scores | None], loaded: Scores | None) -> Plan:
         """Return a plan with a note on what its divergence means; the better budget that it names is not padded."""

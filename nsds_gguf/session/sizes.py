@@ -78,8 +78,8 @@ class Sizes:
         rounding, calibration: those of the predictions.
         sizes: the rows.
         notes: notes on the numbers, one sentence each.
-        contexts: contexts that somebody asked about.
-        beside: what llama.cpp keeps beside the weights with each of them; empty where that is not known.
+        contexts: the contexts that the caller asked about.
+        beside: what llama.cpp keeps besides the weights in each context; empty if that is not known.
     """
 
     model_name: str
@@ -94,7 +94,7 @@ class Sizes:
     beside: tuple[Memory, ...] = ()
 
     def largest_that_fits(self, memory_bytes: int, beside: Memory) -> Size | None:
-        """Return the largest size that fits a memory with all that lies beside it; ``None`` if none does."""
+        """Return the largest size that fits a memory together with what else goes into it; ``None`` if none does."""
         fitting = (size for size in self.sizes if size.file_bytes + beside.total <= memory_bytes)
         return max(fitting, key=lambda size: size.file_bytes, default=None)
 
@@ -126,7 +126,7 @@ def possible_sizes(
         options: options without a budget.
         loaded: scores from an earlier run, instead of measuring.
         run: threads and reporter.
-        contexts: for each, say what llama.cpp keeps beside the weights.
+        contexts: for each, return what llama.cpp keeps besides the weights.
 
     Raises:
         NsdsError: anything that a user can act on.
@@ -174,7 +174,7 @@ def possible_sizes(
 
 
 def _beside(model: Model, contexts: Sequence[Context], run: Run) -> tuple[tuple[Memory, ...], tuple[str, ...]]:
-    """Return what lies beside the weights in each context, or a note on why that is not known."""
+    """Return what llama.cpp keeps besides the weights in each context, or a note on why that is not known."""
     if not contexts:
         return (), ()
     try:

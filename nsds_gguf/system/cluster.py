@@ -90,7 +90,7 @@ class Cluster:
     slab_bytes = SLAB_BYTES
 
     def __init__(self, client: distributed.Client, requirements: Requirements) -> None:
-        """Take a connected client; raises ``ClusterError`` when no worker is there, or one does not fit."""
+        """Take a connected client; raises ``ClusterError`` when a worker does not fit."""
         self._client, self._needed = client, pickle.dumps(requirements)
         self._known = 0.0, 0, 0
         wanted = requirements.software.get("nsds-gguf", "")
@@ -251,9 +251,9 @@ def connected(address: str, n_local: int, requirements: Requirements) -> Iterato
 
 @contextmanager
 def _local_cluster(n_processes: int) -> Iterator[distributed.LocalCluster]:
-    """Start processes of one thread, whose nannies replace those that die; they end with the block or this process.
+    """Start processes of one thread, which end with the block or with this process; nannies replace those that die.
 
-    A nanny that lost its process twice may be given up by Dask as lost within a few seconds; here it never is.
+    Dask may give up a nanny within seconds when its process dies twice; the timeout here keeps it.
     """
     import dask
     from distributed import LocalCluster
@@ -280,7 +280,7 @@ def _kill(cluster: distributed.LocalCluster) -> None:
     """End the processes at once, whatever they compute: after Ctrl-C the client has no time to wait for them."""
     for nanny in cluster.workers.values():
         nanny.auto_restart = False
-        with suppress(OSError, TypeError):  # it has none now
+        with suppress(OSError, TypeError):  # it has no process now
             os.kill(nanny.pid, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
 
 

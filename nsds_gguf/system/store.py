@@ -55,7 +55,7 @@ _UNREADABLE = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZi
 class Store:
     """Records in a folder, of one key; several stores may share the folder, but no two may share a name.
 
-    Names say what a record is of, in words for the user, with a part after a stroke: ``sensitivities/blk.3``. Threads
+    Names say what a record is of, in words for the user, with a part after a slash: ``sensitivities/blk.3``. Threads
     may use a store at the same time for different names.
 
     Attributes:
@@ -145,23 +145,23 @@ class Store:
                 self._path(name, suffix).unlink()
 
     def remove_all(self, kind: str) -> None:
-        """Remove the records whose names begin with ``kind`` and a stroke, of any key."""
+        """Remove the records whose names begin with ``kind`` and a slash, of any key."""
         found = list(self._of_kind(kind))
         for path in sorted(found, key=lambda path: path.suffix != HEAD):
             with suppress(OSError):
                 path.unlink()
 
     def n_bytes(self, kind: str) -> int:
-        """Return the bytes of the records whose names begin with ``kind`` and a stroke."""
+        """Return the bytes of the records whose names begin with ``kind`` and a slash."""
         return sum(path.stat().st_size for path in self._of_kind(kind))
 
     def tell_kept(self, what: str, names: Sequence[str] = (), total: int = 0) -> None:
-        """Tell once what is kept of an interrupted run, and what is left.
+        """Report once what an interrupted run left to reuse, and how much remains to do.
 
         Args:
             what: the things, in words.
-            names: the records of those that are there; nothing is told where this run put them all.
-            total: number of things; 0 where a single record holds them all.
+            names: the records of those that exist; if this run put them all, nothing is reported.
+            total: number of things; 0 if a single record holds them all.
 
         """
         kept = sum(name not in self._put for name in names)
@@ -169,7 +169,7 @@ class Store:
             self._tell(kept_note(what, kept, total))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state without what hears of records, for another process."""
+        """Return the state for another process: it reports nothing."""
         return {**self.__dict__, "_say": None, "_said": set(), "_put": set()}
 
     def _path(self, name: str, suffix: str) -> Path:
@@ -233,7 +233,7 @@ def file_name(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """Return a name in letters, digits and ``_.-``, with ``+`` for strokes."""
+    """Return a name in letters, digits and ``_.-``, with ``+`` for slashes."""
     return re.sub(r"[^A-Za-z0-9_.+-]", "_", name.replace("/", "+"))
 
 

@@ -111,7 +111,7 @@ def in_order(
 
 
 def _first(pending: deque[tuple[Task, Future[Result]]]) -> tuple[Task, Result]:
-    """Wait for the oldest task; its future is let go before the result is used."""
+    """Wait for the oldest task; drop its future before the result is used."""
     task, future = pending[0]
     result = future.result()
     pending.popleft()

@@ -2,9 +2,9 @@
 
     python tools/bench/bench_stages.py MODEL [--target-bpw 4.5] [--rounding gptq] [--threads N] [--no-verify]
 
-Wall and CPU time of each stage, llama.cpp's process included, beside the estimate told
-before it starts, and the operations that the stage needs at least and their time at the rate of sgemm on the same
-threads, measured in the same run. CPU time tells more on a busy machine.
+For each stage: the estimate shown before it starts; wall and CPU time, llama.cpp's process included; the operations
+that it needs at least; and its CPU time over theirs at the rate of sgemm, measured on the same threads in the same run.
+On a busy machine CPU time is the more reliable one.
 """
 
 from __future__ import annotations

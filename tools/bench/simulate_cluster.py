@@ -24,13 +24,16 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from models import make_model
 
+from nsds_gguf.compute.layers import view_layer
 from nsds_gguf.llamacpp import ggml
 from nsds_gguf.quantize.gptq import ROW_TILE, GptqQuantizer
 from nsds_gguf.quantize.hessian_factors import factor_hessian
 from nsds_gguf.quantize.measure import FIRST_SAMPLE
 from nsds_gguf.quantize.rtn import RtnQuantizer
 from nsds_gguf.records import Float32, Hparams
+from nsds_gguf.sensitivity.blocks import block_update
 from nsds_gguf.sensitivity.fisher import fisher
+from nsds_gguf.sensitivity.moments import Signal
 from nsds_gguf.system.cluster import SLAB_BYTES
 from nsds_gguf.system.resources import blas_threads
 from nsds_gguf.system.workers import AHEAD, FAR_AHEAD
@@ -143,7 +146,10 @@ def tile_seconds(rng: np.random.Generator, n: int) -> float:
 
 
 def record_layer(rng: np.random.Generator, sgemm: float) -> tuple[float, float]:
-    """Run one layer of TinyLlama's dimensions through the Fisher pass and through moment propagation."""
+    """Run one layer of TinyLlama's dimensions through the Fisher pass and through moment propagation.
+
+    Returns the seconds of the pass over those of its products by sgemm, and the seconds of propagation per weight.
+    """
     d, ff, n_kv = 2048, 5632, 256
     shapes = {"attn_q": (d, d), "attn_k": (n_kv, d), "attn_v": (n_kv, d), "attn_output": (d, d),
               "ffn_gate": (ff, d), "ffn_up": (ff, d), "ffn_down": (d, ff)}  # fmt: skip
@@ -156,10 +162,6 @@ def record_layer(rng: np.random.Generator, sgemm: float) -> tuple[float, float]:
     hparams = Hparams(n_layers=1, n_embd=d, n_ff=ff, n_heads=32, n_kv_heads=4, head_dim=64, n_vocab=256,
                       n_ctx_train=2048, norm_eps=1e-5)  # fmt: skip
     model, tokens = make_model(arrays, hparams), rng.integers(0, 256, (1, 512))
-    from nsds_gguf.compute.layers import view_layer
-    from nsds_gguf.sensitivity.blocks import block_update
-    from nsds_gguf.sensitivity.moments import Signal
-
     start = time.process_time()
     fisher(model, tokens, 1)
     passed = time.process_time() - start

@@ -50,7 +50,7 @@ def allocated(path: Path, context: Context) -> dict[str, float]:
 
 
 def calculated(model: Any, context: Context) -> dict[str, float]:
-    """Return the MiB of the formulas; of the weights, what lies in the file behind its header."""
+    """Return the MiB of the formulas; of the weights, the data in the file after its header."""
     keys = {key: entry.value for key, entry in model.metadata.items()}
     found = memory(model.architecture, keys, {tensor.name: tensor.shape for tensor in model.tensors}, context)
     return {

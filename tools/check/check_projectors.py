@@ -17,7 +17,9 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).parent)]
@@ -50,19 +52,29 @@ def main() -> int:
         said = run_converter(jobs, args.llama_cpp)
         golden, n_faults = {}, 0
         for case, (folder, kind) in cases.items():
-            if said[case] is not None:
-                faults, entry = [f"the converter failed: {said[case]}"], None
-            else:
-                entry = read_entry(_written(Path(jobs[case]["outfile"])))
-                faults = _faults(read_entry(projector_ours(folder, work / f"{folder.name}-{kind}.ours", kind)), entry)
-                golden[case] = projector_record(entry)
+            faults, theirs = [f"the converter failed: {said[case]}"], None
+            if said[case] is None:
+                theirs = read_entry(_written(Path(jobs[case]["outfile"])))
+                faults = _faults(read_entry(projector_ours(folder, work / f"{folder.name}-{kind}.ours", kind)), theirs)
+                golden[case] = projector_record(theirs)
             n_faults += len(faults)
-            print(f"{case:36} {len(entry.tensors) if entry else 0:4} tensors  {'DIFFERS' if faults else 'equal'}")
-            print("".join(f"    {fault}\n" for fault in faults), end="")
+            _report(case, theirs, faults)
     if args.record and not n_faults:
-        before = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
-        GOLDEN.write_text(json.dumps(dict(sorted({**before, **golden}.items())), indent=0) + "\n", encoding="utf-8")
+        _record(golden)
     return 1 if n_faults else 0
+
+
+def _report(case: str, theirs: Entry | None, faults: list[str]) -> None:
+    n_tensors = 0 if theirs is None else len(theirs.tensors)
+    print(f"{case:36} {n_tensors:4} tensors  {'DIFFERS' if faults else 'equal'}")
+    for fault in faults:
+        print(f"    {fault}")
+
+
+def _record(found: Mapping[str, Any]) -> None:
+    """Write the golden record; records of models that were not compared stay."""
+    before = json.loads(GOLDEN.read_text(encoding="utf-8")) if GOLDEN.exists() else {}
+    GOLDEN.write_text(json.dumps(dict(sorted({**before, **found}.items())), indent=0) + "\n", encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:

@@ -49,7 +49,7 @@ from nsds_gguf.session.run import Run
 from nsds_gguf.system.resources import blas_threads
 
 # Largest differences, relative to the largest value of an array; sensitivities each to its own, because a prediction is
-# sampled anew where two logits differ by less than float32 can tell.
+# sampled differently if two logits differ by less than float32 resolves.
 TOLERANCES = {"streams": 1e-4, "Hessians": 1e-4, "input sums": 1e-4, "column squares": 1e-9, "NSDS": 1e-4,
               "sensitivities": 1e-2}  # fmt: skip
 PREDICTED, DIVERGENCE = 0.005, 1.01  # of each model; geometric mean of the ratios
@@ -102,7 +102,7 @@ def main() -> int:
 
 
 def compare_spec(name: str, device: str) -> int:
-    """Return 1 when a random model comes out otherwise than on the CPU."""
+    """Return 1 when a random model comes out differently from the CPU."""
     with tempfile.TemporaryDirectory() as folder, blas_threads(1):
         path = write_spec(Path(folder) / name, name)
         model = open_model(path)
@@ -219,7 +219,7 @@ def compare_conversions(path: Path, device: str) -> tuple[int, float]:
 
 
 def data_of(made: nsds_gguf.Converted) -> Any:
-    """Return the bytes of a file behind its header, which names the device."""
+    """Return the bytes of a file after its header, which names the device."""
     return np.fromfile(made.path, np.uint8)[made.plan.header_bytes :]
 
 

@@ -1,7 +1,7 @@
 """Run PyTorch's parts of a conversion on the meta device, which computes shapes and refuses operands of another device.
 
 So a tensor that stays on the CPU by mistake shows where there is no GPU. What needs values is replaced: arrays that
-come back are zeros, choices of experts are arbitrary. Patches the modules for good: run it in a process of its own.
+come back are zeros, choices of experts are arbitrary. The patches stay: run it in a separate process.
 
     python tools/check/meta_device.py [NAME ...]
 """
@@ -70,7 +70,7 @@ def _check_that_devices_are_told_apart() -> None:
         torch.zeros(1) + torch.zeros(2, device="meta")
     except RuntimeError:
         return
-    raise SystemExit("this PyTorch adds tensors of the meta device to those of the CPU: nothing can be told")
+    raise SystemExit("this PyTorch adds tensors of the meta device to those of the CPU, so this check shows nothing")
 
 
 def _replace_what_needs_values() -> None:

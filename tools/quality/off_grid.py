@@ -8,7 +8,7 @@ it where it is read; only float32 rounding is added:
 
 | written by | read by |
 |---|---|
-| gain of the norm in front of a block | columns of q, k, v, or of gate and up |
+| gain of the norm before a block | columns of q, k, v, or of gate and up |
 | rows of v | columns of attn_output, of every query head of the group |
 | rows of up | columns of down |
 

@@ -8,7 +8,7 @@ The padded model computes the same in stock llama.cpp. With ``d`` the width and 
 * RMSNorm divides by the root of the mean over ``D`` in place of ``d`` channels: its gain takes ``sqrt(d / D)`` and its
   epsilon ``d / D``;
 * heads keep their size, so it must be stated where it was ``d / n_heads``;
-* Gemma multiplies the embedding by ``sqrt(width)``, so its stream grows by ``c = sqrt(D / d)``: norms behind blocks
+* Gemma multiplies the embedding by ``sqrt(width)``, so its stream grows by ``c = sqrt(D / d)``: norms after blocks
   take ``c``, and epsilon ``c**2`` more. Norms of single heads, which share the key of epsilon, get one that is too
   large by that: 6e-5 nats on Gemma 3 270M.
 """
@@ -27,7 +27,7 @@ SCALED_STREAM = {"llama": False, "gemma3": True}  # whether the embedding is mul
 
 READERS = ("token_embd", "output", "attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up")
 WRITERS = ("attn_output", "ffn_down")
-NORMS, NORMS_BEHIND = ("attn_norm", "ffn_norm", "output_norm"), ("post_attention_norm", "post_ffw_norm")
+NORMS, POST_NORMS = ("attn_norm", "ffn_norm", "output_norm"), ("post_attention_norm", "post_ffw_norm")
 
 EPSILON = "{arch}.attention.layer_norm_rms_epsilon"
 HEAD_SIZES = ("{arch}.attention.key_length", "{arch}.attention.value_length")
@@ -48,7 +48,7 @@ def pad(weights: GgufWeights, width: int) -> None:
     if width < d:
         raise SystemExit(f"the stream has {d} channels, more than {width}")
     growth = math.sqrt(width / d) if SCALED_STREAM[weights.architecture] else 1.0
-    gains = {**dict.fromkeys(NORMS, math.sqrt(d / width)), **dict.fromkeys(NORMS_BEHIND, math.sqrt(d / width) * growth)}
+    gains = {**dict.fromkeys(NORMS, math.sqrt(d / width)), **dict.fromkeys(POST_NORMS, math.sqrt(d / width) * growth)}
     for name, values in weights.tensors.items():
         role = name.split(".")[-2]
         if role in gains:

@@ -24,7 +24,7 @@ class TensorBank:
 
     Attributes:
         recipe: rounding, calibration and candidate types; plans are written by it, whatever allocated them.
-        key: digest of what the bytes depend on beside the types.
+        key: digest of what the bytes depend on besides the types.
     """
 
     def __init__(self, session: Session, recipe: Recipe, folder: Path) -> None:

@@ -7,7 +7,7 @@ with its residual stream padded to a multiple of 256 (``pad_width.py``); with ``
 ``NAME``. ``--check`` compares the token ids of that folder, by the tokenizers library, with llama.cpp's, and its
 tensors, as ``nsds_gguf`` reads them, with those of the GGUF. What is there already is not made again.
 
-The weights stay under the licences of their models; they belong into no repository.
+The weights stay under the licences of their models; do not commit them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from nsds_gguf.read.tokenizer.bpe import byte_alphabet
 
 K_BLOCK = 256
 
-N_STRINGS = 3000  # random ones that --check tokenizes, beside those picked by hand
+N_STRINGS = 3000  # random ones that --check tokenizes, besides those picked by hand
 
 
 @dataclass(frozen=True)

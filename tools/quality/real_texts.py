@@ -66,7 +66,7 @@ N_PARALLEL = 16
 
 
 def write_code(path: Path) -> None:
-    """Write pieces of the standard library, one module behind another."""
+    """Write pieces of the standard library, one module after another."""
     library = Path(sysconfig.get_paths()["stdlib"])
     pieces = [(library / f"{name}.py").read_text(encoding="utf-8")[:CODE_BYTES] for name in MODULES]
     path.write_text("\n\n".join(pieces), encoding="utf-8")

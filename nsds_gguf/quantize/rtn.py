@@ -76,7 +76,7 @@ class RtnQuantizer:
 
 
 def _packed(rows: Float32, type_name: str, weights: Float32) -> NDArray[np.uint8]:
-    """Return the bytes of rows .
+    """Return the bytes of rows.
 
     Blocks with a scale that is 0 or not finite go through ggml, which keeps codes of an earlier step there.
     """

@@ -15,8 +15,9 @@ from .evaluate.perplexity import Perplexity
 from .evaluate.texts import VerifyOptions, check_vocabulary, evaluation_text
 from .quantize.header import header_bytes
 from .quantize.padding import laid_out
+from .quantize.write import projector_bytes
 from .read.hub import HubName
-from .records import Model, Options, Plan, Recipe, Scores, Target
+from .records import Model, Options, Plan, Projector, Recipe, Scores, Target
 from .session.cluster import open_workers
 from .session.fit import Fitted, fitted
 from .session.loaded import check_scores, checked_plan
@@ -30,7 +31,7 @@ from .session.outputs import (
     named,
     output_paths,
 )
-from .session.projector import ProjectorFile, projector_files, write_projectors
+from .session.projector import ProjectorFile, open_projectors, projector_files, write_projectors
 from .session.reference import reference_file
 from .session.room import check_room, lacks_room_for_original, largest_file_bytes, tell_time
 from .session.run import Run
@@ -139,10 +140,11 @@ def convert(
     text = evaluation_text(verifying) if verifying.enabled else ""
     check_output_folder(output)
     model = open_model(source, run)
-    jobs = _jobs(model, options, loaded, run)
+    projectors = open_projectors(model, output)
+    jobs = _jobs(model, options, loaded, run, projectors)
     paths = output_paths([default_name(model, job.settled.recipe) for job in jobs], output)
-    projectors = projector_files(model, output, paths[0].parent, run)
-    beside = [each.path for each in projectors]
+    vision = projector_files(projectors, paths[0].parent, run)
+    beside = [each.path for each in vision]
     check_not_input([*paths, *beside], model)
     results = []
     with ExitStack() as stack:
@@ -155,7 +157,7 @@ def convert(
         check_replaceable([*(path for path in paths if not session.has_finished(path)), *beside], output.force)
         check_vocabulary(model, verifying, text, files)
         generates = any(job.generates_text(session) for job in jobs)
-        n_bytes = [*(job.largest_bytes(model) for job in jobs), *(each.n_bytes for each in projectors)]
+        n_bytes = [*(job.largest_bytes(model) for job in jobs), *(each.n_bytes for each in vision)]
         check_room(model, run, files.folder, n_bytes, verifying, generates)
         comparing = with_original_at_hand(model, verifying, generates)
         if run.cluster is None:  # estimates are those of this machine
@@ -182,7 +184,7 @@ def convert(
                     projector=next(iter(beside), None),
                 )
             )
-        write_projectors(projectors, run, files, session.workers)
+        write_projectors(vision, run, files, session.workers)
     return results
 
 
@@ -217,13 +219,14 @@ def plan(
     """Return the plans of ``convert``; arguments and errors are the same, but nothing is written."""
     run = run or Run()
     model = open_model(source, run)
-    jobs = _jobs(model, options, loaded, run)
-    projectors = projector_files(model, output or Output(), Path(), run)
+    projectors = open_projectors(model, output or Output())
+    jobs = _jobs(model, options, loaded, run, projectors)
+    vision = projector_files(projectors, Path(), run)
     with _temporary(run, model) as (files, workers):
         session = Session(model, run, files, jobs[0].settled.imatrix, workers)
         plans = _plans(session, jobs, loaded)
         fits = tuple(job.holding(plan) for job, plan in zip(jobs, plans, strict=True))
-        return Planned(plans, session.scores_of(plans[0]), fits, tuple(projectors))
+        return Planned(plans, session.scores_of(plans[0]), fits, tuple(vision))
 
 
 def score(
@@ -263,7 +266,13 @@ def _temporary(run: Run, model: Model) -> Iterator[tuple[WorkFolder, Workers]]:
         yield files, workers
 
 
-def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | Plan | None, run: Run) -> list[_Job]:
+def _jobs(
+    model: Model,
+    options: Options | Sequence[Options],
+    loaded: Scores | Plan | None,
+    run: Run,
+    projectors: Sequence[Projector],
+) -> list[_Job]:
     """Return the files to make; refuse impossible targets and fixed types before any weight is read."""
     every = [options] if isinstance(options, Options) else list(options)
     if isinstance(loaded, Plan):
@@ -274,9 +283,9 @@ def _jobs(model: Model, options: Options | Sequence[Options], loaded: Scores | P
             raise RecordError(f"the plan was made without {imatrix.name}: drop --imatrix, or plan again with it")
         return [_Job(Settled(checked.recipe, imatrix), checked)]
     check_scores(model, loaded)
-    jobs = []
+    jobs, vision_bytes = [], sum(projector_bytes(each) for each in projectors)
     for each in every:
-        aimed, fits = fitted(model, each, run)
+        aimed, fits = fitted(model, each, run, vision_bytes)
         jobs.append(_Job(settle(aimed, model, loaded), fitted=fits))
     for job in jobs:
         _check_target(model, job.settled.recipe)

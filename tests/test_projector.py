@@ -252,6 +252,19 @@ def test_convert_writes_it_beside_the_output(gemma3, tmp_path):
     assert sorted(file.name for file in tmp_path.glob("*.gguf")) == ["a.gguf", path.name]
 
 
+def test_the_memory_to_fit_holds_it_too(gemma3, tmp_path):
+    fit = ("--fit", "40MiB", "--ctx-size", 512, "--rounding", "rtn", "--threads", 1)
+    budgets = []
+    for more in ((), ("--mmproj",), ("--mmproj", "q8_0"), ("--mmproj", "--projector", "p.gguf")):
+        (tmp_path / "p.gguf").write_bytes(b"GGUF" + bytes(96))
+        outcome = call("convert", "gemma3", *fit, "--dry-run", "--json", "a.json", *more)
+        assert outcome.code == 0, outcome
+        budgets.append(json.loads((tmp_path / "a.json").read_text())["recipe"]["target"]["value"])
+    assert call("convert", "gemma3", *PLAIN, *QUIET, "-o", "a.gguf", "--mmproj").code == 0
+    n_bytes = (tmp_path / "mmproj-Gemma3-F16.gguf").stat().st_size
+    assert budgets[0] - budgets[1] == n_bytes > budgets[0] - budgets[2] > 0 and budgets[0] - budgets[3] == 100
+
+
 def test_it_is_replaced_with_force_only_and_refused_before_the_work(gemma3, tmp_path):
     path = tmp_path / "mmproj-Gemma3-Q8_0.gguf"
     path.write_bytes(b"")

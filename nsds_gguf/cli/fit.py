@@ -58,11 +58,13 @@ def fit_of(arguments: argparse.Namespace) -> Fit | None:
             if getattr(arguments, option, None) is not None:
                 raise PlanError(f"--{option.replace('_', '-')} needs a memory; pass --fit too")
         return None
+    memory_bytes, owner = machine_memory() if asked == AUTO else (asked, "")
     return Fit(
-        memory_bytes=machine_memory()[0] if asked == AUTO else asked,
+        memory_bytes=memory_bytes,
         n_ctx=arguments.ctx_size or DEFAULTS.n_ctx,
         cache_type=arguments.cache_type or DEFAULTS.cache_type,
         projector_bytes=projector_bytes(arguments.projector),
+        owner=owner,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import RenderableType
 from rich.table import Table
 
-from ..session.fit import Fitted
+from ..session.fit import SHARE_OF_FREE, Fitted
 from ..session.sizes import Sizes
 from .display import bytes_text, two_digits
 
@@ -29,7 +29,8 @@ def memory_view(found: Fitted) -> RenderableType:
             table.add_row(name, bytes_text(n_bytes))
     table.add_section()
     table.add_row("left", bytes_text(found.left_bytes))
-    table.add_row("in all", bytes_text(fit.memory_bytes))
+    owner = f" ({100 * SHARE_OF_FREE:.0f} % of what is free on {fit.owner})" if fit.owner else ""
+    table.add_row(f"in all{owner}", bytes_text(fit.memory_bytes))
     return table
 
 

@@ -49,6 +49,7 @@ class Fit:
         n_ctx: tokens of the context to make room for.
         cache_type: llama.cpp's name of the type of the KV cache.
         projector_bytes: size of a vision or audio part (mmproj) in the same memory.
+        owner: what the memory belongs to, where this machine was asked: ``the GPU`` or ``this machine``.
 
     """
 
@@ -56,6 +57,7 @@ class Fit:
     n_ctx: int = 4096
     cache_type: str = "f16"
     projector_bytes: int = 0
+    owner: str = ""
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,10 @@ def machine_memory() -> tuple[int, str]:
     return int(SHARE_OF_FREE * (available_memory_bytes() if free is None else free)), where
 
 
-def fitted(model: Model, options: Options, run: Run) -> tuple[Options, Fitted | None]:
+def fitted(model: Model, options: Options, run: Run, vision_bytes: int = 0) -> tuple[Options, Fitted | None]:
     """Return options with the budget that a memory leaves for the file, and what else goes into that memory.
+
+    ``vision_bytes`` is the size of the vision part that is written too; a projector that the user names replaces it.
 
     Raises:
         PlanError: a second budget, or a type of the cache that the model's heads do not fit.
@@ -67,6 +69,7 @@ def fitted(model: Model, options: Options, run: Run) -> tuple[Options, Fitted | 
     if fit is None:
         return options, None
     _check_alone(options)
+    fit = replace(fit, projector_bytes=fit.projector_bytes or vision_bytes)
     (beside,) = memory_beside_weights(model, [Context(fit.n_ctx, fit.cache_type)], run)
     beside = replace(beside, projector=fit.projector_bytes)
     room = fit.memory_bytes - beside.total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,8 @@ class ProjectorFile:
         return projector_bytes(self.projector)
 
 
-def projector_files(model: Model, output: Output, folder: Path, run: Run) -> list[ProjectorFile]:
-    """Return the file of the vision part that ``output`` asks for, or none; report its name and size.
+def open_projectors(model: Model, output: Output) -> list[Projector]:
+    """Return the vision part that ``output`` asks for, or none.
 
     Raises ``UnsupportedError`` if the model has no vision part that llama.cpp's format holds.
     """
@@ -42,13 +43,18 @@ def projector_files(model: Model, output: Output, folder: Path, run: Run) -> lis
         raise UnsupportedError(
             f"{model.path}: a GGUF holds the language model only; --mmproj needs the Hugging Face folder of the model"
         )
-    projector = open_projector(model.path, output.mmproj)
-    found = ProjectorFile(projector, folder / projector_name(projector))
-    run.report.say(
-        f"The vision part is written to a file of its own: {found.path.name}, projector {projector.kind}, "
-        f"{projector.type}, {found.n_bytes / 2**20:.2f} MiB."
-    )
-    return [found]
+    return [open_projector(model.path, output.mmproj)]
+
+
+def projector_files(projectors: Sequence[Projector], folder: Path, run: Run) -> list[ProjectorFile]:
+    """Return the files of vision parts; report their names and sizes."""
+    found = [ProjectorFile(projector, folder / projector_name(projector)) for projector in projectors]
+    for each in found:
+        run.report.say(
+            f"The vision part is written to a file of its own: {each.path.name}, projector {each.projector.kind}, "
+            f"{each.projector.type}, {each.n_bytes / 2**20:.2f} MiB."
+        )
+    return found
 
 
 def write_projectors(found: list[ProjectorFile], run: Run, files: WorkFolder, workers: Workers) -> None:

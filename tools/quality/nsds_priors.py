@@ -11,6 +11,7 @@ from nsds_gguf.metrics.nsds import combined
 from nsds_gguf.metrics.stats import robust_z, sigmoid
 from nsds_gguf.records import LayerScore, Model, role_and_layer
 from nsds_gguf.sensitivity.moment_propagation import propagate
+from nsds_gguf.sensitivity.typical import by_role
 from nsds_gguf.system.workers import Threads
 
 FLAT, PROPAGATION = "flat", "moment propagation"
@@ -26,20 +27,6 @@ LAYERS_ALONE: dict[str, tuple[str, str, float]] = {
     "role, component 2 product": ("component", "product", 2.0),
     PROPAGATION: ("propagation", "", 0.0),
 }
-
-# Measured divergence per unit of relative error in a matrix, times the number of layers: geometric means over the
-# layers of five trained models (docs/quality.json), and over those.
-ROLES = {
-    "attn_q": 0.19,
-    "attn_k": 0.23,
-    "attn_v": 0.77,
-    "attn_output": 0.69,
-    "ffn_gate": 0.86,
-    "ffn_up": 0.69,
-    "ffn_down": 1.10,
-}
-OTHER_ROLE = 0.5
-OUTPUT, EMBEDDING, TIED = 2.55, 0.76, 2.63
 
 COMPONENTS = {
     "attn_q": "qk",
@@ -57,10 +44,10 @@ class Priors:
 
     def __init__(self, model: Model, layers: Mapping[str, Sequence[LayerScore]]) -> None:
         """Take the model and its NSDS scores by reading of SE."""
-        self.model = model
         self.layer_scores = {reading: centred([one.score for one in found]) for reading, found in layers.items()}
         self.component_scores = {reading: component_scores(found) for reading, found in layers.items()}
         self.propagated = propagate(model, workers=Threads(1)).sensitivity
+        self.by_role = by_role(model).sensitivity
 
     def sensitivity(self, prior: str, name: str) -> float:
         """Return the sensitivity of a tensor by a key of ``LAYERS_ALONE``, in any unit."""
@@ -70,22 +57,13 @@ class Priors:
             return self.propagated[name]
         if by == "flat":
             return 1.0
-        base = role_sensitivity(self.model, role, layer)
+        base = self.by_role[name]
         if layer is None or by == "role":
             return base
         scores = self.layer_scores[reading]
         if by == "component" and role in COMPONENTS:
             scores = self.component_scores[reading][COMPONENTS[role]]
         return base * math.exp(weight * scores[layer])
-
-
-def role_sensitivity(model: Model, role: str, layer: int | None) -> float:
-    """Return the typical sensitivity of a role, nats per unit of relative error."""
-    if layer is not None:
-        return ROLES.get(role, OTHER_ROLE) / model.hparams.n_layers
-    if role == "output":
-        return OUTPUT
-    return TIED if model.is_tied else EMBEDDING
 
 
 def component_scores(layers: Sequence[LayerScore]) -> dict[str, list[float]]:

@@ -156,7 +156,7 @@ def q1_0_weights(data):
     return (scale * signs).reshape(len(data), -1)
 
 
-@pytest.mark.parametrize("name", [name for name in ggml.READ_TYPES if name != "F32"])
+@pytest.mark.parametrize("name", [name for name in ggml.READ_TYPES if name not in ("F32", "Q2_0")])
 def test_every_type_is_read_as_gguf_reads_it(name, tmp_path):
     data = random_blocks(name, 6, 4)
     n_cols = 4 * ggml.block(name)[0]
@@ -544,6 +544,20 @@ def test_the_input_is_never_replaced(tiny):
         text = message(call("plan", "tiny.gguf", "--target-bpw", "6", flag, "tiny.gguf"), 5)
         assert text == f"{flag} tiny.gguf: is a GGUF file and is not replaced; choose another name"
     assert Path("tiny.gguf").read_bytes() == before
+
+
+def test_q2_0_is_read_though_gguf_does_not_know_it(tmp_path):
+    source = write_tiny_gguf(tmp_path / "tiny.gguf")
+    path = converted(source, tmp_path / "q2.gguf", uniform("Q2_0"))
+    (entry,) = [each for each in read_gguf_header(path).tensors if each.name == "blk.0.ffn_up.weight"]
+    data = np.fromfile(path, np.uint8)[entry.offset :][: entry.n_bytes].reshape(-1, 18)
+    d = data[:, :2].copy().view("<f2").astype(np.float32)
+    wanted = d * (((data[:, 2:, None] >> np.arange(0, 8, 2)) & 3).reshape(-1, 64).astype("f4") - 1)
+    tensor = open_gguf(path, allow_requantize=True).by_name["blk.0.ffn_up.weight"]
+    assert tensor.dtype == "Q2_0" and np.count_nonzero(wanted) > wanted.size / 3
+    np.testing.assert_array_equal(tensor.load(), wanted.reshape(tensor.shape))
+    with pytest.raises(UnsupportedError, match="Q2_0"):
+        open_gguf(path)
 
 
 @pytest.mark.parametrize("type_name, is_copied", [("F32", True), ("BF16", True), ("Q8_0", False)])

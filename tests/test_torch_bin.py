@@ -153,7 +153,7 @@ def test_nothing_else_unpickles():
         "np.load(path, allow_pickle=False)",
         "np.load(path, allow_pickle=False)",
         "np.load(self._store.file_path(_stream(index, batch)), allow_pickle=False)",
-        "np.load(self.path, allow_pickle=False)",
+        "np.load(self.path, mmap_mode='r', allow_pickle=False)",
         "pickle.loads(data, buffers=buffers)",  # what llama.cpp's process sends back
         "pickle.loads(needed)",  # what a cluster's client sends to its workers
         "pickle.loads(work)",

@@ -107,6 +107,7 @@ def check_possible(model: Model, recipe: Recipe) -> None:
         raise PlanError(f"padding {recipe.padding!r} is not known; wanted {WIDTH}")
     if recipe.padding is not None and (obstacle := padding_obstacle(model)):
         raise PlanError(f"{model.name} cannot be padded: {obstacle}")
+    _known("allocator", recipe.allocator, ALLOCATORS)
     rounding = ROUNDINGS[_known("rounding", recipe.rounding, ROUNDINGS)]
     from_file = recipe.calibration.startswith(IMATRIX)
     if not from_file:

@@ -10,7 +10,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import llama_cpp
@@ -536,18 +535,20 @@ def test_models_are_freed_when_a_text_is_too_short(tiny, live):
     assert live == {"model": 0, "context": 0}
 
 
-def test_ctrl_c_stops_a_run(tiny):
-    """The signal comes early in a run of several seconds, nearly all of them inside llama.cpp."""
+def test_ctrl_c_stops_a_run(tiny, monkeypatch):
+    """The signal comes early, while llama.cpp works."""
     seen = []
     process = llama_process()
+    reply = LlamaProcess._reply
 
-    def progress(done, total):
-        if not seen:
-            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
-        seen.append(done)
+    def interrupted(process):
+        if seen:
+            os.kill(os.getpid(), signal.SIGINT)
+        return reply(process)
 
+    monkeypatch.setattr(LlamaProcess, "_reply", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        perplexity(tiny, TEXT * 40, Window(n_ctx=512), progress=progress)
+        perplexity(tiny, TEXT * 40, Window(n_ctx=512), progress=lambda done, total: seen.append(done))
     assert max(seen) < 100  # of 210
     assert not process.is_alive
 

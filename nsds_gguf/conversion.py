@@ -168,6 +168,7 @@ def convert(
             if not session.has_finished(target, plan):
                 with unfinished(target, files, output.keep_failed, True) as temporary, named(target, temporary, output):
                     session.write(plan, temporary, resumes=True)
+                    session.tune_norms(plan, temporary)
                     found = session.verify(plan, temporary, verifying, text, compared_with)
                     check_unchanged(model.inputs)
                 session.note_finished(target, plan)

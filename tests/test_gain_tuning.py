@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from arrays import random_arrays
+from command import TINY
 from gguf import GGUFReader
 from models import make_model
 from recorded_inputs import logits_of
 from tiny_gguf import write_tiny_gguf
+from tiny_models import write_tiny
 from zoo_specs import write_spec
 
+from nsds_gguf import conversion
+from nsds_gguf.calibration import generated_text
 from nsds_gguf.compute.decoder import Decoder
 from nsds_gguf.compute.gain_tape import GainTape
 from nsds_gguf.compute.layers import view_layer
 from nsds_gguf.compute.tape import Node
+from nsds_gguf.errors import PlanError
+from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.quantize.gain_tuning import HELD_OUT, tune_gains, write_gains
 from nsds_gguf.read import open_model
+from nsds_gguf.records import Options
+from nsds_gguf.session.run import Run
+from nsds_gguf.session.settle import settle
 
 # Plain, gains of queries and keys (shared by heads, and one a head), norms behind blocks, layer norms, parallel blocks,
 # experts.
@@ -104,3 +115,27 @@ def test_gains_are_written_in_place(tmp_path):
     np.testing.assert_array_equal(new["blk.1.ffn_norm.weight"], gain)
     at = before.index(old["blk.1.ffn_norm.weight"].tobytes())
     assert path.read_bytes() == before[:at] + gain.tobytes() + before[at + gain.nbytes :]
+
+
+def test_a_conversion_changes_norms_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(generated_text, "N_TOKENS", 512)
+    source, found = write_tiny_gguf(tmp_path / "tiny.gguf"), {}
+    for is_tuned in (False, True):
+        options = Options(uniform="Q4_0", rounding="gptq", calibration="generated", tune_norms=is_tuned)
+        path = tmp_path / f"{is_tuned}.gguf"
+        conversion.convert(source, options, output=path, verifying=VerifyOptions(enabled=False), run=Run(1))
+        reader = GGUFReader(path)
+        found[is_tuned] = {tensor.name: np.array(tensor.data) for tensor in reader.tensors}
+        assert json.loads(reader.fields["nsds_gguf.recipe"].contents())["tune_norms"] is is_tuned
+    changed = {name for name, data in found[False].items() if not np.array_equal(data, found[True][name])}
+    assert changed == {name for name in found[False] if name.endswith("norm.weight")}
+    ratios = np.concatenate([found[True][name] / found[False][name] for name in changed])
+    assert 1e-4 < np.abs(ratios - 1).mean() < 0.2
+
+
+def test_refused_where_predictions_cannot_be_compared(tmp_path):
+    model = open_model(write_tiny(tmp_path / "tiny", TINY))
+    for calibration in ("random", "none"):
+        options = Options(target_bpw=5, rounding="rtn", calibration=calibration, tune_norms=True)
+        with pytest.raises(PlanError, match=f"the calibration is {calibration}; drop it, or pass --calibration gen"):
+            settle(options, model)

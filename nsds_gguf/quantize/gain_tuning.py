@@ -30,6 +30,7 @@ from ..errors import ModelError
 from ..records import Float32, Model, Progress, no_progress
 from ..system.workfolder import output_error
 
+N_SEQUENCES = 32  # of calibration text that a conversion tunes on
 N_EPOCHS = 2
 N_BATCH = 2  # sequences of a step
 RATE = 0.027  # the first steps of a gain, as a share of it, over the square root of the divergence

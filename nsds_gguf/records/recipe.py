@@ -82,6 +82,7 @@ class Options:
         pad: ``on`` pads the residual stream with zeros to a multiple of 256, ``off`` never does; ``AUTO``: where the
             budget is out of reach otherwise, or padding adds little and the predicted divergence is less.
         calibration_tokens: how many tokens of calibration text the model generates; default: 8192.
+        tune_norms: whether to tune the gains of norms to the rounded weights.
 
     """
 
@@ -103,6 +104,7 @@ class Options:
     device: str = AUTO
     pad: str = AUTO
     calibration_tokens: int | None = None
+    tune_norms: bool = False
 
     @property
     def target(self) -> Target | None:
@@ -132,6 +134,7 @@ class Recipe:
         device: key of ``compute.BACKENDS``.
         padding: ``width`` where the residual stream is padded with zeros (``quantize.padding``), else ``None``.
         calibration_tokens: how many tokens of calibration text the model generates; ``None`` where it generates none.
+        tune_norms: whether the gains of norms are tuned to the rounded weights (``quantize.gain_tuning``).
 
     """
 
@@ -150,6 +153,7 @@ class Recipe:
     device: str
     padding: str | None = None
     calibration_tokens: int | None = None
+    tune_norms: bool = False
 
     def to_json(self) -> str:
         """Return the canonical JSON text: the GGUF key ``nsds_gguf.recipe``."""
@@ -167,4 +171,4 @@ class Recipe:
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
-    return "" if value is None else str(value)
+    return "" if value is None or value is False else str(value)

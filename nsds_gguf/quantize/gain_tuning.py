@@ -234,13 +234,14 @@ class _Tuner:
             read = self.network.read(self.tokens[index], self.gains)
             return self.original.divergence(self.network, read, index)[0]
 
-        return sum(each(self.pool, job, sequences)) / (len(sequences) * self.tokens.shape[1])
+        total: float = sum(each(self.pool, job, sequences))
+        return total / (len(sequences) * self.tokens.shape[1])
 
     def tune(self, n_sequences: int, progress: Progress) -> None:
         """Tune on the first sequences, in a new random order in every epoch."""
         self.gains, rng, scale = self._start(), np.random.default_rng(0), 0.0
         orders = [rng.permutation(n_sequences) for _ in range(N_EPOCHS)]
-        batches = [order[at : at + N_BATCH] for order in orders for at in range(0, n_sequences, N_BATCH)]
+        batches = [order[at : at + N_BATCH].tolist() for order in orders for at in range(0, n_sequences, N_BATCH)]
         done = 0
         for step, batch in enumerate(batches):
             divergence, grads = self._differentiate(batch)

@@ -201,6 +201,7 @@ def _written(
     if not session.has_finished(target, plan):
         with unfinished(target, session.files, output.keep_failed, True) as temporary, named(target, temporary, output):
             session.write(plan, temporary, resumes=True)
+            session.tune_norms(plan, temporary)
             found = session.verify(plan, temporary, verifying, text, reference)
             check_unchanged(session.model.inputs)
         session.note_finished(target, plan)

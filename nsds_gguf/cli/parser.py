@@ -385,6 +385,9 @@ def _add_rounding(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--calibration-tokens", metavar="N", type=_integer_from(N_SEQUENCES_GENERATED * LENGTH),
                        help=f"tokens of text that the model generates for --calibration {GENERATED}; more take longer "
                        f"and leave less divergence (default: {N_TOKENS})")  # fmt: skip
+    group.add_argument("--tune-norms", action="store_true", default=None,
+                       help="tune the gains of norms to the rounded weights on the generated text: less divergence in "
+                       "the same bytes for more time")  # fmt: skip
     group.add_argument("--imatrix", metavar="FILE", type=Path,
                        help="take column weights from a llama.cpp importance matrix (GGUF or .dat)")  # fmt: skip
     group.add_argument("--device", choices=(AUTO, *BACKENDS),

@@ -139,9 +139,16 @@ class Tape:
         key = weight.name, weight.first_row
         self.squared_norms[key] = self.squared_norms[key] + norms if key in self.squared_norms else norms
 
+    def gain(self, gain: Tensor) -> Float32:
+        """Return the gain of a norm, ``(n_weights,)``."""
+        return gain.load().astype(np.float32).ravel()
+
+    def on_gain(self, gain: Tensor, grad: Float32, unit: Float32) -> None:
+        """Take the derivative by the output of a norm and its input without the gain, ``(n, channels)`` each."""
+
     def norm(self, norm: Norm, x: Node, kind: str, eps: float) -> Node:
         """Normalize each row: RMS norm, or layer norm (``kind`` ``layer``), with gain and bias."""
-        gain = norm.gains(x.value.shape[1]).astype(np.float32)
+        gain = np.ones(1, dtype=np.float32) if norm.gain is None else self.gain(norm.gain)
         centred = x.value - x.value.mean(axis=1, keepdims=True) if kind == "layer" else x.value
         inverse = 1 / np.sqrt(np.square(centred).mean(axis=1, keepdims=True) + np.float32(eps))
         unit = centred * inverse
@@ -152,6 +159,8 @@ class Tape:
         def undo() -> None:
             if out.grad is None:
                 return
+            if norm.gain is not None:
+                self.on_gain(norm.gain, out.grad, unit)
             grad = out.grad * gain
             grad = grad - unit * (grad * unit).mean(axis=1, keepdims=True)
             grad = grad * inverse
@@ -165,7 +174,7 @@ class Tape:
         width = x.value.shape[1] // n_heads if gain.n_weights != x.value.shape[1] else x.value.shape[1]
         if gain.n_weights == x.value.shape[1] and len(gain.shape) > 1:
             width = gain.n_cols  # one gain per head
-        gains = np.resize(gain.load().ravel(), x.value.shape[1])
+        gains = np.resize(self.gain(gain), x.value.shape[1])
         shaped = x.value.reshape(len(x.value), -1, width)
         if kind == "layer":
             shaped = shaped - shaped.mean(axis=2, keepdims=True)
@@ -176,6 +185,7 @@ class Tape:
         def undo() -> None:
             if out.grad is None:
                 return
+            self.on_gain(gain, out.grad, unit.reshape(x.value.shape))
             grad = (out.grad * gains).reshape(shaped.shape)
             grad = (grad - unit * (grad * unit).mean(axis=2, keepdims=True)) * inverse
             grad = grad - grad.mean(axis=2, keepdims=True) if kind == "layer" else grad

@@ -202,6 +202,8 @@ def command(plan: Plan, model: str) -> str:
             words += [f"--{name.replace('_', '-')}", f"{value:.17g}" if isinstance(value, float) else str(value)]
     if recipe.padding is not None:
         words += ["--pad", "on"]
+    if recipe.tune_norms:
+        words.append("--tune-norms")
     for fixed in recipe.tensor_types:
         words += ["--tensor-type", str(fixed)]
     return shlex.join(words)

@@ -84,6 +84,7 @@ class Options:
         pad: ``on`` pads the residual stream with zeros to a multiple of 256, ``off`` never does; ``AUTO`` pads
             if the budget is out of reach otherwise, or if padding adds little and lowers the predicted divergence.
         calibration_tokens: how many tokens of calibration text the model generates; default: 8192.
+        tune_norms: whether to tune the gains of norms to the rounded weights.
 
     """
 
@@ -105,6 +106,7 @@ class Options:
     device: str = AUTO
     pad: str = AUTO
     calibration_tokens: int | None = None
+    tune_norms: bool = False
 
     @property
     def target(self) -> Target | None:
@@ -134,6 +136,7 @@ class Recipe:
         device: key of ``compute.BACKENDS``.
         padding: ``width`` if the residual stream is padded with zeros (``quantize.padding``), else ``None``.
         calibration_tokens: how many tokens of calibration text the model generates; ``None`` where it generates none.
+        tune_norms: whether the gains of norms are tuned to the rounded weights (``quantize.gain_tuning``).
 
     """
 
@@ -152,6 +155,7 @@ class Recipe:
     device: str
     padding: str | None = None
     calibration_tokens: int | None = None
+    tune_norms: bool = False
 
     def to_json(self) -> str:
         """Return the canonical JSON text: the GGUF key ``nsds_gguf.recipe``."""
@@ -169,4 +173,4 @@ class Recipe:
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ", ".join(map(str, value))
-    return "" if value is None else str(value)
+    return "" if value is None or value is False else str(value)

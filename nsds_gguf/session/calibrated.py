@@ -185,6 +185,10 @@ class Calibrated:
         )
         return kind.make(evidence)
 
+    def generated_text(self, recipe: Recipe) -> Tokens:
+        """Return the text of a recipe whose calibration is generated: ``(n_sequences, n_positions)`` ids."""
+        return self._drawn(_kind(recipe), recipe, False)
+
     # --- tokens and Hessians --------------------------------------------------------------------------------------
 
     def _drawn(self, kind: CalibrationKind, recipe: Recipe, for_hessians: bool) -> Tokens:

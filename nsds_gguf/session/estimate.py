@@ -20,6 +20,7 @@ from ..calibration.kinds import N_SEQUENCES_GENERATED
 from ..calibration.random_tokens import N_POSITIONS, n_sequences_for
 from ..llamacpp import ggml
 from ..quantize.formats import FORMATS
+from ..quantize.gain_tuning import N_EPOCHS
 from ..quantize.hessian_factors import HessianFactors
 from ..quantize.kernel import round_rows
 from ..quantize.measure import sample_rows
@@ -56,6 +57,7 @@ class Work:
         n_tokens: tokens that the perplexity check decodes, over all files and references.
         n_generated_tokens: tokens of calibration text that the model generates.
         n_hessian_tokens: tokens for Hessians; 0 without Hessians.
+        n_tuning_tokens: tokens on which gains of norms are tuned in each file.
 
     """
 
@@ -67,12 +69,13 @@ class Work:
     n_tokens: int = 0
     n_generated_tokens: int = 0
     n_hessian_tokens: int = 0
+    n_tuning_tokens: int = 0
 
 
 # Names of the stages that take time, in the order in which they run; a stage's name starts with one of them.
-SCORE, GENERATE, SENSITIVITIES, FACTOR, MEASURE, WRITE, VERIFY = (
+SCORE, GENERATE, SENSITIVITIES, FACTOR, MEASURE, WRITE, TUNE, VERIFY = (
     "score layers", "generate text", "find sensitivities", "factor Hessians", "measure tensors", "quantize and write",
-    "verify perplexity",
+    "tune norm gains", "verify perplexity",
 )  # fmt: skip
 
 
@@ -94,6 +97,8 @@ def estimate_stages(model: Model, work: Work, n_threads: int) -> list[tuple[str,
     verifying = work.n_tokens / max(work.n_files, 1) * 2 * n_matrix / (rate * _DECODE_EFFICIENCY) + _LOAD_SECONDS
     for _ in range(work.n_files):
         stages.append((WRITE, n_matrix * (per_weight + _READ_SECONDS / n_threads)))
+        if work.n_tuning_tokens:
+            stages.append((TUNE, tuning_operations(model, work.n_tuning_tokens) / (rate * _PASS_EFFICIENCY)))
         if work.n_tokens:
             stages.append((VERIFY, verifying))
     return stages
@@ -144,6 +149,15 @@ def pass_operations(model: Model, n_tokens: int, n_scored: int) -> float:
     n_layers = sum(tensor.n_weights for tensor in model.tensors if tensor.layer is not None and tensor.is_matrix)
     n_head = model.unembedding().n_weights
     return (2 * n_tokens + _BACKWARD_OPERATIONS * n_scored) * n_layers + _HEAD_OPERATIONS * n_scored * n_head
+
+
+def tuning_operations(model: Model, n_tokens: int) -> float:
+    """Return the operations of tuning gains on tokens: the original once, and in every epoch a step of Adam.
+
+    A step takes the layers forward, again, and back, and the output matrices of both models, of one also back.
+    """
+    n_layers = sum(tensor.n_weights for tensor in model.tensors if tensor.layer is not None and tensor.is_matrix)
+    return 2 * n_tokens * ((1 + 3 * N_EPOCHS) * n_layers + 3 * N_EPOCHS * model.unembedding().n_weights)
 
 
 def input_widths(model: Model) -> list[int]:

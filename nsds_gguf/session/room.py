@@ -7,11 +7,12 @@ from pathlib import Path
 
 from .. import allocate
 from ..allocate import ALLOCATORS
-from ..calibration.generated_text import N_TOKENS
+from ..calibration.generated_text import LENGTH, N_TOKENS
 from ..calibration.random_tokens import N_POSITIONS, N_SEQUENCES_HESSIANS
 from ..evaluate.perplexity import needed_bytes
 from ..evaluate.texts import ORIGINAL, VerifyOptions, embeds
 from ..llamacpp import ggml
+from ..quantize.gain_tuning import N_SEQUENCES
 from ..quantize.header import header_bytes
 from ..quantize.padding import laid_out
 from ..records import ALIGNMENT_BYTES, Model, Plan, Recipe
@@ -99,6 +100,7 @@ def tell_time(model: Model, run: Run, jobs: Sequence[Recipe | Plan], verifying: 
             n_tokens=n_tokens if verifying.enabled else 0,
             n_generated_tokens=(recipe.calibration_tokens or N_TOKENS) if generates else 0,
             n_hessian_tokens=_hessian_tokens(recipe),
+            n_tuning_tokens=_tuning_tokens(recipe),
         ),
         run.n_threads,
     )
@@ -114,6 +116,11 @@ def _hessian_tokens(recipe: Recipe) -> int:
     if not rounds_by_hessians(recipe):
         return 0
     return recipe.calibration_tokens or N_SEQUENCES_HESSIANS * N_POSITIONS
+
+
+def _tuning_tokens(recipe: Recipe) -> int:
+    """Return the number of tokens on which gains of norms are tuned; 0 where they are not."""
+    return min(recipe.calibration_tokens or N_TOKENS, N_SEQUENCES * LENGTH) if recipe.tune_norms else 0
 
 
 def _quantized_types(plan: Plan) -> tuple[str, ...]:

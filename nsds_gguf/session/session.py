@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from .. import allocate, metrics
+from .. import allocate, metrics, read
 from ..allocate import ALLOCATORS
 from ..calibration.hessians import note as hessian_note
 from ..calibration.imatrix import Imatrix
@@ -18,7 +18,7 @@ from ..evaluate.perplexity import Perplexity, Window, check_sane, perplexity
 from ..evaluate.structure import verify_structure
 from ..evaluate.texts import VerifyOptions, embeds
 from ..llamacpp import ggml
-from ..quantize import TensorQuantizers
+from ..quantize import TensorQuantizers, gain_tuning
 from ..quantize.header import header_bytes
 from ..quantize.measure import measure
 from ..quantize.padding import laid_out
@@ -31,7 +31,7 @@ from ..system.workers import Threads, Workers
 from ..system.workfolder import WorkFolder
 from .agreement import agreement_note, is_acceptable
 from .calibrated import Calibrated
-from .estimate import MEASURE, SCORE, VERIFY, WRITE
+from .estimate import MEASURE, SCORE, TUNE, VERIFY, WRITE
 from .finished import keep_cost, kept_cost, kept_layers, tell_costs
 from .original import fast_plan, is_own_original, original_plan
 from .run import Run
@@ -285,6 +285,19 @@ class Session:
             resume = Resume(Store.key(plan.digest, ggml.version()), self.run.report.say) if resumes else None
             write_gguf(model, plan, quantizers, path, workers=self.workers, progress=progress, resume=resume)
         check_unchanged(model.inputs)
+
+    def tune_norms(self, plan: Plan, path: Path) -> None:
+        """Tune the gains of norms in the file of a plan, where its recipe says so."""
+        recipe = plan.recipe
+        if not recipe.tune_norms:
+            return
+        model = laid_out(self.calibrated.equalization(recipe).applied(self.model), recipe)
+        tokens = self.calibrated.generated_text(recipe)[: gain_tuning.N_SEQUENCES]
+        with self.run.report.stage(TUNE) as progress, blas_threads(1), told_of(self.model.path, path):
+            quantized = read.open_model(path, None, allow_requantize=True)
+            found = gain_tuning.tune_gains(model, quantized, tokens, self.run.n_threads, progress)
+            gain_tuning.write_gains(path, found.gains)
+        self.run.report.say(found.note)
 
     def verify(
         self, plan: Plan, path: Path, options: VerifyOptions, text: str, reference: Path | None

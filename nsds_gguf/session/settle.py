@@ -86,6 +86,7 @@ def settle(options: Options, model: Model, scores: Scores | None = None, *, scor
         allocation_seed=options.seed,
         device=device,
         calibration_tokens=_calibration_tokens(options, calibration, scores),
+        tune_norms=options.tune_norms,
     )
     recipe, alternative = settle_padding(options.pad, model, recipe, scores)
     check_possible(model, recipe)
@@ -123,12 +124,29 @@ def check_possible(model: Model, recipe: Recipe) -> None:
             f"--rounding {recipe.rounding} needs Hessians, which --calibration {recipe.calibration.partition(':')[0]} "
             f"does not have; pass --calibration {' or '.join(with_hessians)}"
         )
+    if recipe.tune_norms:
+        _check_tunable(model, recipe)
     missing = what_is_missing(model) if rounds_by_hessians(recipe) and recipe.calibration == RANDOM else ""
     if missing:
         raise PlanError(
             f"--rounding {recipe.rounding} on random tokens cannot follow {missing} of {model.name}; pass "
             f"--calibration {GENERATED}, which llama.cpp computes"
         )
+
+
+def _check_tunable(model: Model, recipe: Recipe) -> None:
+    """Raise ``PlanError`` where the gains of norms cannot be tuned."""
+    if recipe.calibration != GENERATED:
+        calibration = recipe.calibration.partition(":")[0]
+        raise PlanError(
+            f"--tune-norms takes text that the model generates, and the calibration is {calibration}; drop it, or pass "
+            f"--calibration {GENERATED}"
+        )
+    if not predicts(model):
+        raise PlanError(f"--tune-norms compares predictions, which {model.name} does not make; drop it")
+    missing = what_is_missing(model)
+    if missing:
+        raise PlanError(f"--tune-norms cannot follow {missing} of {model.name}; drop it")
 
 
 def rounds_by_hessians(recipe: Recipe) -> bool:

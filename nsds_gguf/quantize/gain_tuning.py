@@ -234,8 +234,8 @@ class _Tuner:
             read = self.network.read(self.tokens[index], self.gains)
             return self.original.divergence(self.network, read, index)[0]
 
-        total = math.fsum(each(self.pool, job, sequences))
-        return total / (len(sequences) * int(self.tokens.shape[1]))
+        n_tokens = len(sequences) * int(self.tokens.shape[1])
+        return sum(each(self.pool, job, sequences)) / n_tokens
 
     def tune(self, n_sequences: int, progress: Progress) -> None:
         """Tune on the first sequences, in a new random order in every epoch."""

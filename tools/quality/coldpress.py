@@ -34,7 +34,7 @@ from nsds_gguf.quantize.gain_tuning import tune_gains, write_gains
 from nsds_gguf.quantize.rtn import RtnQuantizer
 from nsds_gguf.quantize.write import write_gguf
 from nsds_gguf.read import open_model
-from nsds_gguf.records import Float32, Float64, Model, Options, Plan, Tensor, TensorType
+from nsds_gguf.records import UNQUANTIZED, Float32, Float64, Model, Options, Plan, Tensor, TensorType
 from nsds_gguf.session.run import Run
 from nsds_gguf.session.session import Session
 from nsds_gguf.session.settle import settle
@@ -116,7 +116,8 @@ class Comparison:
     def run(self, preset: str) -> dict[str, float]:
         """Return the divergence of every variant at the bytes of a preset."""
         model = self.session.model
-        fixed = tuple(TensorType(re.escape(n), t) for n, t in preset_types(model, preset).items())
+        chosen = preset_types(model, preset).items()
+        fixed = tuple(TensorType(re.escape(n), t) for n, t in chosen if t not in UNQUANTIZED)
         recipe = settle(Options(uniform="Q2_K", tensor_types=fixed, rounding="rtn", calibration="none"), model).recipe
         plan = self.session.plan(recipe, None)
         bpw, found = exact_bpw(plan.tensor_bytes, model.n_weights), dict[str, float]()

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from mtp_models import NAMES, write_mtp
 from zoo import write_zoo, zoo_config, zoo_shapes
 from zoo_specs import SPECS
 
@@ -28,6 +29,7 @@ from nsds_gguf.system.workers import Threads
 GOLDEN = Path(__file__).parent / "golden" / "converter.json"
 TRAINED = Path(__file__).parent.parent / "examples" / "books-4.6m"
 
+MTP = "-mtp"  # ends the names of models with layers of multi-token prediction
 OURS = "nsds_gguf."  # keys that say where a file comes from
 ABSENT = "absent"
 
@@ -48,8 +50,8 @@ class Entry:
 
 
 def names() -> list[str]:
-    """Return the names of the models that are compared: the zoo, and one that was trained."""
-    return [*SPECS, TRAINED.name]
+    """Return the names of the models that are compared: the zoo, some with more layers, and one that was trained."""
+    return [*SPECS, *(f"{name}{MTP}" for name in NAMES), TRAINED.name]
 
 
 def write_folder(folder: Path, name: str) -> Path:
@@ -59,6 +61,8 @@ def write_folder(folder: Path, name: str) -> Path:
     """
     if name == TRAINED.name:
         return TRAINED
+    if name.endswith(MTP):
+        return write_mtp(folder, name.removesuffix(MTP))
     config = zoo_config(name)
     return write_zoo(folder, SPECS[name], {**config, **_repository_keys(config)}, zoo_shapes(name))
 
@@ -75,6 +79,9 @@ def _repository_keys(config: Mapping[str, Any]) -> dict[str, Any]:
             n_layers, width = config["num_hidden_layers"], config["intermediate_size"]
             by_layer = {"moe_topk": config["moe_topk"], "num_shared_expert": 1, "moe_intermediate_size": width}
             return {name: [value] * n_layers for name, value in by_layer.items()}
+        case "NemotronHForCausalLM" if "layers_block_type" in config:  # the converter knows dense blocks by the pattern
+            letters = {"linear_attention": "M", "full_attention": "*", "mlp": "-", "moe": "E"}
+            return {"hybrid_override_pattern": "".join(letters[kind] for kind in config["layers_block_type"])}
         case "MambaForCausalLM":
             return {"pad_vocab_size_multiple": 2}
         case "GraniteMoeHybridForCausalLM":

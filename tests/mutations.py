@@ -42,8 +42,11 @@ _CHANGED_KEYS = {
     "logit_scale": (0.5, "halved"),
 }
 _ROPE_KEYS = ("dimension_count", "freq_base", "freq_base_swa", "scaling.type", "scaling.original_context_length")
-# llama.cpp computes no window for Phi 3.
-_UNUSED_KEYS = {"phi3": ("attention.sliding_window",)}
+# llama.cpp computes no window for Phi 3, and has no layer norm in Nemotron-H's own layers.
+_UNUSED_KEYS = {
+    "phi3": ("attention.sliding_window",),
+    **dict.fromkeys(("nemotron_h", "nemotron_h_moe"), ("attention.layer_norm_epsilon",)),
+}
 
 # Architectures whose rope rotates neighbouring channels (llama.cpp, llama_model_rope_type: NORM).
 _NEIGHBOURS = (

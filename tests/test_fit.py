@@ -112,6 +112,9 @@ ONE_OF_EACH = {
     "qwen3next": "qwen3next",
     "qwen35": "qwen3.5",
     "qwen35moe": "qwen3.5-moe",
+    "falcon-h1": "falcon-h1",
+    "nemotron_h": "nemotron-h",
+    "nemotron_h_moe": "nemotron-h-moe",
 }  # fmt: skip
 
 

@@ -226,8 +226,8 @@ def test_several_readings_by_llama_cpp_give_the_hessians_of_one(models, monkeypa
     made = []
     for n_bytes in (1 << 40, 1):
         monkeypatch.setattr(hessians, "_budget_bytes", lambda n_bytes=n_bytes: n_bytes)
-        names = hessians.multiplied(model)
-        made.append(list(hessians.callback_hessians(lambda: nullcontext(source), tokens, moments, names, 1)))
+        inputs = hessians.shared_inputs(moments, hessians.multiplied(model))
+        made.append(list(hessians.callback_hessians(lambda: nullcontext(source), tokens, moments, inputs, 1)))
     one, several = made
     assert counts == [15, 3, 1, 2, 1, 3, 1, 2, 1, 1]
     assert {name for names, _ in one for name in names} == set(hessians.multiplied(model))

@@ -202,6 +202,44 @@ _GRANITE4_H: Settings = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
 }
 
+_FALCON_H1: Settings = {
+    **_RMS,
+    "head_dim": 16,
+    "mamba_d_ssm": 128,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 2,
+    "embedding_multiplier": 5.6,
+    "lm_head_multiplier": 0.4,
+    "mlp_multipliers": [0.9, 0.6],
+    "key_multiplier": 0.7,
+    "attention_in_multiplier": 1.3,
+    "attention_out_multiplier": 0.8,
+    "ssm_multipliers": [0.7, 0.6, 0.8, 0.5, 0.9],
+    "ssm_in_multiplier": 1.2,
+    "ssm_out_multiplier": 0.6,
+}
+_NEMOTRON_H: Settings = {
+    **{key: value for key, value in _GQA.items() if key != "num_hidden_layers"},
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"],
+}
+_NEMOTRON_H_MOE: Settings = {
+    **_NEMOTRON_H,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 48,
+    "routed_scaling_factor": 2.5,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "moe"],
+}
+
 _FULL3: Settings = {"num_hidden_layers": 3, "first_k_dense_replace": 1}
 _SEED_OSS: Settings = {**_RMS, "head_dim": 32}
 _GLM4: Settings = {**_RMS, **_partial(0.5), "head_dim": 32}
@@ -616,6 +654,28 @@ SPECS = {
         dtype="BF16",
         seed=234,
     ),
+    "falcon-h1": ZooSpec("FalconH1ForCausalLM", _FALCON_H1, seed=390),
+    "falcon-h1-norm-bf16": ZooSpec(
+        "FalconH1ForCausalLM",
+        {**_FALCON_H1, "mamba_rms_norm": True, "mamba_norm_before_gate": False},
+        dtype="BF16",
+        seed=391,
+    ),
+    "nemotron-h": ZooSpec("NemotronHForCausalLM", _NEMOTRON_H, edits={"num_experts_per_tok": None}, seed=392),
+    "nemotron-h-pattern-bf16": ZooSpec(
+        "NemotronHForCausalLM",
+        _NEMOTRON_H,
+        edits={
+            "layers_block_type": None,
+            "hybrid_override_pattern": "M-*-",
+            "num_hidden_layers": 4,
+            "num_experts_per_tok": None,
+        },
+        dtype="BF16",
+        seed=393,
+    ),
+    "nemotron-h-moe": ZooSpec("NemotronHForCausalLM", _NEMOTRON_H_MOE, seed=394),
+    "nemotron-h-moe-latent": ZooSpec("NemotronHForCausalLM", {**_NEMOTRON_H_MOE, "moe_latent_size": 32}, seed=395),
     "seed-oss": ZooSpec("SeedOssForCausalLM", _SEED_OSS, seed=300),
     "seed-oss-tied-bf16-4": ZooSpec(
         "SeedOssForCausalLM", {**_SEED_OSS, **_TIED, "attention_bias": False}, 4, dtype="BF16", seed=301

@@ -115,7 +115,7 @@ class _Collector:
     def wants(self, product: ggml.Product) -> bool:
         """Return whether to add the rows of a product; register their owner."""
         name = product.weight
-        if self._only is not None and name not in self._only:
+        if product.is_lookup or (self._only is not None and name not in self._only):
             return False
         full = name in self._full_for
         if full and product.n_matrices > 1:

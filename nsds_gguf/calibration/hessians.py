@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -118,7 +118,7 @@ def callback_hessians(
     original: Callable[[], AbstractContextManager[Path]],
     tokens: Tokens,
     moments: Mapping[str, Moments],
-    names: Collection[str],
+    inputs: Sequence[tuple[str, ...]],
     n_threads: int | None = None,
 ) -> Iterator[NamedHessian]:
     """Yield Hessians collected by llama.cpp's callback, for models that the Fisher pass does not support.
@@ -130,35 +130,46 @@ def callback_hessians(
         original: provides the model as a GGUF.
         tokens: ``(n_sequences, n_positions)`` ids.
         moments: of the same tokens, by stored name.
-        names: matrices, no stacks; matrices without moments are skipped.
+        inputs: names of the matrices that share an input, as ``shared_inputs`` returns them.
         n_threads: CPU threads.
 
     Raises:
         GgmlError: llama.cpp refuses.
 
     """
+    if not inputs:
+        return
     ids = tokens.astype(np.int32)
     with original() as file:
-        for group in _groups(moments, names, _budget_bytes()):
-            found = collect(file, ids, only=group, full_for=group, n_threads=n_threads)
-            for moment in {found[name].names: found[name] for name in group}.values():
-                if moment.full is not None:
-                    yield moment.names, moment.full.astype(np.float32)
+        for group in _groups(moments, inputs, _budget_bytes()):
+            names = [name for sharing in group for name in sharing]
+            found = collect(file, ids, only=names, full_for=names, n_threads=n_threads)
+            for sharing in group:
+                full = found[sharing[0]].full
+                if full is not None:
+                    yield sharing, full.astype(np.float32)
 
 
-def _groups(moments: Mapping[str, Moments], names: Collection[str], max_bytes: int) -> Iterator[list[str]]:
-    """Yield groups of names whose Hessians fit in ``max_bytes``: whole inputs, at least one per group."""
+def shared_inputs(moments: Mapping[str, Moments], names: Collection[str]) -> list[tuple[str, ...]]:
+    """Return the names of the matrices that share an input, for every input; matrices without moments are left out."""
     by_input: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         if name in moments:
             by_input.setdefault(moments[name].names, []).append(name)
-    group, n_bytes = list[str](), 0
-    for sharing in by_input.values():
+    return [tuple(sharing) for sharing in by_input.values()]
+
+
+def _groups(
+    moments: Mapping[str, Moments], inputs: Sequence[tuple[str, ...]], max_bytes: int
+) -> Iterator[list[tuple[str, ...]]]:
+    """Yield groups of inputs whose Hessians fit in ``max_bytes``, at least one per group."""
+    group, n_bytes = list[tuple[str, ...]](), 0
+    for sharing in inputs:
         n_cols = moments[sharing[0]].mean_squares.shape[-1]
         if group and n_bytes + 8 * n_cols**2 > max_bytes:
             yield group
             group, n_bytes = [], 0
-        group, n_bytes = [*group, *sharing], n_bytes + 8 * n_cols**2
+        group, n_bytes = [*group, sharing], n_bytes + 8 * n_cols**2
     if group:
         yield group
 

@@ -81,7 +81,8 @@ def source_of(arguments: argparse.Namespace) -> Source:
         raise PlanError(
             f"--revision {arguments.revision} applies to models on the Hub; {arguments.model} is a local path"
         )
-    return Source(name or Path(arguments.model), arguments.pre_tokenizer, arguments.allow_requantize)
+    path = name or Path(arguments.model)
+    return Source(path, arguments.pre_tokenizer, arguments.allow_requantize, arguments.mtp)
 
 
 def verify_options(arguments: argparse.Namespace) -> VerifyOptions:

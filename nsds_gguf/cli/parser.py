@@ -20,6 +20,7 @@ from ..evaluate.texts import DEFAULT_CTX
 from ..llamacpp import ggml, llama
 from ..metrics import METRICS, SE_READINGS
 from ..quantize import ROUNDINGS
+from ..read.architectures.mtp import DROP, KEEP
 from ..read.projector import PROJECTOR_TYPES
 from ..records import AUTO, K_TYPES, Options
 from ..session.pad import PADDINGS
@@ -332,6 +333,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hugging Face model folder, GGUF file, or ORG/MODEL on the Hub")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a model on the Hub")
     _add_pre_tokenizer(parser)
+    parser.add_argument("--mtp", choices=(KEEP, DROP),
+                        help="keep or drop layers of multi-token prediction (default: keep those that llama.cpp's "
+                        "converter keeps)")  # fmt: skip
 
 
 def _add_budget(parser: argparse.ArgumentParser) -> None:

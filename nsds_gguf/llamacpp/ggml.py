@@ -120,6 +120,8 @@ _GRAPH_SYMBOLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_view_2d": (_ADDRESS, (_ADDRESS, _ADDRESS, _INT64, _INT64, ctypes.c_size_t, ctypes.c_size_t)),
     "ggml_mul_mat": (_ADDRESS, (_ADDRESS, _ADDRESS, _ADDRESS)),
     "ggml_mul_mat_id": (_ADDRESS, (_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS)),
+    "ggml_get_rows": (_ADDRESS, (_ADDRESS, _ADDRESS, _ADDRESS)),
+    "ggml_backend_tensor_set": (None, (_ADDRESS, _ADDRESS, ctypes.c_size_t, ctypes.c_size_t)),
     "ggml_backend_tensor_get": (None, (_ADDRESS, _ADDRESS, ctypes.c_size_t, ctypes.c_size_t)),
     "ggml_backend_tensor_alloc": (ctypes.c_int, (_ADDRESS, _ADDRESS, _ADDRESS)),
     "ggml_backend_cpu_buffer_from_ptr": (_ADDRESS, (_ADDRESS, ctypes.c_size_t)),
@@ -258,7 +260,9 @@ def dequantize(data: NDArray[np.uint8], type_name: str, n_cols: int) -> Float32:
 
 @dataclass(frozen=True)
 class Product:
-    """A node of ggml's graph that multiplies rows with the weights of the model; valid while the graph is.
+    """A node of ggml's graph that multiplies rows with the weights of the model, or looks up rows of them.
+
+    It is valid while the graph is.
 
     Attributes:
         weight: GGUF name of the weights.
@@ -266,6 +270,9 @@ class Product:
         n_cols: length of their rows.
         inputs: address of the node that they are multiplied with: two products with the same one read the same rows.
         ids: address of the node that says which expert takes which row; ``None`` where every matrix has its own rows.
+        output: address of the node itself.
+        rows: of each matrix of the weights, those that take part: all of them but for a view.
+        is_lookup: whether ``inputs`` are the numbers of the rows that it looks up.
 
     """
 
@@ -274,6 +281,9 @@ class Product:
     n_cols: int
     inputs: int
     ids: int | None
+    output: int
+    rows: range
+    is_lookup: bool = False
 
     @property
     def n_matrices(self) -> int:
@@ -287,17 +297,19 @@ def product(address: int) -> Product | None:
     Products of activations with one another, as with what is in a KV cache, are none: their left side does not lie in
     a buffer of weights.
     """
-    library, plain, routed = _graph_library()
+    library, plain, routed, lookup = _graph_library()
     node = _Tensor.from_address(address)
-    if node.op not in (plain, routed):
+    if node.op not in (plain, routed, lookup):
         return None
     matrices = _Tensor.from_address(node.src[0])
     weight = _Tensor.from_address(matrices.view_src) if matrices.view_src else matrices
     if not weight.buffer or library.ggml_backend_buffer_get_usage(weight.buffer) != _USAGE_WEIGHTS:
         return None
-    n_cols, _, inner, outer = matrices.ne
-    ids = node.src[2] if node.op == routed else None
-    return Product(_weight_name(weight.name.decode()), (outer, inner), n_cols, node.src[1], ids)
+    n_cols, n_rows, inner, outer = matrices.ne
+    first = matrices.view_offs // matrices.nb[1]
+    ids, name = node.src[2] if node.op == routed else None, _weight_name(weight.name.decode())
+    rows = range(first, first + n_rows)
+    return Product(name, (outer, inner), n_cols, node.src[1], ids, address, rows, node.op == lookup)
 
 
 def _weight_name(name: str) -> str:
@@ -326,6 +338,28 @@ def product_rows(found: Product) -> tuple[Float32, NDArray[np.intp] | None]:
     outer, inner = (np.arange(n) * size // n for n, size in zip(rows.shape, found.stack, strict=False))
     owners = outer[:, np.newaxis] * found.stack[1] + inner
     return rows.reshape(-1, found.n_cols), np.repeat(owners.ravel(), rows.shape[2])
+
+
+def looked_up_rows(found: Product) -> NDArray[np.intp]:
+    """Return the numbers of the rows that a lookup takes, ``(n,)``, in the order of its output."""
+    numbers: NDArray[np.intp] = _tensor_values(found.inputs).ravel().astype(np.intp)
+    return numbers
+
+
+def output_rows(found: Product) -> Float32:
+    """Return what a product or a lookup computed, a row for each row that it reads: ``(n, n_rows or n_cols)``."""
+    values: Float32 = _tensor_values(found.output)
+    return values.reshape(-1, values.shape[-1])
+
+
+def replace_output(found: Product, rows: Float32) -> None:
+    """Write rows as ``output_rows`` returns them in place of what was computed."""
+    library, *_ = _graph_library()
+    tensor = _Tensor.from_address(found.output)
+    data = np.ascontiguousarray(rows, np.float32)
+    if tensor.type != _F32 or data.nbytes != library.ggml_nbytes(found.output):
+        raise GgmlError(f"{found.weight}: its output is not a contiguous array of F32")
+    library.ggml_backend_tensor_set(found.output, data.ctypes.data, 0, data.nbytes)
 
 
 def _tensor_values(address: int) -> NDArray[Any]:
@@ -400,8 +434,8 @@ def _traits(type_name: str) -> _TypeTraits:
 
 
 @functools.cache
-def _graph_library() -> tuple[ctypes.CDLL, int, int]:
-    """Return libggml-base with what a graph is looked at with, and the numbers of MUL_MAT and MUL_MAT_ID."""
+def _graph_library() -> tuple[ctypes.CDLL, int, int, int]:
+    """Return libggml-base with what a graph is looked at with, and the numbers of MUL_MAT, MUL_MAT_ID and GET_ROWS."""
     library, path = _library(), _library_path()
     missing = [name for name in ("ggml_init", *_GRAPH_SYMBOLS) if not hasattr(library, name)]
     if missing:
@@ -412,21 +446,22 @@ def _graph_library() -> tuple[ctypes.CDLL, int, int]:
     return (library, *_check_tensor_layout(library, path))
 
 
-def _check_tensor_layout(library: ctypes.CDLL, path: Path) -> tuple[int, int]:
-    """Hold ``_Tensor`` against the library's own accessors on a small graph; return its MUL_MAT and MUL_MAT_ID."""
+def _check_tensor_layout(library: ctypes.CDLL, path: Path) -> tuple[int, int, int]:
+    """Hold ``_Tensor`` against the library's own accessors on a small graph; return the numbers of its operations."""
     room = ctypes.create_string_buffer(1 << 14)
     start = -(-ctypes.addressof(room) // 64) * 64  # aligned as the buffer wants it
     context = library.ggml_init(_InitParams(1 << 16, None, True))
     buffer = library.ggml_backend_cpu_buffer_from_ptr(start, (1 << 14) - 64)
     try:
-        matrices, rows, ids = (
+        matrices, rows, ids, picked = (
             library.ggml_new_tensor_3d(context, type_number, *shape)
-            for type_number, shape in ((_F32, (8, 5, 3)), (_F32, (8, 2, 4)), (_I32, (2, 4, 1)))
+            for type_number, shape in ((_F32, (8, 5, 3)), (_F32, (8, 2, 4)), (_I32, (2, 4, 1)), (_I32, (4, 3, 1)))
         )
         view = library.ggml_view_2d(context, matrices, 8, 4, 64, 32)
         products = [
             library.ggml_mul_mat(context, view, rows),
             library.ggml_mul_mat_id(context, matrices, rows, ids),
+            library.ggml_get_rows(context, matrices, picked),
         ]
         for i, tensor in enumerate((matrices, rows, ids)):
             library.ggml_backend_tensor_alloc(buffer, tensor, start + 1024 * i)
@@ -445,14 +480,14 @@ def _check_tensor_layout(library: ctypes.CDLL, path: Path) -> tuple[int, int]:
             raise _layout_error(path)
         numbers = [_Tensor.from_address(tensor).op for tensor in products]
         others = [_Tensor.from_address(tensor).op for tensor in (matrices, rows, ids, view)]
-        if len({*numbers, *others}) < 4:  # nothing, a view, and the two products
+        if len({*numbers, *others}) < 5:  # nothing, a view, and the three operations
             raise _layout_error(path)
-        if [library.ggml_op_desc(tensor) for tensor in products] != [b"MUL_MAT", b"MUL_MAT_ID"]:
+        if [library.ggml_op_desc(tensor) for tensor in products] != [b"MUL_MAT", b"MUL_MAT_ID", b"GET_ROWS"]:
             raise _layout_error(path)
     finally:
         library.ggml_backend_buffer_free(buffer)
         library.ggml_free(context)
-    return numbers[0], numbers[1]
+    return numbers[0], numbers[1], numbers[2]
 
 
 def _check_tensor(library: ctypes.CDLL, path: Path, address: int) -> None:

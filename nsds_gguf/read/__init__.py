@@ -17,13 +17,13 @@ from .gguf_source import open_gguf
 __all__ = ["check_supported", "open_model", "supported_classes"]
 
 
-def open_model(path: Path, pre: str | None = None, allow_requantize: bool = False) -> Model:
+def open_model(path: Path, pre: str | None = None, allow_requantize: bool = False, mtp: str | None = None) -> Model:
     """Open a Hugging Face model folder or a GGUF file; see ``open_folder`` and ``open_gguf``."""
     if is_gguf(path):
-        return open_gguf(path, pre, allow_requantize)
+        return open_gguf(path, pre, allow_requantize, mtp)
     if path.is_dir() and not (path / "config.json").exists():
         _refuse_folder_of_ggufs(path)
-    return open_folder(path, pre)
+    return open_folder(path, pre, mtp)
 
 
 def _refuse_folder_of_ggufs(folder: Path) -> None:

@@ -27,6 +27,7 @@ from ..system.filestate import file_states
 from .architectures.families import find_family
 from .architectures.family import Family
 from .architectures.keys import model_keys, window_note
+from .architectures.mtp import mtp_keys
 from .architectures.rope import (
     check_rope,
     llama3_factors,
@@ -51,12 +52,13 @@ HEAD = "lm_head.weight"
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 
-def open_folder(path: Path, pre: str | None = None) -> Model:
+def open_folder(path: Path, pre: str | None = None, mtp: str | None = None) -> Model:
     """Open a Hugging Face model folder.
 
     Args:
         path: folder with ``config.json``, safetensors weights and a tokenizer.
         pre: name of llama.cpp's pre-tokenizer; default: recognised.
+        mtp: what to do with layers of multi-token prediction: ``keep``, ``drop``, or what llama.cpp's converter does.
 
     Returns:
         The model; reads no weights.
@@ -70,10 +72,10 @@ def open_folder(path: Path, pre: str | None = None) -> Model:
     check_files(folder)
     whole = read_config(folder, path)
     with naming(folder):
-        return _open_model(folder, whole, pre)
+        return _open_model(folder, whole, pre, mtp)
 
 
-def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Model:
+def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None, mtp: str | None) -> Model:
     """Open a folder with a parsed config.json; messages about that file begin with its bare name."""
     known = _checked_settings(whole)
     source_class, family, config, sizes, rope = known.source_class, known.family, known.config, known.sizes, known.rope
@@ -82,13 +84,12 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None) -> Mode
     embedding = read_embedding(folder, whole)
     if embedding and not any(name.endswith(HEAD) for name in checkpoint.tensors):
         config = {**config, "tie_word_embeddings": True}  # llama.cpp loads embedding models without a head
-    mapped = map_tensors(
-        checkpoint.tensors, config, family, sizes, is_wrapped="text_config" in whole, hints=checkpoint.notes
-    )
+    mapped = map_tensors(checkpoint.tensors, config, family, sizes, "text_config" in whole, checkpoint.notes, mtp)
     tensors = [*mapped.tensors, *_rope_tensors(rope, sizes)]
     vocab = open_vocab(folder, sizes["vocab"], config, pre)
     about, unread = card_keys(folder, whole, tensors)
     keys = {**model_keys(about, config, family, sizes, rope), **_named(family.architecture, embedding.keys)}
+    keys |= mtp_keys(family.architecture, keys, sizes, mapped.n_mtp)
     keys |= layer_numbers(checkpoint.tensors, family, sizes["layers"])
     metadata = {**keys, **vocab.metadata}
     _check_letters(folder, metadata)

@@ -25,6 +25,7 @@ from ..llamacpp import ggml
 from ..llamacpp.gguf_header import GgufPart, TensorEntry, read_gguf_parts
 from ..records import COPIED_TYPES, Float32, Model, Rows, Tensor, kv, role_and_layer
 from ..system.filestate import file_states
+from .architectures.mtp import mtp_settled
 from .gguf_repair import Header, repaired
 from .hparams import read_hparams
 from .spans import read_spans, row_runs
@@ -91,13 +92,14 @@ class GgufTensor(FileTensor):
         return read_spans(self.file, self.name, spans, n_rows * n_bytes).reshape(n_rows, n_bytes)
 
 
-def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False) -> Model:
+def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False, mtp: str | None = None) -> Model:
     """Open a GGUF, or all parts of a split GGUF.
 
     Args:
         path: the file, or any part.
         pre: name of llama.cpp's pre-tokenizer; default: the one in the file.
         allow_requantize: accept weights that are quantized to less than Q8_0.
+        mtp: ``keep`` or ``drop`` layers of multi-token prediction; default: as the file has them.
 
     Returns:
         The model; reads no weights.
@@ -113,7 +115,7 @@ def open_gguf(path: Path, pre: str | None = None, allow_requantize: bool = False
     header = _repaired(path, architecture, parts)
     names = {entry.name for entry in header.tensors}
     entries = [(part, entry) for part in parts for entry in part.header.tensors if entry.name in names]
-    tensors = tuple(_tensor(part.path, entry) for part, entry in entries)
+    tensors = mtp_settled([_tensor(part.path, entry) for part, entry in entries], architecture, header.metadata, mtp)
     _check_vectors(path, tensors)
     notes = (*header.notes, *_requantize_notes(path, tensors, allow_requantize))
     metadata = header.metadata

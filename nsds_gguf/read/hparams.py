@@ -112,7 +112,8 @@ def read_hparams(architecture: str, metadata: Mapping[str, GGUFValue], tensors: 
     keys = _Keys(architecture, metadata)
     by_name = {tensor.name: tensor for tensor in tensors}
     embedding = by_name.get("token_embd.weight")
-    n_layers = keys.integer("block_count") or 1 + max((t.layer for t in tensors if t.layer is not None), default=-1)
+    n_counted = keys.integer("block_count") - keys.integer("nextn_predict_layers")
+    n_layers = n_counted or 1 + max((t.layer for t in tensors if t.layer is not None), default=-1)
     n_embd = keys.integer("embedding_length") or (embedding.n_cols if embedding else 0)
     n_heads = keys.integer("attention.head_count")
     head_dim = keys.integer("attention.key_length") or (n_embd // n_heads if n_heads else 0)

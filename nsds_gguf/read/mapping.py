@@ -18,6 +18,7 @@ from ..records import Stack, Tensor, kv
 from ..records.transforms import MinusExp, PlusOne, Reshape, TakeColumns, TakeRows, Transform, Transpose
 from .architectures.families import IGNORED
 from .architectures.family import Config, Family, Part, Sizes
+from .architectures.mtp import mtp_layers, mtp_parts
 from .missing import check_complete
 from .names import Found, Wanted, find_names
 from .stored import StoredTensor, same_values, some
@@ -157,12 +158,14 @@ CHANGES: Mapping[str, Transform] = {"plus_one": PlusOne(), "minus_exp": MinusExp
 class Mapped:
     """The tensors in GGUF order, notes of one sentence each, and a hex SHA-256 that identifies the tensors.
 
-    The digest covers names, types, shapes and the first row of each tensor, independent of the checkpoint's layout.
+    ``n_mtp`` is the number of layers of multi-token prediction among them. The digest covers names, types, shapes and
+    the first row of each tensor, independent of the checkpoint's layout.
     """
 
     tensors: list[Tensor]
     notes: list[str]
     digest: str
+    n_mtp: int = 0
 
 
 def map_tensors(
@@ -172,6 +175,7 @@ def map_tensors(
     sizes: Sizes,
     is_wrapped: bool,
     hints: Sequence[str] = (),
+    mtp: str | None = None,
 ) -> Mapped:
     """Return the tensors in GGUF order; raise unless all tensors are used and none is missing.
 
@@ -182,6 +186,7 @@ def map_tensors(
         sizes: of the dimensions.
         is_wrapped: whether the checkpoint may hold other models (vision, audio) beside the language model.
         hints: to add to the error for missing tensors, one sentence each.
+        mtp: what to do with layers of multi-token prediction; see ``mtp_layers``.
 
     Raises:
         ModelError: a tensor is missing, has another shape than config.json states, or contradicts the tie.
@@ -189,7 +194,9 @@ def map_tensors(
 
     """
     tied = bool(config["tie_word_embeddings"])
-    wanted = _wanted(config, family, sizes, tied)
+    n_mtp = mtp_layers(checkpoint.keys(), family, sizes["layers"], mtp)
+    sizes = {**sizes, "2embd": 2 * sizes["embd"]}
+    wanted = [*_wanted(config, family, sizes, tied), *_wanted_mtp(checkpoint, config, family, sizes, n_mtp)]
     _check_stacks(wanted, sizes, checkpoint)
     found = find_names(checkpoint, wanted, family, sizes)
     used = {name for _, names in found.places for name in names}
@@ -199,7 +206,8 @@ def map_tensors(
     notes = [*found.notes, *(_tie_notes(found, family) if tied else [])]
     if tied and family.output == "required":
         notes.append(f"The embedding is written twice: llama.cpp's {family.architecture} has no tied output.")
-    left_out = _left_over(found, used, family, is_wrapped, sizes["layers"])
+    strict = replace(family, extra_layers=family.extra_layers and not n_mtp)
+    left_out = _left_over(found, used, strict, is_wrapped, sizes["layers"])
     if left_out:
         notes.append(f"Only the language model is converted; left out: {left_out}.")
     digest, tensors = hashlib.sha256(), []
@@ -209,7 +217,7 @@ def map_tensors(
         tensors.append(tensor)
         digest.update(f"\n{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
         digest.update(_first_row(item.part, stored[0], sizes))
-    return Mapped(tensors, notes, digest.hexdigest())
+    return Mapped(tensors, notes, digest.hexdigest(), n_mtp)
 
 
 def layer_numbers(checkpoint: Stored, family: Family, n_layers: int) -> dict[str, GGUFValue]:
@@ -281,10 +289,18 @@ def _wanted(config: Config, family: Family, sizes: Sizes, tied: bool) -> list[Wa
     return [*found, *_with_biases("", None, {**after, **output}, config)]
 
 
+def _wanted_mtp(checkpoint: Stored, config: Config, family: Family, sizes: Sizes, n_mtp: int) -> Iterator[Wanted]:
+    """Yield the tensors of the layers of multi-token prediction."""
+    for number in range(n_mtp):
+        layer = sizes["layers"] + number
+        parts = mtp_parts(checkpoint.keys(), config, family, sizes["layers"], number)
+        yield from _with_biases(f"blk.{layer}.", layer, parts, config)
+
+
 def _with_biases(prefix: str, layer: int | None, parts: Mapping[str, Part], config: Config) -> Iterator[Wanted]:
     for role, part in parts.items():
         if part.when(config):
-            yield Wanted(prefix + part.gguf_name(role), role, layer, part)
+            yield Wanted(prefix + part.gguf_name(role), role, layer, part, steps=part.steps(config))
             if part.bias(config):
                 yield Wanted(f"{prefix}{role}.bias", f"{role}.bias", layer, part, is_bias=True)
 
@@ -355,7 +371,7 @@ def tensor_of(wanted: Wanted, stored: Sequence[StoredTensor], sizes: Sizes) -> T
             disagree = "vocabulary size and embedding rows disagree"
             hint = disagree if wanted.role in ("token_embd", "output") else "see config.json"
             raise ModelError(f"{tensor.file}: tensor {tensor.name}: wanted shape {in_file}, got {tensor.shape}: {hint}")
-    first, transforms = stored[0], tuple(_transforms(part, stored, shape, sizes, wanted.is_bias))
+    first, transforms = stored[0], (*_transforms(part, stored, shape, sizes, wanted.is_bias), *wanted.steps)
     source = first if len(stored) == 1 else Stack(tuple(stored))
     return Tensor(wanted.name, wanted.role, wanted.layer, shape, first.dtype, first.name, source, transforms)
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ..records.transforms import Transform
 from .architectures.families import LAYOUTS
 from .architectures.family import Family, Part, Sizes
 from .stored import StoredTensor
@@ -23,13 +24,17 @@ _WRAPPERS = re.compile(
 
 @dataclass(frozen=True)
 class Wanted:
-    """One GGUF tensor that the model must have; a bias has the ``part`` of its matrix."""
+    """One GGUF tensor that the model must have; a bias has the ``part`` of its matrix.
+
+    ``steps`` are the transforms of the part that depend on config.json.
+    """
 
     name: str
     role: str
     layer: int | None
     part: Part
     is_bias: bool = False
+    steps: tuple[Transform, ...] = ()
 
     def sources(self, sizes: Sizes) -> list[str]:
         """Return the family's names of the checkpoint tensors, several for a stack."""

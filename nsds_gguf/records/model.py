@@ -37,7 +37,7 @@ class Hparams:
     A number that differs between layers is the largest; the shapes of a layer's tensors give its own.
 
     Attributes:
-        n_layers: number of layers.
+        n_layers: number of layers, without those of multi-token prediction after them.
         n_embd: width of the residual stream.
         n_ff: hidden units of a feed-forward block.
         n_heads: number of query heads.

@@ -194,6 +194,19 @@ class Scale(Transform):
         return values
 
 
+@dataclass(frozen=True)
+class ScaleRows(Transform):
+    """Every row times its own factor, in float32; ``factors`` is ``(n_rows,)`` float32."""
+
+    factors: Float32 = field(repr=False, compare=False)
+
+    def values(self, below: Weights, rows: Rows, columns: slice) -> Float32:
+        """Return the products."""
+        values = below.values(rows, columns)
+        values *= self.factors[rows, np.newaxis]
+        return values
+
+
 # --- padding with zeros -----------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from ..calibration.hessians import (
     disk_bytes,
     factor_hessians,
     multiplied,
+    shared_inputs,
 )
 from ..calibration.imatrix import IMATRIX, Imatrix
 from ..calibration.kinds import CalibrationKind, find_calibration
@@ -35,7 +36,9 @@ from ..llamacpp import llama
 from ..quantize import factoring
 from ..quantize.equalization import Equalization, find_equalization
 from ..quantize.hessian_factors import FACTORS, FactorStore, record_name
-from ..records import Float32, Model, Recipe
+from ..records import Float32, Model, Progress, Recipe
+from ..sensitivity.moment_propagation import propagate
+from ..sensitivity.noise import N_POSITIONS, N_SEQUENCES, noise_divergence, noisy_tensors, with_noise
 from ..sensitivity.result import Sensitivities
 from ..sensitivity.sensitivities import sensitivities
 from ..sensitivity.typical import by_role
@@ -107,6 +110,8 @@ class Calibrated:
             def compute() -> Sensitivities:
                 options = self._walk_options(kind, recipe, for_hessians)
                 with self._run.report.stage(SENSITIVITIES) as progress, blas_threads(1):
+                    if what_is_missing(self.model) and kind.is_generated:
+                        return self._by_noise(recipe, tokens, options, progress)
                     found = sensitivities(self.model, tokens, options, progress, self._workers)
                 if key in self._hessians:
                     self._hessians[key].put_inputs()
@@ -116,6 +121,20 @@ class Calibrated:
             self._sensitivities[key] = kept_sensitivities(store, f"sensitivities on {kind.name} tokens", compute)
             _drop_pass(store)
         return self._sensitivities[key]
+
+    def _by_noise(self, recipe: Recipe, tokens: Tokens, options: WalkOptions, progress: Progress) -> Sensitivities:
+        """Return the sensitivities of a model that the Fisher pass does not support, measured by llama.cpp."""
+        propagated = propagate(self.model, workers=self._workers)
+        noisy = noisy_tensors(self.model, self._callback_moments[_source(recipe)].keys())
+        some = tokens[:N_SEQUENCES, :N_POSITIONS]
+        with self._fast_copy() as file:
+            divergence = noise_divergence(file, noisy, some, self._run.n_threads, options.records, progress)
+        found = with_noise(propagated, self.model, divergence)
+        note = (
+            "Sensitivities come from noise in one tensor at a time, in llama.cpp: the Fisher pass does not support "
+            f"{what_is_missing(self.model)}."
+        )
+        return replace(found, notes=(note, *found.notes))
 
     def _keyed(self, kind: CalibrationKind, recipe: Recipe, *parts: object) -> Store | None:
         """Return the store for results that depend on the tokens of a calibration."""
@@ -259,8 +278,7 @@ class Calibrated:
     def _find_hessians(self, kind: CalibrationKind, recipe: Recipe, factors: FactorStore) -> None:
         """Take factors and Hessians from the records; walk again where the first walk left none, or they are lost."""
         if what_is_missing(self.model):
-            moments, names = self._callback_moments.get(_source(recipe), {}), multiplied(self.model)
-            self._recall(factors, sorted({moments[name].names for name in names if name in moments}))
+            self._find_callback_hessians(kind, recipe, factors)
             return
         if _source(recipe) in self._hessians:
             return
@@ -278,6 +296,20 @@ class Calibrated:
             files.put_inputs()
         _drop_pass(options.records)
 
+    def _find_callback_hessians(self, kind: CalibrationKind, recipe: Recipe, factors: FactorStore) -> None:
+        """Take factors and Hessians from the records; let llama.cpp's callback collect the others."""
+        moments, tokens = self._callback_moments[_source(recipe)], self._drawn(kind, recipe, True)
+        files, inputs = self._hessian_files(kind, recipe), shared_inputs(moments, multiplied(self.model))
+        self._recall(factors, inputs)
+        left = [names for names in inputs if names[0] not in factors.names and not files.recall(names)]
+        n_blas = self._run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
+        with self._run.report.stage("find Hessians") as progress, blas_threads(n_blas):
+            progress(len(inputs) - len(left), len(inputs))
+            found = callback_hessians(self._fast_copy, tokens, moments, left, self._run.n_threads)
+            for n_done, (names, hessian) in enumerate(found, len(inputs) - len(left) + 1):
+                files.add(names, hessian)
+                progress(n_done, len(inputs))
+
     def _recall(self, factors: FactorStore, inputs: Sequence[tuple[str, ...]]) -> None:
         """Take the factors of these inputs that an interrupted run recorded."""
         kept = [record_name(names) for names in inputs if factors.recall(names)]
@@ -285,13 +317,8 @@ class Calibrated:
             self._store.tell_kept("Hessian factors", kept, len(inputs))
 
     def _taken_hessians(self, kind: CalibrationKind, recipe: Recipe) -> Iterator[FoundHessian]:
-        """Return the Hessians of a calibration's tokens and use them up; of llama.cpp, those without factors."""
-        if _source(recipe) in self._hessians:
-            return self._hessians.pop(_source(recipe)).take()
-        factors = self._factors.get((_source(recipe), False))
-        names = [name for name in multiplied(self.model) if factors is None or name not in factors.names]
-        moments, tokens = self._callback_moments.get(_source(recipe), {}), self._drawn(kind, recipe, True)
-        return callback_hessians(self._fast_copy, tokens, moments, names, self._run.n_threads)
+        """Return the Hessians of a calibration's tokens and use them up."""
+        return self._hessians.pop(_source(recipe)).take()
 
 
 def _drop_pass(store: Store | None) -> None:

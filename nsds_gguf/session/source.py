@@ -19,12 +19,14 @@ class Source:
         path: Hugging Face model folder, GGUF file, or name of a model on the Hub.
         pre_tokenizer: llama.cpp pre-tokenizer to use instead of the detected one.
         allow_requantize: whether to accept a GGUF that is already quantized below Q8_0.
+        mtp: ``keep`` or ``drop`` layers of multi-token prediction; default: as llama.cpp's converter does.
 
     """
 
     path: Path | HubName
     pre_tokenizer: str | None = None
     allow_requantize: bool = False
+    mtp: str | None = None
 
     @classmethod
     def of(cls, source: str | Path | HubName | Source) -> Source:
@@ -55,7 +57,7 @@ def open_model(source: str | Path | HubName | Source, run: Run | None = None) ->
     if run.cluster is not None:  # whose workers have other working directories
         path = path.absolute()
     with run.report.stage("read headers"):
-        model = read.open_model(path, wanted.pre_tokenizer, wanted.allow_requantize)
+        model = read.open_model(path, wanted.pre_tokenizer, wanted.allow_requantize, wanted.mtp)
     for note in model.notes:
         run.report.say(note)
     return model

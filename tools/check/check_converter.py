@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from converter_record import (
     ABSENT,
     GOLDEN,
+    MTP,
     OURS,
     Entry,
     computed_differences,
@@ -215,6 +216,12 @@ ALLOWED = (
         "names the kind of rope; llama.cpp computes it from the factors either way",
     ),
     Allowed(
+        r"nemotron_h(_moe)?\.attention\.layer_norm_rms_epsilon",
+        "FLOAT32 .*",
+        "absent",
+        "states what llama.cpp takes from layer_norm_epsilon without it (nemotron-h.cpp)",
+    ),
+    Allowed(
         r"mistral3\.rope\.scaling\.yarn_beta_(fast|slow)",
         "absent",
         r"FLOAT32 (32|1)\.0",
@@ -222,7 +229,7 @@ ALLOWED = (
     ),
 )
 
-# Classes whose layers of multi-token prediction the converter would take too, and demands of some.
+# Classes whose layers of multi-token prediction the converter demands of models that have none.
 _MTP_CLASSES = ("Glm4Moe", "Qwen3Next", "Qwen3_5")
 
 # Models that the converter stops at, and how.
@@ -359,7 +366,7 @@ def _job(folder: Path, ours: Path, work: Path) -> dict[str, str]:
         "outfile": str(work / f"{ours.stem}.theirs"),
         "outtype": _OUTTYPES[file_type],
         "pre": header.metadata["tokenizer.ggml.pre"].value,
-        "options": "--no-mtp" if _class_name(folder).startswith(_MTP_CLASSES) else "",
+        "options": "--no-mtp" if _class_name(folder).startswith(_MTP_CLASSES) and not folder.name.endswith(MTP) else "",
     }
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
+from ...records.transforms import Transform
+
 Config = Mapping[str, Any]  # canonical: see ``config.canonical``
 Sizes = Mapping[str, int]  # by name of the dimension, from ``config.dimensions``
 Condition = Callable[[Config], bool]
@@ -50,6 +52,11 @@ def no_keys(_config: Config, _sizes: Sizes) -> dict[str, GGUFValue]:
     return {}
 
 
+def no_steps(_: Config) -> tuple[Transform, ...]:
+    """Return no transforms."""
+    return ()
+
+
 @dataclass(frozen=True)
 class Part:
     """The checkpoint source of one GGUF tensor.
@@ -67,6 +74,7 @@ class Part:
         transposed: stored as ``(in, out)``, like GPT-2's Conv1D; for three dimensions, each matrix of the stack.
         columns: key of ``mapping.COLUMN_ORDERS``, the columns taken of each stored matrix, in order; default: all.
         change: key of ``mapping.CHANGES``, an elementwise change; default: none.
+        steps: returns transforms that depend on config.json, after all others; biases have none.
         suffix: follows ``source`` in the checkpoint.
         bare: the GGUF name has no ``.weight`` suffix (nor has a role that contains a dot).
         also: alternative forms of the same tensor; the first form in the checkpoint counts.
@@ -82,6 +90,7 @@ class Part:
     transposed: bool = False
     columns: str = ""
     change: str = ""
+    steps: Callable[[Config], tuple[Transform, ...]] = no_steps
     suffix: str = ".weight"
     bare: bool = False
     also: tuple[Part, ...] = ()

@@ -1,4 +1,4 @@
-"""Families with convolutions or delta nets between their attention, a row each; ``families.FAMILIES`` includes them."""
+"""Families with convolutions, delta nets or Mamba 2 between their attention; ``families.FAMILIES`` includes them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from gguf.gguf_writer import GGUFValue
 
 from ...records import kv
 from .family import Config, Family, LayerCondition, Part, Parts, Sizes, shifted, where
+from .mamba2 import MAMBA2
 from .parts import (
     ATTENTION,
     ATTENTION_NORM,
@@ -315,4 +316,5 @@ HYBRID = (
         example="Qwen 3.5 0.8B to 27B",
     ),
     _QWEN35_MOE,
+    *MAMBA2,
 )  # fmt: skip

@@ -9,6 +9,8 @@ from typing import Any
 from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
+from ...records import kv
+
 Config = Mapping[str, Any]  # canonical: see ``config.canonical``
 Sizes = Mapping[str, int]  # by name of the dimension, from ``config.dimensions``
 Condition = Callable[[Config], bool]
@@ -201,6 +203,11 @@ class Family:
 
 
 Parts = dict[str, Part]
+
+
+def counts(numbers: Mapping[str, int | None]) -> dict[str, GGUFValue]:
+    """Return keys of unsigned integers; a number that is ``None`` has no key."""
+    return {name: kv(value, GGUFValueType.UINT32) for name, value in numbers.items() if value is not None}
 
 
 def biased(parts: Mapping[str, Part], roles: str, bias: Condition) -> Parts:

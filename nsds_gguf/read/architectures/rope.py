@@ -121,6 +121,12 @@ def _by_kind_of_layer(stated: Mapping[str, Any], form: str) -> tuple[Mapping[str
     return full, sliding.get("rope_theta")
 
 
+def stated_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the rope settings as config.json states them, in either form; empty without any."""
+    stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return stated if isinstance(stated, Mapping) else {}
+
+
 def rope_note(settings: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the note on what llama.cpp scales otherwise.
 

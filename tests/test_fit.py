@@ -112,6 +112,9 @@ ONE_OF_EACH = {
     "qwen3next": "qwen3next",
     "qwen35": "qwen3.5",
     "qwen35moe": "qwen3.5-moe",
+    "qwen2vl": "qwen2-vl",
+    "qwen3vl": "qwen3-vl",
+    "qwen3vlmoe": "qwen3-vl-moe",
 }  # fmt: skip
 
 

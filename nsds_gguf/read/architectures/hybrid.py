@@ -38,7 +38,7 @@ from .parts import (
     RMS,
     UNTIED,
 )
-from .rope import stated_rope
+from .rope import section_keys
 
 # --- kinds of layers ------------------------------------------------------------------------------------------
 
@@ -231,10 +231,8 @@ _SECTIONS = [11, 11, 10]  # of the rotated channels by axis of an image: the cla
 
 
 def qwen35_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
-    """Return Qwen 3.5's keys; of text, all axes have the same positions."""
-    sections = [*(stated_rope(config).get("mrope_section") or _SECTIONS), 0, 0, 0, 0][:4]
-    dims = kv(sections, GGUFValueType.ARRAY, GGUFValueType.INT32)
-    return {**delta_keys(config, sizes), "rope.dimension_sections": dims}
+    """Return Qwen 3.5's keys."""
+    return {**delta_keys(config, sizes), **section_keys(config, _SECTIONS)}
 
 
 def key_head_dim(config: Config) -> int:

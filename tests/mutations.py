@@ -42,9 +42,11 @@ _CHANGED_KEYS = {
     "logit_scale": (0.5, "halved"),
 }
 _ROPE_KEYS = ("dimension_count", "freq_base", "freq_base_swa", "scaling.type", "scaling.original_context_length")
-# llama.cpp computes no window for Phi 3, and has no layer norm in Nemotron-H's own layers.
+# llama.cpp computes no window for Phi 3, has no layer norm in Nemotron-H's own layers, and reads no epsilon for
+# Qwen2-VL (qwen2vl.cpp): it takes 0.
 _UNUSED_KEYS = {
     "phi3": ("attention.sliding_window",),
+    "qwen2vl": ("attention.layer_norm_rms_epsilon",),
     **dict.fromkeys(("nemotron_h", "nemotron_h_moe"), ("attention.layer_norm_epsilon",)),
 }
 
@@ -134,7 +136,10 @@ def _rope_mutations(model: Model) -> dict[str, Model]:
     if "rope_freqs.weight" in model.by_name:
         tensors = tuple(tensor for tensor in model.tensors if tensor.name != "rope_freqs.weight")
         mutants["rope_freqs left out"] = replace(model, tensors=tensors)
-        mutants["rope_freqs halved"] = _edited(model, "rope_freqs", lambda factors: np.maximum(factors / 2, 1))
+        if model.architecture == "gemma4":  # 1, and for the channels that stand still as good as infinite
+            mutants["rope_freqs of ones"] = _edited(model, "rope_freqs", np.ones_like)
+        else:
+            mutants["rope_freqs halved"] = _edited(model, "rope_freqs", lambda factors: np.maximum(factors / 2, 1))
     if "rope_factors_long.weight" in model.by_name:
         mutants["long and short rope factors exchanged"] = _exchanged(
             model, "rope_factors_long", "rope_factors_short"

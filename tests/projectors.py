@@ -254,7 +254,7 @@ PROJECTOR_SPECS = {
         seed=7,
     ),
     "qwen2.5-vl": ProjectorSpec(
-        "",
+        "qwen2.5-vl",
         {**_QWEN, "model_type": "qwen2_5_vl", "hidden_act": "silu", "fullatt_block_indexes": [0, 1]},
         {
             "visual.patch_embed.proj.weight": (EMBD, 3, 2, PATCH, PATCH),
@@ -267,12 +267,11 @@ PROJECTOR_SPECS = {
                            "mlp.gate_proj": (FF, EMBD), "mlp.up_proj": (FF, EMBD)}),
             }),
         },
-        settings=_whole("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl"),
         dtype="BF16",
         seed=8,
     ),
     "qwen3-vl": ProjectorSpec(
-        "",
+        "qwen3-vl",
         {
             **_QWEN,
             "model_type": "qwen3_vl",
@@ -281,7 +280,6 @@ PROJECTOR_SPECS = {
             "deepstack_visual_indexes": [1],
         },
         _QWEN3_SHAPES,
-        settings=_whole("Qwen3VLForConditionalGeneration", "qwen3_vl"),
         seed=9,
     ),
     "qwen3.5": ProjectorSpec(
@@ -310,8 +308,9 @@ def projector_weights(spec: ProjectorSpec) -> Weights:
         name = "model.embed_tokens.weight"
         return {**weights, spec.names.get(name, name): stored(_drawn(spec, name, (N_VOCAB, TEXT)), spec.dtype)}
     shapes = zoo_shapes(spec.base)
+    own = ("lm_head", "model.embed_tokens", "model.layers", "model.norm")
     text = {name: shape for name, shape in shapes.items() if "language_model." in name or "text_model." in name
-            or name.startswith("lm_head")}  # fmt: skip
+            or name.startswith(own)}  # fmt: skip
     found = zoo_weights(SPECS[spec.base], text)
     return {**weights, **{spec.names.get(name, name): rows for name, rows in found.items()}}
 

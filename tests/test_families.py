@@ -306,6 +306,46 @@ def test_experts_that_contradict_themselves(config: dict[str, Any], message: str
         open_model(written(tmp_path, "mixtral", config))
 
 
+# Multimodal models
+
+
+def test_qwen2_vl_without_text_config(tmp_path: Path) -> None:
+    """As repositories have it: all settings at the top, sections of a rope of type mrope, no model.language_model."""
+    path = written(tmp_path, "qwen2-vl")
+    plain = open_model(path)
+    config = json.loads((path / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    flat = {**text, **config, "rope_theta": rope["rope_theta"], "model_type": "qwen2_vl"}
+    flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    (path / "config.json").write_text(json.dumps(flat))
+    names = {"model.language_model.": "model.", "model.visual.": "visual."}
+    renamed = {
+        next((new + key.removeprefix(old) for old, new in names.items() if key.startswith(old)), key): value
+        for key, value in rows(path).items()
+    }
+    save_file(renamed, path / "model.safetensors")
+    model = open_model(path)
+    assert model.model_id == plain.model_id
+    assert model.metadata["qwen2vl.rope.dimension_sections"].value == [2, 3, 3, 0]
+    assert "Only the language model is converted; left out: visual (19 tensors)." in model.notes
+
+
+def test_experts_of_qwen3_vl_either_way_round(tmp_path: Path) -> None:
+    """Repositories have stacks of (in, out), transformers 5 saves (out, in)."""
+    path = written(tmp_path, "qwen3-vl-moe")
+    stored, prefix = rows(path), "model.language_model.layers.1.mlp.experts."
+    both, down = stored[f"{prefix}gate_up_proj"], stored[f"{prefix}down_proj"]
+    parts = {"gate": both[:, :, :48], "up": both[:, :, 48:], "down": down}
+    turned = {key: value.swapaxes(1, 2).copy() if ".experts." in key else value for key, value in stored.items()}
+    for weights in (stored, turned):
+        save_file(weights, path / "model.safetensors")
+        model = open_model(path)
+        for role, part in parts.items():
+            found = model.by_name[f"blk.1.ffn_{role}_exps.weight"].load()
+            assert np.array_equal(found, part.swapaxes(1, 2).astype(np.float32))
+
+
 # Keys
 
 

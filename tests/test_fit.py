@@ -115,6 +115,9 @@ ONE_OF_EACH = {
     "falcon-h1": "falcon-h1",
     "nemotron_h": "nemotron-h",
     "nemotron_h_moe": "nemotron-h-moe",
+    "qwen2vl": "qwen2-vl",
+    "qwen3vl": "qwen3-vl",
+    "qwen3vlmoe": "qwen3-vl-moe",
 }  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from nsds_gguf.conversion import convert
 from nsds_gguf.evaluate.texts import VerifyOptions
 from nsds_gguf.read import open_model, supported_classes
 from nsds_gguf.read.architectures.families import FAMILIES
-from nsds_gguf.read.config import canonical
+from nsds_gguf.read.config import canonical, text_model
 from nsds_gguf.records import Options
 from nsds_gguf.session.run import Run
 
@@ -60,7 +60,7 @@ def test_the_whole_conversion_writes_the_file_that_is_compared(source_class: str
 
 def architecture_of(name: str) -> str:
     """Return llama.cpp's name for what a spec converts to; empty for the language model of a larger model."""
-    config, source_class = zoo_config(name), SPECS[name].source_class
+    config, source_class = text_model(zoo_config(name))[1], SPECS[name].source_class
     families = [family for family in FAMILIES if source_class in family.classes]
     chosen = (family for family in families if family.variant(canonical(config, family)))
     return next((family.architecture for family in chosen), "")
@@ -188,5 +188,8 @@ def test_shapes_are_packed_without_loss() -> None:
     shapes = {f"layers.{i}.experts.{j}.up": (3, 2) for i in (1, 2) for j in range(3)} | {"norm": (4,)}
     assert packed(shapes) == {"layers.{}.experts.{}.up": [[[1, 2], [0, 1, 2]], [3, 2]], "norm": [[], [4]]}
     assert unpacked(packed(shapes)) == shapes
+    shapes = {"layers.0.up": (3, 2), "layers.1.up": (3, 4), "layers.2.up": (3, 2)}
+    assert packed(shapes) == {"layers.{}.up": {"by shape": [[[[0, 2]], [3, 2]], [[[1]], [3, 4]]]}}
+    assert unpacked(packed(shapes)) == shapes
     with pytest.raises(ValueError, match="different shapes"):
-        packed({"layers.0.up": (3, 2), "layers.1.up": (3, 4)})
+        packed({"layers.0.experts.0.up": (3, 2), "layers.1.experts.1.up": (3, 2)})

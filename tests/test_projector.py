@@ -22,6 +22,8 @@ from projectors import EMBD, PATCH, PROJECTOR_SPECS, TEXT, projector_config, pro
 from tiny_models import SPECS, write_model, write_tiny
 
 from nsds_gguf.errors import ModelError, UnsupportedError
+from nsds_gguf.llamacpp.gguf_header import read_gguf_header
+from nsds_gguf.llamacpp.llama import logits
 from nsds_gguf.quantize.write import projector_bytes, write_projector
 from nsds_gguf.read.projector import PROJECTOR_TYPES, open_projector
 from nsds_gguf.system.workers import Threads
@@ -263,6 +265,21 @@ def test_the_memory_to_fit_holds_it_too(gemma3, tmp_path):
     assert call("convert", "gemma3", *PLAIN, *QUIET, "-o", "a.gguf", "--mmproj").code == 0
     n_bytes = (tmp_path / "mmproj-Gemma3-F16.gguf").stat().st_size
     assert budgets[0] - budgets[1] == n_bytes > budgets[0] - budgets[2] > 0 and budgets[0] - budgets[3] == 100
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl"])
+def test_both_parts_of_qwen_vl(name, tmp_path, monkeypatch):
+    """The language model is quantized to a budget, the vision part as it is."""
+    monkeypatch.chdir(tmp_path)
+    write_projector_folder(tmp_path / name, name)
+    options = ("--target-bpw", 10, "--calibration", "random", "--rounding", "rtn")
+    outcome = call("convert", name, *options, *QUIET, "-o", "a.gguf", "--mmproj")
+    assert outcome.code == 0, outcome
+    (file,) = tmp_path.glob("mmproj-*-F16.gguf")
+    assert projector_record(as_theirs(read_entry(file), RECORD[f"{name} F16"])) == RECORD[f"{name} F16"]
+    types = {tensor.type for tensor in read_gguf_header(tmp_path / "a.gguf").tensors}
+    assert "Q8_0" in types or types & {"Q4_0", "Q5_0", "Q5_1", "IQ4_NL"}
+    assert len(logits(tmp_path / "a.gguf", [1, 2, 3], n_threads=1)) == 3
 
 
 def test_it_is_replaced_with_force_only_and_refused_before_the_work(gemma3, tmp_path):

@@ -37,7 +37,8 @@ _GELU_CLASSES = ("GPT", "Gemma", "PhiFor", "Starcoder2")
 
 # What a name says of a tensor. Gains: of the root mean square of a random vector.
 _QK_NORM = re.compile(r".*\.(q|k|query|key)_(layer)?norm(\.norms\.\d+)?\.weight")
-_NORM = re.compile(r".*(norm|norm_f|ln_\w+)\.weight")
+_NORM = re.compile(r".*(norm|norm_f|norm_\d|ln_\w+)\.weight")
+_SCALE = re.compile(r".*\.(layer_scalar|router\.scale|router\.per_expert_scale)")
 _EMBEDDING = re.compile(r".*(embed_tokens|wte|embed_in|tok_embeddings|embeddings)\.weight")
 _GAINS = {
     re.compile(r"(.*\.)?wpe\.weight"): 0.02,
@@ -46,6 +47,7 @@ _GAINS = {
     re.compile(
         r".*(mlp\.gate(\.wg)?|block_sparse_moe\.gate|router\.layer|mlp\.router|feed_forward\.gate|shared_expert_gate)\.weight"
     ): 4.0,
+    re.compile(r".*\.router\.proj\.weight"): 32.0,  # divided by the root of the width
     re.compile(r".*\.sinks"): 8.0,
     re.compile(r".*\.(mlp|feed_forward|block_sparse_moe|shared_mlp)\..*"): 1.5,
 }
@@ -71,6 +73,7 @@ class ZooSpec:
         n_shards: files of weights.
         omitted: pattern of names that the weights lack.
         names: patterns of saved names, and what repositories have in their place.
+        turned: pattern of names of stacks that repositories have as ``(in, out)``, transformers 5 as ``(out, in)``.
         extras: names and shapes of tensors that repositories have beside the weights.
         n_tokens: length of the sequence it is tested on.
         embedding_gain: root mean square of a row of the embedding.
@@ -88,6 +91,7 @@ class ZooSpec:
     n_shards: int = 1
     omitted: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
+    turned: str = ""
     extras: Mapping[str, Shape] = field(default_factory=dict)
     n_tokens: int = 160
     embedding_gain: float = 0.02
@@ -118,14 +122,21 @@ def zoo_shapes(name: str) -> dict[str, Shape]:
 
 
 def packed(shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Return shapes with one entry for like layers and experts: ``name with {} -> [numbers by place, shape]``."""
-    groups: dict[str, list[str]] = {}
+    """Return shapes with one entry for like layers and experts: ``name with {} -> [numbers by place, shape]``.
+
+    Layers of other shapes have ``{"by shape": [such pairs]}``.
+    """
+    groups: dict[str, dict[Shape, list[str]]] = {}
     for name in sorted(shapes):
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "{}", name), []).append(name)
+        template = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
+        groups.setdefault(template, {}).setdefault(shapes[name], []).append(name)
     entries = {}
-    for template, names in groups.items():
-        numbers = [[int(part) for part in name.split(".") if part.isdigit()] for name in names]
-        entries[template] = [[sorted(set(column)) for column in zip(*numbers, strict=True)], list(shapes[names[0]])]
+    for template, by_shape in groups.items():
+        places = []
+        for shape, names in by_shape.items():
+            numbers = [[int(part) for part in name.split(".") if part.isdigit()] for name in names]
+            places.append([[sorted(set(column)) for column in zip(*numbers, strict=True)], list(shape)])
+        entries[template] = places[0] if len(places) == 1 else {"by shape": places}
     if unpacked(entries) != dict(shapes):
         raise ValueError("layers or experts of different shapes")
     return entries
@@ -135,7 +146,8 @@ def unpacked(entries: Mapping[str, Any]) -> dict[str, Shape]:
     """Return what was ``packed``."""
     return {
         template.format(*place): tuple(shape)
-        for template, (numbers, shape) in entries.items()
+        for template, entry in entries.items()
+        for numbers, shape in (entry["by shape"] if isinstance(entry, dict) else [entry])
         for place in itertools.product(*numbers)
     }
 
@@ -155,6 +167,8 @@ def _drawn(spec: ZooSpec, name: str, shape: Shape) -> NDArray[np.float32]:
         return numbers * np.float32(spec.qk_gain / 2) + np.float32(spec.qk_gain - spec.norm_shift)
     if _NORM.fullmatch(name):
         return numbers * np.float32(0.5) + np.float32(1 - spec.norm_shift)
+    if _SCALE.fullmatch(name):
+        return numbers * np.float32(0.5) + np.float32(1)
     if name.endswith("bias"):
         return numbers * np.float32(_SMALL if _PROBABILITY.fullmatch(name) else 1)
     return numbers * np.float32(_gain(spec, name) * math.sqrt(3 / shape[-1]))

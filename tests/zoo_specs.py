@@ -350,8 +350,30 @@ _VISION: Settings = {
 }
 
 
-def _multimodal(text_type: str, text: Settings, vision_type: str, **settings: Any) -> Settings:
-    vision = {"model_type": vision_type, **_VISION}
+# Qwen-VL: positions by time, height and width, which of text are the same; heads of 16 or 32 channels. llama.cpp takes
+# 0 for the epsilon of Qwen2-VL's norms: those of the zoo must not be felt.
+_QWEN_VISION: Settings = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_heads": 1,
+    "out_hidden_size": 64,
+    "fullatt_block_indexes": [0],
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+_QWEN2_VISION: Settings = {"depth": 1, "embed_dim": 16, "hidden_size": 64, "mlp_ratio": 1, "num_heads": 1}
+_QWEN2_VL: Settings = {**_RMS, **_EPS6, **_rope({**_PLAIN, "mrope_section": [2, 3, 3]})}
+_QWEN3_VL: Settings = {
+    **_RMS, **_rope({**_PLAIN, "mrope_section": [6, 5, 5], "mrope_interleaved": True}), "head_dim": 32,
+}  # fmt: skip
+_QWEN3_VL_MOE: Settings = {**_QWEN3_VL, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+
+
+def _multimodal(
+    text_type: str, text: Settings, vision_type: str, vision_settings: Settings = _VISION, **settings: Any
+) -> Settings:
+    vision = {"model_type": vision_type, **vision_settings}
     return {**_IDS, "text_config": {"model_type": text_type, **text}, "vision_config": vision, **settings}
 
 
@@ -734,6 +756,31 @@ SPECS = {
         **_SHIFTED,
         n_tokens=64,
         seed=386,
+    ),
+    "qwen2-vl": ZooSpec(
+        "Qwen2VLForConditionalGeneration",
+        _multimodal("qwen2_vl_text", _QWEN2_VL, "qwen2_vl", _QWEN2_VISION),
+        embedding_gain=3.0,
+        seed=390,
+    ),
+    "qwen2.5-vl": ZooSpec(
+        "Qwen2_5_VLForConditionalGeneration",
+        _multimodal("qwen2_5_vl_text", _QWEN2_VL, "qwen2_5_vl", _QWEN_VISION),
+        dtype="BF16",
+        embedding_gain=3.0,
+        seed=391,
+    ),
+    "qwen3-vl": ZooSpec(
+        "Qwen3VLForConditionalGeneration",
+        _multimodal("qwen3_vl_text", _QWEN3_VL, "qwen3_vl", _QWEN_VISION, **_TIED),
+        seed=392,
+    ),
+    "qwen3-vl-moe": ZooSpec(
+        "Qwen3VLMoeForConditionalGeneration",
+        _multimodal("qwen3_vl_moe_text", _QWEN3_VL_MOE, "qwen3_vl_moe", _QWEN_VISION),
+        turned=r".*\.mlp\.experts\..*",
+        dtype="BF16",
+        seed=393,
     ),
     "idefics3": ZooSpec(
         "Idefics3ForConditionalGeneration", _multimodal("llama", _RMS, "idefics3_vision", scale_factor=1), seed=210

@@ -32,15 +32,17 @@ ALIASES = {
     "norm_eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     "num_attention_heads": ("num_attention_heads", "n_head"),
     "num_experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("num_experts_per_tok", "moe_k", "moe_topk"),
+    "num_experts_per_tok": ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"),
     "num_hidden_layers": ("num_hidden_layers", "n_layer"),
     "partial_rotary_factor": ("partial_rotary_factor", "rotary_pct", "rope_pct"),
     "rope_theta": ("rope_theta", "rotary_emb_base"),
     "tie_word_embeddings": ("tie_embedding", "tie_word_embeddings"),
 }
 
-# Settings of a whole multimodal model that apply to its language model (transformers 5 ties by them).
-_OUTER_SETTINGS = ("tie_word_embeddings",)
+# Settings of a whole multimodal model that apply to its language model: transformers 5 ties by one of them, and
+# llama.cpp's Qwen3-VL has a key of the other.
+_OUTER_SETTINGS = ("tie_word_embeddings", "vision_config")
+_MULTIMODAL = "ForConditionalGeneration"
 
 # Settings whose defaults ``rope.rope_settings`` applies.
 ROPE_SETTINGS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "original_max_position_embeddings")
@@ -84,16 +86,27 @@ def text_model(config: Mapping[str, Any]) -> tuple[str, dict[str, Any], list[str
     name, note = named_class(config)
     notes = [note] if note else []
     inner = config.get("text_config")
-    if name not in WRAPPERS or not isinstance(inner, Mapping):
+    if not isinstance(inner, Mapping) or not name.endswith(_MULTIMODAL):
         return name, dict(config), notes
+    shared = {key: config[key] for key in _OUTER_SETTINGS if config.get(key) is not None}
+    tokens = {key: value for key, value in config.items() if key.endswith("_token_id")}
+    settings = {**tokens, **inner, **shared}
+    if name not in WRAPPERS:  # llama.cpp has an architecture for its language model
+        return name, settings, notes
     kind = inner.get("model_type", WRAPPERS[name])
     if not isinstance(kind, str) or kind not in TEXT_MODELS:
         raise UnsupportedError(
             f"config.json: {name} around a language model of type {reprlib.repr(kind)}; known: {', '.join(TEXT_MODELS)}"
         )
-    shared = {key: config[key] for key in _OUTER_SETTINGS if config.get(key) is not None}
-    tokens = {key: value for key, value in config.items() if key.endswith("_token_id")}
-    return TEXT_MODELS[kind], {**tokens, **inner, **shared}, notes
+    return TEXT_MODELS[kind], settings, notes
+
+
+def is_multimodal(config: Mapping[str, Any], source_class: str) -> bool:
+    """Return whether the weights may hold other models (vision, audio) beside the language model.
+
+    ``source_class`` is that of the language model. Qwen2-VL's config.json has no text_config.
+    """
+    return "text_config" in config or source_class.endswith(_MULTIMODAL)
 
 
 def canonical(config: Mapping[str, Any], family: Family) -> dict[str, Any]:

@@ -32,13 +32,14 @@ from .architectures.rope import (
     check_rope,
     llama3_factors,
     longrope_factors,
+    proportional_factors,
     rope_dim,
     rope_note,
     rope_settings,
 )
 from .card import card_keys
 from .checkpoint import read_checkpoint
-from .config import canonical, check_settings, dimensions, read_config, text_model
+from .config import canonical, check_settings, dimensions, is_multimodal, read_config, text_model
 from .embedding import read_embedding
 from .hparams import read_hparams
 from .mapping import Mapped, layer_numbers, map_tensors
@@ -84,7 +85,9 @@ def _open_model(folder: Path, whole: Mapping[str, Any], pre: str | None, mtp: st
     embedding = read_embedding(folder, whole)
     if embedding and not any(name.endswith(HEAD) for name in checkpoint.tensors):
         config = {**config, "tie_word_embeddings": True}  # llama.cpp loads embedding models without a head
-    mapped = map_tensors(checkpoint.tensors, config, family, sizes, "text_config" in whole, checkpoint.notes, mtp)
+    mapped = map_tensors(
+        checkpoint.tensors, config, family, sizes, is_multimodal(whole, source_class), checkpoint.notes, mtp
+    )
     tensors = [*mapped.tensors, *_rope_tensors(rope, sizes)]
     vocab = open_vocab(folder, sizes["vocab"], config, pre)
     about, unread = card_keys(folder, whole, tensors)
@@ -186,6 +189,8 @@ def _rope_tensors(rope: Mapping[str, Any] | None, sizes: Mapping[str, int]) -> l
     tables: dict[str, Float32] = {}
     if rope["rope_type"] == "llama3":
         tables = {"rope_freqs": llama3_factors(rope, rope_dim(rope, sizes["head"]))}
+    if rope["rope_type"] == "proportional":
+        tables = {"rope_freqs": proportional_factors(rope, sizes["head_full"])}
     if rope["rope_type"] == "longrope":
         tables = longrope_factors(rope, rope_dim(rope, sizes["head"]))
     return [_constant(f"{role}.weight", role, values) for role, values in tables.items()]

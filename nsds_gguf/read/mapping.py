@@ -31,7 +31,7 @@ Order = NDArray[np.intp]
 # Names of other parts of a multimodal checkpoint.
 _OTHER_MODELS = re.compile(
     r"(^|\.)(vision_tower|vision_model|multi_modal_projector|multimodal_projector|connector|image_newline|"
-    r"audio_tower|visual)"
+    r"audio_tower|visual|embed_vision|embed_audio)"
     r"(\.|$)"
 )
 
@@ -144,6 +144,8 @@ ROW_ORDERS: Mapping[str, Callable[[Sizes], Order]] = {
 COLUMN_ORDERS: Mapping[str, Callable[[Sizes], Order]] = {
     "even": lambda sizes: np.arange(0, sizes["2ff_exp"], 2, dtype=np.intp),
     "odd": lambda sizes: np.arange(1, sizes["2ff_exp"], 2, dtype=np.intp),
+    "first": lambda sizes: np.arange(sizes["ff_exp"], dtype=np.intp),
+    "second": lambda sizes: np.arange(sizes["ff_exp"], sizes["2ff_exp"], dtype=np.intp),
     "turns_v": ROW_ORDERS["turns_v"],
 }
 
@@ -284,7 +286,7 @@ def _wanted(config: Config, family: Family, sizes: Sizes, tied: bool) -> list[Wa
     found = list(_with_biases("", None, before, config))
     for i in range(sizes["layers"]):
         prefix = family.layer_prefix.format(i=i)
-        parts = {role: part.within(prefix) for role, part in family.layer.items() if part.layers(config, i)}
+        parts = {role: part.within(prefix) for role, part in family.parts_of(config, i).items()}
         found += _with_biases(f"blk.{i}.", i, parts, config)
     return [*found, *_with_biases("", None, {**after, **output}, config)]
 
@@ -358,13 +360,7 @@ def tensor_of(wanted: Wanted, stored: Sequence[StoredTensor], sizes: Sizes) -> T
     """Return a GGUF tensor from its stored tensors; raise ``ModelError`` for another shape than config.json states."""
     part = wanted.part
     shape = tuple(sizes[name] for name in part.shape)
-    in_file = tuple(sizes[name] for name in part.stored or part.shape)
-    if len(stored) > 1 or "{e}" in part.source:
-        in_file = in_file[1:]
-    if wanted.is_bias:
-        shape, in_file = shape[:1], in_file[:1]
-    elif part.transposed and not part.stored:
-        in_file = in_file[::-1]
+    shape, in_file = shape[:1] if wanted.is_bias else shape, wanted.stored_shape(sizes)
     for tensor in stored:
         tensor.require_readable()
         if tensor.shape != in_file:

@@ -42,6 +42,15 @@ class Wanted:
         count = sizes[self.part.shape[0]] if "{e}" in self.part.source else 1
         return [self.part.source.replace("{e}", str(e)) + suffix for e in range(count)]
 
+    def stored_shape(self, sizes: Sizes) -> tuple[int, ...]:
+        """Return the shape of a checkpoint tensor; of a stack, that of one of its tensors."""
+        shape = tuple(sizes[name] for name in self.part.stored or self.part.shape)
+        if "{e}" in self.part.source:
+            shape = shape[1:]
+        if self.is_bias:
+            return shape[:1]
+        return shape[::-1] if self.part.transposed and not self.part.stored else shape
+
     def forms(self) -> Iterator[Wanted]:
         """Yield the tensor in every form in which checkpoints store it."""
         return (replace(self, part=part) for part in self.part.forms)
@@ -150,12 +159,18 @@ def _before(stored: Mapping[str, StoredTensor], ends: Sequence[str]) -> list[str
 def _place(
     item: Wanted, stored: Mapping[str, StoredTensor], actual: Callable[[str], str], sizes: Sizes
 ) -> tuple[Wanted, list[str]]:
-    """Return the first form of a tensor in the checkpoint, and its names; by default its first form."""
-    for form in item.forms():
-        names = [actual(name) for name in form.sources(sizes)]
-        if all(name in stored for name in names):
-            return form, names
-    return item, [actual(name) for name in item.sources(sizes)]
+    """Return the form of a tensor in the checkpoint, and its names; by default its first form.
+
+    Of forms with the same names, that of the stored shape counts, else the first.
+    """
+    forms = [(form, [actual(name) for name in form.sources(sizes)]) for form in item.forms()]
+    present = [(form, names) for form, names in forms if all(name in stored for name in names)]
+    fitting = (
+        (form, names)
+        for form, names in present
+        if names == present[0][1] and stored[names[0]].shape == form.stored_shape(sizes)
+    )
+    return next(fitting, (present or forms)[0])
 
 
 def _notes(raw: Mapping[str, StoredTensor], found: Found, family: Family) -> tuple[str, ...]:

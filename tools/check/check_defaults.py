@@ -50,6 +50,7 @@ EXCEPTIONS = {
     ("deepseek_v2", "head_dim"): "of the rotated part; the sizes of latent attention count",
     ("deepseek_v3", "head_dim"): "of the rotated part; the sizes of latent attention count",
     ("deepseek_v3", "num_key_value_heads"): "latent attention has one",
+    ("qwen3_vl_moe_text", "tie_word_embeddings"): "that of the whole model counts, which is false",
     ("mamba", "num_attention_heads"): "Mamba has no heads",
     ("mamba", "max_position_embeddings"): "Mamba has no limit of positions",
 }

@@ -65,6 +65,10 @@ def saved(spec: ZooSpec) -> Saved:
     kept = {name: shape for name, shape in shapes.items() if not re.fullmatch(spec.omitted, name)}
     for pattern, other in spec.names.items():
         kept = {re.sub(pattern, other, name): shape for name, shape in kept.items()}
+    kept = {
+        name: (*shape[:-2], shape[-1], shape[-2]) if re.fullmatch(spec.turned, name) else shape
+        for name, shape in kept.items()
+    }
     return Saved(dict(sorted(config.items())), kept | dict(spec.extras))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from gguf import GGUFValueType
 from gguf.gguf_writer import GGUFValue
 
+from ...records import kv
 from ...records.transforms import Transform
 
 Config = Mapping[str, Any]  # canonical: see ``config.canonical``
@@ -110,6 +111,9 @@ class Part:
         return role if self.bare or "." in role else f"{role}.weight"
 
 
+Parts = dict[str, Part]
+
+
 @dataclass(frozen=True)
 class Key:
     """A GGUF key of the architecture, its type, and the setting of config.json that it holds.
@@ -147,6 +151,7 @@ class Family:
         variant: condition on config.json, if it decides the architecture of a class.
         architecture: llama.cpp's name.
         layer: role -> part, within ``layer_prefix``, in GGUF order.
+        other_layers: conditions, and parts that those layers have in place of others.
         outside: role -> part outside the layers; the output projection is last.
         defaults: transformers' defaults of settings: values, or functions of the settings.
         prefix, layer_prefix: of the checkpoint's names; ``{i}`` is the layer.
@@ -174,6 +179,7 @@ class Family:
     architecture: str
     layer: Mapping[str, Part]
     outside: Mapping[str, Part]
+    other_layers: tuple[tuple[LayerCondition, Mapping[str, Part]], ...] = ()
     defaults: Config = field(default_factory=dict)
     prefix: str = "model."
     layer_prefix: str = "model.layers.{i}."
@@ -198,6 +204,14 @@ class Family:
     variant: Condition = always
     example: str = ""
 
+    def parts_of(self, config: Config, layer: int) -> Parts:
+        """Return the parts of one layer."""
+        parts = dict(self.layer)
+        for condition, others in self.other_layers:
+            if condition(config, layer):
+                parts |= others
+        return {role: part for role, part in parts.items() if part.layers(config, layer)}
+
     @property
     def embedding(self) -> str:
         """Checkpoint name of the token embedding."""
@@ -209,7 +223,9 @@ class Family:
         return self.outside["output"].source + ".weight"
 
 
-Parts = dict[str, Part]
+def counts(numbers: Mapping[str, int | None]) -> dict[str, GGUFValue]:
+    """Return keys of unsigned integers; a number that is ``None`` has no key."""
+    return {name: kv(value, GGUFValueType.UINT32) for name, value in numbers.items() if value is not None}
 
 
 def biased(parts: Mapping[str, Part], roles: str, bias: Condition) -> Parts:

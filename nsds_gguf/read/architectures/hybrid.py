@@ -5,27 +5,41 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gguf import GGUFValueType
-from gguf.constants import ExpertGatingFuncType
 from gguf.gguf_writer import GGUFValue
 
 from ...records import kv
-from .family import Config, Family, LayerCondition, Part, Parts, Sizes, shifted, where
+from .experts import (
+    EXPERT_FF_KEY,
+    EXPERTS,
+    SHARED_EXPERT,
+    SHARED_FF_KEY,
+    gating_key,
+    is_dense_layer,
+    is_sparse_layer,
+    numbered_experts,
+)
+from .family import (
+    Config,
+    Family,
+    LayerCondition,
+    Part,
+    Parts,
+    Sizes,
+    counts,
+    shifted,
+    where,
+)
 from .mamba2 import MAMBA2
 from .parts import (
     ATTENTION,
     ATTENTION_NORM,
-    EXPERT_FF_KEY,
-    EXPERTS,
     FFN,
     OUTSIDE,
     QK_NORMS,
     RMS,
-    SHARED_EXPERT,
-    SHARED_FF_KEY,
     UNTIED,
-    stacked_forms,
 )
-from .recent import is_dense_layer, is_sparse_layer
+from .rope import section_keys
 
 # --- kinds of layers ------------------------------------------------------------------------------------------
 
@@ -74,16 +88,9 @@ _LFM2_FFN: Parts = {
 }
 
 
-def _lfm2_experts(place: str, name: str, shape: tuple[str, ...]) -> Part:
-    also = stacked_forms(place, own="feed_forward", mlx="feed_forward")
-    return Part(f"feed_forward.experts.{{e}}.{name}", shape, also=also)
-
-
 _LFM2_EXPERTS: Parts = {
     "ffn_gate_inp": Part("feed_forward.gate", ("experts", "embd")),
-    "ffn_gate_exps": _lfm2_experts("gate", "w1", ("experts", "ff_exp", "embd")),
-    "ffn_up_exps": _lfm2_experts("up", "w3", ("experts", "ff_exp", "embd")),
-    "ffn_down_exps": _lfm2_experts("down", "w2", ("experts", "embd", "ff_exp")),
+    **numbered_experts("feed_forward"),
     "exp_probs_b.bias": Part("feed_forward.expert_bias", ("experts",), suffix=""),
 }
 _LFM2_MIXERS: Parts = {
@@ -121,11 +128,7 @@ def lfm2_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
 def lfm2_moe_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
     """Return LFM2-MoE's keys: sigmoid scores, and leading dense layers."""
     n_dense = sum(is_dense_layer(config, i) for i in range(sizes["layers"]))
-    return {
-        **lfm2_keys(config, sizes),
-        "leading_dense_block_count": kv(n_dense, GGUFValueType.UINT32),
-        "expert_gating_func": kv(int(ExpertGatingFuncType["SIGMOID"]), GGUFValueType.UINT32),
-    }
+    return {**lfm2_keys(config, sizes), **counts({"leading_dense_block_count": n_dense}), **gating_key("SIGMOID")}
 
 
 _LFM2 = Family(
@@ -222,19 +225,15 @@ def delta_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
         "full_attention_interval": config["full_attention_interval"],
     }
     recurrent = [is_recurrent_layer(config, i) for i in range(sizes["layers"])]
-    keys = {name: kv(value, GGUFValueType.UINT32) for name, value in numbers.items()}
-    return {**keys, "attention.recurrent_layers": kv(recurrent, GGUFValueType.ARRAY, GGUFValueType.BOOL)}
+    return {**counts(numbers), "attention.recurrent_layers": kv(recurrent, GGUFValueType.ARRAY, GGUFValueType.BOOL)}
 
 
 _SECTIONS = [11, 11, 10]  # of the rotated channels by axis of an image: the class's default
 
 
 def qwen35_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
-    """Return Qwen 3.5's keys; of text, all axes have the same positions."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    sections = [*(rope.get("mrope_section") or _SECTIONS), 0, 0, 0, 0][:4]
-    dims = kv(sections, GGUFValueType.ARRAY, GGUFValueType.INT32)
-    return {**delta_keys(config, sizes), "rope.dimension_sections": dims}
+    """Return Qwen 3.5's keys."""
+    return {**delta_keys(config, sizes), **section_keys(config, _SECTIONS)}
 
 
 def key_head_dim(config: Config) -> int:

@@ -5,20 +5,42 @@ from __future__ import annotations
 from dataclasses import replace
 
 from gguf import GGUFValueType
-from gguf.constants import ExpertGatingFuncType
 from gguf.gguf_writer import GGUFValue
 
 from ...records import kv
-from .family import Config, Family, Key, Part, Parts, Sizes, Window, always, biased, flag, where
+from .experts import (
+    EXPERT_FF_KEY,
+    EXPERTS,
+    ROUTED_DEFAULTS,
+    ROUTED_KEYS,
+    SCORE_BIAS,
+    SHARED_EXPERTS,
+    gating_key,
+    is_dense_layer,
+    is_sparse_layer,
+    numbered_experts,
+    shared_sizes,
+    sigmoid_keys,
+)
+from .family import (
+    Config,
+    Family,
+    Part,
+    Parts,
+    Sizes,
+    Window,
+    always,
+    biased,
+    counts,
+    flag,
+    where,
+)
 from .parts import (
     ATTENTION,
     ATTENTION_NORM,
-    EXPERT_FF_KEY,
-    EXPERTS,
     FFN,
     FFN_NORM,
     LAYER,
-    LLAMA_LAYER,
     OUTSIDE,
     POST_NORMS,
     QK_NORMS,
@@ -26,63 +48,25 @@ from .parts import (
     RMS,
     UNTIED,
     WIDE_QK_NORMS,
-    stacked_forms,
 )
+from .rope import stated_rope
 
-# --- conditions and sizes -------------------------------------------------------------------------------------
-
-
-def is_dense_layer(config: Config, layer: int) -> bool:
-    """Return whether a layer comes before the first with experts."""
-    return not config.get("num_experts") or layer < (config.get("first_k_dense_replace") or 0)
-
-
-def is_sparse_layer(config: Config, layer: int) -> bool:
-    """Return whether a layer has experts."""
-    return not is_dense_layer(config, layer)
-
-
-def shared_sizes(config: Config) -> dict[str, int]:
-    """Return the width of the shared experts, which are one feed-forward block."""
-    return {"ff_shexp": (config.get("n_shared_experts") or 0) * config["moe_intermediate_size"]}
-
-
-def expert_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
-    """Return the keys of routed and shared experts behind leading dense layers."""
-    numbers = {
-        "expert_group_count": config.get("n_group"),
-        "expert_group_used_count": config.get("topk_group"),
-        "expert_shared_count": config.get("n_shared_experts") or 0,
-        "leading_dense_block_count": sum(is_dense_layer(config, i) for i in range(sizes["layers"])),
-    }
-    return {name: kv(value, GGUFValueType.UINT32) for name, value in numbers.items() if value is not None}
-
-
-def _gating(name: str) -> GGUFValue:
-    return kv(int(ExpertGatingFuncType[name]), GGUFValueType.UINT32)
-
-
-def sigmoid_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
-    """Return the keys of GLM-4.5 and dots.llm1, which route like DeepSeek-V3."""
-    return {**expert_keys(config, sizes), "expert_gating_func": _gating("SIGMOID")}
+# --- sizes and keys -------------------------------------------------------------------------------------------
 
 
 def minimax_m2_keys(config: Config, _sizes: Sizes) -> dict[str, GGUFValue]:
     """Return MiniMax-M2's keys: sigmoid scores, experts of the width of ``intermediate_size``."""
-    width = kv(config["intermediate_size"], GGUFValueType.UINT32)
-    return {"expert_feed_forward_length": width, "expert_gating_func": _gating("SIGMOID")}
+    return {**counts({"expert_feed_forward_length": config["intermediate_size"]}), **gating_key("SIGMOID")}
 
 
 def ernie4_5_moe_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
     """Return Ernie 4.5's keys."""
-    numbers = {
+    return counts({
         "interleave_moe_layer_step": config["moe_layer_interval"],
         "leading_dense_block_count": config["first_k_dense_replace"],
         "expert_shared_count": config["n_shared_experts"],
-    }
-    if sizes["ff_shexp"]:
-        numbers["expert_shared_feed_forward_length"] = sizes["ff_shexp"]
-    return {name: kv(value, GGUFValueType.UINT32) for name, value in numbers.items()}
+        "expert_shared_feed_forward_length": sizes["ff_shexp"] or None,
+    })  # fmt: skip
 
 
 def last_layer(config: Config) -> int:
@@ -123,8 +107,7 @@ def hunyuan_moe_keys(config: Config, sizes: Sizes) -> dict[str, GGUFValue]:
         "expert_shared_count": config["n_shared_experts"],
         "expert_used_count": config["num_experts_per_tok"],
     }
-    keys = {name: kv(value, GGUFValueType.UINT32) for name, value in numbers.items()}
-    return {**keys, **hunyuan_rope_keys(config, sizes)}
+    return {**counts(numbers), **hunyuan_rope_keys(config, sizes)}
 
 
 _HUNYUAN_CONTEXT = 256 * 1024  # that the factor alpha of the rope theta stands for (llama.cpp, hunyuan.py)
@@ -132,8 +115,7 @@ _HUNYUAN_CONTEXT = 256 * 1024  # that the factor alpha of the rope theta stands 
 
 def hunyuan_rope_keys(config: Config, _sizes: Sizes) -> dict[str, GGUFValue]:
     """Return the keys of Hunyuan's rope, whose theta is larger by a power of ``alpha``."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not rope.get("alpha"):
+    if not stated_rope(config).get("alpha"):
         return {}
     return {
         "rope.scaling.type": kv("none", GGUFValueType.STRING),
@@ -143,30 +125,15 @@ def hunyuan_rope_keys(config: Config, _sizes: Sizes) -> dict[str, GGUFValue]:
     }
 
 
-def ministral3_keys(config: Config, _sizes: Sizes) -> dict[str, GGUFValue]:
-    """Return Ministral 3's key: how much queries grow with their position."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    scale = rope.get("llama_4_scaling_beta")
-    return {} if scale is None else {"attention.temperature_scale": kv(float(scale), GGUFValueType.FLOAT32)}
-
-
 def gpt_oss_keys(config: Config, _sizes: Sizes) -> dict[str, GGUFValue]:
     """Return gpt-oss' key: experts of the width of ``intermediate_size``."""
-    return {"expert_feed_forward_length": kv(config["intermediate_size"], GGUFValueType.UINT32)}
+    return counts({"expert_feed_forward_length": config["intermediate_size"]})
 
 
 # --- parts ----------------------------------------------------------------------------------------------------
 
 _OWN_POST_NORM: Parts = {"post_attention_norm": Part("post_attention_layernorm", ("embd",))}  # of the second block
-_SCORE_BIAS: Parts = {
-    "exp_probs_b.bias": Part("mlp.gate.e_score_correction_bias", ("experts",), suffix=""),
-}
-_SHARED_EXPERTS: Parts = {
-    "ffn_gate_shexp": Part("mlp.shared_experts.gate_proj", ("ff_shexp", "embd"), when=flag("n_shared_experts")),
-    "ffn_up_shexp": Part("mlp.shared_experts.up_proj", ("ff_shexp", "embd"), when=flag("n_shared_experts")),
-    "ffn_down_shexp": Part("mlp.shared_experts.down_proj", ("embd", "ff_shexp"), when=flag("n_shared_experts")),
-}
-_SPARSE = {**EXPERTS, **_SCORE_BIAS, **_SHARED_EXPERTS}
+_SPARSE = {**EXPERTS, **SCORE_BIAS, **SHARED_EXPERTS}
 _GLM4_MOE_NORMS = {role: replace(part, when=flag("use_qk_norm")) for role, part in QK_NORMS.items()}
 _HUNYUAN_NORMS: Parts = {
     "attn_q_norm": Part("self_attn.query_layernorm", ("head",)),
@@ -182,15 +149,7 @@ _HUNYUAN_EXPERTS: Parts = {
 _MINIMAX = "block_sparse_moe"
 _MINIMAX_EXPERTS: Parts = {
     "ffn_gate_inp": Part(f"{_MINIMAX}.gate", ("experts", "embd"), also=(Part("mlp.gate", ("experts", "embd")),)),
-    "ffn_gate_exps": Part(
-        f"{_MINIMAX}.experts.{{e}}.w1", ("experts", "ff_exp", "embd"), also=stacked_forms("gate", mlx=_MINIMAX)
-    ),
-    "ffn_up_exps": Part(
-        f"{_MINIMAX}.experts.{{e}}.w3", ("experts", "ff_exp", "embd"), also=stacked_forms("up", mlx=_MINIMAX)
-    ),
-    "ffn_down_exps": Part(
-        f"{_MINIMAX}.experts.{{e}}.w2", ("experts", "embd", "ff_exp"), also=stacked_forms("down", mlx=_MINIMAX)
-    ),
+    **numbered_experts(_MINIMAX),
     "exp_probs_b.bias": Part(
         f"{_MINIMAX}.e_score_correction_bias",
         ("experts",),
@@ -237,12 +196,6 @@ _GPT_OSS_EXPERTS: Parts = {
 # --- the table ------------------------------------------------------------------------------------------------
 
 _ERNIE_DEFAULTS = {"norm_eps": 1e-5, "rope_theta": 5e5, "use_bias": False}
-_ROUTED_DEFAULTS = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True}
-_ROUTED_KEYS = (
-    EXPERT_FF_KEY,
-    Key("expert_weights_scale", "routed_scaling_factor"),
-    Key("expert_weights_norm", "norm_topk_prob", GGUFValueType.BOOL),
-)
 
 RECENT = (
     Family(
@@ -308,7 +261,7 @@ RECENT = (
                 "exp_probs_b.bias": Part(
                     "mlp.moe_statics.e_score_correction_bias", ("one", "experts"), suffix=""
                 ),
-                **_SHARED_EXPERTS,
+                **SHARED_EXPERTS,
             }, is_sparse_layer),
         },
         outside=OUTSIDE,
@@ -359,10 +312,10 @@ RECENT = (
         },
         outside=OUTSIDE,
         defaults={
-            **UNTIED, **_ROUTED_DEFAULTS, "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "num_experts": 128,
+            **UNTIED, **ROUTED_DEFAULTS, "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "num_experts": 128,
             "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_intermediate_size": 1408, "first_k_dense_replace": 1,
         },
-        keys=_ROUTED_KEYS,
+        keys=ROUTED_KEYS,
         rope_kinds=("default",),
         writes_rope_dim=True,
         sizes=shared_sizes,
@@ -379,10 +332,10 @@ RECENT = (
         },
         outside=OUTSIDE,
         defaults={
-            **RMS, **_ROUTED_DEFAULTS, "norm_topk_prob": False, "first_k_dense_replace": 0, "sliding_window": 4096,
+            **RMS, **ROUTED_DEFAULTS, "norm_topk_prob": False, "first_k_dense_replace": 0, "sliding_window": 4096,
             "max_window_layers": 62, "moe_intermediate_size": 1408,
         },
-        keys=_ROUTED_KEYS,
+        keys=ROUTED_KEYS,
         rope_kinds=("default",),
         fixed={"attention_bias": False, "num_key_value_heads": all_heads},
         window=Window("use_sliding_window"),
@@ -407,20 +360,6 @@ RECENT = (
         more_keys=minimax_m2_keys,
         ignored=(r"model\.mtp_.*",),
         example="MiniMax-M2",
-    ),
-    Family(
-        classes=("Ministral3ForCausalLM",),
-        architecture="mistral3",
-        layer=LLAMA_LAYER,
-        outside=OUTSIDE,
-        defaults={**UNTIED, "norm_eps": 1e-5, "head_dim": 128, "rope_theta": 1e6},
-        rope_kinds=("yarn",),
-        yarn_log_unit=1.0,
-        window=Window(),
-        writes_rope_dim=True,
-        writes_vocab_size=True,
-        more_keys=ministral3_keys,
-        example="Ministral 3",
     ),
     Family(
         classes=("GptOssForCausalLM",),

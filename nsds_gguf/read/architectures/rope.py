@@ -7,14 +7,15 @@ A kind or option that llama.cpp computes differently is an error: the model woul
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter, RopeScalingType
+from gguf import GGUFValueType, GGUFWriter, RopeScalingType
+from gguf.gguf_writer import GGUFValue
 
 from ...errors import ModelError, UnsupportedError
-from ...records import Float32
+from ...records import Float32, kv
 
 DEFAULT_THETA = 10000.0  # transformers' default for most classes; families may override it
 
@@ -41,6 +42,8 @@ _NEEDED = {
 }
 _YARN_OPTIONS = ("attention_factor", "mscale", "mscale_all_dim")
 
+
+_STILL = 1e30  # divides the frequency of a channel that does not rotate
 
 # Architectures that llama.cpp runs with whole channels as the bounds of yarn's ramp, though the original has fractions.
 _ROUNDED_YARN = ("gpt-oss",)
@@ -94,6 +97,8 @@ def _settings(config: Mapping[str, Any], form: str | None) -> dict[str, Any]:
     settings.setdefault("rope_type", settings.pop("type", "default"))
     if settings["rope_type"] == "su":  # the first name of longrope
         settings["rope_type"] = "longrope"
+    if settings["rope_type"] == "mrope":  # the name of Qwen2-VL's repositories: the sections say it
+        settings["rope_type"] = "default"
     if settings["rope_type"] == "dynamic":  # frequencies are not scaled within the context
         settings |= {"rope_type": "default", "is_dynamic": True}
     for key in _OUTER_KEYS:
@@ -119,6 +124,24 @@ def _by_kind_of_layer(stated: Mapping[str, Any], form: str) -> tuple[Mapping[str
             f"config.json: {form}: {_SLIDING} is scaled ({sliding['rope_type']}); llama.cpp scales other layers only"
         )
     return full, sliding.get("rope_theta")
+
+
+def stated_rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the rope settings as config.json states them, in either form; empty without any."""
+    stated = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return stated if isinstance(stated, Mapping) else {}
+
+
+def section_keys(config: Mapping[str, Any], default: Sequence[int]) -> dict[str, GGUFValue]:
+    """Return the key of the rotated channels by axis of an image (M-RoPE); of text, all axes have the same positions.
+
+    Raises ``ModelError`` for sections that are not a list.
+    """
+    sections = stated_rope(config).get("mrope_section") or default
+    if not isinstance(sections, Sequence) or isinstance(sections, str):
+        raise ModelError(f"config.json: mrope_section: wanted a list, got {sections!r}")
+    four = [*sections, 0, 0, 0, 0][:4]
+    return {"rope.dimension_sections": kv(four, GGUFValueType.ARRAY, GGUFValueType.INT32)}
 
 
 def rope_note(settings: Mapping[str, Any]) -> tuple[str, ...]:
@@ -290,6 +313,18 @@ def llama3_factors(settings: Mapping[str, Any], rope_dim: int) -> Float32:
     wavelengths = np.float32(2 * math.pi) / frequencies
     smooth = np.clip((n_ctx / wavelengths - low) / (high - low), np.float32(0), one)
     factors: Float32 = one / ((one - smooth) / factor + smooth)
+    return factors
+
+
+def proportional_factors(settings: Mapping[str, Any], head_dim: int) -> Float32:
+    """Return Gemma 4's divisors of the rope frequencies, ``(head_dim // 2,)`` float32: tensor ``rope_freqs``.
+
+    The first channels of each half rotate as those of a whole head, the others stand still (transformers,
+    ``_compute_proportional_rope_parameters``): llama.cpp divides their frequencies by 1e30.
+    """
+    n_rotated = int(head_dim * number(settings, "partial_rotary_factor") / 2)
+    factors = np.full(head_dim // 2, _STILL, dtype=np.float32)
+    factors[:n_rotated] = settings.get("factor", 1.0)
     return factors
 
 

@@ -35,7 +35,18 @@ MOVED = (
     "yarn", "longrope", "phi-4", "gemma2", "gemma3", "olmo3", "olmo-clip", "cohere2", "smollm3", "exaone4-32b",
     "ministral3",
 )  # fmt: skip
-NOT_FOLLOWED = ("Deepseek", "Mamba", "GptOss", "Apertus", "Lfm2", "LFM2", "Qwen3Next", "Qwen3_5")
+NOT_FOLLOWED = (
+    "Deepseek",
+    "Mamba",
+    "GptOss",
+    "Apertus",
+    "Lfm2",
+    "LFM2",
+    "Qwen3Next",
+    "Qwen3_5",
+    "FalconH1",
+    "NemotronH",
+)
 FOLLOWED = [
     name
     for name, spec in SPECS.items()

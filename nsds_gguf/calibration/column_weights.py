@@ -21,18 +21,19 @@ def normalized(moments: Float64) -> Float32:
     return weights
 
 
-def column_moments(inputs: Mapping[str, InputSums]) -> dict[str, Float64]:
-    """Return mean squares by stored name, ``(n_cols,)``, without first positions.
+def column_moments(inputs: Mapping[str, InputSums], first_positions: bool = False) -> dict[str, Float64]:
+    """Return mean squares by stored name, ``(n_cols,)``, with or without first positions.
 
     For stacked experts that read the stream: the mean over all tokens. For experts that read their own hidden units:
     ``(n_experts, n_cols)``, with the mean of the others for an expert that no token is routed to.
     """
     found: dict[str, Float64] = {}
     for name, sums in inputs.items():
-        moments = sums.moments(first_positions=False)
+        moments = sums.moments(first_positions)
         means, counts = moments.mean_squares, moments.counts
         if sums.is_stack and not has_own_inputs(name):
-            means = sums.squares[1].sum(axis=0) / max(int(counts.sum()), 1)
+            squares = sums.squares.sum(axis=0) if first_positions else sums.squares[1]
+            means = squares.sum(axis=0) / max(int(counts.sum()), 1)
         elif sums.is_stack and (counts > 0).any():
             means = np.where(counts[:, np.newaxis] > 0, means, means[counts > 0].mean(axis=0))
         found[name] = means

@@ -27,8 +27,8 @@ class Evidence:
     Attributes:
         model: the model.
         tokens: ``(n_sequences, n_positions)`` ids that the model has read, if any.
-        columns: by stored name, mean squares of each column's input, ``(n_cols,)`` or ``(n_experts, n_cols)``, without
-            first positions; from moment propagation if the Fisher pass does not support the model.
+        columns: by stored name, mean squares of each column's input, ``(n_cols,)`` or ``(n_experts, n_cols)``, first
+            positions included; from moment propagation if the Fisher pass does not support the model.
         gains: by stored name, the squared gain of the norm before the matrix, ``(n_cols,)``.
         moments: of all tokens, by stored name; empty if not collected.
         hessians: yields the Hessians of all tokens, in the order of the layers; yields nothing if not collected.

@@ -33,7 +33,7 @@ class RandomTokens:
         return self.evidence.tokens
 
     def column_moments(self, name: str) -> Float64 | None:
-        """Return mean squares, without first positions."""
+        """Return mean squares over all positions."""
         return self.evidence.columns.get(name)
 
     def column_weights(self, name: str) -> Float32 | None:

@@ -41,9 +41,10 @@ class Fisher:
     Attributes:
         sensitivity: nats of divergence per unit of relative error.
         of_rows: the same of every row of the matrices of layers, ``(n_rows,)`` float32; it adds up to the sensitivity.
-        inputs: ``(n_cols,)`` float64, mean square of the input of each column; for a tied embedding, averaged over both
-            roles. ``(n_experts, n_cols)`` for experts with separate inputs: the mean over the others for experts that
-            no token is routed to.
+        inputs: ``(n_cols,)`` float64, mean square of the input of each column, first positions left out; for a tied
+            embedding, averaged over both roles. ``(n_experts, n_cols)`` for experts with separate inputs: the mean over
+            the others for experts that no token is routed to.
+        all_inputs: the same with first positions, where trained models have their largest inputs.
         looked_up: share of the sensitivity of a tied embedding that is due to lookups, not to the output.
         n_experts: number of routed experts in all layers.
         n_missed: number of them that no token is routed to.
@@ -52,6 +53,7 @@ class Fisher:
     sensitivity: Mapping[str, float]
     of_rows: Mapping[str, Float32]
     inputs: Mapping[str, Float64]
+    all_inputs: Mapping[str, Float64]
     looked_up: float = 0.0
     n_experts: int = 0
     n_missed: int = 0
@@ -123,17 +125,19 @@ def _result(
     forward: Walk, squared_norms: Mapping[str, Float32], of_output: float, of_lookup: float, per_token: float
 ) -> Fisher:
     """Return the result, with the two roles of a tied embedding combined."""
-    model, inputs, looked_up = forward.model, column_moments(forward.first_inputs), 0.0
+    model, looked_up = forward.model, 0.0
+    inputs, all_inputs = (column_moments(forward.first_inputs, first) for first in (False, True))
     head = model.unembedding().name
     found = {name: float(squared.sum(dtype=np.float64)) for name, squared in squared_norms.items()}
     if model.is_tied:
         found[head] = of_lookup + of_output
         looked_up = of_lookup / found[head] if found[head] else 0.0
-        inputs[head] = mixed_roles(inputs[head], looked_up)
+        for each in (inputs, all_inputs):
+            each[head] = mixed_roles(each[head], looked_up)
     else:
         found[head], found["token_embd.weight"] = of_output, of_lookup
     own = [sums.counts[1] for name, sums in forward.first_inputs.items() if sums.is_stack and has_own_inputs(name)]
     n_experts, n_missed = (sum(counts.size for counts in own), sum(int((counts == 0).sum()) for counts in own))
     sensitivity = {name: per_token * squared for name, squared in found.items()}
     of_rows = {name: np.float32(per_token) * squared for name, squared in squared_norms.items()}
-    return Fisher(sensitivity, of_rows, inputs, looked_up, n_experts, n_missed)
+    return Fisher(sensitivity, of_rows, inputs, all_inputs, looked_up, n_experts, n_missed)

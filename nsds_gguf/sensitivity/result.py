@@ -23,6 +23,7 @@ class Sensitivities:
         looked_up: share of a tied embedding's sensitivity that is due to lookups, not to the output.
         moments: of all tokens that the model has read; empty without tokens.
         of_rows: sensitivity of every row of a matrix, ``(n_rows,)`` float32, where the Fisher pass finds it.
+        all_inputs: like ``inputs``, with the first positions of sequences, which those of the Fisher pass leave out.
         column_squares: squared norm of each column of the weights, ``(n_cols,)``; empty without tokens.
 
     """
@@ -35,3 +36,4 @@ class Sensitivities:
     moments: Mapping[str, Moments] = field(default_factory=dict)
     column_squares: Mapping[str, Float64] = field(default_factory=dict)
     of_rows: Mapping[str, Float32] = field(default_factory=dict)
+    all_inputs: Mapping[str, Float64] = field(default_factory=dict)

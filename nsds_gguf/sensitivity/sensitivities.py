@@ -68,4 +68,12 @@ def _of_all_tensors(model: Model, found: Fisher) -> Sensitivities:
             f"No token is routed to {found.n_missed} of {found.n_experts} experts: their column weights are the mean "
             "of the other experts in the layer.",
         )
-    return Sensitivities(sensitivity, found.inputs, squared_gains(model), notes, found.looked_up, of_rows=found.of_rows)
+    return Sensitivities(
+        sensitivity,
+        found.inputs,
+        squared_gains(model),
+        notes,
+        found.looked_up,
+        of_rows=found.of_rows,
+        all_inputs=found.all_inputs,
+    )

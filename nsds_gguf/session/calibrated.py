@@ -196,7 +196,7 @@ class Calibrated:
         evidence = Evidence(
             self.model,
             tokens if tokens.size else None,
-            found.inputs,
+            found.all_inputs or found.inputs,
             found.gains,
             self._callback_moments.get(_source(recipe), found.moments),
             lambda: self._taken_hessians(kind, recipe),

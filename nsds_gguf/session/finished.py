@@ -67,6 +67,7 @@ def kept_sensitivities(store: Store | None, name: str, compute: Callable[[], Sen
     if store is not None:
         parts: dict[str, Mapping[str, NDArray[np.floating]]] = {
             "inputs": found.inputs, "gains": found.gains, "columns": found.column_squares, "rows": found.of_rows,
+            "all_inputs": found.all_inputs,
         }  # fmt: skip
         arrays = {f"{part} {key}": array for part, values in parts.items() for key, array in values.items()}
         store.put_arrays(f"{name}/arrays", {**arrays, **_moment_arrays(found.moments)})
@@ -122,6 +123,7 @@ def _sensitivities(facts: Mapping[str, object], arrays: Arrays) -> Sensitivities
         looked_up=values.looked_up,
         moments=_moments(arrays),
         column_squares=part("columns"),
+        all_inputs=part("all_inputs"),
         of_rows={name: rows.astype(np.float32) for name, rows in part("rows").items()},
     )
 

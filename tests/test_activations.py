@@ -19,7 +19,7 @@ from tiny_gguf import N_VOCAB, tiny_weights, write_tiny_gguf
 from nsds_gguf.calibration.activations import collect
 from nsds_gguf.calibration.imatrix import read_imatrix
 from nsds_gguf.errors import GgmlError, TextError, VerifyError
-from nsds_gguf.llamacpp import ggml
+from nsds_gguf.llamacpp import graph
 from nsds_gguf.session.original import original_plan
 from nsds_gguf.session.run import Run
 from nsds_gguf.session.session import Session
@@ -167,7 +167,7 @@ def test_no_file(folder):
         collect(folder / "none.gguf", drawn(1, 4))
 
 
-FIELDS = ggml._Tensor._fields_
+FIELDS = graph._Tensor._fields_
 
 
 @pytest.mark.parametrize(
@@ -188,11 +188,11 @@ def test_another_layout_of_tensors_is_refused(fields, monkeypatch):
     names = {"buffer"} - {name for name, _ in fields}
     extra = dict.fromkeys(names)  # read as nothing where the layout has no such field
     changed = type("Changed", (ctypes.Structure,), {"_fields_": fields, **extra})
-    library, *_ = ggml._graph_library()
-    ggml._check_tensor_layout(library, Path("lib"))
-    monkeypatch.setattr(ggml, "_Tensor", changed)
+    library, *_ = graph._graph_library()
+    graph._check_tensor_layout(library, Path("lib"))
+    monkeypatch.setattr(graph, "_Tensor", changed)
     with pytest.raises(GgmlError, match="tensors have another layout"):
-        ggml._check_tensor_layout(library, Path("lib"))
+        graph._check_tensor_layout(library, Path("lib"))
 
 
 def test_ctrl_c_stops_a_run(tiny):

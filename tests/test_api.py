@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import json
 import re
 import subprocess
 import sys
@@ -80,9 +80,7 @@ def test_the_recipe_is_carried_whole(model: Path, tmp_path: Path) -> None:
     verifying = nsds_gguf.VerifyOptions(enabled=False)
     (result,) = convert(model, asked, output=tmp_path, verifying=verifying, loaded=scores, run=Run(1))
     text = str(GGUFReader(result.path).fields["nsds_gguf.recipe"].contents())
-    assert text == recipe.to_json() and set(ast.literal_eval(text.replace("null", "None"))) == set(
-        Recipe.__dataclass_fields__
-    )
+    assert text == recipe.to_json() and set(json.loads(text)) == set(Recipe.__dataclass_fields__)
 
 
 def test_the_readme_example_runs(

@@ -31,7 +31,7 @@ from nsds_gguf.system.workfolder import WorkFolder
 RECIPE = recipe(4.5)
 
 # Whose layers are left alone, beside those with experts: latent attention, state spaces, one norm without gated units.
-LEFT_ALONE = ("deepseek2", "mamba", "phi2")
+LEFT_ALONE = ("deepseek2", "falcon-h1", "mamba", "nemotron_h", "nemotron_h_moe", "phi2")
 
 
 def calibration_of(model: Model, folder: Path) -> Calibrated:

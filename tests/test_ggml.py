@@ -182,7 +182,7 @@ def test_missing_library(monkeypatch, fresh_library):
 
 
 def test_library_of_another_kind(monkeypatch, fresh_library):
-    monkeypatch.setattr(ggml, "_library_path", lambda: Path(np._core._multiarray_umath.__file__))
+    monkeypatch.setattr(ggml, "library_path", lambda: Path(np._core._multiarray_umath.__file__))
     with pytest.raises(GgmlError, match=r"has no ggml_quantize_chunk, .*; upgrade llama-cpp-python$"):
         ggml.version()
 
@@ -190,7 +190,7 @@ def test_library_of_another_kind(monkeypatch, fresh_library):
 def test_damaged_library(monkeypatch, fresh_library, tmp_path):
     file = tmp_path / "libggml-base.so"
     file.write_bytes(b"not a library")
-    monkeypatch.setattr(ggml, "_library_path", lambda: file)
+    monkeypatch.setattr(ggml, "library_path", lambda: file)
     with pytest.raises(GgmlError, match=r"libggml-base.so: cannot be loaded: .*; reinstall llama-cpp-python$"):
         ggml.version()
 
@@ -204,8 +204,8 @@ def test_library_with_other_types(monkeypatch, fresh_library):
 @pytest.fixture
 def fresh_library():
     """Forget the loaded library before and after, so that a test can break it."""
-    for cached in (ggml._library, ggml._traits):
+    for cached in (ggml.open_library, ggml._traits):
         cached.cache_clear()
     yield
-    for cached in (ggml._library, ggml._traits):
+    for cached in (ggml.open_library, ggml._traits):
         cached.cache_clear()

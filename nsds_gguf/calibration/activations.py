@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..compute.input_moments import Moments
 from ..errors import GgmlError, TextError
-from ..llamacpp import ggml
+from ..llamacpp import graph
 from ..llamacpp.llama import N_PHYSICAL_BATCH, Int32, open_context, open_model
 from ..records import Progress, no_progress
 
@@ -112,7 +112,7 @@ class _Collector:
         """Begin a graph: discard the addresses of the last one."""
         self._read = {}
 
-    def wants(self, product: ggml.Product) -> bool:
+    def wants(self, product: graph.Product) -> bool:
         """Return whether to add the rows of a product; register their owner."""
         name = product.weight
         if product.is_lookup or (self._only is not None and name not in self._only):
@@ -127,9 +127,9 @@ class _Collector:
                 self._sums[name] = _Sums(product.n_matrices, product.n_cols, full)
         return self._owners[name] == name
 
-    def take(self, product: ggml.Product) -> None:
+    def take(self, product: graph.Product) -> None:
         """Add the rows of a product."""
-        rows, matrices = ggml.product_rows(product)
+        rows, matrices = graph.product_rows(product)
         self._sums[product.weight].add(rows, matrices, product.weight)
 
     def results(self) -> Iterator[tuple[list[str], Moments]]:

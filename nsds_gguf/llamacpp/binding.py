@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from ..errors import GgmlError, VerifyError
 from ..records import Float32
-from . import ggml
+from . import graph
 from .messages import map_shared
 
 Int32 = NDArray[np.int32]
@@ -63,12 +63,12 @@ class Observer(Protocol):
         """Prepare for a new graph: addresses of the last one mean nothing any more."""
         ...
 
-    def wants(self, product: ggml.Product) -> bool:
+    def wants(self, product: graph.Product) -> bool:
         """Return whether ``take`` is to be called when this product has been computed."""
         ...
 
-    def take(self, product: ggml.Product) -> None:
-        """Look at what the product read, with ``ggml.product_rows``."""
+    def take(self, product: graph.Product) -> None:
+        """Look at what the product read, with ``graph.product_rows``."""
         ...
 
     def results(self) -> Iterator[Any]:
@@ -403,7 +403,7 @@ class _Context:
         if self._observer is None or self._observer_error is not None:
             return False
         try:
-            product = ggml.product(address)
+            product = graph.product(address)
             if product is None or (ask and not self._observer.wants(product)):
                 return False
             if not ask:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ..compute.backend import Tokens
 from ..compute.pass_records import PASS
 from ..errors import VerifyError
-from ..llamacpp import ggml
+from ..llamacpp import graph
 from ..llamacpp.llama import N_PHYSICAL_BATCH, LlamaContext, open_context, open_model
 from ..llamacpp.rules import kept_reason
 from ..records import Float32, Model, Progress, Tensor, no_progress
@@ -173,25 +173,25 @@ class _NoiseAdder:
         group = next(self._groups)
         self._noisy = {(each.tensor.name, each.is_lookup): (k, each.tensor) for k, each in enumerate(group)}
 
-    def wants(self, product: ggml.Product) -> bool:
+    def wants(self, product: graph.Product) -> bool:
         """Return whether the weights of a product are to have noise now."""
         return (product.weight, product.is_lookup) in self._noisy
 
-    def take(self, product: ggml.Product) -> None:
+    def take(self, product: graph.Product) -> None:
         """Add the noise to the output of a product or lookup."""
         at, tensor = self._noisy[product.weight, product.is_lookup]
-        output, scale = ggml.output_rows(product), np.float32(math.sqrt(RELATIVE_ERROR))
+        output, scale = graph.output_rows(product), np.float32(math.sqrt(RELATIVE_ERROR))
         if product.is_lookup:
             own = self._rows_of(at, len(output), product)
-            rows, where = np.unique(ggml.looked_up_rows(product)[own], return_inverse=True)
+            rows, where = np.unique(graph.looked_up_rows(product)[own], return_inverse=True)
             output[own] *= 1 + scale * _signs(tensor, 0, (len(rows), output.shape[1]))[where]
         else:
-            x, matrices = ggml.product_rows(product)
+            x, matrices = graph.product_rows(product)
             own = self._rows_of(at, len(x), product)
             output[own] += scale * _noise(tensor, product.rows, x[own], None if matrices is None else matrices[own])
-        ggml.replace_output(product, output)
+        graph.replace_output(product, output)
 
-    def _rows_of(self, sequence: int, n_rows: int, product: ggml.Product) -> NDArray[np.intp]:
+    def _rows_of(self, sequence: int, n_rows: int, product: graph.Product) -> NDArray[np.intp]:
         """Return the numbers of the rows of a sequence; in a stack that all tokens read, rows go by matrix first."""
         number = np.arange(n_rows)
         is_stack = product.ids is None and product.n_matrices > 1

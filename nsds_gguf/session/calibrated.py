@@ -302,6 +302,8 @@ class Calibrated:
         files, inputs = self._hessian_files(kind, recipe), shared_inputs(moments, multiplied(self.model))
         self._recall(factors, inputs)
         left = [names for names in inputs if names[0] not in factors.names and not files.recall(names)]
+        if not left:
+            return
         n_blas = self._run.n_threads if self.model.hparams.n_embd >= THREADED_WIDTH else 1
         with self._run.report.stage("find Hessians") as progress, blas_threads(n_blas):
             progress(len(inputs) - len(left), len(inputs))

@@ -399,10 +399,12 @@ def fetch_source(source: Path | None, work: Path) -> Path:
     if source.is_file():
         with tarfile.open(source) as archive:
             wanted = re.compile(r"[^/]+/vendor/llama\.cpp/(models/ggml-vocab-[^/]+|src/llama-vocab\.cpp)")
-            members = [member for member in archive if member.isfile() and wanted.fullmatch(member.name)]
-            for member in members:
-                member.name = member.name.split("/vendor/", 1)[1]
-            archive.extractall(work, members=members, filter="data")
+            for member in archive:
+                content = archive.extractfile(member) if wanted.fullmatch(member.name) else None
+                if content is not None:
+                    path = work / member.name.split("/vendor/", 1)[1]
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(content.read())
         source = work
     found = sorted(path.parent for path in source.rglob("llama.cpp/models"))
     if not found:

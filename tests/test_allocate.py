@@ -25,7 +25,7 @@ from nsds_gguf.allocate import (
     parse_tensor_type,
 )
 from nsds_gguf.allocate.allocators import FAST_MARGIN
-from nsds_gguf.allocate.candidates import SMALL_ROW_TYPES, check_target
+from nsds_gguf.allocate.candidates import check_target
 from nsds_gguf.calibration.column_weights import normalized
 from nsds_gguf.errors import ModelError, PlanError, RecordError, TargetError
 from nsds_gguf.llamacpp import ggml
@@ -197,7 +197,7 @@ class TestTarget:
         assert f"{floor} bytes for the tensors, set by layers at Q2_K (" in text and "--tensor-type (" in text
 
     @pytest.mark.parametrize(
-        ("n_cols", "types", "is_told"), [(320, K_TYPES, True), (96, K_TYPES, False), (320, SMALL_ROW_TYPES, False)]
+        ("n_cols", "types", "is_told"), [(320, K_TYPES, True), (96, K_TYPES, False), (320, ggml.SMALL_ROW_TYPES, False)]
     )
     def test_message_names_types_for_rows_of_64(self, n_cols, types, is_told):
         _, hparams = random_arrays(seed=0)

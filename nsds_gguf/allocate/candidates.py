@@ -21,9 +21,6 @@ from ..records import ALIGNMENT_BYTES, COPIED_TYPES, K_TYPES, Model, Target, Ten
 # takes the one with less error, F16 unless its weights leave that range or are stored as BF16.
 LARGER_TYPES = (("Q8_0",), ("F16", "BF16"))
 
-# For rows that are a multiple of 64 only, in budgets below those of NARROW_TYPES; llama.cpp reads Q2_0 since July 2026.
-SMALL_ROW_TYPES = ("Q2_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
-
 LAST_RESORT = "F16"  # for rows that no block divides, as in llama.cpp
 
 
@@ -198,7 +195,7 @@ def _smaller_types(found: Sequence[Candidate]) -> str:
     narrow = [each for each in found if each.kind == "fallback" and ggml.fits("Q2_0", each.tensor.n_cols)]
     if not narrow or any("Q2_0" in each.types for each in narrow):
         return ""
-    return f"; smaller with --types {','.join(SMALL_ROW_TYPES)}, for llama.cpp since July 2026"
+    return f"; smaller with --types {','.join(ggml.SMALL_ROW_TYPES)}, for llama.cpp since July 2026"
 
 
 def nearest_bpw(floor_bytes: int, n_weights: int) -> float:

@@ -90,6 +90,9 @@ def _of_block(n_weights: int) -> tuple[str, ...]:
 # NARROW_TYPES take the place of K-quants in rows that do not fit; Q2_0, with blocks of 64, is used where it is named.
 FLOAT_TYPES, NARROW_TYPES, K_TYPES = _of_block(1), _of_block(32), _of_block(256)
 
+# For rows that are a multiple of 64 only, in budgets below those of NARROW_TYPES; llama.cpp reads Q2_0 since July 2026.
+SMALL_ROW_TYPES = ("Q2_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0")
+
 # Further types that ggml dequantizes, which files that are quantized already may hold; gguf may be too old for some.
 READ_TYPES = (*TYPES, *(
     name for name in ("Q4_1", "MXFP4", "NVFP4", "Q1_0", "TQ1_0", "TQ2_0", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS",

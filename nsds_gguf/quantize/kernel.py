@@ -54,7 +54,7 @@ def round_rows(
 def nearest_rows(rows: Float32, type_name: str, columns: Float32, variant: str = "") -> tuple[Blocks, Float64]:
     """Round rows to nearest, in a K-quant to the scales and codes of ggml's quantizer with column weights.
 
-    In Q2_0 ggml does not search for scales; those found here leave about half of its error.
+    In Q2_0 ggml does not search for scales; those found here leave a quarter of its error.
 
     Rows with a scale of 0, or of no finite value, may have other codes than ggml's (``FORMATS`` packs them to other
     bytes of the same value). Releases the GIL; uses one thread.

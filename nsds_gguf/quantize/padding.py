@@ -30,6 +30,7 @@ from gguf.constants import QK_K
 from gguf.gguf_writer import GGUFValue
 from numpy.typing import NDArray
 
+from ..llamacpp import ggml
 from ..records import Model, Recipe, Tensor, kv
 from ..records.transforms import Order, Scale, SpreadColumns, SpreadRows
 
@@ -218,8 +219,8 @@ def _note(model: Model, widths: _Widths) -> str:
     return (
         f"The residual stream is padded with zeros from {n_before} to {len(widths.stream)} channels{heads}, so that "
         "its rows fit K-quants: the file computes the same. Bits per weight count the original weights; LoRA adapters "
-        "of the original do not fit it. Below 4.5 bpw --types Q2_0,IQ4_NL,Q5_0,Q5_1,Q8_0 --pad off diverges less, for "
-        "llama.cpp since July 2026."
+        "of the original do not fit it. Below 4.5 bpw unpadded files diverge less with --pad off --types "
+        f"{','.join(ggml.SMALL_ROW_TYPES)}, for llama.cpp since July 2026."
     )
 
 

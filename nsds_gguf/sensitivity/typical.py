@@ -33,7 +33,7 @@ def by_role(model: Model) -> Sensitivities:
     Stacked experts share the role's sensitivity: it is that of all of them together.
     """
     quantized = [tensor for tensor in model.tensors if not kept_reason(tensor, model.architecture)]
-    note = "Sensitivities are typical of the roles of tensors, times the score of their layer; no text was read."
+    note = "Sensitivities are typical of the roles of tensors, times the score of their layer."
     return Sensitivities({each.name: _of_role(model, each) for each in quantized}, {}, squared_gains(model), (note,))
 
 
